@@ -1,0 +1,109 @@
+"""Compile the shared-memory extension once, and find it again.
+
+What: one shared library from `csrc/`, kept in the user's cache under a name made of everything that
+it depends on (sources, torch version, compiler, machine), so that a stale library is never loaded.
+Why not torch's own extension builder: it brings setuptools and ninja and several seconds of imports
+for what is one compiler call. What is not here: SIMD variants (the source carries them itself).
+
+`python -m comm.build` builds it ahead of the first run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from comm.errors import BuildError
+
+SOURCE_DIR = Path(__file__).parent / "csrc"
+FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra")
+
+
+def cache_dir() -> Path:
+    """Where Yoke keeps what it has compiled: `$XDG_CACHE_HOME/yoke`, by default `~/.cache/yoke`."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "yoke"
+
+
+def build_extension() -> Path:
+    """Return the path of the compiled extension, compiling it first if need be.
+
+    A file lock lets one process build while others wait for its result. Raises BuildError when there
+    is no C++ compiler or it fails.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise BuildError("no C++ compiler found (Debian: apt-get install g++)")
+    folder = cache_dir() / "extensions"
+    library = folder / f"yoke_comm-{_fingerprint(compiler)}.so"
+    if library.exists():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BuildError(f"cannot make {folder} ({error}); set XDG_CACHE_HOME") from error
+    with (folder / f"{library.stem}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _compile(compiler, library)
+    return library
+
+
+def _fingerprint(compiler: str) -> str:
+    digest = hashlib.sha256()
+    for source in sorted(SOURCE_DIR.iterdir()):
+        digest.update(source.name.encode() + source.read_bytes())
+    try:
+        version = subprocess.run(
+            [compiler, "--version"], capture_output=True, check=True, timeout=30
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(f"the C++ compiler {compiler} does not run: {error}") from error
+    for part in (version, torch.__version__.encode(), platform.machine().encode(), *_torch_flags()):
+        digest.update(part if isinstance(part, bytes) else part.encode())
+    digest.update(" ".join(FLAGS).encode())
+    return digest.hexdigest()[:16]
+
+
+def _torch_flags() -> list[str]:
+    root = Path(torch.__file__).parent
+    return [
+        # -isystem: warnings of torch's headers are not ours.
+        f"-isystem{root / 'include'}",
+        f"-isystem{root / 'include/torch/csrc/api/include'}",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        f"-L{root / 'lib'}",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
+
+
+def _compile(compiler: str, library: Path) -> None:
+    # Built beside its final name and moved there whole, so that a killed build leaves nothing loadable.
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
+        built = Path(folder) / library.name
+        sources = [str(path) for path in sorted(SOURCE_DIR.glob("*.cpp"))]
+        command = [compiler, *FLAGS, *sources, "-o", str(built), *_torch_flags()]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+        except subprocess.TimeoutExpired as error:
+            raise BuildError(f"{compiler} took more than 10 minutes") from error
+        except subprocess.CalledProcessError as error:
+            raise BuildError(f"{compiler} failed:\n{error.stderr[-4000:]}") from error
+        os.replace(built, library)
+
+
+if __name__ == "__main__":
+    try:
+        print(build_extension())
+    except BuildError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,9 @@
+"""What can go wrong between ranks."""
+
+
+class CommError(RuntimeError):
+    """A group could not be made, or a peer did not answer in time."""
+
+
+class BuildError(CommError):
+    """The shared-memory extension could not be compiled; the message holds what the compiler said."""
