@@ -1,0 +1,5 @@
+"""The models themselves, one readable file per family, and what surrounds them.
+
+Reading order: config, llama, load, tokenizer, sampling, generate (the plain loop, the oracle for
+`engine`).
+"""

@@ -1,0 +1,38 @@
+"""The plain loop: whole prompt at once, one token at a time, eager. The oracle for `engine`."""
+
+from __future__ import annotations
+
+import torch
+
+from comm import ops
+from comm.group import Group
+from models.llama import Llama
+from models.sampling import Sampling, sample
+
+
+@torch.no_grad()
+def generate(
+    model: Llama,
+    group: Group,
+    prompt: list[int],
+    max_new_tokens: int,
+    stop_tokens: frozenset[int] = frozenset(),
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> list[int]:
+    """The tokens that follow `prompt`, at most `max_new_tokens`, the stop token not among them."""
+    sampling = sampling or Sampling()
+    generator = torch.Generator().manual_seed(seed)
+    model.setup(1, len(prompt) + max_new_tokens)
+    tokens = torch.tensor([prompt])
+    positions = torch.arange(len(prompt))
+    made: list[int] = []
+    while len(made) < max_new_tokens:
+        logits = model(tokens, positions, last=torch.tensor([tokens.shape[1] - 1]))
+        token = ops.broadcast(sample(logits, sampling, generator), 0, group)
+        if int(token) in stop_tokens:
+            break
+        made.append(int(token))
+        tokens = token.view(1, 1)
+        positions = positions[-1:] + 1
+    return made

@@ -1,0 +1,186 @@
+"""The Llama family, top to bottom: embedding, blocks of attention and MLP, norm, head.
+
+Each rank builds its own part: `Layout` says which heads, which slice of the MLP and which tokens.
+Activations between the layers are whole and the same on every rank; the only communication is the
+sum at the end of attention and MLP, the embedding and the head.
+
+Rotary embeddings are real-valued (the halves of a head are rotated against each other), as in the
+weights that Hugging Face publishes. Shapes: B batch, T tokens of this call, S cache length, D dim,
+H query heads of this rank, K its KV heads, h head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from comm.group import Group
+from models.config import ModelConfig
+from tp.layers import ColumnLinear, LMHead, RowLinear, VocabEmbedding
+from tp.shard import Layout, plan_layout
+
+
+def layout_of(config: ModelConfig, rank: int, world_size: int) -> Layout:
+    """Which part of a model of this config a rank holds. Raises InputError."""
+    return plan_layout(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        ffn_dim=config.ffn_dim,
+        vocab_size=config.vocab_size,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+class Llama(nn.Module):
+    """A decoder whose KV cache is static: `setup` allocates it, `forward` writes and reads it."""
+
+    # Buffers of `setup`.
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig, group: Group) -> None:
+        super().__init__()
+        self.config = config
+        layout = layout_of(config, group.rank, group.size)
+        self.layout = layout
+        self.embed = VocabEmbedding(layout.vocab_block, layout.vocab_start, config.dim, group)
+        self.layers = nn.ModuleList(Block(config, layout, group) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        tied = self.embed.weight if config.tie_embeddings else None
+        head = tied if tied is not None else nn.Parameter(
+            torch.empty(layout.vocab_block, config.dim), requires_grad=False
+        )
+        self.head = LMHead(layout.vocab_block, config.vocab_size, head, group)
+
+    def setup(self, batch_size: int, cache_len: int) -> None:
+        """Allocate the KV caches and the rotary tables for positions 0..cache_len-1."""
+        weight = self.norm.weight
+        cos, sin = rope_tables(cache_len, self.config.head_dim, self.config.rope_theta)
+        self.register_buffer("cos", cos.to(weight.device), persistent=False)
+        self.register_buffer("sin", sin.to(weight.device), persistent=False)
+        for block in self.layers:
+            assert isinstance(block, Block)
+            block.attention.setup(batch_size, cache_len, weight)
+
+    def forward(self, tokens: Tensor, positions: Tensor, last: Tensor | None = None) -> Tensor:
+        """Logits of one token per row: float32 [B, vocab_size].
+
+        tokens: int64 [B, T] at `positions`: int64 [T], ascending. `last`: int64 [1], the index in
+        0..T-1 whose logits are wanted; None means the only one (T = 1). Tokens after `last` may be
+        padding: what they leave in the cache is overwritten before anything attends to it.
+        """
+        cos, sin = self.cos[positions], self.sin[positions]  # [T, h/2]
+        # A query sees the cache up to its own position: [T, S], added to the scores.
+        cache = torch.arange(self.cos.shape[0], device=positions.device)
+        hidden_ones = cache > positions.unsqueeze(1)
+        x = self.embed(tokens)  # [B, T, D]
+        mask = torch.zeros(hidden_ones.shape, dtype=x.dtype, device=x.device)
+        mask = mask.masked_fill(hidden_ones, float("-inf"))
+        for block in self.layers:
+            x = block(x, positions, cos, sin, mask)
+        if last is not None:
+            x = x.index_select(1, last)
+        return self.head(self.norm(x)).squeeze(1).float()
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): one allreduce each."""
+
+    def __init__(self, config: ModelConfig, layout: Layout, group: Group) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config, layout, group)
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = MLP(config, layout, group)
+
+    def forward(self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), positions, cos, sin, mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over a static cache, for this rank's heads."""
+
+    # Buffers of `setup`: [B, K, S, h].
+    k_cache: Tensor
+    v_cache: Tensor
+
+    def __init__(self, config: ModelConfig, layout: Layout, group: Group) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.heads = layout.heads
+        q, kv = self.heads.num_q * config.head_dim, self.heads.num_kv * config.head_dim
+        self.qkv = ColumnLinear(config.dim, (q, kv, kv))
+        self.out = RowLinear(q, config.dim, group)
+
+    def setup(self, batch_size: int, cache_len: int, like: Tensor) -> None:
+        shape = (batch_size, self.heads.num_kv, cache_len, self.head_dim)
+        self.register_buffer("k_cache", like.new_zeros(shape), persistent=False)
+        self.register_buffer("v_cache", like.new_zeros(shape), persistent=False)
+
+    def forward(self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(x).split(self.qkv.parts, dim=-1)
+        q = rotate(q.view(batch, length, -1, self.head_dim), cos, sin).transpose(1, 2)  # [B, H, T, h]
+        k = rotate(k.view(batch, length, -1, self.head_dim), cos, sin).transpose(1, 2)  # [B, K, T, h]
+        v = v.view(batch, length, -1, self.head_dim).transpose(1, 2)
+        self.k_cache[:, :, positions] = k
+        self.v_cache[:, :, positions] = v
+        parts = []
+        for run in self.heads.runs:
+            keys = self.k_cache[:, run.kv_start : run.kv_stop]  # [B, k, S, h]
+            values = self.v_cache[:, run.kv_start : run.kv_stop]
+            # The query heads that share a KV head become further rows of its queries, so that the
+            # cache is read once and never repeated: [B, k * g, T, h] -> [B, k, g * T, h].
+            count = run.kv_stop - run.kv_start
+            group = (run.q_stop - run.q_start) // count
+            rows = q[:, run.q_start : run.q_stop].reshape(batch, count, group * length, self.head_dim)
+            attended = F.scaled_dot_product_attention(rows, keys, values, mask.repeat(group, 1))
+            parts.append(attended.reshape(batch, count * group, length, self.head_dim))
+        y = torch.cat(parts, dim=1).transpose(1, 2).reshape(batch, length, -1)  # [B, T, H * h]
+        return self.out(y)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), with this rank's slice of the width."""
+
+    def __init__(self, config: ModelConfig, layout: Layout, group: Group) -> None:
+        super().__init__()
+        width = layout.ffn_stop - layout.ffn_start
+        self.gate_up = ColumnLinear(config.dim, (width, width))
+        self.down = RowLinear(width, config.dim, group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).split(self.gate_up.parts, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        full = x.float()
+        scale = torch.rsqrt(full.square().mean(-1, keepdim=True) + self.eps)
+        return (full * scale).to(x.dtype) * self.weight
+
+
+def rope_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x frequency: two float32 [length, head_dim / 2] (Su et al., 2021)."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), 1.0 / theta**exponents)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the two halves of each head against each other: x [B, T, heads, h], cos/sin [T, h/2]."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

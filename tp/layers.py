@@ -1,0 +1,91 @@
+"""Layers of which each rank holds a part; the collective is a visible line of each `forward`.
+
+ColumnLinear splits its outputs and RowLinear its inputs, so a pair of them needs a single allreduce
+(Shoeybi et al., Megatron-LM, 2019). Parameters have no gradients: Yoke only runs models.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from comm import ops
+from comm.group import Group
+
+
+def _parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape), requires_grad=False)
+
+
+class ColumnLinear(nn.Module):
+    """y = x W^T with this rank's rows of W: [..., in_features] -> [..., sum(parts)], no collective.
+
+    `parts` are the sizes of the pieces that are fused along the outputs (query, key and value, or gate
+    and up): one product instead of several.
+    """
+
+    def __init__(self, in_features: int, parts: tuple[int, ...]) -> None:
+        super().__init__()
+        self.parts = parts
+        self.weight = _parameter(sum(parts), in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class RowLinear(nn.Module):
+    """y = sum over ranks of x W^T with this rank's columns of W: [..., local] -> [..., out_features]."""
+
+    def __init__(self, local_features: int, out_features: int, group: Group) -> None:
+        super().__init__()
+        self.group = group
+        self.weight = _parameter(out_features, local_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.all_reduce(F.linear(x, self.weight), self.group)
+
+
+class VocabEmbedding(nn.Module):
+    """Rows of a table that is split by token: int [...] -> [..., dim].
+
+    Each rank looks up the tokens it holds and zeros for the others; the sum over ranks is the row.
+    `block` rows are allocated on every rank, those past the vocabulary are zero.
+    """
+
+    def __init__(self, block: int, start: int, dim: int, group: Group) -> None:
+        super().__init__()
+        self.block = block
+        self.start = start
+        self.group = group
+        self.weight = _parameter(block, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.group.size == 1:
+            return F.embedding(tokens, self.weight)
+        local = tokens - self.start
+        mine = (local >= 0) & (local < self.block)
+        rows = F.embedding(local.clamp(0, self.block - 1), self.weight)
+        return ops.all_reduce(rows * mine.unsqueeze(-1), self.group)
+
+
+class LMHead(nn.Module):
+    """Logits over a vocabulary that is split by token: [..., dim] -> [..., vocab_size] on all ranks.
+
+    `weight` may be the embedding's own (tied). Every rank contributes a block of the same size; what
+    lies past the vocabulary is cut off.
+    """
+
+    def __init__(self, block: int, vocab_size: int, weight: nn.Parameter, group: Group) -> None:
+        super().__init__()
+        assert weight.shape[0] == block
+        self.vocab_size = vocab_size
+        self.group = group
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        local = F.linear(x, self.weight)
+        if self.group.size == 1:
+            return local
+        blocks = ops.all_gather(local, self.group)  # [size, ..., block]
+        return blocks.movedim(0, -2).flatten(-2)[..., : self.vocab_size]

@@ -1,0 +1,117 @@
+"""THE table: which part of each weight a rank holds.
+
+`TABLE` maps canonical names to a `ShardSpec`; the loader reads slices by it and the layers take their
+sizes from the same functions, so the two cannot disagree.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from tp.heads import Heads, split_heads
+from weights.checkpoint import Slices
+from weights.errors import InputError
+
+# MLP widths are cut at multiples of this where they can be: one block of the common GGUF formats, and
+# a whole number of vector registers.
+FFN_UNIT = 32
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """How one weight is divided: dimension `dim` along the blocks of `axis`, or not at all (None).
+
+    Axes: "q" and "kv" (heads), "ffn" (MLP width), "vocab".
+    """
+
+    dim: int | None = None
+    axis: str = ""
+
+
+TABLE: tuple[tuple[str, ShardSpec], ...] = (
+    (r"model\.embed_tokens\.weight", ShardSpec(0, "vocab")),
+    (r"lm_head\.weight", ShardSpec(0, "vocab")),
+    (r"model\.layers\.\d+\.self_attn\.q_proj\.weight", ShardSpec(0, "q")),
+    (r"model\.layers\.\d+\.self_attn\.[kv]_proj\.weight", ShardSpec(0, "kv")),
+    (r"model\.layers\.\d+\.self_attn\.o_proj\.weight", ShardSpec(1, "q")),
+    (r"model\.layers\.\d+\.mlp\.(gate|up)_proj\.weight", ShardSpec(0, "ffn")),
+    (r"model\.layers\.\d+\.mlp\.down_proj\.weight", ShardSpec(1, "ffn")),
+    (r"model\.(norm|layers\.\d+\.(input|post_attention)_layernorm)\.weight", ShardSpec()),
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a rank holds of each axis, in elements: `heads`, `[ffn_start, ffn_stop)`, and
+    `[vocab_start, vocab_stop)`. `vocab_block` is the same on all ranks; the last ranks may hold less
+    of it than others, or nothing."""
+
+    head_dim: int
+    heads: Heads
+    ffn_start: int
+    ffn_stop: int
+    vocab_start: int
+    vocab_stop: int
+    vocab_block: int
+
+
+def plan_layout(
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    ffn_dim: int,
+    vocab_size: int,
+    rank: int,
+    world_size: int,
+) -> Layout:
+    """The layout of one rank. Raises InputError where a rank would be left without work."""
+    heads = split_heads(num_heads, num_kv_heads, rank, world_size)
+    ffn_start, ffn_stop = split_units(ffn_dim, FFN_UNIT, rank, world_size)
+    block = -(-vocab_size // world_size)
+    start = min(rank * block, vocab_size)
+    stop = min(start + block, vocab_size)
+    return Layout(head_dim, heads, ffn_start, ffn_stop, start, stop, block)
+
+
+def split_units(size: int, unit: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Contiguous parts of `size`, as even as whole units allow; single elements where there are
+    fewer units than ranks. Raises InputError when there are fewer elements than ranks."""
+    if size < world_size:
+        raise InputError(f"{world_size} ranks cannot share an MLP width of {size}; use fewer ranks")
+    if size % unit or size // unit < world_size:
+        unit = 1
+    count = size // unit
+    return count * rank // world_size * unit, count * (rank + 1) // world_size * unit
+
+
+def find_spec(name: str) -> ShardSpec:
+    """The row of the table for a canonical name. Raises InputError for a name that has none."""
+    for pattern, spec in TABLE:
+        if re.fullmatch(pattern, name):
+            return spec
+    raise InputError(f"the weight {name!r} is not in the sharding table; this model is not supported")
+
+
+def slices_of(name: str, shape: tuple[int, ...], layout: Layout) -> Slices:
+    """The part of the weight `name` (full `shape`) that belongs to the rank of `layout`."""
+    spec = find_spec(name)
+    slices = [slice(0, size) for size in shape]
+    if spec.dim is not None:
+        slices[spec.dim] = slice(*_bounds(spec.axis, layout))
+    return tuple(slices)
+
+
+def _bounds(axis: str, layout: Layout) -> tuple[int, int]:
+    heads, head_dim = layout.heads, layout.head_dim
+    match axis:
+        case "q":
+            return heads.q_start * head_dim, heads.q_stop * head_dim
+        case "kv":
+            return heads.kv_start * head_dim, heads.kv_stop * head_dim
+        case "ffn":
+            return layout.ffn_start, layout.ffn_stop
+        case "vocab":
+            return layout.vocab_start, layout.vocab_stop
+    raise AssertionError(axis)

@@ -1,0 +1,80 @@
+"""One lazy view of a checkpoint, whatever its format.
+
+Nothing is read when a checkpoint is opened but names, shapes and metadata. `Entry.read` then brings
+any rectangular part of one tensor as a torch tensor: each rank asks for its own slices alone.
+
+What is not here: pickled checkpoints, writing, and tensors that stay quantised in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from weights.errors import InputError
+
+Slices = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: its full shape, how it is stored, and how to read a part of it.
+
+    `read(slices)` takes one slice (step 1) per dimension and returns a tensor of that part. Stored
+    floats keep their dtype, quantised blocks come out as float32.
+    """
+
+    shape: tuple[int, ...]
+    stored_as: str
+    read: Callable[[Slices], Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Names to entries, and what else the file says.
+
+    `config` holds the keys of a Hugging Face `config.json`, or the key-values of a GGUF file (then
+    `format` is "gguf"). `folder` is where a tokenizer may lie beside the weights.
+    """
+
+    path: Path
+    format: str
+    entries: Mapping[str, Entry]
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a `.gguf` file, a `.safetensors` file, or a folder in Hugging Face's layout.
+
+    Raises InputError for what is missing, damaged, or of a format that is not read.
+    """
+    # Imported here: each brings a library that only its own format needs.
+    if path.is_file() and path.suffix == ".gguf":
+        from weights.gguf_io import open_gguf
+
+        return open_gguf(path)
+    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
+        from weights.safetensors_io import open_safetensors
+
+        return open_safetensors(path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give a .gguf file or a folder of safetensors")
+    raise InputError(
+        f"{path} is not a checkpoint that Yoke reads; give a .gguf file, a .safetensors file or a "
+        "folder with config.json and safetensors"
+    )
+
+
+def check_slices(name: str, shape: tuple[int, ...], slices: Slices) -> None:
+    """Assert that `slices` lie inside `shape`: slicing past an end would shorten silently."""
+    assert len(slices) == len(shape), f"{name}: {len(slices)} slices for shape {shape}"
+    for part, size in zip(slices, shape, strict=True):
+        assert part.step in (None, 1) and 0 <= part.start <= part.stop <= size, (name, part, size)

@@ -1,0 +1,48 @@
+"""A checkpoint of random weights, of any shape, without a file.
+
+For a look at speed and memory where no weights are at hand. Each number is a hash of the tensor's
+name, its position and the seed, so a rank makes its own slices alone, and every world size sees the
+same model.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
+
+SCALE = 0.02  # the standard deviation at which the Llama family is initialised
+
+
+def random_checkpoint(shapes: Mapping[str, tuple[int, ...]], seed: int) -> Checkpoint:
+    """Weights uniform with mean 0 and standard deviation 0.02; vectors (norms) are ones."""
+    entries = {name: _entry(name, shape, seed) for name, shape in shapes.items()}
+    return Checkpoint(Path("random"), "random", entries)
+
+
+def _entry(name: str, shape: tuple[int, ...], seed: int) -> Entry:
+    key = zlib.crc32(f"{seed}:{name}".encode())
+
+    def read(slices: Slices) -> Tensor:
+        check_slices(name, shape, slices)
+        sizes = [part.stop - part.start for part in slices]
+        if len(shape) == 1:
+            return torch.ones(sizes)
+        rows = torch.arange(slices[0].start, slices[0].stop, dtype=torch.int32)
+        columns = torch.arange(slices[1].start, slices[1].stop, dtype=torch.int32)
+        bits = _hash(_hash(rows + (key & 0x7FFFFFFF)).unsqueeze(1) + columns)
+        return bits.to(torch.float32).mul_(SCALE * 3**0.5 / 2**31)
+
+    return Entry(shape, "random", read)
+
+
+def _hash(x: Tensor) -> Tensor:
+    """A 32-bit integer finaliser (multiply and xor-shift), elementwise and wrapping."""
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        x = (x ^ ((x >> shift) & (0xFFFFFFFF >> shift))) * factor
+    return x ^ ((x >> 15) & 0x1FFFF)
