@@ -10,14 +10,14 @@ What is not here: several nodes and GPUs (one node's sockets only, for now).
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from comm.errors import CommError
+from comm.errors import BuildError, CommError
 from comm.shm import load_extension
 
 # Each rank has two buffers of this size. A decode step moves a few KiB; larger messages go in pieces.
@@ -56,17 +56,30 @@ class Rendezvous:
 
 @contextmanager
 def open_group(
-    rank: int, size: int, backend: str, rendezvous: Rendezvous, timeout_s: float
+    rank: int,
+    size: int,
+    backend: str,
+    rendezvous: Rendezvous,
+    timeout_s: float,
+    on_fallback: Callable[[str], None] = lambda message: None,
 ) -> Iterator[Group]:
     """Join the group of all ranks, and leave it at the end of the block.
 
     `backend` is "shm" or "gloo". `timeout_s` bounds the wait for the others to join and, until
-    `set_timeout`, each collective. Raises CommError; BuildError if "shm" cannot be compiled here.
+    `set_timeout`, each collective. Where the shared-memory operators cannot be compiled, gloo takes
+    their place and `on_fallback` is told on rank 0. Raises CommError.
     """
+    if size > 1 and backend == "shm":
+        try:
+            load_extension()
+        except BuildError as error:
+            # The ranks of a machine see the same compiler, so they all come here or none.
+            backend = "gloo"
+            if rank == 0:
+                on_fallback(f"using gloo, which is slower, in place of shared memory: {error}")
     if size == 1:
         yield Group(0, 1)
     elif backend == "shm":
-        load_extension()
         name = f"yoke-{rendezvous.session}-0"
         try:
             handle = torch.ops.yoke.shm_open_group(name, rank, size, SLOT_BYTES, timeout_s)

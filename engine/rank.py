@@ -1,0 +1,136 @@
+"""What each rank runs: join the group, load its part, compile, generate, report.
+
+Started by the launcher's child, by module name; `env` is the launcher's `RankEnv` (duck-typed, so
+that nothing here depends on the launcher). Rank 0 alone reads the tokenizer, prints and samples.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from comm import ops
+from comm.group import Group, Rendezvous, open_group, set_timeout
+from engine.job import Job, ResolvedJob, check_ranks, from_json
+from engine.loop import check_prompt, generate, make_runner, warm_up
+from engine.report import Report, progress_bar, say, write_json, write_summary
+from models.load import config_of, expected_shapes, load_model
+from models.sampling import Sampling
+from models.tokenizer import TextCodec, apply_chat_template, byte_codec, load_codec
+from weights.checkpoint import Checkpoint, open_checkpoint
+from weights.random_io import random_checkpoint
+
+# Ranks reach their first collective when each has loaded and compiled its own part, which can be
+# minutes apart where ranks share cores. A rank that dies meanwhile is the launcher's to notice.
+START_TIMEOUT_S = 1800.0
+
+
+def main(env: Any, payload: str) -> int:
+    """Run one generation job on this rank; the exit code. Raises InputError, CommError."""
+    resolved = from_json(payload)
+    # The launcher has chosen; torch may have counted the cores of the machine.
+    torch.set_num_threads(env.plan.num_threads)
+    rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
+    with open_group(
+        env.rank, env.world_size, env.backend, rendezvous, START_TIMEOUT_S, on_fallback=say
+    ) as group:
+        _run(env, resolved, group)
+    return 0
+
+
+def _run(env: Any, resolved: ResolvedJob, group: Group) -> None:
+    job = resolved.job
+    checkpoint = _open(resolved)
+    config = resolved.config if resolved.checkpoint is None else config_of(checkpoint)
+    assert config is not None
+    check_ranks(ResolvedJob(job, resolved.checkpoint, config), group.size)
+    codec, prompt = _prompt(job, checkpoint, config.vocab_size, group)
+
+    started = time.perf_counter()
+    with progress_bar("loading weights", enabled=group.rank == 0) as progress:
+        model = load_model(config, checkpoint, group, _dtype(job.dtype), progress)
+    load_s = time.perf_counter() - started
+    runner = make_runner(model, group, min(job.max_seq_len, config.max_seq_len), job.compile)
+    if group.rank == 0:
+        say("compiling the prompt and token steps ..." if job.compile else "warming up ...")
+    compile_s = warm_up(runner)
+    ops.barrier(group)
+    set_timeout(group, env.comm_timeout_s)
+
+    stream = codec.stream() if codec is not None and job.output == "text" else None
+
+    def show(token: int) -> None:
+        if stream is not None:
+            sys.stdout.write(stream(token))
+            sys.stdout.flush()
+
+    sampling = Sampling(job.temperature, job.top_k, job.top_p)
+    stop = codec.stop_tokens if codec is not None else frozenset()
+    result = generate(runner, prompt, job.max_new_tokens, stop, sampling, job.seed, show)
+    peaks = ops.all_gather(torch.tensor([_peak_rss_bytes()]), group)
+    if codec is None:
+        return
+    report = Report(
+        text=codec.decode(result.tokens),
+        prompt_tokens=len(prompt),
+        tokens=len(result.tokens),
+        ttft_s=result.ttft_s,
+        tpot_s=result.tpot_s,
+        load_s=load_s,
+        compile_s=compile_s if job.compile else 0.0,
+        peak_rss_bytes=peaks.flatten().tolist(),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        comm=group.backend,
+        plan=env.plans,
+    )
+    if job.output == "json":
+        write_json(report)
+    else:
+        write_summary(report, stream_ended_with=report.text)
+
+
+def _open(resolved: ResolvedJob) -> Checkpoint:
+    if resolved.checkpoint is not None:
+        return open_checkpoint(Path(resolved.checkpoint))
+    assert resolved.config is not None
+    return random_checkpoint(expected_shapes(resolved.config), resolved.job.seed)
+
+
+def _prompt(
+    job: Job, checkpoint: Checkpoint, vocab_size: int, group: Group
+) -> tuple[TextCodec | None, list[int]]:
+    """The codec on rank 0 (None elsewhere), and the prompt's tokens on every rank."""
+    codec = None
+    tokens: list[int] = []
+    if group.rank == 0:
+        codec = byte_codec(vocab_size) if job.weights == "random" else load_codec(checkpoint)
+        text = apply_chat_template(codec, job.prompt) if job.chat else job.prompt
+        tokens = codec.encode(text)
+        check_prompt(len(tokens), job.max_new_tokens, job.max_seq_len)
+    length = ops.broadcast(torch.tensor([len(tokens)]), 0, group)
+    if group.rank != 0:
+        tokens = [0] * int(length)
+    return codec, ops.broadcast(torch.tensor(tokens), 0, group).tolist()
+
+
+def _dtype(name: str) -> torch.dtype:
+    """`auto` is bfloat16 where the processor multiplies it in hardware, else float32."""
+    if name != "auto":
+        dtype = getattr(torch, name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return torch.float32
+    # x86 lists avx512_bf16 and amx_bf16, Arm bf16.
+    return torch.bfloat16 if "bf16" in flags else torch.float32
+
+
+def _peak_rss_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
