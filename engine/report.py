@@ -37,31 +37,16 @@ def write_json(report: Report) -> None:
     print(json.dumps(asdict(report), ensure_ascii=False), flush=True)
 
 
-def write_summary(report: Report, stream_ended_with: str) -> None:
+def write_summary(report: Report, placement: str) -> None:
     """End the streamed text, and one line of figures on stderr."""
-    if not stream_ended_with.endswith("\n"):
+    if not report.text.endswith("\n"):
         print(flush=True)
     rate = f"{1 / report.tpot_s:.1f} tokens/s" if report.tpot_s else "no rate"
-    placement = " ".join(
-        f"{rank['rank']}:cpus {_ranges(rank['cpus'])}/nodes {_ranges(rank['nodes'])}"
-        for rank in report.plan
-    )
     say(
         f"[{report.prompt_tokens} + {report.tokens} tokens | TTFT {report.ttft_s * 1e3:.0f} ms | "
         f"TPOT {report.tpot_s * 1e3:.1f} ms | {rate} | compile {report.compile_s:.1f} s | "
-        f"{report.dtype} over {report.comm} | ranks {placement}]"
+        f"{report.dtype} over {report.comm} | {placement}]"
     )
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 8] -> "0-2,8"."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
 @contextmanager
