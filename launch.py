@@ -55,8 +55,20 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--bind-cores-to-rank", action="store_true", help="bind each rank to its cores and memory")
     flag("--ranks", type=int, metavar="N", help="how many ranks (default: one per socket)")
     flag("--comm", default="auto", metavar="NAME", help="auto, shm (shared memory) or gloo")
-    flag("--comm-timeout", type=float, default=60.0, metavar="S", help="how long a rank waits for another")
-    flag("--grace", type=float, default=5.0, metavar="S", help="from asking ranks to stop to killing them")
+    flag(
+        "--comm-timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="how long a rank waits for another",
+    )
+    flag(
+        "--grace",
+        type=float,
+        default=5.0,
+        metavar="S",
+        help="from asking ranks to stop to killing them",
+    )
     flag("--sysfs", type=Path, metavar="DIR", help="plan for the recorded machine in DIR (plan only)")
     flag("--json", action="store_true", help="print the plan for programs (plan only)")
     parser.add_argument("-h", "--help", action="store_true", help="this help")

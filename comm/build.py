@@ -68,9 +68,9 @@ def _fingerprint(compiler: str) -> str:
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"the C++ compiler {compiler} does not run: {error}") from error
-    for part in (version, torch.__version__.encode(), platform.machine().encode(), *_torch_flags()):
-        digest.update(part if isinstance(part, bytes) else part.encode())
-    digest.update(" ".join(FLAGS).encode())
+    digest.update(version)
+    for part in (torch.__version__, platform.machine(), *FLAGS, *_torch_flags()):
+        digest.update(part.encode())
     return digest.hexdigest()[:16]
 
 

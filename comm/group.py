@@ -95,12 +95,10 @@ def open_group(
         raise CommError(f"backend {backend!r} is not known; there are shm and gloo")
 
 
-def _open_gloo(
-    rank: int, size: int, rendezvous: Rendezvous, timeout_s: float
-) -> Iterator[Group]:
+def _open_gloo(rank: int, size: int, rendezvous: Rendezvous, timeout_s: float) -> Iterator[Group]:
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]
             rendezvous.address,
             rendezvous.port,
             size,

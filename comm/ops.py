@@ -51,7 +51,9 @@ def barrier(group: Group) -> None:
         all_reduce(torch.zeros(1), group)
 
 
-def _gloo(operator: torch._ops.OpOverloadPacket, x: Tensor, argument: str | int, group: Group) -> Tensor:
+def _gloo(
+    operator: torch._ops.OpOverloadPacket, x: Tensor, argument: str | int, group: Group
+) -> Tensor:
     if group.backend != "gloo":
         raise CommError(f"rank {group.rank} of {group.size} has no transport to call {operator}")
     result: Tensor = operator(x.contiguous(), argument, group.name)

@@ -113,7 +113,7 @@ def _typed(values: dict[str, object]) -> Job:
         except OmegaConfBaseException as error:
             kind = next(field.type for field in fields(Job) if field.name == key)
             raise InputError(f"{key}={value}: must be of type {kind}") from error
-    return job  # type: ignore[no-any-return]
+    return job
 
 
 def _nearest(key: str, keys: list[str]) -> str:

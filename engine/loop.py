@@ -101,7 +101,8 @@ def generate(
 ) -> Result:
     """Continue `prompt` (the same on all ranks) by at most `max_new_tokens` tokens.
 
-    `on_token` is called with each token as it is made. Raises InputError for a prompt that is empty
+    `sampling`, `seed` and `stop_tokens` matter on rank 0 alone, which decides for all. `on_token` is
+    called with each token as it is made. Raises InputError for a prompt that is empty
     or does not fit `max_seq_len`.
     """
     check_prompt(len(prompt), max_new_tokens, runner.max_seq_len)
@@ -112,18 +113,17 @@ def generate(
     first = last = start
     steps = 0
     while True:
-        token = _agree(runner.group, logits, sampling, generator)
+        token, stop = _agree(runner.group, logits, sampling, generator, stop_tokens)
         last = time.perf_counter()
         first = last if steps == 0 else first
-        value = int(token)
-        if value in stop_tokens:
+        if stop:
             break
-        tokens.append(value)
-        on_token(value)
+        tokens.append(token)
+        on_token(token)
         if len(tokens) == max_new_tokens:
             break
         position = torch.tensor([len(prompt) + len(tokens) - 1])
-        logits = runner.decode(token.view(1, 1), position)
+        logits = runner.decode(torch.tensor([[token]]), position)
         steps += 1
     return Result(tokens, first - start, (last - first) / steps if steps else 0.0)
 
@@ -149,10 +149,17 @@ def _prefill(runner: Runner, prompt: list[int]) -> Tensor:
     return logits
 
 
-def _agree(group: Group, logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Sample on rank 0 and tell the others: int64 [1]."""
+def _agree(
+    group: Group,
+    logits: Tensor,
+    sampling: Sampling,
+    generator: torch.Generator,
+    stop_tokens: frozenset[int],
+) -> tuple[int, bool]:
+    """Rank 0 samples a token and decides whether it is the last; all ranks return its decision."""
+    decision = torch.zeros(2, dtype=torch.int64)
     if group.rank == 0:
-        token = sample(logits, sampling, generator)
-    else:
-        token = torch.zeros(1, dtype=torch.int64)
-    return ops.broadcast(token, 0, group)
+        token = int(sample(logits, sampling, generator))
+        decision = torch.tensor([token, token in stop_tokens])
+    token, stop = ops.broadcast(decision, 0, group).tolist()
+    return token, bool(stop)

@@ -7,7 +7,7 @@ that a mistake that every rank meets is printed once.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import os
 import sys

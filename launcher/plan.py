@@ -62,9 +62,7 @@ def make_plan(topology: Topology, request: LaunchRequest) -> LaunchPlan:
         reasons.append(f"one rank per socket: {count}")
     shares = _shares(topology, count, reasons)
     has_memory = {
-        node.id
-        for node in topology.nodes
-        if node.memory_bytes and node.id in topology.allowed_nodes
+        node.id for node in topology.nodes if node.memory_bytes and node.id in topology.allowed_nodes
     }
     if not request.bind_cores:
         reasons.append("ranks are not bound to cores or memory; --bind-cores-to-rank binds them")
@@ -98,9 +96,7 @@ def _shares(topology: Topology, count: int, reasons: list[str]) -> list[tuple[Co
         return [(cores[rank % len(cores)],) for rank in range(count)]
     sockets = [tuple(group) for _, group in groupby(cores, key=lambda core: core.socket)]
     if count % len(sockets) == 0 and all(len(socket) >= count // len(sockets) for socket in sockets):
-        return [
-            share for socket in sockets for share in _split(socket, count // len(sockets), reasons)
-        ]
+        return [share for socket in sockets for share in _split(socket, count // len(sockets), reasons)]
     if len(sockets) % count == 0:
         step = len(sockets) // count
         return [sum(sockets[i : i + step], ()) for i in range(0, len(sockets), step)]

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
@@ -138,9 +138,7 @@ def _start(
                 selector.register(process.stdout, selectors.EVENT_READ, _forwarder(started))
 
 
-def _watch(
-    ranks: list[_Rank], selector: selectors.BaseSelector, wakeup: int, grace_s: float
-) -> int:
+def _watch(ranks: list[_Rank], selector: selectors.BaseSelector, wakeup: int, grace_s: float) -> int:
     """Until all ranks have ended: forward output, stop the rest at the first failure."""
     running = list(ranks)
     ended_well: list[_Rank] = []
@@ -278,10 +276,8 @@ def _message(ranks: list[_Rank], verdict: int, message: str) -> str:
 
 def _signal_groups(ranks: list[_Rank], number: int) -> None:
     for rank in ranks:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(rank.process.pid, number)
-        except ProcessLookupError:
-            pass
 
 
 def _kill_groups(ranks: list[_Rank]) -> None:

@@ -190,7 +190,9 @@ def _read_nodes(
     for cpu in homeless:
         node_of[cpu] = min(memory)
     if homeless and len(memory) > 1:
-        notes.append(f"cpus {format_cpu_list(tuple(homeless))} name no memory node: taken as {min(memory)}")
+        notes.append(
+            f"cpus {format_cpu_list(tuple(homeless))} name no memory node: taken as {min(memory)}"
+        )
     return node_of, memory
 
 

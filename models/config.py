@@ -91,7 +91,10 @@ def from_hf(config: Mapping[str, Any], source: str) -> ModelConfig:
             raise InputError(f"{source}: {key}=true is not supported")
     if config.get("hidden_act", "silu") != "silu":
         raise InputError(f"{source}: hidden_act={config['hidden_act']!r}: only silu is supported")
-    dim, num_heads = _integer(config, "hidden_size", source), _integer(config, "num_attention_heads", source)
+    dim, num_heads = (
+        _integer(config, "hidden_size", source),
+        _integer(config, "num_attention_heads", source),
+    )
     return check(
         ModelConfig(
             dim=dim,

@@ -50,8 +50,10 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config, layout, group) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         tied = self.embed.weight if config.tie_embeddings else None
-        head = tied if tied is not None else nn.Parameter(
-            torch.empty(layout.vocab_block, config.dim), requires_grad=False
+        head = (
+            tied
+            if tied is not None
+            else nn.Parameter(torch.empty(layout.vocab_block, config.dim), requires_grad=False)
         )
         self.head = LMHead(layout.vocab_block, config.vocab_size, head, group)
 

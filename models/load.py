@@ -33,9 +33,7 @@ def config_of(checkpoint: Checkpoint) -> ModelConfig:
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Canonical names and full shapes of all weights of a model."""
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, config.dim)
-    }
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, config.dim)}
     for i in range(config.num_layers):
         shapes |= {
             f"model.layers.{i}.input_layernorm.weight": (config.dim,),

