@@ -79,6 +79,7 @@ def _run(env: Any, resolved: ResolvedJob, group: Group) -> None:
         text=codec.decode(result.tokens),
         prompt_tokens=len(prompt),
         tokens=len(result.tokens),
+        token_ids=result.tokens,
         ttft_s=result.ttft_s,
         tpot_s=result.tpot_s,
         load_s=load_s,

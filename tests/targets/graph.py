@@ -1,0 +1,58 @@
+"""Compile a tiny model's steps and print what the compiler saw: breaks, collectives, recompiles."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+
+from comm.group import Rendezvous, open_group
+from engine.loop import generate, make_runner, warm_up
+from models.config import PRESETS
+from models.load import expected_shapes, load_model
+from models.sampling import Sampling
+from weights.random_io import random_checkpoint
+
+COLLECTIVES = {
+    "yoke::all_reduce",
+    "yoke::all_gather",
+    "_c10d_functional::all_reduce",
+    "_c10d_functional::all_gather_into_tensor",
+}
+
+
+def main(env: Any, payload: str) -> int:
+    config = PRESETS["tiny"]
+    graphs: list[list[str]] = []
+
+    def record(graph: torch.fx.Graph) -> None:
+        names = (getattr(node.target, "_schema", None) for node in graph.nodes)
+        graphs.append([schema.name for schema in names if schema and schema.name in COLLECTIVES])
+
+    # A pass without an identity keeps the disk cache out: every graph is really compiled here.
+    torch._inductor.config.post_grad_custom_post_pass = record
+    rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
+    with open_group(env.rank, env.world_size, env.backend, rendezvous, 300.0) as group:
+        weights = random_checkpoint(expected_shapes(config), seed=1)
+        model = load_model(config, weights, group, torch.float32)
+        runner = make_runner(model, group, 640, compiled=True)
+        warm_up(runner)
+        compiled = dict(counters["stats"])
+        # One chunk, several, and the border between them.
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for length in (3, 50, 128, 129, 500):
+                generate(runner, [7] * length, 5, frozenset(), Sampling(), 0)
+        if env.rank == 0:
+            print(
+                json.dumps(
+                    {
+                        "graphs": graphs,
+                        "breaks": dict(counters["graph_break"]),
+                        "compiled": compiled,
+                        "after": dict(counters["stats"]),
+                    }
+                )
+            )
+    return 0

@@ -1,0 +1,55 @@
+"""Imports point one way: server -> engine -> models -> tp -> {comm, weights} -> torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+ROOMS = {
+    "launcher": set(),
+    "comm": set(),
+    "weights": set(),
+    "tp": {"comm", "weights"},
+    "models": {"tp", "comm", "weights"},
+    "engine": {"models", "tp", "comm", "weights"},
+}
+
+
+def imported(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_package_imports_only_those_below_it(room: str) -> None:
+    files = list((CHECKOUT / room).rglob("*.py"))
+    assert files
+    for file in files:
+        above = (imported(file) & set(ROOMS)) - ROOMS[room] - {room}
+        assert not above, f"{file} imports {above}"
+
+
+def test_the_launcher_needs_only_the_standard_library_and_psutil() -> None:
+    for file in (CHECKOUT / "launcher").glob("*.py"):
+        foreign = imported(file) - set(sys.stdlib_module_names) - {"launcher", "psutil", "__future__"}
+        assert not foreign, f"{file} imports {foreign}"
+
+
+@pytest.mark.parametrize("words", [["plan"], ["plan", "model=tiny", "weights=random"], ["--help"]])
+def test_the_command_does_not_import_torch(words: list[str]) -> None:
+    code = (
+        f"import sys; sys.argv[1:] = {words!r}; import launch; launch.main(sys.argv[1:])\n"
+        "heavy = {'torch', 'numpy', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=True, capture_output=True)
