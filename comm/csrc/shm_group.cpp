@@ -220,10 +220,10 @@ void ShmGroup::join() {
     }
     sleep_for(5e-4);
   }
-  if (owns_name_) {
-    unlink(path().c_str());
-    owns_name_ = false;
-  }
+  // All have mapped it. Whoever sees that first removes the name, so that no rank returns before it
+  // is gone; the others find nothing to remove.
+  unlink(path().c_str());
+  owns_name_ = false;
 }
 
 void ShmGroup::await_step(int peer, std::uint32_t wanted, const char* op_name) {

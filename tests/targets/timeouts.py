@@ -1,0 +1,32 @@
+"""Rank 1 does not come, or comes with something else: the others say so."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import torch
+
+from comm import ops
+from comm.group import Rendezvous, open_group, set_timeout
+
+
+def main(env: Any, payload: str) -> int:
+    case = json.loads(payload)["case"]
+    rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
+    if case == "join" and env.rank == 1:
+        time.sleep(6)
+        return 0
+    timeout_s = 1.5 if case == "join" else 60.0
+    try:
+        with open_group(env.rank, env.world_size, env.backend, rendezvous, timeout_s) as group:
+            ops.barrier(group)
+            set_timeout(group, 1.5)
+            if case == "late" and env.rank == 1:
+                time.sleep(6)
+                return 0
+            ops.all_reduce(torch.zeros(8 + env.rank if case == "mismatch" else 8), group)
+    except RuntimeError as error:
+        print(f"rank {env.rank}: {str(error).splitlines()[0]}", flush=True)
+    return 0
