@@ -1,0 +1,186 @@
+"""The model against the transformers library, on small random checkpoints that it saved itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from comm.group import Group
+from models.config import PRESETS, ModelConfig, from_gguf, from_hf, override
+from models.generate import generate
+from models.load import config_of, expected_shapes, load_model
+from models.sampling import Sampling, sample
+from weights.checkpoint import open_checkpoint
+from weights.errors import InputError
+from weights.random_io import random_checkpoint
+
+SHAPES = {
+    "mha": {"num_attention_heads": 4, "num_key_value_heads": 4},
+    "gqa": {"num_attention_heads": 6, "num_key_value_heads": 2},
+    "mqa": {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 12},
+    "tied": {"num_attention_heads": 3, "num_key_value_heads": 3, "tie_word_embeddings": True},
+}
+
+
+def save_hf(folder: Path, shape: dict[str, object]) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    heads = int(str(shape["num_attention_heads"]))
+    config = LlamaConfig(
+        hidden_size=heads * 16,
+        intermediate_size=112,
+        num_hidden_layers=3,
+        vocab_size=301,
+        max_position_embeddings=256,
+        rope_theta=5000.0,
+        initializer_range=0.3,
+        eos_token_id=None,
+        **shape,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_those_of_transformers(shape: str, tmp_path: Path) -> None:
+    hf = save_hf(tmp_path, SHAPES[shape])
+    checkpoint = open_checkpoint(tmp_path)
+    model = load_model(config_of(checkpoint), checkpoint, Group(0, 1), torch.float32)
+    tokens = torch.randint(0, 301, (3, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = hf(tokens).logits
+        model.setup(3, 40)
+        # A prompt of 10, its padding to 16, then token by token over the padding.
+        padded = torch.cat([tokens[:, :10], torch.zeros(3, 6, dtype=torch.int64)], dim=1)
+        logits = model(padded, torch.arange(16), torch.tensor([9]))
+        torch.testing.assert_close(logits, wanted[:, 9], rtol=2e-4, atol=2e-4)
+        for i in range(10, 24):
+            logits = model(tokens[:, i : i + 1], torch.tensor([i]))
+            torch.testing.assert_close(logits, wanted[:, i], rtol=2e-4, atol=2e-4)
+        made = hf.generate(
+            tokens[:1], attention_mask=torch.ones(1, 24), max_new_tokens=12, do_sample=False
+        )
+    assert generate(model, Group(0, 1), tokens[0].tolist(), 12) == made[0, 24:].tolist()
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    save_hf(tmp_path, SHAPES["gqa"])
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    config = config_of(open_checkpoint(tmp_path))
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def refused(changed: dict[str, torch.Tensor], match: str) -> None:
+        save_file(changed, file)
+        with pytest.raises(InputError, match=match):
+            load_model(config, open_checkpoint(tmp_path), Group(0, 1), torch.float32)
+
+    refused({key: x for key, x in tensors.items() if key != name}, f"lacks 1 weights.*{name}")
+    refused({**tensors, "model.extra": torch.zeros(1)}, "does not have.*model.extra")
+    refused({**tensors, name: tensors[name][:-1].clone()}, rf"{name} has shape \(111, 96\)")
+
+
+HF = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "vocab_size": 100,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "'llama3'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers must be an integer"),
+        ({"num_key_value_heads": 3}, "not a multiple"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"vocab_size": 0}, "vocab_size=0"),
+    ],
+)
+def test_a_config_that_is_not_supported_is_refused(change: dict, match: str) -> None:
+    assert from_hf(HF, "here") == ModelConfig(64, 2, 4, 4, 16, 128, 100, 2048, norm_eps=1e-6)
+    with pytest.raises(InputError, match=match):
+        from_hf({**HF, **change}, "here")
+
+
+def test_the_embedded_file_declares_the_preset(gguf: Path) -> None:
+    checkpoint = open_checkpoint(gguf)
+    assert config_of(checkpoint) == PRESETS["smollm2-135m"]
+    scaled = {**checkpoint.config, "llama.rope.scaling.type": "yarn"}
+    with pytest.raises(InputError, match="yarn"):
+        from_gguf(scaled, True, "here")
+
+
+# Published numbers of parameters, in units of 10^9.
+@pytest.mark.parametrize(
+    ("preset", "billions"),
+    [
+        ("smollm2-135m", 0.1345),
+        ("llama-7b", 6.738),
+        ("llama-13b", 13.016),
+        ("llama-70b", 68.977),
+        ("llama-3-8b", 8.030),
+        ("llama-3-70b", 70.554),
+    ],
+)
+def test_presets_have_the_published_sizes(preset: str, billions: float) -> None:
+    count = sum(torch.Size(shape).numel() for shape in expected_shapes(PRESETS[preset]).values())
+    assert count / 1e9 == pytest.approx(billions, abs=0.0006)
+
+
+def test_overrides() -> None:
+    assert override(PRESETS["llama-7b"], num_layers=2, dim=None).num_layers == 2
+    assert override(PRESETS["llama-7b"], num_heads=16, num_kv_heads=16).head_dim == 256
+    with pytest.raises(InputError, match="num_layers=0"):
+        override(PRESETS["llama-7b"], num_layers=0)
+    with pytest.raises(InputError, match="dim=100"):
+        override(PRESETS["llama-7b"], dim=100)
+
+
+def test_a_rank_holds_its_share_only() -> None:
+    config = PRESETS["tiny"]
+    weights = random_checkpoint(expected_shapes(config), seed=0)
+    whole = sum(p.numel() for p in load_model(config, weights, Group(0, 1), torch.float32).parameters())
+    part = sum(p.numel() for p in load_model(config, weights, Group(1, 2), torch.float32).parameters())
+    assert part < 0.52 * whole
+
+
+def test_sampling_follows_its_limits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+
+    def frequencies(**limits: float) -> torch.Tensor:
+        sampling = Sampling(**limits)  # type: ignore[arg-type]
+        drawn = sample(logits.expand(20000, 4), sampling, generator)
+        return torch.bincount(drawn, minlength=4) / 20000
+
+    p = logits.softmax(-1)[0]
+    torch.testing.assert_close(frequencies(temperature=1.0), p, atol=0.015, rtol=0)
+    two = torch.tensor([p[0], p[1], 0, 0]) / p[:2].sum()
+    torch.testing.assert_close(frequencies(temperature=1.0, top_k=2), two, atol=0.015, rtol=0)
+    # 0.644 + 0.237 reach 0.7 with the second token.
+    torch.testing.assert_close(frequencies(temperature=1.0, top_p=0.7), two, atol=0.015, rtol=0)
+    hot = (logits / 5).softmax(-1)[0]
+    torch.testing.assert_close(frequencies(temperature=5.0), hot, atol=0.015, rtol=0)
+    assert frequencies(temperature=0.0)[0] == 1
+    assert frequencies(temperature=1.0, top_p=1e-6)[0] == 1
+
+
+def test_config_json_of_saved_model_is_read(tmp_path: Path) -> None:
+    save_hf(tmp_path, SHAPES["mqa"])
+    config = config_of(open_checkpoint(tmp_path))
+    assert (config.head_dim, config.rope_theta, config.num_kv_heads) == (12, 5000.0, 1)
+    (tmp_path / "config.json").write_text(json.dumps([1]))
+    with pytest.raises(InputError, match="JSON object"):
+        open_checkpoint(tmp_path)

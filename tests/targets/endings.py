@@ -1,0 +1,56 @@
+"""Ranks that end in various ways, without torch."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Mistake(ValueError):
+    exit_code = 2
+
+
+def main(env: Any, payload: str) -> int:
+    options = json.loads(payload)
+    case = options["case"]
+    if case == "place":
+        assert "torch" not in sys.modules
+        assert os.sched_getaffinity(0) == set(env.plan.cpus)
+        assert memory_policy() == 2  # MPOL_BIND
+        assert os.getpgid(0) == os.getpid()
+        threads = os.environ["OMP_NUM_THREADS"]
+        print(f"rank {env.rank} of {env.world_size}, OMP_NUM_THREADS={threads}")
+    elif case == "mistake":
+        raise Mistake("the value is wrong")
+    elif case == "exception" and env.rank == 1:
+        print(1 // 0)
+    elif case == "code" and env.rank == env.world_size - 1:
+        return 7
+    elif case == "stubborn":
+        if env.rank == 1:
+            time.sleep(1)  # until the other has made itself deaf
+            return 7
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+    elif case == "grandchild":
+        child = subprocess.Popen(["sleep", "600"])
+        (Path(options["folder"]) / str(env.rank)).write_text(str(child.pid))
+    elif case in ("exception", "code") or (case == "early" and env.rank == 0):
+        time.sleep(600)
+    return 0
+
+
+def memory_policy() -> int:
+    number = {"x86_64": 239, "aarch64": 236}[platform.machine()]  # get_mempolicy
+    policy = ctypes.c_int(-1)
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.syscall(number, ctypes.byref(policy), None, ctypes.c_ulong(0), None, 0) == 0
+    return policy.value
