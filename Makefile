@@ -2,20 +2,22 @@
 # make test   set up, and run every check: style, types, tests
 #
 # Variables: PYTHON=python3 (3.11 or newer), TORCH=torch==2.13.0 (any torch from 2.11 on; the pin keeps
-# pip from fetching gigabytes of CUDA where a CPU build is at hand), PROMPT="..." for the demo.
+# pip from fetching gigabytes of CUDA where a CPU build is at hand); for the demo PROMPT="..." and
+# RANKS=2 (empty: one per socket).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PROMPT ?= The capital of France is
+RANKS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
 .PHONY: help demo test check setup system clean
 help:
-	@sed -n '1,5s/^# \?//p' Makefile
+	@sed -n '1,6s/^# \?//p' Makefile
 
 demo: $(VENV)/.runtime
-	$(BIN)/python launch.py --bind-cores-to-rank --ranks 2 model=smollm2-135m prompt="$(PROMPT)"
+	$(BIN)/python launch.py --bind-cores-to-rank $(RANKS:%=--ranks %) model=smollm2-135m prompt="$(PROMPT)"
 
 test: check
 	$(BIN)/python -m pytest

@@ -42,7 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
     """Flags in both spellings: --bind-cores-to-rank, and DeepSpeed's --bind_cores_to_rank."""
     parser = _Parser(
         prog="launch.py",
-        usage="python launch.py [flags] [generate|plan] key=value ...",
+        usage="python launch.py [flags] [generate|plan] key=value ...\n\n"
+        "  generate  continue a prompt (the default)\n"
+        "  plan      print what would run where, and why; start nothing",
         description=__doc__.split("\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
@@ -50,8 +52,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     def flag(name: str, **options: object) -> None:
-        spellings = dict.fromkeys((name, "--" + name[2:].replace("-", "_")))
-        parser.add_argument(*spellings, **options)  # type: ignore[arg-type]
+        parser.add_argument(name, **options)  # type: ignore[arg-type]
+        other = "--" + name[2:].replace("-", "_")
+        if other != name:
+            hidden = options | {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+            parser.add_argument(other, **hidden)  # type: ignore[arg-type]
 
     flag("--bind-cores-to-rank", action="store_true", help="bind each rank to its cores and memory")
     flag("--ranks", type=int, metavar="N", help="how many ranks (default: one per socket)")
@@ -80,12 +85,14 @@ def make_parser() -> argparse.ArgumentParser:
 def help_text(parser: argparse.ArgumentParser) -> str:
     """Everything on one screen: flags, keys, examples."""
     from engine.job import HELP, Job
+    from models.config import PRESETS
 
     keys = []
     for key, text in HELP.items():
         default = getattr(Job, key)
         shown = "" if default in (None, "???") else f" [{default}]"
         keys.append(f"  {key + '=':<18}{text}{shown}")
+    keys.insert(1, f"  {'':<18}presets: {', '.join(PRESETS)}")
     return parser.format_help() + "\nkeys of the job [default]:\n" + "\n".join(keys) + "\n" + EXAMPLES
 
 

@@ -49,7 +49,7 @@ class Job:
 
 
 HELP: dict[str, str] = {
-    "model": f"a preset ({', '.join(PRESETS)}), a .gguf file, or a folder of safetensors",
+    "model": "a preset, a .gguf file, a folder of safetensors, or OWNER/NAME in the hub cache",
     "prompt": "the text to continue",
     "weights": "auto (find them) or random (the shape of a preset, without weights)",
     "max_new_tokens": "how many tokens to make at most",

@@ -23,6 +23,7 @@ from models.load import config_of, expected_shapes, load_model
 from models.sampling import Sampling
 from models.tokenizer import TextCodec, apply_chat_template, byte_codec, load_codec
 from weights.checkpoint import Checkpoint, open_checkpoint
+from weights.errors import InputError
 from weights.random_io import random_checkpoint
 
 # Ranks reach their first collective when each has loaded and compiled its own part, which can be
@@ -49,13 +50,17 @@ def _run(env: Any, resolved: ResolvedJob, group: Group) -> None:
     config = resolved.config if resolved.checkpoint is None else config_of(checkpoint)
     assert config is not None
     check_ranks(ResolvedJob(job, resolved.checkpoint, config), group.size)
+    if job.max_seq_len > config.max_seq_len:
+        raise InputError(
+            f"max_seq_len={job.max_seq_len}: this model was trained for {config.max_seq_len} at most"
+        )
     codec, prompt = _prompt(job, checkpoint, config.vocab_size, group)
 
     started = time.perf_counter()
     with progress_bar("loading weights", enabled=group.rank == 0) as progress:
         model = load_model(config, checkpoint, group, _dtype(job.dtype), progress)
     load_s = time.perf_counter() - started
-    runner = make_runner(model, group, min(job.max_seq_len, config.max_seq_len), job.compile)
+    runner = make_runner(model, group, job.max_seq_len, job.compile)
     if group.rank == 0:
         say("compiling the prompt and token steps ..." if job.compile else "warming up ...")
     compile_s = warm_up(runner)
@@ -63,10 +68,12 @@ def _run(env: Any, resolved: ResolvedJob, group: Group) -> None:
     set_timeout(group, env.comm_timeout_s)
 
     stream = codec.stream() if codec is not None and job.output == "text" else None
+    shown: list[str] = []
 
     def show(token: int) -> None:
         if stream is not None:
-            sys.stdout.write(stream(token))
+            shown.append(stream(token))
+            sys.stdout.write(shown[-1])
             sys.stdout.flush()
 
     sampling = Sampling(job.temperature, job.top_k, job.top_p)
@@ -92,6 +99,8 @@ def _run(env: Any, resolved: ResolvedJob, group: Group) -> None:
     if job.output == "json":
         write_json(report)
     else:
+        # What the stream held back: a character that its last token left incomplete.
+        sys.stdout.write(report.text.removeprefix("".join(shown)))
         write_summary(report, env.placement)
 
 

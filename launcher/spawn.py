@@ -291,8 +291,9 @@ def _kill_groups(ranks: list[_Rank]) -> None:
 def _signal_pipe() -> Iterator[int]:
     """A descriptor that yields the number of each signal that arrives, as one byte."""
     read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    # SIGCHLD too: it wakes the loop when a rank ends.
-    numbers = (*_STOP_SIGNALS, signal.SIGCHLD)
+    # What was ignored when we were started stays so (nohup). SIGCHLD wakes the loop when a rank ends.
+    stops = [n for n in _STOP_SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
+    numbers = (*stops, signal.SIGCHLD)
     previous = {number: signal.signal(number, lambda *_: None) for number in numbers}
     previous_fd = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     try:
