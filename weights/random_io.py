@@ -16,6 +16,7 @@ from torch import Tensor
 
 from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
 
+BLOCK = 1 << 18  # elements hashed at a time: the intermediate steps stay in the cache
 SCALE = 0.02  # the standard deviation at which the Llama family is initialised
 
 
@@ -35,8 +36,12 @@ def _entry(name: str, shape: tuple[int, ...], seed: int) -> Entry:
             return torch.ones(sizes)
         rows = torch.arange(slices[0].start, slices[0].stop, dtype=torch.int32)
         columns = torch.arange(slices[1].start, slices[1].stop, dtype=torch.int32)
-        bits = _hash(_hash(rows + (key & 0x7FFFFFFF)).unsqueeze(1) + columns)
-        return bits.to(torch.float32).mul_(SCALE * 3**0.5 / 2**31)
+        row_keys = _hash(rows + (key & 0x7FFFFFFF)).unsqueeze(1)
+        values = torch.empty(sizes)
+        block = max(BLOCK // max(sizes[1], 1), 1)
+        for target, keys in zip(values.split(block), row_keys.split(block), strict=True):
+            target.copy_(_hash(keys + columns))
+        return values.mul_(SCALE * 3**0.5 / 2**31)
 
     return Entry(shape, "random", read)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import stat
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +18,15 @@ def main(env: Any, payload: str) -> int:
     case = json.loads(payload)["case"]
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
     if case == "join" and env.rank == 1:
-        time.sleep(6)
+        deadline = time.monotonic() + 6
+        found: list[Path] = []
+        while not found and time.monotonic() < deadline:
+            found = list(Path("/dev/shm").glob(f"yoke-{env.session}*"))
+            time.sleep(0.05)
+        print([f"mode {stat.S_IMODE(segment.stat().st_mode):o}" for segment in found], flush=True)
+        time.sleep(4)
         return 0
-    timeout_s = 1.5 if case == "join" else 60.0
+    timeout_s = 2.5 if case == "join" else 60.0
     try:
         with open_group(env.rank, env.world_size, env.backend, rendezvous, timeout_s) as group:
             ops.barrier(group)
