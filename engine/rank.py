@@ -120,7 +120,7 @@ def _prompt(
     if group.rank == 0:
         codec = byte_codec(vocab_size) if job.weights == "random" else load_codec(checkpoint)
         text = apply_chat_template(codec, job.prompt) if job.chat else job.prompt
-        tokens = codec.encode(text)
+        tokens = codec.encode(text, not job.chat)
         check_prompt(len(tokens), job.max_new_tokens, job.max_seq_len)
     length = ops.broadcast(torch.tensor([len(tokens)]), 0, group)
     if group.rank != 0:

@@ -47,11 +47,12 @@ _CONTROL, _USER_DEFINED = 3, 4  # values of `tokenizer.ggml.token_type`
 class TextCodec:
     """A tokenizer and what a model's files say of its use.
 
-    `encode(text)` gives token ids; `stream()` gives a function that takes one id at a time and returns
-    the text that has become certain, never half a character.
+    `encode(text, whole)` gives token ids; `whole` adds the tokens that the model wants around a text
+    (a first one, mostly), which a chat template has already written. `stream()` gives a function that
+    takes one id at a time and returns the text that has become certain, never half a character.
     """
 
-    encode: Callable[[str], list[int]]
+    encode: Callable[[str, bool], list[int]]
     decode: Callable[[list[int]], str]
     stream: Callable[[], Callable[[int], str]]
     stop_tokens: frozenset[int] = frozenset()
@@ -74,7 +75,7 @@ def byte_codec(vocab_size: int) -> TextCodec:
         return chr(token) if 32 <= token < 127 else f"<{token}>"
 
     return TextCodec(
-        encode=lambda text: [byte % vocab_size for byte in text.encode()],
+        encode=lambda text, whole: [byte % vocab_size for byte in text.encode()],
         decode=lambda tokens: "".join(map(show, tokens)),
         stream=lambda: show,
     )
@@ -112,10 +113,9 @@ def _codec(
     special: Mapping[str, str],
     bos: int | None,
 ) -> TextCodec:
-    def encode(text: str) -> list[int]:
-        tokens: list[int] = tokenizer.encode(text).ids
-        # A chat template writes the first token itself.
-        return tokens if bos is None or tokens[:1] == [bos] else [bos, *tokens]
+    def encode(text: str, whole: bool) -> list[int]:
+        tokens: list[int] = tokenizer.encode(text, add_special_tokens=whole).ids
+        return [bos, *tokens] if whole and bos is not None else tokens
 
     def stream() -> Callable[[int], str]:
         decoder = DecodeStream(skip_special_tokens=True)
@@ -160,8 +160,9 @@ def _from_gguf(config: Mapping[str, Any], path: Path) -> TextCodec:
     special = {
         f"{name}_token": tokens[index] for name, index in names.items() if isinstance(index, int)
     }
-    # Without the key, a vocabulary of this kind adds no first token.
-    bos = names["bos"] if config.get("tokenizer.ggml.add_bos_token", False) else None
+    # Without the key, llama.cpp adds a first token for Llama 3 and for no other of these.
+    add_bos = config.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")
+    bos = names["bos"] if add_bos else None
     return _codec(tokenizer, stop, config.get("tokenizer.chat_template"), special, bos)
 
 
