@@ -1,0 +1,210 @@
+"""Where a bound rank's pages and threads really are: the check after the binding.
+
+Pages come from `/proc/<pid>/numa_maps`, which counts them exactly. Where that file is missing, they
+come from the move_pages system call, which tells the node of given addresses: evenly spread samples,
+so that a process of any size costs a few milliseconds. Where neither answers, the source is "" and
+nothing is claimed. Threads come from `/proc/<pid>/task`: a stray is one whose mask leaves the rank's
+cpus, also where a library meant it so.
+
+What is counted: what the process itself owns, that is heap, stacks, anonymous memory, and its private
+copies of file pages. What is not: pages shared with others, such as the code of libraries, files that
+are mapped to be read (weights too), and shared-memory segments: whoever touched them first placed
+them. Pages in swap are on no node and are not counted either.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.topology import format_cpu_list, parse_cpu_list
+
+_MOVE_PAGES = {"x86_64": 279, "aarch64": 239}  # system call numbers
+_NUM_SAMPLES = 1 << 16  # some 7 ms; every page of a process of up to 256 MiB
+_NUM_SHOWN_STRAYS = 4
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A rank's memory by node, in bytes, and its threads, against the `nodes` and `cpus` it was to
+    have. `source` is "numa_maps", "move_pages" (sampled) or "" (cannot be told); `stray_threads`
+    says for each thread that may leave the cpus what it may do."""
+
+    rank: int
+    nodes: tuple[int, ...]
+    cpus: tuple[int, ...]
+    pages_by_node: dict[int, int]
+    local_bytes: int
+    total_bytes: int
+    source: str
+    stray_threads: tuple[str, ...]
+    num_threads: int
+
+
+def check_placement(
+    rank: int, nodes: Collection[int], cpus: Collection[int], root: Path = Path("/proc/self")
+) -> Placement:
+    """Look at the process whose proc folder is `root`."""
+    by_node, source = _read_pages(root)
+    strays, num_threads = _read_threads(root / "task", cpus)
+    return Placement(
+        rank=rank,
+        nodes=tuple(sorted(nodes)),
+        cpus=tuple(sorted(cpus)),
+        pages_by_node=by_node,
+        local_bytes=sum(size for node, size in by_node.items() if node in nodes),
+        total_bytes=sum(by_node.values()),
+        source=source,
+        stray_threads=strays,
+        num_threads=num_threads,
+    )
+
+
+def render_placement(placement: Placement) -> str:
+    """One line for people."""
+    return f"rank {placement.rank}: {_render_pages(placement)}; {_render_threads(placement)}"
+
+
+def parse_numa_maps(text: str) -> dict[int, int]:
+    """Bytes per node of the process's own memory, from the text of a numa_maps file."""
+    by_node: Counter[int] = Counter()
+    for line in text.splitlines():
+        words = line.split()
+        counts = {int(word[1 : word.index("=")]): _value(word) for word in words if _is_node(word)}
+        if any(word.startswith("file=") for word in words):
+            own = next((_value(word) for word in words if word.startswith("anon=")), 0)
+            # Private copies and the file's own pages are told by node only in sum: where both are
+            # there, the copies count if there is one node, and else not at all.
+            if own != sum(counts.values()):
+                counts = dict.fromkeys(counts, own) if len(counts) == 1 else {}
+        # Transparent huge pages are counted in small ones; only hugetlbfs pages have another size.
+        size = next((_value(word) for word in words if word.startswith("kernelpagesize_kB=")), 4)
+        for node, count in counts.items():
+            by_node[node] += count * size * 1024
+    return {node: size for node, size in sorted(by_node.items()) if size}
+
+
+def parse_private_maps(text: str) -> list[tuple[int, int]]:
+    """First and last-plus-one address of each writable private mapping without a file behind it."""
+    found = []
+    for line in text.splitlines():
+        addresses, mode, _offset, _device, inode, *name = line.split(maxsplit=5)
+        special = bool(name) and name[0].startswith("[v")  # [vdso], [vvar], [vsyscall]
+        if mode.startswith("rw") and mode.endswith("p") and inode == "0" and not special:
+            first, last = addresses.split("-")
+            found.append((int(first, 16), int(last, 16)))
+    return found
+
+
+def count_samples(samples: Iterable[tuple[int, int]]) -> dict[int, int]:
+    """(bytes that a sample stands for, node or negative error) -> bytes per node. A page that was
+    never touched answers with an error and counts as nothing."""
+    by_node: Counter[int] = Counter()
+    for size, node in samples:
+        if node >= 0:
+            by_node[node] += size
+    return dict(sorted(by_node.items()))
+
+
+def stray_threads(
+    threads: Mapping[int, tuple[str, tuple[int, ...], int]], cpus: Collection[int]
+) -> tuple[str, ...]:
+    """What to say of each thread (id -> name, mask, cpu it last ran on) that may leave `cpus`."""
+    said = []
+    for thread, (name, mask, last) in sorted(threads.items()):
+        if not set(mask) <= set(cpus):
+            text = f"thread {thread} ({name}) may run on cpus {format_cpu_list(mask)}"
+            text += f", outside {format_cpu_list(cpus)}"
+            said.append(text if last in cpus else f"{text}, and last ran on {last}")
+    return tuple(said)
+
+
+def _is_node(word: str) -> bool:
+    return re.fullmatch(r"N\d+=\d+", word) is not None
+
+
+def _value(word: str) -> int:
+    return int(word[word.index("=") + 1 :])
+
+
+def _read_pages(root: Path) -> tuple[dict[int, int], str]:
+    with suppress(OSError):
+        # File names may be any bytes.
+        return parse_numa_maps((root / "numa_maps").read_text(errors="replace")), "numa_maps"
+    with suppress(OSError):
+        ranges = parse_private_maps((root / "maps").read_text(errors="replace"))
+        pid = int(root.name) if root.name.isdigit() else 0  # 0: the calling process
+        return count_samples(_sample(pid, ranges)), "move_pages"
+    return {}, ""
+
+
+def _sample(pid: int, ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """(bytes, node) of evenly spread addresses. Raises OSError where the kernel does not tell."""
+    number = _MOVE_PAGES.get(platform.machine())
+    if number is None:
+        raise OSError(f"no move_pages on {platform.machine()}")
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = sum(last - first for first, last in ranges)
+    stride = max(1, -(-total // (_NUM_SAMPLES * page))) * page
+    addresses = [
+        (at, min(stride, last - at)) for first, last in ranges for at in range(first, last, stride)
+    ]
+    pages = (ctypes.c_void_p * len(addresses))(*(at for at, _ in addresses))
+    status = (ctypes.c_int * len(addresses))()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(number, pid, ctypes.c_ulong(len(addresses)), pages, None, status, 0) != 0:
+        raise OSError(ctypes.get_errno(), "move_pages")
+    return ((size, node) for (_, size), node in zip(addresses, status, strict=True))
+
+
+def _read_threads(folder: Path, cpus: Collection[int]) -> tuple[tuple[str, ...], int]:
+    threads: dict[int, tuple[str, tuple[int, ...], int]] = {}
+    for task in folder.iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # threads come and go
+            status = dict(
+                line.split(":\t", 1)
+                for line in (task / "status").read_text().splitlines()
+                if ":\t" in line
+            )
+            # The name, in parentheses, may hold spaces and parentheses; field 3 follows the last one.
+            last = int((task / "stat").read_text().rpartition(")")[2].split()[39 - 3])
+            threads[int(task.name)] = (
+                status["Name"],
+                parse_cpu_list(status["Cpus_allowed_list"]),
+                last,
+            )
+    return stray_threads(threads, cpus), len(threads)
+
+
+def _render_pages(placement: Placement) -> str:
+    if not placement.source:
+        return "where its pages are cannot be told here (no numa_maps, no move_pages)"
+    percent = 100 * placement.local_bytes / max(placement.total_bytes, 1)
+    nodes = f"{'node' if len(placement.nodes) == 1 else 'nodes'} {format_cpu_list(placement.nodes)}"
+    away = "".join(
+        f", {_size(size)} on node {node}"
+        for node, size in placement.pages_by_node.items()
+        if node not in placement.nodes
+    )
+    return f"{percent:.1f} % of {_size(placement.total_bytes)} on {nodes}{away} ({placement.source})"
+
+
+def _render_threads(placement: Placement) -> str:
+    count = "1 thread" if placement.num_threads == 1 else f"{placement.num_threads} threads"
+    strays = placement.stray_threads
+    if not strays:
+        return f"{count}, all on cpus {format_cpu_list(placement.cpus)}"
+    more = len(strays) - _NUM_SHOWN_STRAYS
+    shown = "; ".join(strays[:_NUM_SHOWN_STRAYS])
+    return f"{count}; {shown}" + (f"; and {more} more" if more > 0 else "")
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
