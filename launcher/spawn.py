@@ -156,7 +156,9 @@ def _watch(ranks: list[_Rank], selector: selectors.BaseSelector, wakeup: int, gr
                     deadline = time.monotonic() + grace_s
                 else:  # asked twice: at once
                     _signal_groups(running, signal.SIGKILL)
-        for rank in [rank for rank in running if rank.process.poll() is not None]:
+        ended = [rank for rank in running if rank.process.poll() is not None]
+        # Of those that ended together, one that was killed is the cause; the others missed it.
+        for rank in sorted(ended, key=lambda rank: rank.process.returncode >= 0):
             running.remove(rank)
             code = rank.process.returncode
             if code == 0:

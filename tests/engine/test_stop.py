@@ -27,10 +27,11 @@ WORDS = (
 
 
 @pytest.fixture
-def generating() -> subprocess.Popen[str]:
-    """A run that is in the middle of its text."""
+def generating(request: pytest.FixtureRequest) -> subprocess.Popen[str]:
+    """A run that is in the middle of its text; the parameter is a transport."""
+    comm = f"--comm={getattr(request, 'param', 'auto')}"
     process = subprocess.Popen(
-        [sys.executable, str(CHECKOUT / "launch.py"), *WORDS],
+        [sys.executable, str(CHECKOUT / "launch.py"), comm, *WORDS],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -65,6 +66,7 @@ def expect_end(process: subprocess.Popen[str], ranks: list[psutil.Process], code
 
 
 @pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("generating", ["shm", "gloo"], indirect=True)
 def test_a_killed_rank_ends_the_run_and_is_named(
     generating: subprocess.Popen[str], victim: int
 ) -> None:
