@@ -1,67 +1,53 @@
-"""What the machine is made of: sockets, memory nodes, physical cores, GPUs.
+"""What the machine is made of, reduced to what this process may use.
 
-Read from sysfs and proc (no numactl, lscpu or libnuma), and reduced to what this process may use: the
-affinity mask and the memory nodes that its cgroup allows. `root` reads a recorded tree instead.
+Read from sysfs and proc (no numactl, lscpu or libnuma). What may be used is what the affinity mask and
+the control group both allow. `root` reads a recorded tree instead, with the mask that was recorded.
 Ids are the operating system's own.
 
-What is not here: caches, hybrid core kinds, distances between nodes.
+The parts: `cores` (packages, cores, L3 caches), `numa` (memory nodes), `gpus`, `cgroup`; `sysfs` has
+the reading itself. What is not here: any decision about ranks (`plan`).
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.cgroup import read_cgroup
+from launcher.cores import Core, read_cores, read_sockets
 from launcher.errors import LaunchError
+from launcher.gpus import Gpu, gpu_memory_nodes, read_gpus
+from launcher.numa import Node, read_node_cpus, read_nodes
+from launcher.sysfs import format_cpu_list, numbered, parse_cpu_list, prefix, read, read_int, read_list
+
+__all__ = [
+    "Core",
+    "Gpu",
+    "Node",
+    "Socket",
+    "Topology",
+    "format_cpu_list",
+    "parse_cpu_list",
+    "read_topology",
+]
 
 
 @dataclass(frozen=True)
 class Socket:
-    """A processor package and the memory nodes of its cores."""
+    """A processor package and the allowed memory nodes that are its own or serve its cpus.
+
+    It is listed also where none of its cpus may be used but one of its nodes may.
+    """
 
     id: int
     nodes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Node:
-    """A memory node; `socket` is None where it has no cpus or serves several sockets.
-
-    `kind` is "dram", "memory-only" (no cpus: HBM, CXL) or "no-memory".
-    """
-
-    id: int
-    socket: int | None
-    cpus: tuple[int, ...]
-    memory_bytes: int
-    kind: str
-
-
-@dataclass(frozen=True)
-class Core:
-    """A physical core; `cpus` are its usable logical cpus, first hardware thread first."""
-
-    id: int
-    socket: int
-    node: int
-    cpus: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """An NVIDIA GPU by its PCI address, and the node it is attached to (None: not told)."""
-
-    index: int
-    pci: str
-    node: int | None
-
-
-@dataclass(frozen=True)
 class Topology:
-    """What this process may use. `notes` say where a fallback stands in for a missing file."""
+    """What this process may use. `notes` say where a fallback stands in for something missing."""
 
     sockets: tuple[Socket, ...]
     nodes: tuple[Node, ...]
@@ -72,176 +58,135 @@ class Topology:
     notes: tuple[str, ...] = ()
 
 
-def read_topology(root: Path = Path("/")) -> Topology:
-    """The machine below `root`. Raises LaunchError for a tree that makes no sense."""
+def read_topology(root: Path = Path("/"), visible_gpus: str | None = None) -> Topology:
+    """The machine below `root`. Raises LaunchError for a tree that makes no sense.
+
+    `visible_gpus` is the value of CUDA_VISIBLE_DEVICES.
+    """
     notes: list[str] = []
-    cpu_dir = root / "sys/devices/system/cpu"
-    online = _read_list(cpu_dir / "online")
+    base = prefix(root)
+    cgroup = read_cgroup(root)
+    mask = _affinity_mask(base)
+    online = _online_cpus(base, mask, notes)
+    allowed = _allowed_cpus(online, mask, cgroup.cpus, notes)
+    mems = _status_list(base, "Mems_allowed_list")
+    cpus_of = read_node_cpus(base, online, gpu_memory_nodes(base), notes)
+    if not cpus_of:
+        # Where only another node may be used, that is the one which is there.
+        only = min(mems or cgroup.nodes or (0,))
+        notes.append(
+            f"{base}/sys/devices/system/node is missing: all cpus are taken as one memory node {only}"
+        )
+        cpus_of = {only: online}
+    cpus_of = _with_homeless(cpus_of, online, notes)
+    node_of = {cpu: node for node, cpus in cpus_of.items() for cpu in cpus}
+    socket_of = read_sockets(base, online, node_of, notes)
+    cores = read_cores(base, online, allowed, node_of, socket_of, notes)
+    nodes = tuple(
+        node
+        for node in read_nodes(base, cpus_of, socket_of, allowed, notes)
+        if (mems is None or node.id in mems) and (cgroup.nodes is None or node.id in cgroup.nodes)
+    )
+    if not nodes:
+        raise LaunchError(
+            f"memory nodes {format_cpu_list(cpus_of)} exist, and Mems_allowed_list or the cpuset of "
+            "the control group allows none of them: start in a control group that does"
+        )
+    devices = "/dev" if root == Path("/") else None
+    return Topology(
+        _sockets(nodes, cores, cpus_of, socket_of),
+        nodes,
+        cores,
+        read_gpus(base, allowed, visible_gpus, devices, notes),
+        allowed,
+        tuple(node.id for node in nodes),
+        tuple(notes),
+    )
+
+
+def _affinity_mask(base: str) -> frozenset[int] | None:
+    """The cpus that the scheduler may use for this process, or for the one that recorded the tree."""
+    if not base:
+        return frozenset(os.sched_getaffinity(0))
+    listed = _status_list(base, "Cpus_allowed_list")
+    return None if listed is None else frozenset(listed)
+
+
+def _status_list(base: str, key: str) -> tuple[int, ...] | None:
+    path = f"{base}/proc/self/status"
+    match = re.search(rf"^{key}:[ \t]*(\S*)$", read(path) or "", re.MULTILINE)
+    if match is None:
+        return None
+    try:
+        return parse_cpu_list(match[1])
+    except LaunchError as error:
+        raise LaunchError(f"{path}, {key}: {error}") from None
+
+
+def _online_cpus(base: str, mask: frozenset[int] | None, notes: list[str]) -> tuple[int, ...]:
+    folder = f"{base}/sys/devices/system/cpu"
+    described = numbered(folder, "cpu")
+    online = read_list(f"{folder}/online")
     if online is None:
         # Old kernels tell it cpu by cpu; the first often cannot be taken offline and says nothing.
-        online = tuple(
-            cpu for cpu in _numbered(cpu_dir, "cpu") if _read_int(cpu_dir / f"cpu{cpu}/online") != 0
-        )
+        online = tuple(cpu for cpu in described if read_int(f"{folder}/cpu{cpu}/online") != 0)
+    if not online and not base:
+        notes.append(f"{folder} lists no cpus: those of the affinity mask are taken")
+        online = tuple(sorted(mask or ()))
     if not online:
-        raise LaunchError(f"{cpu_dir} lists no cpus; --sysfs must name a folder that holds sys/")
-    allowed = _allowed_cpus(root, online)
+        raise LaunchError(f"{folder} lists no cpus; --sysfs must name a folder that holds sys/")
+    absent = set(online) - set(described)
+    if absent and len(absent) < len(online):
+        notes.append(f"cpus {format_cpu_list(absent)} are online but not described: left out")
+        online = tuple(cpu for cpu in online if cpu not in absent)
+    return online
+
+
+def _allowed_cpus(
+    online: tuple[int, ...],
+    mask: frozenset[int] | None,
+    cpuset: tuple[int, ...] | None,
+    notes: list[str],
+) -> tuple[int, ...]:
+    allowed = tuple(cpu for cpu in online if mask is None or cpu in mask)
     if not allowed:
-        raise LaunchError("the affinity mask and the online cpus have no cpu in common")
-    node_of, memory = _read_nodes(root, online, notes)
-    cores = _read_cores(cpu_dir, allowed, node_of, notes)
-    allowed_nodes = _allowed_nodes(root, tuple(memory))
-    nodes = []
-    for node in sorted(memory):
-        cpus = tuple(cpu for cpu in allowed if node_of.get(cpu) == node)
-        if cpus or node in allowed_nodes:
-            has_cpus = any(owner == node for owner in node_of.values())
-            kind = "no-memory" if not memory[node] else "dram" if has_cpus else "memory-only"
-            owners = {core.socket for core in cores if core.node == node}
-            socket = owners.pop() if len(owners) == 1 else None
-            nodes.append(Node(node, socket, cpus, memory[node], kind))
-    sockets = tuple(
-        Socket(socket, tuple(sorted({core.node for core in cores if core.socket == socket})))
-        for socket in sorted({core.socket for core in cores})
-    )
-    gpus = _read_gpus(root)
-    return Topology(sockets, tuple(nodes), cores, gpus, allowed, allowed_nodes, tuple(notes))
-
-
-def parse_cpu_list(text: str) -> tuple[int, ...]:
-    """ "0-3,8" -> (0, 1, 2, 3, 8), sorted. Raises LaunchError."""
-    numbers: set[int] = set()
-    for part in text.strip().split(","):
-        if not part:
-            continue
-        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
-        if match is None:
-            raise LaunchError(f"{text.strip()!r} is not a list of cpus such as 0-3,8")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise LaunchError(f"{part!r} in a list of cpus: the range runs backwards")
-        numbers.update(range(first, last + 1))
-    return tuple(sorted(numbers))
-
-
-def format_cpu_list(numbers: Iterable[int]) -> str:
-    """(0, 1, 2, 3, 8) -> "0-3,8"."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
-
-
-def _read(path: Path) -> str | None:
-    try:
-        # Some firmware-written files end in a NUL.
-        return path.read_text(encoding="ascii", errors="replace").strip("\0 \n\t")
-    except OSError:
-        return None
-
-
-def _read_list(path: Path) -> tuple[int, ...] | None:
-    text = _read(path)
-    return None if text is None else parse_cpu_list(text)
-
-
-def _read_int(path: Path) -> int | None:
-    text = _read(path)
-    return int(text) if text is not None and re.fullmatch(r"-?\d+", text) else None
-
-
-def _numbered(folder: Path, prefix: str) -> tuple[int, ...]:
-    """The numbers N of the entries `<prefix>N`."""
-    if not folder.is_dir():
-        return ()
-    names = (re.fullmatch(rf"{prefix}(\d+)", entry.name) for entry in folder.iterdir())
-    return tuple(sorted(int(match[1]) for match in names if match))
-
-
-def _allowed_cpus(root: Path, online: tuple[int, ...]) -> tuple[int, ...]:
-    if root == Path("/"):
-        mask = os.sched_getaffinity(0)  # the cgroup's cpuset is already in it
-    else:
-        listed = _status_list(root, "Cpus_allowed_list")
-        mask = set(online if listed is None else listed)
-    return tuple(cpu for cpu in online if cpu in mask)
-
-
-def _allowed_nodes(root: Path, present: tuple[int, ...]) -> tuple[int, ...]:
-    listed = _status_list(root, "Mems_allowed_list")
-    return tuple(sorted(node for node in present if listed is None or node in listed))
-
-
-def _status_list(root: Path, key: str) -> tuple[int, ...] | None:
-    match = re.search(rf"^{key}:\s*(\S*)$", _read(root / "proc/self/status") or "", re.MULTILINE)
-    return None if match is None else parse_cpu_list(match[1])
-
-
-def _read_nodes(
-    root: Path, online: tuple[int, ...], notes: list[str]
-) -> tuple[dict[int, int], dict[int, int]]:
-    """The node of each cpu, and the bytes of memory of each node."""
-    folder = root / "sys/devices/system/node"
-    node_of: dict[int, int] = {}
-    memory: dict[int, int] = {}
-    for node in _numbered(folder, "node"):
-        for cpu in _read_list(folder / f"node{node}/cpulist") or ():
-            node_of[cpu] = node
-        memory[node] = _memory_bytes(_read(folder / f"node{node}/meminfo"))
-    if not memory:
-        notes.append(f"{folder} is missing: all cpus are taken as one memory node 0")
-        memory[0] = _memory_bytes(_read(root / "proc/meminfo"))
-    homeless = [cpu for cpu in online if cpu not in node_of]
-    for cpu in homeless:
-        node_of[cpu] = min(memory)
-    if homeless and len(memory) > 1:
+        raise LaunchError(
+            f"the affinity mask has cpus {format_cpu_list(mask or ())} and online are "
+            f"{format_cpu_list(online)}: none in common; start with another mask (taskset -p shows it)"
+        )
+    if cpuset is None:
+        return allowed
+    both = tuple(cpu for cpu in allowed if cpu in set(cpuset))
+    if not both:
         notes.append(
-            f"cpus {format_cpu_list(tuple(homeless))} name no memory node: taken as {min(memory)}"
+            f"the control group lists cpus {format_cpu_list(cpuset)}, of which none can be used: "
+            f"the affinity mask's {format_cpu_list(allowed)} are taken"
         )
-    return node_of, memory
+    return both or allowed
 
 
-def _memory_bytes(meminfo: str | None) -> int:
-    match = re.search(r"MemTotal:\s*(\d+) kB", meminfo or "")
-    return int(match[1]) * 1024 if match else 0
+def _with_homeless(
+    cpus_of: dict[int, tuple[int, ...]], online: tuple[int, ...], notes: list[str]
+) -> dict[int, tuple[int, ...]]:
+    """The same, with the cpus that no node lists given to the first node that has cpus."""
+    homeless = set(online).difference(*cpus_of.values())
+    if not homeless:
+        return cpus_of
+    first = min((node for node, cpus in cpus_of.items() if cpus), default=min(cpus_of))
+    if len(cpus_of) > 1:
+        notes.append(f"cpus {format_cpu_list(homeless)} name no memory node: taken as {first}")
+    return cpus_of | {first: tuple(sorted({*cpus_of[first], *homeless}))}
 
 
-def _read_cores(
-    cpu_dir: Path, allowed: tuple[int, ...], node_of: dict[int, int], notes: list[str]
-) -> tuple[Core, ...]:
-    """Physical cores, grouped by the siblings that each cpu lists, ordered by socket, node and cpu."""
-    threads: dict[tuple[int, int, int], list[int]] = {}
-    unknown: list[int] = []
-    for cpu in allowed:
-        topology = cpu_dir / f"cpu{cpu}/topology"
-        socket = _read_int(topology / "physical_package_id")
-        if socket is None or socket < 0:
-            # Some Arm kernels and containers tell nothing: a memory node is the best guess.
-            unknown.append(cpu)
-            socket = node_of[cpu]
-        siblings = _read_list(topology / "core_cpus_list") or _read_list(
-            topology / "thread_siblings_list"
-        )
-        threads.setdefault((socket, node_of[cpu], min(siblings or (cpu,))), []).append(cpu)
-    if unknown:
-        notes.append(
-            f"cpus {format_cpu_list(tuple(unknown))} name no socket: each memory node is taken as one"
-        )
+def _sockets(
+    nodes: tuple[Node, ...],
+    cores: tuple[Core, ...],
+    cpus_of: dict[int, tuple[int, ...]],
+    socket_of: dict[int, int | None],
+) -> tuple[Socket, ...]:
+    served = {node.id: {node.socket, *(socket_of[cpu] for cpu in cpus_of[node.id])} for node in nodes}
+    ids = {core.socket for core in cores} | {node.socket for node in nodes}
     return tuple(
-        Core(index, socket, node, tuple(sorted(cpus)))
-        for index, ((socket, node, _), cpus) in enumerate(sorted(threads.items()))
+        Socket(socket, tuple(node for node, sockets in served.items() if socket in sockets))
+        for socket in sorted(id for id in ids if id is not None)
     )
-
-
-def _read_gpus(root: Path) -> tuple[Gpu, ...]:
-    """NVIDIA devices of the display classes, in PCI order."""
-    folder = root / "sys/bus/pci/devices"
-    found: list[tuple[str, int | None]] = []
-    for device in sorted(folder.iterdir()) if folder.is_dir() else ():
-        kind = _read(device / "class") or ""
-        if _read(device / "vendor") == "0x10de" and kind.startswith(("0x0300", "0x0302")):
-            node = _read_int(device / "numa_node")
-            found.append((device.name, None if node is None or node < 0 else node))
-    return tuple(Gpu(index, pci, node) for index, (pci, node) in enumerate(found))
