@@ -41,22 +41,22 @@ _KNOWN = (
         "deepspeed",
         ("deepspeed",),
         tied=False,
-        about="source only: its operators are compiled at first use",
-        instead="Yoke's own binding and shared-memory collectives",
+        about="source only, compiled at first use",
+        instead="Yoke's binding and collectives",
     ),
     _Known(
         "intel_extension_for_pytorch",
         ("intel-extension-for-pytorch",),
         tied=True,
-        about="end of life; the last release is for torch 2.8",
+        about="end of life, the last one is for torch 2.8",
         instead="torch.compile",
     ),
     _Known(
         "oneccl_bindings_for_pytorch",
         ("oneccl-bind-pt", "oneccl-bindings-for-pytorch"),
         tied=True,
-        about="end of life; the last release is for torch 2.8",
-        instead="Yoke's own shared-memory collectives",
+        about="end of life, the last one is for torch 2.8",
+        instead="Yoke's shared-memory collectives",
     ),
 )
 

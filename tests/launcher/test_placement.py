@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,7 +113,7 @@ def test_one_line_for_people() -> None:
     assert line.endswith("4 threads; " + "; ".join(astray.stray_threads[:4]) + "; and 2 more")
 
 
-def in_a_process(code: str) -> dict[str, object]:
+def in_a_process(code: str) -> dict[str, Any]:
     """Run code that sets `placement` in a fresh interpreter, whose pages and threads are known."""
     header = "from launcher.placement import check_placement\nimport os, threading, json\n"
     footer = "\nfrom dataclasses import asdict; print(json.dumps(asdict(placement)))"
@@ -185,5 +186,5 @@ done.set()
 """
     placement = in_a_process(code)
     assert placement["num_threads"] == 3
-    (stray,) = placement["stray_threads"]  # type: ignore[misc]
+    (stray,) = placement["stray_threads"]
     assert f"may run on cpus {first}" in stray and stray.split(", and")[0].endswith(f"outside {first}")
