@@ -55,15 +55,22 @@ def read_sockets(
     socket_of: dict[int, int | None] = {
         cpu: package for package, cpus in members.items() for cpu in cpus
     }
-    wrong = {}
-    for package, cpus in members.items():
-        topology = f"{folder}/cpu{cpus[0]}/topology"
-        siblings = read_cpus(f"{topology}/package_cpus", f"{topology}/package_cpus_list") or read_cpus(
-            f"{topology}/core_siblings", f"{topology}/core_siblings_list"
-        )
-        others = [cpu for cpu in siblings or () if socket_of.get(cpu, package) != package]
-        if others:
-            wrong[package] = others
+    wrong: dict[int, set[int]] = {}
+    for package in sorted(members):
+        cpus = set(members[package])
+        own = _package_siblings(folder, min(cpus), cpus) & socket_of.keys()
+        if not own <= cpus:
+            wrong[package] = own - cpus
+            continue
+        # s390 counts the sockets of each book from 0: one number, and sets that have nothing in common.
+        cpus -= own
+        while cpus and min(cpus) in (own := _package_siblings(folder, min(cpus), cpus)) and own <= cpus:
+            number = max(filter(None, socket_of.values()), default=0) + 1
+            notes.append(
+                f"package {package} is more than one: cpus {format_cpu_list(own)} are {number}"
+            )
+            socket_of |= dict.fromkeys(own, number)
+            cpus -= own
     if len(wrong) < len(members):
         for package, others in wrong.items():
             notes.append(
@@ -76,6 +83,14 @@ def read_sockets(
     if unnamed:
         _guess_sockets(socket_of, unnamed, node_of, notes)
     return socket_of
+
+
+def _package_siblings(folder: str, cpu: int, unless_told: set[int]) -> set[int]:
+    topology = f"{folder}/cpu{cpu}/topology"
+    listed = read_cpus(f"{topology}/package_cpus", f"{topology}/package_cpus_list") or read_cpus(
+        f"{topology}/core_siblings", f"{topology}/core_siblings_list"
+    )
+    return set(listed or unless_told)
 
 
 def _guess_sockets(

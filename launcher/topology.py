@@ -69,11 +69,11 @@ def read_topology(root: Path = Path("/"), visible_gpus: str | None = None) -> To
     mask = _affinity_mask(base)
     online = _online_cpus(base, mask, notes)
     allowed = _allowed_cpus(online, mask, cgroup.cpus, notes)
-    mems = _status_list(base, "Mems_allowed_list")
+    mems = _allowed_mems(base, cgroup.nodes, notes)
     cpus_of = read_node_cpus(base, online, gpu_memory_nodes(base), notes)
     if not cpus_of:
         # Where only another node may be used, that is the one which is there.
-        only = min(mems or cgroup.nodes or (0,))
+        only = min(mems or (0,))
         notes.append(
             f"{base}/sys/devices/system/node is missing: all cpus are taken as one memory node {only}"
         )
@@ -82,16 +82,19 @@ def read_topology(root: Path = Path("/"), visible_gpus: str | None = None) -> To
     node_of = {cpu: node for node, cpus in cpus_of.items() for cpu in cpus}
     socket_of = read_sockets(base, online, node_of, notes)
     cores = read_cores(base, online, allowed, node_of, socket_of, notes)
+    existing = read_nodes(base, cpus_of, socket_of, allowed, notes)
+    allowed_nodes = tuple(node.id for node in existing if mems is None or node.id in mems)
+    if not allowed_nodes:
+        raise LaunchError(
+            f"memory nodes {format_cpu_list(cpus_of)} exist and {format_cpu_list(mems or ())} are "
+            "allowed by Mems_allowed_list or the cpuset: none in common; start where one is allowed"
+        )
+    # The kernel never counts a node without memory as allowed, yet its cpus are used.
     nodes = tuple(
         node
-        for node in read_nodes(base, cpus_of, socket_of, allowed, notes)
-        if (mems is None or node.id in mems) and (cgroup.nodes is None or node.id in cgroup.nodes)
+        for node in existing
+        if node.id in allowed_nodes or (node.cpus and node.kind == "no-memory")
     )
-    if not nodes:
-        raise LaunchError(
-            f"memory nodes {format_cpu_list(cpus_of)} exist, and Mems_allowed_list or the cpuset of "
-            "the control group allows none of them: start in a control group that does"
-        )
     devices = "/dev" if root == Path("/") else None
     return Topology(
         _sockets(nodes, cores, cpus_of, socket_of),
@@ -99,7 +102,7 @@ def read_topology(root: Path = Path("/"), visible_gpus: str | None = None) -> To
         cores,
         read_gpus(base, allowed, visible_gpus, devices, notes),
         allowed,
-        tuple(node.id for node in nodes),
+        allowed_nodes,
         tuple(notes),
     )
 
@@ -163,6 +166,22 @@ def _allowed_cpus(
             f"the affinity mask's {format_cpu_list(allowed)} are taken"
         )
     return both or allowed
+
+
+def _allowed_mems(
+    base: str, cpuset: tuple[int, ...] | None, notes: list[str]
+) -> tuple[int, ...] | None:
+    """The memory nodes that may be used, whether they exist or not; None: all."""
+    status = _status_list(base, "Mems_allowed_list")
+    if status is None or cpuset is None:
+        return status or cpuset
+    both = tuple(node for node in status if node in set(cpuset))
+    if not both:
+        notes.append(
+            f"the control group lists memory nodes {format_cpu_list(cpuset)}, and Mems_allowed_list "
+            f"{format_cpu_list(status)}: the latter are taken"
+        )
+    return both or status
 
 
 def _with_homeless(

@@ -1,0 +1,81 @@
+"""Small sysfs and proc trees, written by tests: what a machine tells, as a dict of path to text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CPU = "sys/devices/system/cpu"
+NODE = "sys/devices/system/node"
+GPU_UUIDS = ("GPU-aaaa1111", "GPU-aaaa2222", "GPU-bbbb3333")
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    return root
+
+
+def two_sockets(threads: int = 2, cores: int = 8) -> dict[str, str]:
+    """Two sockets of two nodes, each with its L3; the second hardware threads are numbered last."""
+    total = cores * threads
+    files = {f"{CPU}/online": f"0-{total - 1}"}
+
+    def listed(first: int, last: int) -> str:
+        """These cores, with all their hardware threads."""
+        return ",".join(f"{first + cores * i}-{last + cores * i}" for i in range(threads))
+
+    for cpu in range(total):
+        core = cpu % cores
+        folder = f"{CPU}/cpu{cpu}"
+        half, quarter = core * 2 // cores, core * 4 // cores
+        files[f"{folder}/topology/physical_package_id"] = str(half)
+        files[f"{folder}/topology/core_id"] = str(core)
+        package = listed(half * cores // 2, (half + 1) * cores // 2 - 1)
+        files[f"{folder}/topology/package_cpus_list"] = package
+        files[f"{folder}/topology/thread_siblings_list"] = listed(core, core)
+        files[f"{folder}/cache/index3/level"] = "3"
+        shared = listed(quarter * cores // 4, (quarter + 1) * cores // 4 - 1)
+        files[f"{folder}/cache/index3/shared_cpu_list"] = shared
+    for node in range(4):
+        files[f"{NODE}/node{node}/cpulist"] = listed(node * cores // 4, (node + 1) * cores // 4 - 1)
+        files |= memory(node, 1024 * (node + 1))
+    return files
+
+
+def memory(node: int, kib: int) -> dict[str, str]:
+    return {f"{NODE}/node{node}/meminfo": f"Node {node} MemTotal:  {kib} kB"}
+
+
+def memory_only(node: int, distance: str = "", bandwidth: int = 0) -> dict[str, str]:
+    """A node without cpus."""
+    files = {f"{NODE}/node{node}/cpulist": "", **memory(node, 4096)}
+    if distance:
+        files[f"{NODE}/node{node}/distance"] = distance
+    if bandwidth:
+        files[f"{NODE}/node{node}/access0/initiators/read_bandwidth"] = str(bandwidth)
+    return files
+
+
+def gpus(num: int = 3) -> dict[str, str]:
+    """NVIDIA devices on the second socket's nodes, beside a network card and an audio function."""
+    files = {
+        "sys/bus/pci/devices/0000:01:00.0/vendor": "0x15b3",
+        "sys/bus/pci/devices/0000:01:00.0/class": "0x020000",
+        "sys/bus/pci/devices/0000:3b:00.1/vendor": "0x10de",
+        "sys/bus/pci/devices/0000:3b:00.1/class": "0x040300",
+    }
+    names = ("0000:3b:00.0", "0000:5e:00.0", "10000:01:00.0")
+    for index, name in enumerate(names[:num]):
+        device = f"sys/bus/pci/devices/{name}"
+        files |= {
+            f"{device}/vendor": "0x10de",
+            f"{device}/class": "0x030200",
+            f"{device}/numa_node": str(index + 1 if index else -1),
+            f"{device}/local_cpulist": "4-7,12-15",
+            f"proc/driver/nvidia/gpus/{name}/information": (
+                f"Model: \t\t NVIDIA A100\nGPU UUID: \t {GPU_UUIDS[index]}\nDevice Minor: \t {index}"
+            ),
+        }
+    return files
