@@ -45,13 +45,15 @@ class Rendezvous:
     """How the ranks of one run find each other.
 
     `session` is a random token shared by the ranks of the run. `store_fd` is a listening socket that
-    rank 0 was handed, so that no port is ever guessed; None lets it bind `port` itself.
+    rank 0 was handed, so that no port is ever guessed; None lets it bind `port` itself. `hosted` says
+    that somebody else (torch's elastic agent) serves the store at that port.
     """
 
     session: str
     address: str = "127.0.0.1"
     port: int = 0
     store_fd: int | None = None
+    hosted: bool = False
 
 
 @contextmanager
@@ -102,11 +104,13 @@ def _open_gloo(rank: int, size: int, rendezvous: Rendezvous, timeout_s: float) -
             rendezvous.address,
             rendezvous.port,
             size,
-            is_master=rank == 0,
+            is_master=rank == 0 and not rendezvous.hosted,
             timeout=timeout,
             master_listen_fd=rendezvous.store_fd,
         )
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+        # The store may outlive a run (an elastic agent's does): each has its own names in it.
+        own = dist.PrefixStore(rendezvous.session, store)  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=timeout)
     except RuntimeError as error:
         raise CommError(f"rank {rank} could not join gloo: {_first_line(error)}") from error
     world = dist.group.WORLD

@@ -66,6 +66,18 @@ HELP: dict[str, str] = {
     "num_kv_heads, ffn_dim, vocab_size",
 }
 
+
+def help_lines() -> list[str]:
+    """The keys, a line each, for the help."""
+    lines = []
+    for key, text in HELP.items():
+        default = getattr(Job, key)
+        shown = "" if default in (None, "???") else f" [{default}]"
+        lines.append(f"  {key + '=':<18}{text}{shown}")
+    lines.insert(1, f"  {'':<18}presets: {', '.join(PRESETS)}")
+    return lines
+
+
 _TEXTS = ("model", "prompt", "weights", "dtype", "output")
 _CHOICES = {
     "weights": ("auto", "random"),

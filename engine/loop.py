@@ -18,11 +18,10 @@ from torch import Tensor
 
 from comm import ops
 from comm.group import Group
+from engine.memory import CHUNK
 from models.llama import Llama
 from models.sampling import Sampling, sample
 from weights.errors import InputError
-
-CHUNK = 128  # tokens of a prompt that are run at once
 
 PrefillStep = Callable[[Tensor, Tensor, Tensor], Tensor]
 DecodeStep = Callable[[Tensor, Tensor], Tensor]

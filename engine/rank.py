@@ -6,9 +6,13 @@ that nothing here depends on the launcher). Rank 0 alone reads the tokenizer, pr
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
 import sys
 import time
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +22,10 @@ from comm import ops
 from comm.group import Group, Rendezvous, open_group, set_timeout
 from engine.job import Job, ResolvedJob, check_ranks, from_json
 from engine.loop import check_prompt, generate, make_runner, warm_up
+from engine.memory import dtype_name
 from engine.report import Report, progress_bar, say, write_json, write_summary
-from models.load import config_of, expected_shapes, load_model
+from models.config import expected_shapes
+from models.load import config_of, load_model
 from models.sampling import Sampling
 from models.tokenizer import TextCodec, apply_chat_template, byte_codec, load_codec
 from weights.checkpoint import Checkpoint, open_checkpoint
@@ -33,18 +39,42 @@ START_TIMEOUT_S = 1800.0
 
 def main(env: Any, payload: str) -> int:
     """Run one generation job on this rank; the exit code. Raises InputError, CommError."""
+    # A rank that waits in C++ would not hear of Ctrl-C otherwise.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     resolved = from_json(payload)
     # The launcher has chosen; torch may have counted the cores of the machine.
     torch.set_num_threads(env.plan.num_threads)
-    rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
-    with open_group(
-        env.rank, env.world_size, env.backend, rendezvous, START_TIMEOUT_S, on_fallback=say
-    ) as group:
-        _run(env, resolved, group)
+    rendezvous = Rendezvous(
+        env.session, env.master_addr, env.master_port, env.store_fd, env.agent_store
+    )
+    with (
+        ExitStack() as unpinned,
+        open_group(
+            env.rank, env.world_size, env.backend, rendezvous, START_TIMEOUT_S, on_fallback=say
+        ) as group,
+    ):
+        if env.bind_cores:
+            unpinned.enter_context(all_cores(env.plan.cpus))
+        _run(env, resolved, group, unpinned)
     return 0
 
 
-def _run(env: Any, resolved: ResolvedJob, group: Group) -> None:
+@contextmanager
+def all_cores(cpus: Collection[int]) -> Iterator[None]:
+    """Let this thread run on all cores of its rank for a while.
+
+    GNU's OpenMP pins the main thread to one core as torch is loaded, which is right for computing. But
+    what the thread starts inherits that: all compilers would share that core.
+    """
+    pinned = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, pinned)
+
+
+def _run(env: Any, resolved: ResolvedJob, group: Group, unpinned: ExitStack) -> None:
     job = resolved.job
     checkpoint = _open(resolved)
     config = resolved.config if resolved.checkpoint is None else config_of(checkpoint)
@@ -64,6 +94,7 @@ def _run(env: Any, resolved: ResolvedJob, group: Group) -> None:
     if group.rank == 0:
         say("compiling the prompt and token steps ..." if job.compile else "warming up ...")
     compile_s = warm_up(runner)
+    unpinned.close()
     ops.barrier(group)
     set_timeout(group, env.comm_timeout_s)
 
@@ -129,17 +160,9 @@ def _prompt(
 
 
 def _dtype(name: str) -> torch.dtype:
-    """`auto` is bfloat16 where the processor multiplies it in hardware, else float32."""
-    if name != "auto":
-        dtype = getattr(torch, name)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return torch.float32
-    # x86 lists avx512_bf16 and amx_bf16, Arm bf16.
-    return torch.bfloat16 if "bf16" in flags else torch.float32
+    dtype = getattr(torch, dtype_name(name))
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def _peak_rss_bytes() -> int:

@@ -1,60 +1,139 @@
 """Bind this process to its cores and memory, before torch is imported.
 
-The order matters: the OpenMP runtime counts its cores and starts its threads as torch is loaded, and
+The order matters: the OpenMP runtime counts its cores and places its threads as torch is loaded, and
 memory stays on the node where it was first touched. System calls are made directly, so that neither
-numactl nor libnuma needs to be installed.
+numactl nor libnuma needs to be installed. What the user has set in the environment is kept.
+
+What is not here: checking afterwards where pages and threads are (`launcher.placement`).
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
+import importlib.util
 import os
 import platform
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
+from pathlib import Path
 
+from launcher.errors import LaunchError
 from launcher.plan import RankPlan
+from launcher.topology import format_cpu_list
 
 _SET_MEMPOLICY = {"x86_64": 238, "aarch64": 237}  # system call numbers
-_MPOL_PREFERRED, _MPOL_BIND = 1, 2  # linux/mempolicy.h
+# linux/mempolicy.h; PREFERRED_MANY came with Linux 5.15.
+_MPOL = {"preferred": 1, "bind": 2, "interleave": 3, "preferred-many": 5}
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_AFFINITY_VARIABLES = ("OMP_PLACES", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 
 
 def bind_this_process(
     plan: RankPlan, bind_cores: bool, environ: MutableMapping[str, str]
 ) -> tuple[str, ...]:
-    """Apply the plan to this process and what it starts; returns notes on what could not be done."""
+    """Apply the plan to this process and what it starts; returns notes on what could not be done.
+
+    Raises LaunchError if the kernel refuses the cpus of the plan.
+    """
     assert "torch" not in sys.modules, "binding after torch is loaded comes too late"
-    notes = []
+    values, notes = thread_environment(plan, bind_cores, openmp_runtime(environ), environ)
+    environ.update(values)
+    if plan.device != "cpu":
+        environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the order of the plan
+    if not bind_cores:
+        return notes
+    try:
+        os.sched_setaffinity(0, plan.cpus)
+    except OSError as error:
+        raise LaunchError(
+            f"rank {plan.rank} cannot be bound to cpus {format_cpu_list(plan.cpus)} "
+            f"({error.strerror}); see the allowed ones with: python launch.py plan"
+        ) from error
+    return notes + place_memory(plan)
+
+
+def openmp_runtime(environ: Mapping[str, str]) -> str:
+    """The OpenMP runtime that torch will load: "gomp" (GNU), "iomp" (Intel, LLVM), or "".
+
+    Told by the libraries that lie beside torch, which is not imported; a preloaded one wins.
+    """
+    preloaded = environ.get("LD_PRELOAD", "")
+    names = [Path(part).name for part in preloaded.replace(":", " ").split()]
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.origin is not None:
+        package = Path(spec.origin).parent
+        for folder in (package / "lib", package.parent / "torch.libs"):
+            names += sorted(file.name for file in folder.glob("lib*omp*"))
+    for name in names:
+        if name.startswith(("libiomp5", "libomp")):
+            return "iomp"
+        if name.startswith("libgomp"):
+            return "gomp"
+    return ""
+
+
+def thread_environment(
+    plan: RankPlan, bind_cores: bool, runtime: str, environ: Mapping[str, str]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The OpenMP variables to set for a rank, and what is said of those that the user has set.
+
+    One thread per cpu of the rank, each on its own. GNU's runtime reads OMP_PLACES and OMP_PROC_BIND
+    as it is loaded; Intel's and LLVM's have their own KMP_AFFINITY.
+    """
+    values, notes = {}, []
     kept = environ.get("OMP_NUM_THREADS")
     if kept is None:
-        environ["OMP_NUM_THREADS"] = str(plan.num_threads)
+        values["OMP_NUM_THREADS"] = str(plan.num_threads)
     elif kept != str(plan.num_threads):
         notes.append(f"OMP_NUM_THREADS={kept} is kept as set; the plan has {plan.num_threads}")
-    if bind_cores:
-        os.sched_setaffinity(0, plan.cpus)
-        if plan.memory_policy == "bind":
-            notes.extend(_bind_memory(plan.nodes))
-    return tuple(notes)
+    if not bind_cores:
+        return values, tuple(notes)
+    already = [f"{name}={environ[name]}" for name in _AFFINITY_VARIABLES if name in environ]
+    if already:
+        notes.append(f"{', '.join(already)} is kept as set: Yoke places no threads")
+    elif runtime == "iomp":
+        listed = ",".join(map(str, plan.cpus))
+        values["KMP_AFFINITY"] = f"granularity=fine,proclist=[{listed}],explicit"
+    elif runtime == "gomp":
+        values["OMP_PLACES"] = ",".join(f"{{{cpu}}}" for cpu in plan.cpus)
+        values["OMP_PROC_BIND"] = "close"
+    return values, tuple(notes)
 
 
-def _bind_memory(nodes: tuple[int, ...]) -> list[str]:
-    """Strictly bind; where a container forbids it, prefer; else leave it to first touch."""
+def place_memory(plan: RankPlan) -> tuple[str, ...]:
+    """Set the memory policy; where the kernel or a container forbids it, the next weaker one."""
+    if plan.memory_policy == "none":
+        return ()
+    if plan.memory_policy == "preferred":
+        wanted = (("preferred-many", plan.preferred_nodes), ("preferred", plan.preferred_nodes[:1]))
+    else:
+        wanted = ((plan.memory_policy, plan.nodes), ("preferred", plan.nodes[:1]))
+    reason = ""
+    for policy, nodes in wanted:
+        code = set_mempolicy(policy, nodes)
+        if code == 0:
+            # "preferred" in place of "preferred-many" for one node is the same thing.
+            if not reason or len(plan.preferred_nodes) == 1:
+                return ()
+            listed = format_cpu_list(nodes)
+            return (f"memory is only preferred on node {listed}, not {plan.memory_policy} ({reason})",)
+        reason = reason or os.strerror(code)
+    return (f"memory cannot be placed ({reason}): pages go where they are first touched",)
+
+
+def set_mempolicy(policy: str, nodes: Collection[int]) -> int:
+    """The system call for this thread and what it starts; 0 or an errno."""
     number = _SET_MEMPOLICY.get(platform.machine())
     if number is None:
-        return [f"no memory policy on {platform.machine()}: pages go where they are first touched"]
+        return errno.ENOSYS
     libc = ctypes.CDLL(None, use_errno=True)
     mask = sum(1 << node for node in nodes)
     words = max(nodes) // 64 + 1
     bits = (ctypes.c_uint64 * words)(*(mask >> 64 * i & (1 << 64) - 1 for i in range(words)))
     # The kernel reads one bit less than it is told.
     size = ctypes.c_ulong(64 * words + 1)
-    if libc.syscall(number, _MPOL_BIND, bits, size) == 0:
-        return []
-    reason = os.strerror(ctypes.get_errno())
-    if libc.syscall(number, _MPOL_PREFERRED, bits, size) == 0:
-        return [f"memory is preferred on nodes {nodes}, not bound ({reason})"]
-    return [f"memory cannot be bound ({reason}): pages go where they are first touched"]
+    return 0 if libc.syscall(number, _MPOL[policy], bits, size) == 0 else ctypes.get_errno()
 
 
 def die_with_parent(parent_pid: int) -> None:

@@ -1,115 +1,186 @@
-"""What every rank runs first: `python -P -m launcher.child TARGET PAYLOAD`.
+"""What every rank runs first: bind, and only then import the target module (and with it torch).
 
-Bind, and only then import the target module (and with it torch) and call its `main(env, payload)`,
-which returns an exit code. A failure is not printed here but told to the launcher through a pipe, so
-that a mistake that every rank meets is printed once.
+The target's `main(env, payload)` returns an exit code. A rank that our own launcher started is told
+all it needs in a file descriptor, and tells back through a pipe: that it has started, that it lives
+(a heartbeat), and how it failed, so that a mistake that every rank meets is printed once. A rank that
+torchrun, srun or mpirun started enters through `run_managed` and prints its own failure.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launcher.bind import bind_this_process, die_with_parent
+from launcher.placement import Placement, check_placement, render_placement
 from launcher.plan import RankPlan
 from launcher.topology import format_cpu_list
+
+CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
 class RankEnv:
-    """What a rank is told. `store_fd` is a listening socket, for rank 0; `plans` are those of all
-    ranks, as plain dicts, and `placement` the same in a few words; `notes` say what could not be
-    bound."""
+    """What a rank is told. `store_fd` is a listening socket, for rank 0 of our own launcher;
+    `agent_store` says that torch's elastic agent serves the store at the master address. `plans` are
+    those of this machine's ranks, as plain dicts; `notes` say what could not be bound."""
 
     rank: int
     world_size: int
     local_rank: int
+    local_world_size: int
     session: str
     backend: str
     master_addr: str
     master_port: int
-    store_fd: int | None
     comm_timeout_s: float
     plan: RankPlan
     plans: list[dict[str, Any]]
-    placement: str
     bind_cores: bool
+    store_fd: int | None = None
+    agent_store: bool = False
+    verify_placement: bool = False
     notes: tuple[str, ...] = ()
 
-
-def rank_env(environ: Mapping[str, str], notes: tuple[str, ...] = ()) -> RankEnv:
-    """Read the variables that the launcher sets (those of torchrun under their usual names)."""
-    rank = int(environ["RANK"])
-    plans = json.loads(environ["YOKE_PLANS"])
-    own = dict(plans[rank])
-    own["nodes"], own["cpus"] = tuple(own["nodes"]), tuple(own["cpus"])
-    store_fd = environ.get("YOKE_STORE_FD")
-    return RankEnv(
-        rank=rank,
-        world_size=int(environ["WORLD_SIZE"]),
-        local_rank=int(environ["LOCAL_RANK"]),
-        session=environ["YOKE_SESSION"],
-        backend=environ["YOKE_BACKEND"],
-        master_addr=environ["MASTER_ADDR"],
-        master_port=int(environ["MASTER_PORT"]),
-        store_fd=None if store_fd is None else int(store_fd),
-        comm_timeout_s=float(environ["YOKE_COMM_TIMEOUT"]),
-        plan=RankPlan(**own),
-        plans=plans,
-        placement=", ".join(
-            f"rank {p['rank']} on cpus {format_cpu_list(p['cpus'])} node {format_cpu_list(p['nodes'])}"
-            for p in plans
-        ),
-        bind_cores=environ["YOKE_BIND"] == "1",
-        notes=notes,
-    )
+    @property
+    def placement(self) -> str:
+        """Where the ranks of this machine are, in a few words."""
+        return ", ".join(
+            f"rank {p['rank']} on "
+            + (p["device"] if p["device"] != "cpu" else f"cpus {format_cpu_list(p['cpus'])}")
+            + f" node {format_cpu_list(p['nodes'])}"
+            for p in self.plans
+        )
 
 
-def run(target: str, payload: str) -> int:
-    """Bind, import, run; the exit code."""
-    die_with_parent(int(os.environ["YOKE_PARENT_PID"]))
-    report_fd = int(os.environ["YOKE_REPORT_FD"])
+def env_to_json(env: RankEnv) -> dict[str, Any]:
+    """For the way to the rank."""
+    return asdict(env)
+
+
+def env_from_json(data: dict[str, Any]) -> RankEnv:
+    """The inverse of `env_to_json`."""
+    plan = dict(data["plan"])
+    for key in ("nodes", "cpus", "preferred_nodes"):
+        plan[key] = tuple(plan[key])
+    return RankEnv(**(data | {"plan": RankPlan(**plan), "notes": tuple(data["notes"])}))
+
+
+def main(spec_fd: int) -> int:
+    """A rank of our own launcher: read what it is told, and run."""
+    with os.fdopen(spec_fd, "rb") as file:
+        spec = json.loads(file.read())
+    die_with_parent(spec["parent_pid"])
+    report_fd: int = spec["report_fd"]
     os.set_inheritable(report_fd, False)  # compilers that a rank starts must not hold the pipe open
-    env = rank_env(os.environ)
-    notes = bind_this_process(env.plan, env.bind_cores, os.environ)
-    for note in notes:
-        print(f"rank {env.rank}: {note}", file=sys.stderr)
+    os.set_blocking(report_fd, False)
+    lock = threading.Lock()  # a heartbeat must not fall into the middle of a report
+    # Ctrl-\ shows where every rank is; the launcher asks the same of a rank that hangs.
+    faulthandler.register(signal.SIGQUIT, all_threads=True)
+    env = env_from_json(spec["env"])
+
+    def report(kind: str, **facts: Any) -> None:
+        data = json.dumps({"kind": kind, **facts}).encode() + b"\n"
+        with lock:
+            os.set_blocking(report_fd, True)
+            while data:
+                data = data[os.write(report_fd, data) :]
+            os.set_blocking(report_fd, False)
+
     try:
-        _check_origin()
-        module = importlib.import_module(target)
-        code = int(module.main(rank_env(os.environ, notes), payload))
-        sys.stdout.flush()
+        env = _bind(env)
+        if spec["beat_s"]:  # not before: a thread keeps the cpus that it was born with
+            threading.Thread(target=_beat, args=(report_fd, lock, spec["beat_s"]), daemon=True).start()
+        return _run(env, spec["target"], spec["payload"], lambda: report("started"))
     except BrokenPipeError:
         # The reader of our output went away (`| head`): end as other tools do, without a word.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except KeyboardInterrupt:
+        return 130
     except Exception as error:
         wrong_input = getattr(error, "exit_code", 1) == 2
-        report = {
-            "rank": env.rank,
-            "kind": "error" if wrong_input else "exception",
-            "message": str(error) or type(error).__name__,
-            "traceback": traceback.format_exc(),
-        }
-        os.write(report_fd, json.dumps(report).encode())
+        report(
+            "error" if wrong_input else "exception",
+            message=str(error) or type(error).__name__,
+            traceback=traceback.format_exc()[-50000:],  # the end tells most
+        )
         return 2 if wrong_input else 1
+
+
+def run_managed(env: RankEnv, target: str, payload: str) -> int:
+    """A rank that somebody else's launcher started: it says itself what went wrong."""
+    try:
+        return _run(_bind(env), target, payload, lambda: None)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if getattr(error, "exit_code", 1) == 2:
+            print(f"error: rank {env.rank}: {error}", file=sys.stderr)
+            return 2
+        raise
+
+
+def _bind(env: RankEnv) -> RankEnv:
+    notes = bind_this_process(env.plan, env.bind_cores, os.environ)
+    for note in notes:
+        print(f"rank {env.rank}: {note}", file=sys.stderr)
+    return replace(env, notes=env.notes + notes)
+
+
+def _run(env: RankEnv, target: str, payload: str, started: Callable[[], None]) -> int:
+    _check_origin()
+    module = importlib.import_module(target)
+    started()
+    samples: list[Placement] = []
+    if env.verify_placement:
+        threading.Thread(target=_sample, args=(env, samples), daemon=True).start()
+    try:
+        code = int(module.main(env, payload))
+    finally:
+        if env.verify_placement:
+            samples.append(check_placement(env.rank, env.plan.nodes, env.plan.cpus))
+            fullest = max(samples, key=lambda sample: sample.total_bytes)
+            print(f"placement of {render_placement(fullest)}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
     return code
+
+
+def _beat(report_fd: int, lock: threading.Lock, interval_s: float) -> None:
+    """An empty line now and then. A process that is stopped, or whose interpreter is stuck, goes
+    silent; one that computes or waits does not."""
+    pause = threading.Event()
+    while not pause.wait(interval_s):
+        try:
+            with lock:
+                os.write(report_fd, b"\n")
+        except BlockingIOError:
+            pass  # the launcher is behind with reading
+        except OSError:
+            return
+
+
+def _sample(env: RankEnv, samples: list[Placement]) -> None:
+    """Look at ever longer intervals, since a look costs time in proportion to the memory."""
+    wait, pause = 0.5, threading.Event()
+    while not pause.wait(wait):
+        samples.append(check_placement(env.rank, env.plan.nodes, env.plan.cpus))
+        wait *= 2
 
 
 def _check_origin() -> None:
     """`comm` is also the name of other packages; ours is the one of this checkout."""
     spec = importlib.util.find_spec("comm")
-    checkout = Path(__file__).resolve().parent.parent
-    if spec is not None and spec.origin and Path(spec.origin).resolve().parent.parent != checkout:
+    if spec is not None and spec.origin and Path(spec.origin).resolve().parent.parent != CHECKOUT:
         raise RuntimeError(f"'comm' is {spec.origin}, not Yoke's own; remove it from PYTHONPATH")
-
-
-if __name__ == "__main__":
-    sys.exit(run(sys.argv[1], sys.argv[2]))

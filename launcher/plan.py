@@ -1,36 +1,65 @@
-"""Topology and request -> which rank runs where. Pure: nothing is read, bound or started here.
+"""Topology and request -> which rank runs where, and why. Pure: nothing is read, bound or started.
 
-One rank per socket unless `--ranks` says otherwise; every physical core that is allowed is used, one
-thread on each (a second hardware thread only shares the first one's vector units and bandwidth).
+One rank per socket unless told otherwise; every physical core that is allowed is used, one thread on
+each (a second hardware thread only shares the first one's vector units and bandwidth). Each decision
+leaves a sentence in `reasons`.
+
+What is not here: drawing (`launcher.draw`), memory sizes of models (the engine knows them).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 from launcher.errors import LaunchError
-from launcher.topology import Core, Topology, format_cpu_list
+from launcher.topology import Core, Gpu, Topology, format_cpu_list
 
 MAX_RANKS = 64
-BACKENDS = ("shm", "gloo")
+BACKENDS = ("shm", "gloo", "nccl")
+RANK_PER = ("socket", "node", "l3", "gpu")
+MEMORY_POLICIES = ("bind", "preferred", "interleave", "none")
 
 
 @dataclass(frozen=True)
 class LaunchRequest:
-    """What the flags ask for. `ranks` None is one per socket; times are in seconds."""
+    """What the flags ask for. None leaves the choice to the plan.
+
+    `core_list` holds logical cpus; `reserve_cores` physical cores that no rank gets.
+    """
 
     ranks: int | None = None
+    rank_per: str | None = None
     bind_cores: bool = False
+    core_list: tuple[int, ...] | None = None
+    cores_per_rank: int | None = None
+    reserve_cores: int = 0
+    smt: bool = False
+    numa_memory: str | None = None
     comm: str = "auto"
-    comm_timeout_s: float = 60.0
-    grace_s: float = 5.0
+
+    @property
+    def binds(self) -> bool:
+        """Whether ranks are bound: asked for, or implied by saying where they go."""
+        return (
+            self.bind_cores
+            or self.rank_per is not None
+            or self.core_list is not None
+            or self.cores_per_rank is not None
+            or self.numa_memory not in (None, "none")
+            or self.reserve_cores > 0
+            or self.smt
+        )
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """One rank's place. `memory_policy` is "bind" (to `nodes`) or "none" (first touch)."""
+    """One rank's place. `device` is "cpu" or "cuda:<visible index>".
+
+    `memory_policy` is how its pages are placed on `nodes`: "bind", "interleave", "preferred" (only
+    `preferred_nodes` are asked for, the others take what does not fit) or "none" (first touch).
+    """
 
     rank: int
     device: str
@@ -38,69 +67,202 @@ class RankPlan:
     cpus: tuple[int, ...]
     num_threads: int
     memory_policy: str
+    preferred_nodes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """All ranks, the transport between them, and why it is so."""
+    """All ranks, the transport between them, the cpus that are kept free, and why it is so."""
 
     ranks: tuple[RankPlan, ...]
     backend: str
     bind_cores: bool
     reasons: tuple[str, ...]
+    reserved_cpus: tuple[int, ...] = ()
+
+
+_Units = list[tuple[str, tuple[Core, ...]]]  # names, and the cores of each
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a rank could go, and what it is called in a reason."""
+
+    name: str
+    cores: tuple[Core, ...]
+    gpu: Gpu | None = None
 
 
 def make_plan(topology: Topology, request: LaunchRequest) -> LaunchPlan:
-    """Place the ranks. Raises LaunchError for a request that no machine could meet."""
+    """Place the ranks. Raises LaunchError for a request that this machine cannot meet."""
+    _check_request(request)
     reasons = list(topology.notes)
-    count = request.ranks if request.ranks is not None else len(topology.sockets)
-    if not 1 <= count <= MAX_RANKS:
-        raise LaunchError(f"--ranks {count}: there can be 1 to {MAX_RANKS} ranks")
-    if request.comm not in ("auto", *BACKENDS):
-        raise LaunchError(f"--comm {request.comm}: must be auto, {' or '.join(BACKENDS)}")
-    if request.ranks is None:
-        reasons.append(f"one rank per socket: {count}")
-    shares = _shares(topology, count, reasons)
-    has_memory = {
-        node.id for node in topology.nodes if node.memory_bytes and node.id in topology.allowed_nodes
-    }
-    if not request.bind_cores:
-        reasons.append("ranks are not bound to cores or memory; --bind-cores-to-rank binds them")
-    ranks = []
-    for rank, cores in enumerate(shares):
-        nodes = tuple(sorted({core.node for core in cores}))
-        policy = "none"
-        if request.bind_cores:
-            policy = "bind" if has_memory.issuperset(nodes) else "none"
-            if policy == "none":
-                reasons.append(f"rank {rank}: nodes {format_cpu_list(nodes)} have no memory to bind to")
-        cpus = tuple(sorted(core.cpus[0] for core in cores))
-        if not request.bind_cores:
-            cpus, nodes = topology.allowed_cpus, tuple(sorted(has_memory)) or nodes
-        ranks.append(RankPlan(rank, "cpu", nodes, cpus, len(cores), policy))
-    backend = "shm" if request.comm == "auto" else request.comm
-    if count > 1:
+    cores = _chosen_cores(topology, request, reasons)
+    cores, reserved = _reserve(cores, request.reserve_cores, reasons)
+    places = _places(topology, cores, request, reasons)
+    if request.cores_per_rank is not None:
+        places = [_first_cores(place, request.cores_per_rank, reasons) for place in places]
+    sizes = {len(place.cores) for place in places}
+    if len(sizes) > 1 and max(sizes) - min(sizes) > 1:
         reasons.append(
-            "shared memory between the ranks" if backend == "shm" else "gloo between the ranks"
+            f"ranks have {min(sizes)} to {max(sizes)} cores: each step waits for the slowest; "
+            f"--cores-per-rank {min(sizes)} makes them equal"
         )
-    return LaunchPlan(tuple(ranks), backend, request.bind_cores, tuple(reasons))
+    if not request.binds:
+        reasons.append("ranks are not bound to cores or memory; --bind-cores-to-rank binds them")
+    keep_all_threads = request.smt or request.core_list is not None
+    ranks = tuple(
+        _place_rank(topology, rank, place, request, keep_all_threads, reasons)
+        for rank, place in enumerate(places)
+    )
+    backend = _backend(places, request, reasons)
+    return LaunchPlan(ranks, backend, request.binds, tuple(dict.fromkeys(reasons)), reserved)
 
 
-def _shares(topology: Topology, count: int, reasons: list[str]) -> list[tuple[Core, ...]]:
-    """The cores of each rank."""
-    cores = topology.cores  # in the order of socket, node, cpu
+def _check_request(request: LaunchRequest) -> None:
+    for flag, value, choices in (
+        ("--comm", request.comm, ("auto", *BACKENDS)),
+        ("--rank-per", request.rank_per, (None, *RANK_PER)),
+        ("--numa-memory", request.numa_memory, (None, *MEMORY_POLICIES)),
+    ):
+        if value not in choices:
+            names = [name for name in choices if name is not None]
+            raise LaunchError(f"{flag} {value}: must be {', '.join(names[:-1])} or {names[-1]}")
+    if request.ranks is not None and not 1 <= request.ranks <= MAX_RANKS:
+        raise LaunchError(f"--ranks {request.ranks}: there can be 1 to {MAX_RANKS} ranks")
+    if request.cores_per_rank is not None and request.cores_per_rank < 1:
+        raise LaunchError(f"--cores-per-rank {request.cores_per_rank}: a rank needs at least 1 core")
+    if request.reserve_cores < 0:
+        raise LaunchError(f"--reserve-cores {request.reserve_cores}: must be at least 0")
+
+
+def _chosen_cores(topology: Topology, request: LaunchRequest, reasons: list[str]) -> tuple[Core, ...]:
+    """All cores, or those of --bind-core-list with just the threads that it names."""
+    if request.core_list is None:
+        if any(len(core.cpus) > 1 for core in topology.cores):
+            reasons.append(
+                "every hardware thread of a core is used (--smt)"
+                if request.smt
+                else "one thread per core: the first hardware thread of each (--smt takes all)"
+            )
+        if {core.kind for core in topology.cores} > {"efficiency"}:
+            fast = [core.cpus[0] for core in topology.cores if core.kind != "efficiency"]
+            reasons.append(
+                "performance and efficiency cores work together, at the pace of the slower; "
+                f"--bind-core-list {format_cpu_list(fast)} takes the performance cores alone"
+            )
+        return topology.cores
+    wanted = set(request.core_list)
+    foreign = wanted - set(topology.allowed_cpus)
+    if foreign or not wanted:
+        raise LaunchError(
+            f"--bind-core-list {format_cpu_list(wanted)}: this process may use the cpus "
+            f"{format_cpu_list(topology.allowed_cpus)}"
+            + (f", not {format_cpu_list(foreign)}" if foreign else "")
+        )
+    cores = tuple(
+        Core(core.id, core.socket, core.node, cpus, core.l3, core.kind)
+        for core in topology.cores
+        if (cpus := tuple(cpu for cpu in core.cpus if cpu in wanted))
+    )
+    reasons.append(f"only the cpus of --bind-core-list: {format_cpu_list(wanted)}")
+    doubled = [core.cpus for core in cores if len(core.cpus) > 1]
+    if doubled:
+        reasons.append(
+            f"--bind-core-list names several hardware threads of {len(doubled)} cores "
+            f"(cpus {format_cpu_list(doubled[0])} are one core): they share its units"
+        )
+    return cores
+
+
+def _reserve(
+    cores: tuple[Core, ...], count: int, reasons: list[str]
+) -> tuple[tuple[Core, ...], tuple[int, ...]]:
+    """Set `count` cores aside: the last ones, from each socket in turn, so that all stay equal."""
+    if not count:
+        return cores, ()
+    if count >= len(cores):
+        raise LaunchError(f"--reserve-cores {count}: there are {len(cores)} cores, and ranks need one")
+    sockets = [list(group) for _, group in groupby(cores, key=_socket_of)]
+    kept_back: list[Core] = []
+    while len(kept_back) < count:
+        # From the fullest; of equals, from the last.
+        kept_back.append(max(reversed(sockets), key=len).pop())
+    cpus = tuple(sorted(cpu for core in kept_back for cpu in core.cpus))
+    reasons.append(f"cpus {format_cpu_list(cpus)} are kept free (--reserve-cores {count})")
+    return tuple(core for socket in sockets for core in socket), cpus
+
+
+def _socket_of(core: Core) -> tuple[int, int]:
+    """Socket by socket; cores that name none count as one socket per memory node."""
+    return (0, core.socket) if core.socket is not None else (1, core.node)
+
+
+def _places(
+    topology: Topology, cores: tuple[Core, ...], request: LaunchRequest, reasons: list[str]
+) -> list[_Place]:
+    """The cores (and GPU) of each rank."""
+    if request.rank_per == "gpu":
+        return _gpu_places(topology, cores, request, reasons)
+    if topology.gpus:
+        reasons.append(f"{len(topology.gpus)} GPUs are here; --rank-per gpu puts one rank on each")
+    units = _units(cores, request.rank_per or "socket", reasons)
+    count = request.ranks if request.ranks is not None else len(units)
+    if count > MAX_RANKS:
+        each = request.rank_per or "socket"
+        raise LaunchError(f"one rank per {each} would be {count}: at most {MAX_RANKS}; give --ranks")
+    if count == len(units):
+        reasons.append(f"one rank per {request.rank_per or 'socket'}: {count}")
+        return [_Place(f"{name}", unit) for name, unit in units]
+    if request.rank_per is not None and count < len(units):
+        unused = ", ".join(name for name, _ in units[count:])
+        reasons.append(
+            f"--ranks {count} of --rank-per {request.rank_per}: {unused} stay unused; "
+            "without --rank-per their cores are used too"
+        )
+        return [_Place(name, unit) for name, unit in units[:count]]
+    return [
+        _Place(f"part {i + 1} of {count}", share)
+        for i, share in enumerate(_shares([unit for _, unit in units], count, reasons))
+    ]
+
+
+def _units(cores: tuple[Core, ...], rank_per: str, reasons: list[str]) -> _Units:
+    """The cores in groups of the kind asked for, each with its name."""
+
+    def grouped(
+        key: Callable[[Core], tuple[int, ...]], name: str
+    ) -> list[tuple[str, tuple[Core, ...]]]:
+        groups: dict[tuple[int, ...], list[Core]] = {}
+        for core in cores:
+            groups.setdefault(key(core), []).append(core)
+        return [(f"{name} {place[-1]}", tuple(group)) for place, group in groups.items()]
+
+    if rank_per == "socket":
+        return grouped(_socket_of, "socket")
+    if rank_per == "node":
+        return grouped(lambda core: (core.node,), "node")
+    if all(core.l3 is None for core in cores):
+        raise LaunchError("--rank-per l3: this machine tells of no L3 caches; use --rank-per node")
+    if any(core.l3 is None for core in cores):
+        reasons.append("some cores name no L3 cache: they are taken together by memory node")
+    return grouped(lambda core: (0, core.l3) if core.l3 is not None else (1, core.node), "l3 of cpu")
+
+
+def _shares(units: list[tuple[Core, ...]], count: int, reasons: list[str]) -> list[tuple[Core, ...]]:
+    """The cores of each rank, where there are more or fewer ranks than units."""
+    cores = tuple(core for unit in units for core in unit)
     if count > len(cores):
         reasons.append(
             f"{count} ranks share {len(cores)} cores, which is slow: use --ranks {len(cores)} or fewer"
         )
         return [(cores[rank % len(cores)],) for rank in range(count)]
-    sockets = [tuple(group) for _, group in groupby(cores, key=lambda core: core.socket)]
-    if count % len(sockets) == 0 and all(len(socket) >= count // len(sockets) for socket in sockets):
-        return [share for socket in sockets for share in _split(socket, count // len(sockets), reasons)]
-    if len(sockets) % count == 0:
-        step = len(sockets) // count
-        return [sum(sockets[i : i + step], ()) for i in range(0, len(sockets), step)]
-    reasons.append(f"{count} ranks do not divide {len(sockets)} sockets: some rank spans two")
+    if count % len(units) == 0 and all(len(unit) >= count // len(units) for unit in units):
+        return [share for unit in units for share in _split(unit, count // len(units), reasons)]
+    if len(units) % count == 0:
+        step = len(units) // count
+        return [sum(units[i : i + step], ()) for i in range(0, len(units), step)]
+    reasons.append(f"{count} ranks do not divide {len(units)} sockets: some rank spans two")
     return _split(cores, count, reasons)
 
 
@@ -122,44 +284,117 @@ def _split(cores: tuple[Core, ...], count: int, reasons: list[str]) -> list[tupl
     return [cores[start : start + size] for start, size in zip(starts, sizes, strict=True)]
 
 
-def plan_to_json(topology: Topology, plan: LaunchPlan) -> dict[str, Any]:
-    """The plan for programs; `cpus` are lists of logical cpu numbers, memory is in bytes."""
-    machine = asdict(topology)
-    del machine["notes"]  # they are among the reasons
-    return {
-        "topology": machine,
-        "ranks": [asdict(rank) for rank in plan.ranks],
-        "backend": plan.backend,
-        "reasons": list(plan.reasons),
-    }
+def _gpu_places(
+    topology: Topology, cores: tuple[Core, ...], request: LaunchRequest, reasons: list[str]
+) -> list[_Place]:
+    """One rank per GPU, on the cores beside it; GPUs with the same cores divide them."""
+    gpus = topology.gpus
+    count = request.ranks if request.ranks is not None else len(gpus)
+    if not gpus or count > len(gpus):
+        raise LaunchError(
+            f"--rank-per gpu: {len(gpus)} GPUs are visible"
+            + (f", {count} ranks were asked for" if gpus else " here (CUDA_VISIBLE_DEVICES counts)")
+        )
+    reasons.append(f"one rank per GPU, on the cores beside it: {count}")
+    near: dict[tuple[Core, ...], list[Gpu]] = {}
+    for gpu in gpus[:count]:
+        local = tuple(core for core in cores if set(core.cpus) & set(gpu.cpus))
+        local = local or tuple(core for core in cores if core.node == gpu.node)
+        if not local:
+            reasons.append(f"gpu {gpu.index} ({gpu.pci}) names no cores beside it: it may have any")
+        near.setdefault(local or cores, []).append(gpu)
+    places = [
+        _Place(f"gpu {gpu.index}", share, gpu)
+        for local, sharing in near.items()
+        for gpu, share in zip(sharing, _shares([local], len(sharing), reasons), strict=True)
+    ]
+    return sorted(places, key=lambda place: place.gpu.index if place.gpu else 0)
 
 
-def render_plan(topology: Topology, plan: LaunchPlan) -> str:
-    """The plan for people: the machine, the ranks on it, and why."""
-    lines = ["Machine"]
-    for socket in topology.sockets:
-        lines.append(f"  socket {socket.id}")
-        for node in topology.nodes:
-            if node.socket == socket.id:
-                cores = sum(core.node == node.id for core in topology.cores)
-                lines.append(
-                    f"    node {node.id}  {node.memory_bytes / 2**30:7.1f} GiB  {node.kind:<9}"
-                    f"  {cores} cores, cpus {format_cpu_list(node.cpus)}"
-                )
-    for node in topology.nodes:
-        if node.socket is None:
-            cpus = f"cpus {format_cpu_list(node.cpus)}" if node.cpus else "no cpus"
-            lines.append(
-                f"  node {node.id}  {node.memory_bytes / 2**30:9.1f} GiB  {node.kind:<11}  {cpus}"
-            )
-    for gpu in topology.gpus:
-        lines.append(f"  gpu {gpu.index}  {gpu.pci}  node {gpu.node}")
-    lines.append(f"Ranks ({plan.backend})")
-    for rank in plan.ranks:
-        where = f"cpus {format_cpu_list(rank.cpus)}"
-        memory = f"memory {rank.memory_policy} {format_cpu_list(rank.nodes)}"
-        bound = "bound to" if plan.bind_cores else "free on"
-        lines.append(f"  rank {rank.rank}  {rank.num_threads} threads, {bound} {where}, {memory}")
-    lines.append("Why")
-    lines.extend(f"  - {reason}" for reason in plan.reasons)
-    return "\n".join(lines)
+def _first_cores(place: _Place, count: int, reasons: list[str]) -> _Place:
+    if count > len(place.cores):
+        raise LaunchError(
+            f"--cores-per-rank {count}: {place.name} has {len(place.cores)} cores for its rank; "
+            "use fewer ranks or fewer cores"
+        )
+    if count < len(place.cores):
+        reasons.append(
+            f"{place.name}: {len(place.cores) - count} of {len(place.cores)} cores stay unused "
+            f"(--cores-per-rank {count})"
+        )
+    return _Place(place.name, place.cores[:count], place.gpu)
+
+
+def _place_rank(
+    topology: Topology,
+    rank: int,
+    place: _Place,
+    request: LaunchRequest,
+    keep_all_threads: bool,
+    reasons: list[str],
+) -> RankPlan:
+    threads = [core.cpus if keep_all_threads else core.cpus[:1] for core in place.cores]
+    cpus = tuple(sorted(cpu for group in threads for cpu in group))
+    device = "cpu" if place.gpu is None else f"cuda:{place.gpu.index}"
+    near = {core.node for core in place.cores}
+    if not request.binds:
+        nodes = _with_memory(topology, topology.allowed_nodes) or tuple(sorted(near))
+        return RankPlan(rank, device, nodes, topology.allowed_cpus, len(cpus), "none")
+    nodes, preferred, policy = _memory(topology, rank, near, request.numa_memory, reasons)
+    return RankPlan(rank, device, nodes, cpus, len(cpus), policy, preferred)
+
+
+def _with_memory(topology: Topology, nodes: Collection[int]) -> tuple[int, ...]:
+    allowed = set(topology.allowed_nodes)
+    return tuple(
+        node.id for node in topology.nodes if node.memory_bytes and node.id in allowed & set(nodes)
+    )
+
+
+def _memory(
+    topology: Topology, rank: int, near: set[int], asked: str | None, reasons: list[str]
+) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+    """A rank's memory nodes, those of them that are preferred, and its policy."""
+    own = _with_memory(topology, near)
+    beside = [node for node in topology.nodes if node.near in near and node.memory_bytes]
+    fast = tuple(node.id for node in beside if node.kind == "hbm")
+    slow = [node for node in beside if node.kind != "hbm"]
+    if slow:
+        listed = ", ".join(f"{node.id} ({node.kind})" for node in slow)
+        reasons.append(f"memory nodes without cpus are left alone, as they are slower: {listed}")
+    if not own and not fast:
+        # Cores without memory of their own: take the memory beside them, if it is told.
+        own = tuple(node.id for node in slow)
+    nodes = tuple(sorted({*own, *fast}))
+    if asked == "none" or not nodes:
+        if not nodes:
+            listed = format_cpu_list(near)
+            reasons.append(f"rank {rank}: nodes {listed} have no memory to bind to: first touch")
+        return tuple(sorted(near)), (), "none"
+    if asked == "preferred":
+        return nodes, fast or own, "preferred"
+    if asked is None and fast:
+        reasons.append(
+            f"HBM is preferred where it is near (rank {rank}: node {format_cpu_list(fast)}); what "
+            "does not fit goes to the next node (--numa-memory bind: DRAM and HBM alike)"
+        )
+        return nodes, fast, "preferred"
+    if len(own) > 1:
+        reasons.append(
+            f"rank {rank} spans the memory nodes {format_cpu_list(own)}: --rank-per node keeps each "
+            "rank's memory beside its cores"
+        )
+    return nodes, (), asked or "bind"
+
+
+def _backend(places: list[_Place], request: LaunchRequest, reasons: list[str]) -> str:
+    on_gpus = all(place.gpu is not None for place in places)
+    if request.comm == "nccl" and not on_gpus:
+        raise LaunchError("--comm nccl works between GPUs: add --rank-per gpu, or use --comm auto")
+    if request.comm == "shm" and on_gpus:
+        raise LaunchError("--comm shm works between cpus: use --comm auto (nccl between GPUs)")
+    backend = request.comm if request.comm != "auto" else "nccl" if on_gpus else "shm"
+    if len(places) > 1:
+        names = {"shm": "shared memory", "gloo": "gloo", "nccl": "NCCL"}
+        reasons.append(f"{names[backend]} between the ranks")
+    return backend

@@ -41,6 +41,8 @@ PRESETS: dict[str, ModelConfig] = {
     "llama-3-70b": ModelConfig(8192, 80, 64, 8, 128, 28672, 128256, 8192, rope_theta=500000.0),
 }
 
+HEAD = "lm_head.weight"  # absent where the embedding serves as the head
+
 OVERRIDES = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size")
 
 
@@ -147,3 +149,25 @@ def _integer(config: Mapping[str, Any], key: str, source: str, default: int | No
     if not isinstance(value, int) or isinstance(value, bool):
         raise InputError(f"{source}: {key} must be an integer, not {value!r}")
     return value
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical names and full shapes of all weights of a model."""
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, config.dim)}
+    for i in range(config.num_layers):
+        shapes |= {
+            f"model.layers.{i}.input_layernorm.weight": (config.dim,),
+            f"model.layers.{i}.self_attn.q_proj.weight": (q, config.dim),
+            f"model.layers.{i}.self_attn.k_proj.weight": (kv, config.dim),
+            f"model.layers.{i}.self_attn.v_proj.weight": (kv, config.dim),
+            f"model.layers.{i}.self_attn.o_proj.weight": (config.dim, q),
+            f"model.layers.{i}.post_attention_layernorm.weight": (config.dim,),
+            f"model.layers.{i}.mlp.gate_proj.weight": (config.ffn_dim, config.dim),
+            f"model.layers.{i}.mlp.up_proj.weight": (config.ffn_dim, config.dim),
+            f"model.layers.{i}.mlp.down_proj.weight": (config.dim, config.ffn_dim),
+        }
+    shapes["model.norm.weight"] = (config.dim,)
+    if not config.tie_embeddings:
+        shapes[HEAD] = (config.vocab_size, config.dim)
+    return shapes

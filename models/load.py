@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from comm.group import Group
-from models.config import ModelConfig, from_gguf, from_hf
+from models.config import HEAD, ModelConfig, expected_shapes, from_gguf, from_hf
 from models.llama import Block, Llama
 from tp.shard import slices_of
 from weights.checkpoint import Checkpoint
 from weights.errors import InputError
-
-HEAD = "lm_head.weight"
 
 
 def config_of(checkpoint: Checkpoint) -> ModelConfig:
@@ -28,28 +26,6 @@ def config_of(checkpoint: Checkpoint) -> ModelConfig:
     if checkpoint.format == "gguf":
         return from_gguf(checkpoint.config, HEAD not in checkpoint.entries, source)
     return from_hf(checkpoint.config, source)
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical names and full shapes of all weights of a model."""
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, config.dim)}
-    for i in range(config.num_layers):
-        shapes |= {
-            f"model.layers.{i}.input_layernorm.weight": (config.dim,),
-            f"model.layers.{i}.self_attn.q_proj.weight": (q, config.dim),
-            f"model.layers.{i}.self_attn.k_proj.weight": (kv, config.dim),
-            f"model.layers.{i}.self_attn.v_proj.weight": (kv, config.dim),
-            f"model.layers.{i}.self_attn.o_proj.weight": (config.dim, q),
-            f"model.layers.{i}.post_attention_layernorm.weight": (config.dim,),
-            f"model.layers.{i}.mlp.gate_proj.weight": (config.ffn_dim, config.dim),
-            f"model.layers.{i}.mlp.up_proj.weight": (config.ffn_dim, config.dim),
-            f"model.layers.{i}.mlp.down_proj.weight": (config.dim, config.ffn_dim),
-        }
-    shapes["model.norm.weight"] = (config.dim,)
-    if not config.tie_embeddings:
-        shapes[HEAD] = (config.vocab_size, config.dim)
-    return shapes
 
 
 def load_model(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from launcher.plan import LaunchRequest, make_plan
-from launcher.spawn import launch, new_session
+from launcher.spawn import RunOptions, launch, new_session
 from launcher.topology import read_topology
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -59,13 +59,16 @@ def run_ranks(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str
     returns exit code, stdout and stderr."""
 
     def run(
-        name: str, size: int, comm: str = "shm", *, grace_s: float = 20.0, **payload: Any
+        name: str, size: int, comm: str = "shm", *, options: RunOptions | None = None, **payload: Any
     ) -> tuple[int, str, str]:
-        request = LaunchRequest(ranks=size, bind_cores=True, comm=comm, grace_s=grace_s)
-        plan = make_plan(read_topology(), request)
+        plan = make_plan(read_topology(), LaunchRequest(ranks=size, bind_cores=True, comm=comm))
         capfd.readouterr()
         code = launch(
-            plan, request, new_session(), f"tests.targets.{name}", json.dumps(payload), CHECKOUT
+            plan,
+            options or RunOptions(grace_s=20.0),
+            new_session(),
+            f"tests.targets.{name}",
+            json.dumps(payload),
         )
         out, err = capfd.readouterr()
         return code, out, err

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tp.heads import Heads, split_heads
-from weights.checkpoint import Slices
 from weights.errors import InputError
+
+if TYPE_CHECKING:  # the table is read where torch is not loaded, too
+    from weights.checkpoint import Slices
 
 # MLP widths are cut at multiples of this where they can be: one block of the common GGUF formats, and
 # a whole number of vector registers.

@@ -10,12 +10,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launcher.spawn import RunOptions
+
 
 def test_ranks_are_bound_and_told_their_place(run_ranks: Callable) -> None:
     code, out, err = run_ranks("endings", 2, case="place")
     assert code == 0, err
     assert "rank 0 of 2" in out
-    assert "[rank 1] rank 1 of 2" in err
+    assert "[rank 1] rank 1 of 2" in out
 
 
 def test_a_mistake_is_told_once_and_ends_with_2(run_ranks: Callable) -> None:
@@ -38,7 +40,7 @@ def test_exit_codes_of_ranks_are_kept(run_ranks: Callable) -> None:
 
 
 def test_a_rank_that_ends_early_is_an_error_that_names_the_others(run_ranks: Callable) -> None:
-    code, _, err = run_ranks("endings", 2, case="early", grace_s=1.0)
+    code, _, err = run_ranks("endings", 2, case="early", options=RunOptions(grace_s=1.0))
     assert code == 1
     assert "rank 1 (pid" in err
     assert "not: rank 0 (pid" in err
@@ -46,7 +48,7 @@ def test_a_rank_that_ends_early_is_an_error_that_names_the_others(run_ranks: Cal
 
 def test_a_rank_that_ignores_the_request_is_killed(run_ranks: Callable) -> None:
     start = time.monotonic()
-    code, _, err = run_ranks("endings", 2, case="stubborn", grace_s=1.0)
+    code, _, err = run_ranks("endings", 2, case="stubborn", options=RunOptions(grace_s=1.0))
     assert code == 7, err
     assert time.monotonic() - start < 20
 

@@ -1,0 +1,172 @@
+"""The plan for people and for programs.
+
+`plan_to_json` is the schema that programs may rely on (docs/plan-json.md). People at a terminal get a
+drawing: each socket a frame, each core a block in the colour of its rank; elsewhere the same facts
+come as plain lines. rich is imported only where it draws: the rest of `launcher` does without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from launcher.fit import Fit, format_bytes
+from launcher.plan import LaunchPlan, RankPlan
+from launcher.topology import Node, Topology, format_cpu_list
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+
+_COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
+
+
+def plan_to_json(topology: Topology, plan: LaunchPlan, fits: Sequence[Fit] = ()) -> dict[str, Any]:
+    """The plan for programs; `cpus` are lists of logical cpu numbers, memory is in bytes."""
+    machine = asdict(topology)
+    del machine["notes"]  # they are among the reasons
+    data: dict[str, Any] = {
+        "topology": machine,
+        "ranks": [asdict(rank) for rank in plan.ranks],
+        "backend": plan.backend,
+        "bound": plan.bind_cores,
+        "reserved_cpus": list(plan.reserved_cpus),
+        "reasons": list(plan.reasons),
+    }
+    if fits:
+        data["memory"] = [asdict(fit) | {"fits": fit.fits} for fit in fits]
+    return data
+
+
+def describe_rank(rank: RankPlan, bound: bool) -> str:
+    """Such as "4 threads, bound to cpus 0-3, memory bind 0"."""
+    where = f"{'bound to' if bound else 'free on'} cpus {format_cpu_list(rank.cpus)}"
+    device = "" if rank.device == "cpu" else f"{rank.device}, "
+    threads = f"{rank.num_threads} thread{'s' * (rank.num_threads != 1)}"
+    return f"{device}{threads}, {where}, {describe_memory(rank)}"
+
+
+def describe_memory(rank: RankPlan) -> str:
+    if rank.memory_policy == "none":
+        return "memory by first touch"
+    if rank.memory_policy == "preferred":
+        nodes = format_cpu_list(rank.preferred_nodes)
+        rest = format_cpu_list(set(rank.nodes) - set(rank.preferred_nodes))
+        return f"memory preferred {nodes}" + (f", then {rest}" if rest else "")
+    return f"memory {rank.memory_policy} {format_cpu_list(rank.nodes)}"
+
+
+def _node_line(topology: Topology, node: Node) -> str:
+    cores = sum(core.node == node.id for core in topology.cores)
+    what = f"{cores} cores, cpus {format_cpu_list(node.cpus)}" if node.cpus else "no cpus"
+    if node.near is not None:
+        what += f", near node {node.near}"
+    return f"node {node.id}  {format_bytes(node.memory_bytes):>9}  {node.kind:<9}  {what}"
+
+
+def render_plain(topology: Topology, plan: LaunchPlan, fits: Sequence[Fit] = ()) -> str:
+    """The machine, the ranks on it, whether they fit, and why it is so, as lines."""
+    lines = ["Machine"]
+    for socket in topology.sockets:
+        lines.append(f"  socket {socket.id}")
+        lines += [f"    {_node_line(topology, n)}" for n in topology.nodes if n.socket == socket.id]
+    lines += [f"  {_node_line(topology, node)}" for node in topology.nodes if node.socket is None]
+    for gpu in topology.gpus:
+        where = "node not told" if gpu.node is None else f"node {gpu.node}"
+        lines.append(f"  gpu {gpu.index}  {gpu.pci}  {where}")
+    lines.append(f"Ranks ({plan.backend})")
+    lines += [f"  rank {rank.rank}  {describe_rank(rank, plan.bind_cores)}" for rank in plan.ranks]
+    if fits:
+        lines.append("Memory")
+        lines += [f"  rank {fit.rank}  {_describe_fit(fit)}" for fit in fits]
+    lines.append("Why")
+    lines += [f"  - {reason}" for reason in plan.reasons]
+    return "\n".join(lines)
+
+
+def _describe_fit(fit: Fit) -> str:
+    parts = " + ".join(f"{name} {format_bytes(size)}" for name, size in fit.needs.items())
+    verdict = "fits" if fit.fits else "DOES NOT FIT"
+    return (
+        f"{parts} = {format_bytes(fit.needed_bytes)} of {format_bytes(fit.available_bytes)}: {verdict}"
+    )
+
+
+def draw(topology: Topology, plan: LaunchPlan, fits: Sequence[Fit] = ()) -> None:
+    """Draw the plan on the terminal that stdout is."""
+    from rich.columns import Columns
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    owner = {} if not plan.bind_cores else {c: r.rank for r in plan.ranks for c in r.cpus}
+    console = Console()
+    frames: list[RenderableType] = []
+    for socket in topology.sockets:
+        body = Text("\n").join(
+            _node_picture(topology, node, owner, plan)
+            for node in topology.nodes
+            if node.socket == socket.id or (node.socket is None and node.id in socket.nodes)
+        )
+        frames.append(Panel(body, title=f"socket {socket.id}", border_style="dim"))
+    loose = [
+        node
+        for node in topology.nodes
+        if node.socket is None and not any(node.id in socket.nodes for socket in topology.sockets)
+    ]
+    if loose:
+        body = Text("\n").join(_node_picture(topology, node, owner, plan) for node in loose)
+        frames.append(Panel(body, title="no socket", border_style="dim"))
+    console.print(Columns(frames))
+    for gpu in topology.gpus:
+        rank = next((r.rank for r in plan.ranks if r.device == f"cuda:{gpu.index}"), None)
+        style = "dim" if rank is None else _COLOURS[rank % len(_COLOURS)]
+        where = "" if gpu.node is None else f"  node {gpu.node}"
+        console.print(Text(f"  ▣ gpu {gpu.index}  {gpu.pci}{where}", style=style))
+
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for title in ("rank", "device", "threads", "cpus", "memory", *(["needs", "has"] if fits else [])):
+        table.add_column(title)
+    for place in plan.ranks:
+        row: list[RenderableType] = [
+            Text(f"■ {place.rank}", style=_COLOURS[place.rank % len(_COLOURS)]),
+            place.device,
+            str(place.num_threads),
+            format_cpu_list(place.cpus) + ("" if plan.bind_cores else " (not bound)"),
+            describe_memory(place).removeprefix("memory "),
+        ]
+        if fits:
+            fit = fits[place.rank]
+            style = "green" if fit.fits else "bold red"
+            row += [
+                Text(format_bytes(fit.needed_bytes), style=style),
+                format_bytes(fit.available_bytes),
+            ]
+        table.add_row(*row)
+    console.print(table)
+    if fits:
+        console.print(Text(f"  rank 0: {_describe_fit(fits[0])}", style="dim"))
+    for reason in plan.reasons:
+        console.print(Text(f"  · {reason}", style="dim"))
+
+
+def _node_picture(topology: Topology, node: Node, owner: dict[int, int], plan: LaunchPlan) -> Text:
+    """A node's name, and a block for each of its cores in the colour of the rank that has it."""
+    from rich.text import Text
+
+    picture = Text(f"node {node.id}  {format_bytes(node.memory_bytes)}  {node.kind}\n")
+    for core in topology.cores:
+        if core.node != node.id:
+            continue
+        ranks = [owner[cpu] for cpu in core.cpus if cpu in owner]
+        if ranks:
+            picture.append("■", style=_COLOURS[ranks[0] % len(_COLOURS)])
+        elif set(core.cpus) & set(plan.reserved_cpus):
+            picture.append("r", style="dim")
+        else:
+            picture.append("□", style="dim")
+    if not node.cpus:
+        picture.append("memory only", style="dim")
+    return picture

@@ -1,0 +1,75 @@
+"""Several machines: the rendezvous is torch's elastic agent, which this process becomes.
+
+`launch.py --nnodes 2 --node-rank 0 --rdzv-endpoint HOST:PORT ...` on each machine is the same as
+`torchrun` there with the number of ranks that the plan gives this machine; the agent starts
+`launch.py` again as each rank, which finds its place by the agent's variables (`launcher.manager`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.errors import LaunchError
+
+FLAGS = ("--nnodes", "--node-rank", "--rdzv-endpoint")
+
+
+def check_nodes(nnodes: int, node_rank: int | None, endpoint: str | None) -> None:
+    """Raise LaunchError unless the three flags make sense together."""
+    if nnodes < 1:
+        raise LaunchError(f"--nnodes {nnodes}: must be at least 1")
+    if nnodes == 1 and node_rank is None and endpoint is None:
+        return
+    if node_rank is None or not 0 <= node_rank < nnodes:
+        raise LaunchError(f"--nnodes {nnodes} needs --node-rank 0 to {nnodes - 1}, not {node_rank}")
+    if endpoint is None or not re.fullmatch(r".+:\d{1,5}", endpoint):
+        raise LaunchError(
+            f"--nnodes {nnodes} needs --rdzv-endpoint HOST:PORT, where HOST is the machine of node "
+            f"rank 0, the same on all; not {endpoint}"
+        )
+
+
+def agent_command(
+    script: Path,
+    head: Sequence[str],
+    program: Sequence[str],
+    nnodes: int,
+    node_rank: int,
+    endpoint: str,
+    num_ranks: int,
+) -> list[str]:
+    """The elastic agent's command line. `head` and `program` are this command's own words; the flags
+    that the agent takes over are removed from `head`."""
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *("--nnodes", str(nnodes), "--node-rank", str(node_rank)),
+        *("--nproc-per-node", str(num_ranks), "--max-restarts", "0"),
+        *("--rdzv-backend", "static", "--rdzv-endpoint", endpoint, "--rdzv-id", "yoke"),
+        str(script),
+        *_without_flags(head),
+        *program,
+    ]
+
+
+def _without_flags(argv: Sequence[str]) -> list[str]:
+    kept, skip = [], False
+    for word in argv:
+        name = word.partition("=")[0].replace("_", "-")
+        if skip:
+            skip = False
+        elif name in FLAGS:
+            skip = "=" not in word
+        else:
+            kept.append(word)
+    return kept
+
+
+def become_agent(command: Sequence[str]) -> None:
+    """Replace this process by the agent."""
+    os.execv(command[0], list(command))

@@ -1,0 +1,84 @@
+"""Whether what each rank must hold fits the memory that its place has. Pure.
+
+What a model needs is the caller's to say (`engine.memory` does for generation); this module knows
+only places. Totals are compared, not what happens to be free: page cache gives way, and a machine
+that is busy today may be idle tomorrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from launcher.errors import LaunchError
+from launcher.plan import LaunchPlan
+from launcher.topology import Topology
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What one rank needs, by purpose, and what it can have, in bytes."""
+
+    rank: int
+    needs: dict[str, int]
+    available_bytes: int
+
+    @property
+    def needed_bytes(self) -> int:
+        return sum(self.needs.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_bytes <= self.available_bytes
+
+
+def check_fit(
+    topology: Topology,
+    plan: LaunchPlan,
+    needs: Sequence[Mapping[str, int]],
+    limit_bytes: int | None = None,
+) -> tuple[Fit, ...]:
+    """Divide the memory of each node among the ranks on it, by what these need.
+
+    `limit_bytes` is the cgroup's limit for all ranks together. A rank that is not bound to its nodes
+    ("none", "preferred") can overflow to others, and is held against the machine's memory.
+    """
+    memory = {node.id: node.memory_bytes for node in topology.nodes}
+    machine = sum(memory[node] for node in topology.allowed_nodes if node in memory)
+    if limit_bytes is not None:
+        machine = min(machine, limit_bytes)
+    totals = [sum(need.values()) for need in needs]
+    fits = []
+    for rank in plan.ranks:
+        available = _share(machine, totals[rank.rank], totals)
+        if rank.memory_policy in ("bind", "interleave"):
+            group = [totals[other.rank] for other in plan.ranks if set(other.nodes) & set(rank.nodes)]
+            local = sum(memory.get(node, 0) for node in rank.nodes)
+            available = min(available, _share(local, totals[rank.rank], group))
+        fits.append(Fit(rank.rank, dict(needs[rank.rank]), available))
+    return tuple(fits)
+
+
+def _share(total: int, need: int, needs: Sequence[int]) -> int:
+    return total * need // max(sum(needs), 1)
+
+
+def require_fit(fits: Sequence[Fit]) -> None:
+    """Raise LaunchError that names the first rank whose memory is too small, and the ways out."""
+    for fit in fits:
+        if not fit.fits:
+            parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in fit.needs.items())
+            raise LaunchError(
+                f"rank {fit.rank} needs {format_bytes(fit.needed_bytes)} ({parts}), and its place has "
+                f"{format_bytes(fit.available_bytes)}; use more ranks on more memory, a smaller "
+                "max_seq_len or dtype=bfloat16 (python launch.py plan model=... shows the sizes)"
+            )
+
+
+def format_bytes(size: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

@@ -1,0 +1,198 @@
+"""The command line's flags, each read once and checked here, and the one screen of help.
+
+Every flag has two spellings: --bind-cores-to-rank, and DeepSpeed's --bind_cores_to_rank. The keys of
+a job (`model=...`) are not known here: they are handed on as words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import LaunchError
+from launcher.plan import LaunchRequest
+from launcher.spawn import RunOptions
+from launcher.topology import parse_cpu_list
+
+COMMANDS = {
+    "generate": "continue a prompt (the default)",
+    "run": "start a program of yours on every rank: run [flags] script.py args... | -m module",
+    "plan": "draw the machine and the ranks on it, with the reasons; start nothing",
+    "doctor": "what this machine has, what will be used, what to change",
+}
+
+EXAMPLES = """
+examples:
+  python launch.py --bind-cores-to-rank model=smollm2-135m prompt="The capital of France is"
+  python launch.py --ranks 2 model=smollm2-135m chat=true prompt="Why is the sky blue?"
+  python launch.py plan --rank-per node model=llama-70b weights=random     does it fit, and where
+  python launch.py run --bind-cores-to-rank train.py --epochs 3            any torch.distributed script
+  torchrun --nproc-per-node 2 launch.py --bind-cores-to-rank model=... prompt=...    srun, mpirun too
+"""
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The command line, read. `words` are the `key=value` words; `program` is what follows `run`;
+    `head` is the command line before the program."""
+
+    command: str
+    request: LaunchRequest
+    options: RunOptions
+    words: list[str]
+    program: list[str]
+    head: list[str]
+    sysfs: Path | None
+    json: bool
+    nnodes: int
+    node_rank: int | None
+    rdzv_endpoint: str | None
+    help: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's own, with the error message in the form of all others."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise LaunchError(f"{message}; see --help")
+
+
+def _make_parser(words: str) -> _Parser:
+    commands = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    parser = _Parser(
+        prog="launch.py",
+        usage=f"python launch.py [flags] [{'|'.join(COMMANDS)}] key=value ...\n\n{commands}",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=31, width=104),
+        add_help=False,
+        allow_abbrev=False,
+    )
+
+    def section(title: str) -> Any:
+        group = parser.add_argument_group(title)
+
+        def flag(name: str, **options: Any) -> None:
+            group.add_argument(name, **options)
+            other = "--" + name[2:].replace("-", "_")
+            if other != name:
+                hidden = options | {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+                group.add_argument(other, **hidden)
+
+        return flag
+
+    flag = section("where ranks go (each of these but --ranks binds them)")
+    flag("--bind-cores-to-rank", action="store_true", help="bind each rank to its cores and memory")
+    flag("--ranks", type=int, metavar="N", help="how many (default: one per socket)")
+    flag("--rank-per", metavar="WHAT", help="socket, node, l3 or gpu: one rank on each")
+    flag("--bind-core-list", metavar="LIST", help="these cpus alone, such as 0-27,32-59")
+    flag("--cores-per-rank", type=int, metavar="N", help="so many cores for each rank")
+    flag("--reserve-cores", type=int, default=0, metavar="N", help="keep N cores free of ranks")
+    flag("--smt", action="store_true", help="use every hardware thread, not the first of each core")
+    flag("--numa-memory", metavar="HOW", help="bind (default), preferred, interleave or none")
+    flag = section("between ranks")
+    flag("--comm", default="auto", metavar="NAME", help="auto, shm (shared memory), gloo or nccl")
+    flag("--nnodes", type=int, default=1, metavar="N", help="machines; with these two on each:")
+    flag("--node-rank", type=int, metavar="I", help="this machine's number, from 0")
+    flag("--rdzv-endpoint", metavar="HOST:PORT", help="where machine 0 can be reached")
+    flag = section("looking after them (seconds)")
+    for name, default, text in (
+        ("--comm-timeout", 60.0, "how long one rank waits for another"),
+        ("--start-timeout", 300.0, "how long a rank may take to its program's first line"),
+        ("--hang-timeout", 120.0, "how long a rank may give no sign of life; 0: for ever"),
+        ("--grace", 5.0, "from asking ranks to stop to killing them"),
+    ):
+        flag(name, type=float, default=default, metavar="S", help=f"{text} [{default:g}]")
+    flag("--log-dir", type=Path, metavar="DIR", help="each rank's output also in DIR/rank-N.log")
+    flag("--verify-placement", action="store_true", help="say where pages and threads really were")
+    flag = section("of plan and doctor")
+    flag("--sysfs", type=Path, metavar="DIR", help="the recorded machine in DIR, not this one")
+    flag("--json", action="store_true", help="for programs")
+    parser.add_argument("-h", "--help", action="store_true", help=argparse.SUPPRESS)
+    # What follows `run -m module` is the module's.
+    parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.add_argument("words", nargs=words, help=argparse.SUPPRESS)
+    return parser
+
+
+def help_text(keys: Sequence[str]) -> str:
+    """Everything on one screen: commands, flags, the job's keys, examples."""
+    text = _make_parser("*").format_help().replace("usage: ", "", 1)
+    return text + "\nkeys of a job [default]:\n" + "\n".join(keys) + "\n" + EXAMPLES
+
+
+def parse_flags(argv: Sequence[str]) -> Flags:
+    """Read the command line. Raises LaunchError."""
+    # Up to the first word; if that is `run`, what follows the next one is not ours to read.
+    early = _make_parser(argparse.REMAINDER).parse_args(argv)
+    if early.words[:1] == ["run"]:
+        found = _make_parser(argparse.REMAINDER).parse_args(early.words[1:], early)
+        command, words = "run", []
+        program = ["-m", *found.module] if found.module is not None else found.words
+        if found.module is not None and found.words:
+            raise LaunchError(f"{found.words[0]!r} before -m: run takes one program; see --help")
+    else:
+        found = _make_parser("*").parse_intermixed_args(argv)
+        if found.module is not None:
+            raise LaunchError("-m goes with the command run; see --help")
+        commands = [word for word in found.words if "=" not in word]
+        words = [word for word in found.words if "=" in word]
+        command, program = commands[0] if commands else "generate", []
+        if len(commands) > 1 or command not in COMMANDS:
+            names = ", ".join(COMMANDS)
+            raise LaunchError(f"{commands[-1]!r} is not a command ({names}), not key=value; see --help")
+    for name, value, fitting in (
+        ("--sysfs", found.sysfs, ("plan", "doctor")),
+        ("--json", found.json, ("plan", "doctor")),
+    ):
+        if value and command not in fitting:
+            raise LaunchError(f"{name} goes with the commands {' and '.join(fitting)} only")
+    return Flags(
+        command=command,
+        request=_request(found),
+        options=_options(found),
+        words=words,
+        program=program,
+        head=list(argv[: len(argv) - len(program)]),
+        sysfs=found.sysfs,
+        json=found.json,
+        nnodes=found.nnodes,
+        node_rank=found.node_rank,
+        rdzv_endpoint=found.rdzv_endpoint,
+        help=found.help,
+    )
+
+
+def _request(found: argparse.Namespace) -> LaunchRequest:
+    return LaunchRequest(
+        ranks=found.ranks,
+        rank_per=found.rank_per,
+        bind_cores=found.bind_cores_to_rank,
+        core_list=None if found.bind_core_list is None else parse_cpu_list(found.bind_core_list),
+        cores_per_rank=found.cores_per_rank,
+        reserve_cores=found.reserve_cores,
+        smt=found.smt,
+        numa_memory=found.numa_memory,
+        comm=found.comm,
+    )
+
+
+def _options(found: argparse.Namespace) -> RunOptions:
+    for flag, value, least in (
+        ("--comm-timeout", found.comm_timeout, 1e-3),
+        ("--start-timeout", found.start_timeout, 0.0),
+        ("--hang-timeout", found.hang_timeout, 0.0),
+        ("--grace", found.grace, 0.0),
+    ):
+        if not (math.isfinite(value) and value >= least):
+            raise LaunchError(f"{flag} {value:g}: must be a number of seconds, at least {least:g}")
+    return RunOptions(
+        grace_s=found.grace,
+        comm_timeout_s=found.comm_timeout,
+        start_timeout_s=found.start_timeout,
+        hang_timeout_s=found.hang_timeout,
+        log_dir=found.log_dir,
+        verify_placement=found.verify_placement,
+    )

@@ -1,0 +1,109 @@
+"""Take a place as one of the ranks that torchrun, srun or mpirun has started.
+
+The manager says which rank this is; the plan of this machine says where such a rank goes. Every local
+rank makes the same plan by itself and takes its own line of it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from launcher.child import RankEnv, run_managed
+from launcher.errors import LaunchError
+from launcher.manager import Managed, interface_of, meet
+from launcher.plan import LaunchPlan, LaunchRequest, make_plan
+from launcher.spawn import RunOptions, rank_variables
+from launcher.topology import format_cpu_list, read_topology
+
+
+def local_plan(place: Managed, request: LaunchRequest) -> LaunchPlan:
+    """The plan of this machine's ranks, numbered as the whole run does. Raises LaunchError."""
+    if request.ranks not in (None, place.local_world_size):
+        raise LaunchError(
+            f"--ranks {request.ranks}, but {place.manager} started {place.local_world_size} on this "
+            "machine: leave --ranks out"
+        )
+    note, alone = _settle_mask(place, request.binds)
+    count = 1 if alone else place.local_world_size
+    topology = read_topology(Path("/"), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    plan = make_plan(topology, replace(request, ranks=count))
+    first = place.rank - place.local_rank
+    lines = [plan.ranks[0]] * place.local_world_size if alone else list(plan.ranks)
+    backend = plan.backend
+    if backend == "shm" and place.world_size > place.local_world_size:
+        backend = "gloo"  # shared memory ends at the machine
+    return replace(
+        plan,
+        ranks=tuple(replace(line, rank=first + i) for i, line in enumerate(lines)),
+        backend=backend,
+        reasons=plan.reasons + ((note,) if note else ()),
+    )
+
+
+def _settle_mask(place: Managed, binds: bool) -> tuple[str, bool]:
+    """What the manager did to the affinity mask: a note on it, and whether it is this rank's alone.
+
+    A mask that differs from the parent's was narrowed for this rank. Slurm means it: these are the
+    cpus it granted. mpirun narrows to a single core by default, which nobody asked for who asked
+    Yoke to bind: the parent's mask is planned over then.
+    """
+    own, parents = os.sched_getaffinity(0), os.sched_getaffinity(os.getppid())
+    if own == parents:
+        return "", False
+    if place.manager == "srun" or not binds:
+        return f"{place.manager} gave this rank the cpus {format_cpu_list(own)}", True
+    os.sched_setaffinity(0, parents)
+    return (
+        f"{place.manager} had bound this rank to cpus {format_cpu_list(own)}; the plan replaces that",
+        False,
+    )
+
+
+def join(
+    place: Managed,
+    plan: LaunchPlan,
+    options: RunOptions,
+    target: str,
+    payload: str,
+) -> int:
+    """Run `target` as this rank; its exit code. Raises LaunchError."""
+    if place.manager == "torchrun" and not _set_by_user("OMP_NUM_THREADS"):
+        os.environ.pop("OMP_NUM_THREADS", None)  # the agent's default of 1, for want of a plan
+    port, store = meet(place, options.start_timeout_s or 300.0)
+    env = RankEnv(
+        rank=place.rank,
+        world_size=place.world_size,
+        local_rank=place.local_rank,
+        local_world_size=place.local_world_size,
+        session=place.session,
+        backend=plan.backend,
+        master_addr=place.master_addr,
+        master_port=port,
+        comm_timeout_s=options.comm_timeout_s,
+        plan=plan.ranks[place.local_rank],
+        plans=[asdict(rank) for rank in plan.ranks],
+        bind_cores=plan.bind_cores,
+        store_fd=None if store is None else store.detach(),
+        agent_store=place.agent_store,
+        verify_placement=options.verify_placement,
+    )
+    if place.world_size > place.local_world_size:
+        name = interface_of(place.master_addr)
+        if name is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    else:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    for key, value in rank_variables(env).items():
+        os.environ.setdefault(key, value)
+    return run_managed(env, target, payload)
+
+
+def _set_by_user(name: str) -> bool:
+    """Whether the parent was started with the variable, rather than setting it for its children."""
+    try:
+        initial = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    except OSError:
+        return True
+    return any(entry.startswith(name.encode() + b"=") for entry in initial.split(b"\0"))

@@ -1,0 +1,68 @@
+"""A target that runs a program of the user's, as `python script.py args` or `python -m module` would.
+
+In this process, after it was bound, so that binding, heartbeat and the report of failures are those
+of any rank. It sees the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+MASTER_ADDR, MASTER_PORT) and none of Yoke's own modules.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import LaunchError
+
+CHECKOUT = str(Path(__file__).resolve().parent.parent)
+
+
+def check_program(words: list[str]) -> str:
+    """The payload for `main` from `script.py args...` or `-m module args...`. Raises LaunchError."""
+    module = bool(words) and words[0] == "-m"
+    rest = words[1:] if module else words
+    if not rest:
+        raise LaunchError("run needs a program: run [flags] script.py args... (or -m module args...)")
+    if not module and not Path(rest[0]).is_file():
+        raise LaunchError(f"{rest[0]} is not a file; run takes script.py args... or -m module args...")
+    return json.dumps({"module": module, "name": rest[0], "argv": rest[1:]})
+
+
+def main(env: Any, payload: str) -> int:
+    """Run the program to its end; the exit code."""
+    program = json.loads(payload)
+    if env.store_fd is not None:
+        # A program of torch's world binds the master port itself; nobody else has had it meanwhile.
+        socket.socket(fileno=env.store_fd).close()
+    name, argv = program["name"], program["argv"]
+    # The program's world is its own: a `models` or `comm` of the user's must be found, not ours.
+    sys.path[:] = [entry for entry in sys.path if entry != CHECKOUT]
+    for loaded in [m for m in sys.modules if m.split(".")[0] in ("launcher", "launch", "engine")]:
+        if Path(CHECKOUT) in Path(getattr(sys.modules[loaded], "__file__", None) or "/").parents:
+            del sys.modules[loaded]
+    try:
+        if program["module"]:
+            sys.path.insert(0, os.getcwd())
+            sys.argv = [name, *argv]
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        else:
+            path = str(Path(name).resolve())
+            sys.path.insert(0, str(Path(path).parent))
+            sys.argv = [name, *argv]
+            runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        return _exit_code(end.code)
+    return 0
+
+
+def _exit_code(code: object) -> int:
+    """As the interpreter would: None is 0, a text is printed and counts as 1."""
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return code & 0xFF
+    print(code, file=sys.stderr)
+    return 1

@@ -1,0 +1,262 @@
+"""Look after started ranks until all have ended: one thread, one loop over pipes and signals.
+
+The first failure decides: the others are asked to stop (TERM), and killed when `grace_s` is over.
+Nothing is polled: SIGCHLD wakes the loop when a rank ends, pipes when it says something, deadlines
+when it does not.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Passed on, and nothing else: programs save checkpoints on these, ranks show their stacks on QUIT.
+_PASSED_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
+_MAX_REPORT_BYTES = 1 << 20
+_STATES = {"T": "it is stopped", "t": "it is being traced", "D": "it waits in the kernel"}
+
+
+@dataclass
+class Rank:
+    """A started rank and what is known of it. The only mutable record of the launcher."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    report: bytes = b""
+    started: bool = False  # its target's code runs
+    spawned_at: float = field(default_factory=time.monotonic)
+    seen_at: float = field(default_factory=time.monotonic)  # the last sign of life
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} (pid {self.process.pid})"
+
+    def read_report(self, chunk: bytes) -> None:
+        """Lines of JSON; an empty one is a heartbeat."""
+        self.seen_at = time.monotonic()
+        self.report = (self.report + chunk).lstrip(b"\n")[:_MAX_REPORT_BYTES]
+        if self.report.startswith(b'{"kind": "started"}\n'):
+            self.started = True
+            self.report = self.report[len(b'{"kind": "started"}\n') :].lstrip(b"\n")
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """The exit code of the whole and its message (empty: the failed rank's report tells it)."""
+
+    code: int
+    message: str = ""
+
+
+def watch(
+    ranks: Sequence[Rank],
+    selector: selectors.BaseSelector,
+    wakeup: int,
+    *,
+    grace_s: float,
+    start_timeout_s: float,
+    hang_timeout_s: float,
+) -> int:
+    """Until all ranks have ended; the exit code of the whole, after its message on stderr.
+
+    Rank pipes are registered in `selector` with a function that takes each chunk, `wakeup` (of
+    `signal_pipe`) with None. The two timeouts are off at 0.
+    """
+    running = list(ranks)
+    ended_well: list[Rank] = []
+    verdict: _Verdict | None = None
+    stop_at: float | None = None  # when the ranks that go on are stopped; once asked, killed
+
+    def decide(code: int, message: str = "", ask: int | None = signal.SIGTERM) -> None:
+        nonlocal verdict, stop_at
+        verdict = _Verdict(code, message)
+        stop_at = time.monotonic() + grace_s
+        if ask is not None:
+            signal_groups(running, ask)
+
+    def due_at(rank: Rank) -> float:
+        """When this rank counts as stuck."""
+        hang = rank.seen_at + (hang_timeout_s or math.inf)
+        return hang if rank.started else min(hang, rank.spawned_at + (start_timeout_s or math.inf))
+
+    while running:
+        deadlines = [] if stop_at is None else [stop_at]
+        if verdict is None:
+            deadlines += [due_at(rank) for rank in running]
+        for number in _wait(selector, wakeup, min(deadlines, default=math.inf)):
+            if number in _PASSED_SIGNALS:
+                _signal_ranks(running, number)
+            elif number in _STOP_SIGNALS and verdict is None:
+                decide(128 + number, f"stopped by {signal.Signals(number).name}", number)
+            elif number in _STOP_SIGNALS:  # asked twice: at once
+                signal_groups(running, signal.SIGKILL)
+        ended = [rank for rank in running if rank.process.poll() is not None]
+        # Of those that ended together, one that was killed is the cause; the others missed it.
+        for rank in sorted(ended, key=lambda rank: rank.process.returncode >= 0):
+            running.remove(rank)
+            if rank.process.returncode == 0:
+                ended_well.append(rank)
+                stop_at = stop_at or time.monotonic() + grace_s
+            elif verdict is None:
+                decide(*_failure(rank))
+        now = time.monotonic()
+        if verdict is None and (stuck := [rank for rank in running if now >= due_at(rank)]):
+            _signal_ranks(stuck, signal.SIGQUIT)  # shows where it is
+            message = _stuck(stuck, start_timeout_s, hang_timeout_s)
+            signal_groups([rank for rank in running if rank not in stuck], signal.SIGTERM)
+            decide(1, message, ask=None)
+        elif running and stop_at is not None and now >= stop_at:
+            if verdict is None:
+                names = ", ".join(rank.name for rank in running)
+                decide(1, f"{ended_well[0].name} ended, but after {grace_s:g} s not: {names}")
+            else:
+                signal_groups(running, signal.SIGKILL)
+                stop_at = math.inf
+    kill_groups(ranks)
+    _drain(selector)
+    if verdict is None:
+        return 0
+    # Read only now: a report may still have been in its pipe when its rank was reaped.
+    print(verdict.message or _reported(ranks, verdict.code), file=sys.stderr, flush=True)
+    return verdict.code
+
+
+def _wait(selector: selectors.BaseSelector, wakeup: int, deadline: float) -> Iterator[int]:
+    """Handle what is ready, and yield the signals that arrived."""
+    timeout = None if deadline == math.inf else max(deadline - time.monotonic(), 0.0)
+    for key, _ in selector.select(timeout):
+        if key.data is None:
+            yield from os.read(wakeup, 4096)
+        else:
+            _handle(selector, key)
+
+
+def _handle(selector: selectors.BaseSelector, key: selectors.SelectorKey) -> None:
+    """Read once from a rank's pipe; close it at its end."""
+    stream: IO[bytes] = key.fileobj  # type: ignore[assignment]
+    try:
+        chunk = os.read(stream.fileno(), 65536)
+    except OSError as error:
+        if error.errno != errno.EIO:  # how a pseudo-terminal ends
+            raise
+        chunk = b""
+    key.data(chunk)
+    if not chunk:
+        selector.unregister(stream)
+        stream.close()
+
+
+def _drain(selector: selectors.BaseSelector) -> None:
+    """Read what the ended ranks left in their pipes, and no longer than that: a process that escaped
+    its group could hold one open for ever."""
+    until = time.monotonic() + 1.0
+    while time.monotonic() < until:
+        ready = [key for key, _ in selector.select(0) if key.data is not None]
+        if not ready:
+            break
+        for key in ready:
+            _handle(selector, key)
+    for key in list(selector.get_map().values()):
+        if key.data is not None:
+            selector.unregister(key.fileobj)
+            key.data(b"")
+            key.fileobj.close()  # type: ignore[union-attr]
+
+
+def _failure(rank: Rank) -> tuple[int, str]:
+    """Exit code and message of a rank that ended badly; "" leaves the message to its report."""
+    code = rank.process.returncode
+    if code >= 0:
+        return code, ""
+    number = -code
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    return 128 + number, f"{rank.name} was killed by {name}; the other ranks were stopped"
+
+
+def _stuck(stuck: Sequence[Rank], start_timeout_s: float, hang_timeout_s: float) -> str:
+    """Which ranks were given up, and what the kernel says of them."""
+    parts = []
+    for rank in stuck:
+        silent_s = time.monotonic() - rank.seen_at
+        what = (
+            f"gave no sign of life for {silent_s:.0f} s (--hang-timeout {hang_timeout_s:g})"
+            if hang_timeout_s and silent_s >= hang_timeout_s
+            else f"had not started its program after {start_timeout_s:g} s (--start-timeout)"
+        )
+        with suppress(OSError, IndexError):
+            stat = Path(f"/proc/{rank.process.pid}/stat").read_text()
+            state = _STATES.get(stat.rpartition(")")[2].split()[0])
+            what += f"; {state}" if state else ""
+        parts.append(f"{rank.name} {what}")
+    return "; ".join(parts) + "; all ranks were stopped"
+
+
+def _reported(ranks: Sequence[Rank], code: int) -> str:
+    """What the failed ranks told of themselves: a mistake once, else the first one's traceback."""
+    failed = [rank for rank in ranks if rank.process.returncode == code]
+    for rank in failed:
+        for line in rank.report.splitlines():
+            with suppress(ValueError, KeyError):
+                report = json.loads(line)
+                if report["kind"] == "error":
+                    return f"error: {report['message']}"
+                return f"{rank.name} failed:\n{report['traceback'].rstrip()}"
+    names = ", ".join(rank.name for rank in failed)
+    return f"{names} ended with exit code {code}; the other ranks were stopped"
+
+
+def _signal_ranks(ranks: Sequence[Rank], number: int) -> None:
+    """To the ranks alone, once they are ready for it."""
+    for rank in ranks:
+        if rank.started:
+            with suppress(ProcessLookupError):
+                os.kill(rank.process.pid, number)
+
+
+def signal_groups(ranks: Sequence[Rank], number: int) -> None:
+    """To the ranks and what they have started."""
+    for rank in ranks:
+        with suppress(ProcessLookupError):
+            os.killpg(rank.process.pid, number)
+
+
+def kill_groups(ranks: Sequence[Rank]) -> None:
+    """Kill what is left of every rank's group, and reap the rank."""
+    signal_groups(ranks, signal.SIGKILL)
+    for rank in ranks:
+        rank.process.wait()
+
+
+@contextmanager
+def signal_pipe() -> Iterator[int]:
+    """A descriptor that yields the number of each signal that arrives, as one byte."""
+    read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    # What was ignored when we were started stays so (nohup). SIGCHLD wakes the loop when a rank ends.
+    wanted = [n for n in (*_STOP_SIGNALS, *_PASSED_SIGNALS) if signal.getsignal(n) != signal.SIG_IGN]
+    numbers = (*wanted, signal.SIGCHLD)
+    previous = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    previous_fd = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    try:
+        yield read_end
+    finally:
+        signal.set_wakeup_fd(previous_fd)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        os.close(read_end)
+        os.close(write_end)
