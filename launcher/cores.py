@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from launcher.sysfs import format_cpu_list, read_cpus, read_int, read_list
 
 # Where L3 usually is comes first. s390 has two L2 before it; old Xeons have L3 as index2.
-_L3_INDEXES = ("index3", "index4", "index2")
+_L3_INDEXES = ("index3", "index4", "index2", "index1", "index0")
 # Of the largest capacity: big Arm cores of one machine differ by a tenth, small ones have up to a half.
 _BIG_CAPACITY = 0.75
 
@@ -67,7 +67,7 @@ def read_sockets(
         while cpus and min(cpus) in (own := _package_siblings(folder, min(cpus), cpus)) and own <= cpus:
             number = max(filter(None, socket_of.values()), default=0) + 1
             notes.append(
-                f"package {package} is more than one: cpus {format_cpu_list(own)} are {number}"
+                f"package {package} is more than one: cpus {format_cpu_list(own)} are numbered {number}"
             )
             socket_of |= dict.fromkeys(own, number)
             cpus -= own
@@ -126,10 +126,9 @@ def read_cores(
     first_thread = _first_threads(base, online, notes)
     l3_of = _l3_caches(base, online, socket_of, notes)
     threads: dict[tuple[int | None, int, int], list[int]] = {}
-    for cpu in online:
-        if cpu in allowed:
-            key = (socket_of[cpu], node_of[cpu], first_thread.get(cpu, cpu))
-            threads.setdefault(key, []).append(cpu)
+    for cpu in sorted(allowed):
+        key = (socket_of[cpu], node_of[cpu], first_thread.get(cpu, cpu))
+        threads.setdefault(key, []).append(cpu)
     order = sorted(threads, key=lambda key: (key[0] is None, key[0] or 0, *key[1:]))
     kinds = _kinds(base, online, first_thread)
     return tuple(

@@ -1,7 +1,8 @@
 """Reading the small files of sysfs and proc: a line of text, a number, a set of cpus, numbered folders.
 
-A file that is missing or cannot be read gives None, because every reader has a fallback for it. A file
-that is there and makes no sense raises LaunchError with its path: a guess would bind to wrong cores.
+A file that is missing or cannot be read gives None, and so does a number that is none, because every
+reader has a fallback for it. A set of cpus that makes no sense raises LaunchError with the file's path:
+a guess would bind to wrong cores.
 
 What is not here: what any of the files means.
 """

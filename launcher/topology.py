@@ -159,7 +159,7 @@ def _allowed_cpus(
         )
     if cpuset is None:
         return allowed
-    both = tuple(cpu for cpu in allowed if cpu in set(cpuset))
+    both = tuple(sorted(set(allowed).intersection(cpuset)))
     if not both:
         notes.append(
             f"the control group lists cpus {format_cpu_list(cpuset)}, of which none can be used: "
@@ -175,7 +175,7 @@ def _allowed_mems(
     status = _status_list(base, "Mems_allowed_list")
     if status is None or cpuset is None:
         return status or cpuset
-    both = tuple(node for node in status if node in set(cpuset))
+    both = tuple(sorted(set(status).intersection(cpuset)))
     if not both:
         notes.append(
             f"the control group lists memory nodes {format_cpu_list(cpuset)}, and Mems_allowed_list "

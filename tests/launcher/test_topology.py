@@ -245,7 +245,7 @@ def test_a_package_number_used_twice_is_two_packages(tmp_path: Path) -> None:
     files = two_sockets() | {f"{CPU}/cpu{cpu}/topology/physical_package_id": "0" for cpu in range(16)}
     topology = read_topology(write(tmp_path, files))
     assert [(socket.id, socket.nodes) for socket in topology.sockets] == [(0, (0, 1)), (1, (2, 3))]
-    assert "cpus 4-7,12-15 are 1" in topology.notes[0]
+    assert "cpus 4-7,12-15 are numbered 1" in topology.notes[0]
 
 
 def test_each_cpu_a_package_below_one_l3(tmp_path: Path) -> None:
