@@ -48,6 +48,15 @@ class Placement:
     num_threads: int
 
 
+@dataclass(frozen=True)
+class Thread:
+    """A thread's name, the cpus it may run on, and the one it ran on last."""
+
+    name: str
+    mask: tuple[int, ...]
+    last_cpu: int
+
+
 def check_placement(
     rank: int, nodes: Collection[int], cpus: Collection[int], root: Path = Path("/proc/self")
 ) -> Placement:
@@ -113,16 +122,23 @@ def count_samples(samples: Iterable[tuple[int, int]]) -> dict[int, int]:
     return dict(sorted(by_node.items()))
 
 
-def stray_threads(
-    threads: Mapping[int, tuple[str, tuple[int, ...], int]], cpus: Collection[int]
-) -> tuple[str, ...]:
-    """What to say of each thread (id -> name, mask, cpu it last ran on) that may leave `cpus`."""
+def parse_thread(status: str, stat: str) -> Thread:
+    """From the texts of a thread's status and stat files."""
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    # In stat the name, in parentheses, may itself hold them; field 3 follows the last one.
+    last_cpu = int(stat.rpartition(")")[2].split()[39 - 3])
+    return Thread(fields["Name"], parse_cpu_list(fields["Cpus_allowed_list"]), last_cpu)
+
+
+def stray_threads(threads: Mapping[int, Thread], cpus: Collection[int]) -> tuple[str, ...]:
+    """What to say of each thread (by its id) that may leave `cpus`."""
     said = []
-    for thread, (name, mask, last) in sorted(threads.items()):
-        if not set(mask) <= set(cpus):
-            text = f"thread {thread} ({name}) may run on cpus {format_cpu_list(mask)}"
+    for number, thread in sorted(threads.items()):
+        if not set(thread.mask) <= set(cpus):
+            text = f"thread {number} ({thread.name}) may run on cpus {format_cpu_list(thread.mask)}"
             text += f", outside {format_cpu_list(cpus)}"
-            said.append(text if last in cpus else f"{text}, and last ran on {last}")
+            ran_there = thread.last_cpu not in cpus
+            said.append(f"{text}, and last ran on {thread.last_cpu}" if ran_there else text)
     return tuple(said)
 
 
@@ -165,20 +181,12 @@ def _sample(pid: int, ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]
 
 
 def _read_threads(folder: Path, cpus: Collection[int]) -> tuple[tuple[str, ...], int]:
-    threads: dict[int, tuple[str, tuple[int, ...], int]] = {}
+    threads: dict[int, Thread] = {}
     for task in folder.iterdir():
         with suppress(FileNotFoundError, ProcessLookupError):  # threads come and go
-            status = dict(
-                line.split(":\t", 1)
-                for line in (task / "status").read_text().splitlines()
-                if ":\t" in line
-            )
-            # The name, in parentheses, may hold spaces and parentheses; field 3 follows the last one.
-            last = int((task / "stat").read_text().rpartition(")")[2].split()[39 - 3])
-            threads[int(task.name)] = (
-                status["Name"],
-                parse_cpu_list(status["Cpus_allowed_list"]),
-                last,
+            threads[int(task.name)] = parse_thread(
+                (task / "status").read_text(errors="replace"),
+                (task / "stat").read_text(errors="replace"),
             )
     return stray_threads(threads, cpus), len(threads)
 

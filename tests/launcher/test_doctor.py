@@ -270,6 +270,8 @@ def test_kernel_settings_are_read(tmp_path: Path) -> None:
     )
     governors: dict[str, tuple[int, ...]] = {"powersave": (0,), "performance": (1,)}
     assert read_kernel([0, 1], tmp_path) == Kernel(True, "never", 1032 * 1024, governors)
+    write(tmp_path, {"proc/sys/kernel/numa_balancing": "0"})
+    assert read_kernel([0, 1], tmp_path).numa_balancing is False
     assert read_kernel([0, 1], tmp_path / "empty") == Kernel(None, None, 0, {})
 
 

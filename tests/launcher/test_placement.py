@@ -14,10 +14,12 @@ import pytest
 
 from launcher.placement import (
     Placement,
+    Thread,
     check_placement,
     count_samples,
     parse_numa_maps,
     parse_private_maps,
+    parse_thread,
     render_placement,
     stray_threads,
 )
@@ -31,7 +33,7 @@ def test_own_pages_are_summed_by_node() -> None:
     text = """\
 564af903a000 bind:0 heap anon=168 dirty=168 active=0 N0=160 N1=8 kernelpagesize_kB=4
 7f00fb7fd000 prefer (many):0-1 anon=270 dirty=270 N0=270 kernelpagesize_kB=4
-7ffd6de48000 default stack anon=4 dirty=4 N12=4 kernelpagesize_kB=4
+7ffd6de48000 default stack anon=4 dirty=4 N12=4
 7f00fbbf8000 default
 """
     assert parse_numa_maps(text) == {0: 430 * 4 * KIB, 1: 32 * KIB, 12: 16 * KIB}
@@ -79,12 +81,19 @@ def test_samples_that_no_node_holds_count_as_nothing() -> None:
     assert count_samples([(8, 1), (8, 0), (4, 1), (8, -2), (8, -14)]) == {0: 8, 1: 12}
 
 
+def test_a_thread_from_its_files() -> None:
+    status = "Name:\ta ) (b\nTgid:\t7\nCpus_allowed:\tff\nCpus_allowed_list:\t0-2,7\n"
+    # Each field holds its own number, as proc(5) counts them.
+    stat = "1 (a ) (b) S " + " ".join(map(str, range(4, 53)))
+    assert parse_thread(status, stat) == Thread("a ) (b", (0, 1, 2, 7), 39)
+
+
 def test_a_thread_is_a_stray_if_it_may_leave_wherever_it_runs() -> None:
     threads = {
-        12: ("python", (0, 1), 0),
-        13: ("a thread) (", (0, 1, 2, 3), 1),
-        14: ("far", (2, 7), 7),
-        15: ("narrow", (1,), 1),
+        12: Thread("python", (0, 1), 0),
+        13: Thread("a thread) (", (0, 1, 2, 3), 1),
+        14: Thread("far", (2, 7), 7),
+        15: Thread("narrow", (1,), 1),
     }
     assert stray_threads(threads, (0, 1)) == (
         "thread 13 (a thread) () may run on cpus 0-3, outside 0-1",
