@@ -85,6 +85,7 @@ def main(spec_fd: int) -> int:
     os.set_inheritable(report_fd, False)  # compilers that a rank starts must not hold the pipe open
     os.set_blocking(report_fd, False)
     lock = threading.Lock()  # a heartbeat must not fall into the middle of a report
+    faulthandler.enable()  # a crash in native code shows the Python line that led there
     # Ctrl-\ shows where every rank is; the launcher asks the same of a rank that hangs.
     faulthandler.register(signal.SIGQUIT, all_threads=True)
     env = env_from_json(spec["env"])
@@ -113,7 +114,7 @@ def main(spec_fd: int) -> int:
         report(
             "error" if wrong_input else "exception",
             message=str(error) or type(error).__name__,
-            traceback=traceback.format_exc()[-50000:],  # the end tells most
+            traceback=_traceback(error)[-50000:],  # the end tells most
         )
         return 2 if wrong_input else 1
 
@@ -177,6 +178,18 @@ def _sample(env: RankEnv, samples: list[Placement]) -> None:
     while not pause.wait(wait):
         samples.append(check_placement(env.rank, env.plan.nodes, env.plan.cpus))
         wait *= 2
+
+
+def _traceback(error: Exception) -> str:
+    """The error's traceback without the frames that led to the target."""
+    step = error.__traceback__
+    while step is not None and _is_launchers(step.tb_frame.f_code.co_filename):
+        step = step.tb_next
+    return "".join(traceback.format_exception(type(error), error, step or error.__traceback__))
+
+
+def _is_launchers(file: str) -> bool:
+    return "runpy" in file or Path(file).parent == Path(__file__).parent
 
 
 def _check_origin() -> None:

@@ -1,0 +1,288 @@
+"""Ranks that torchrun, srun or mpirun start: their variables, and the real thing where it is here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.elastic import agent_command
+from launcher.errors import LaunchError
+from launcher.manager import find_manager, first_host, interface_of, meet, tasks_per_node
+from tests.conftest import CHECKOUT
+
+LAUNCH = str(CHECKOUT / "launch.py")
+GENERATE = ["model=tiny", "weights=random", "prompt=hello", "max_new_tokens=8", "compile=false",
+            "output=json"]  # fmt: skip
+PROGRAM = """
+import json, os, sys
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+total = torch.ones(1) * (dist.get_rank() + 1)
+dist.all_reduce(total)
+line = {"rank": dist.get_rank(), "size": dist.get_world_size(), "sum": total.item(),
+        "cpus": sorted(os.sched_getaffinity(0)), "argv": sys.argv[1:],
+        "threads": os.environ["OMP_NUM_THREADS"]}
+sys.stdout.write(json.dumps(line) + "\\n")
+sys.stdout.flush()
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> str:
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    return str(path)
+
+
+def test_variables_of_each_manager() -> None:
+    torchrun = {
+        "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "host0", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "x",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    place = find_manager(torchrun, 1)
+    assert place is not None and place.manager == "torchrun" and place.agent_store
+    assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (3, 4, 1, 2)
+    assert (place.master_addr, place.master_port) == ("host0", 29500)
+    again = find_manager(torchrun | {"TORCHELASTIC_RESTART_COUNT": "1"}, 1)
+    assert again is not None and again.session != place.session
+
+    ompi = {
+        "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": "job.1",
+    }  # fmt: skip
+    place = find_manager(ompi, 1)
+    assert place is not None
+    assert (place.manager, place.rank, place.master_addr, place.master_port) == (
+        "mpirun",
+        1,
+        "127.0.0.1",
+        0,
+    )
+    assert find_manager(ompi | {"OMPI_COMM_WORLD_SIZE": "1"}, 1) is None
+
+    intel = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
+    place = find_manager(intel, 7)
+    assert place is not None and place.manager == "mpiexec"
+
+    slurm = {
+        "SLURM_JOB_ID": "9", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6",
+        "SLURM_LOCALID": "1", "SLURM_NODEID": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
+        "SLURM_STEP_NODELIST": "cn[07-09],login", "MASTER_PORT": "29511",
+    }  # fmt: skip
+    place = find_manager(slurm, 1)
+    assert place is not None and place.manager == "srun"
+    assert (place.rank, place.local_rank, place.local_world_size) == (5, 1, 2)
+    assert (place.master_addr, place.master_port) == ("cn07", 29511)
+    # A batch script is no rank.
+    assert find_manager({k: v for k, v in slurm.items() if k != "SLURM_STEP_ID"}, 1) is None
+    assert find_manager({}, 1) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"RANK": "4"}, {"RANK": "-1"}, {"RANK": "x"}, {"LOCAL_RANK": "2"}, {"LOCAL_WORLD_SIZE": "5"},
+     {"MASTER_PORT": "http"}, {"MASTER_ADDR": ""}],
+)  # fmt: skip
+def test_variables_that_contradict_themselves(changes: dict[str, str]) -> None:
+    environ = {
+        "RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "a", "MASTER_PORT": "1",
+    }  # fmt: skip
+    assert find_manager(environ, 1) is not None
+    with pytest.raises(LaunchError):
+        find_manager(environ | changes, 1)
+
+
+def test_slurms_lists() -> None:
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+    with pytest.raises(LaunchError):
+        tasks_per_node("two")
+    assert [first_host(t) for t in ("a,b", "cn[07-09],x", "cn[3,5]-ib", "")] == [
+        "a",
+        "cn07",
+        "cn3-ib",
+        "",
+    ]
+
+
+def test_ranks_of_one_machine_agree_on_a_port() -> None:
+    def place(rank: int):
+        environ = {
+            "OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": "3",
+            "OMPI_COMM_WORLD_LOCAL_RANK": str(rank), "OMPI_COMM_WORLD_LOCAL_SIZE": "3",
+            "PMIX_NAMESPACE": f"test-{os.getpid()}",
+        }  # fmt: skip
+        found = find_manager(environ, 1)
+        assert found is not None
+        return found
+
+    answers: dict[int, tuple] = {}
+    threads = [
+        threading.Thread(target=lambda r=r: answers.update({r: meet(place(r), 10.0)})) for r in range(3)
+    ]
+    for thread in reversed(threads):
+        thread.start()
+    for thread in threads:
+        thread.join(15)
+    store = answers[0][1]
+    assert store is not None
+    assert {port for port, _ in answers.values()} == {store.getsockname()[1]}
+    store.close()
+    with pytest.raises(LaunchError, match="2 of 3 ranks did not come"):
+        meet(place(0), 0.2)
+    with pytest.raises(LaunchError, match="rank 0 did not answer rank 1"):
+        meet(place(1), 0.2)
+
+
+def test_the_agents_command_line_keeps_the_rest() -> None:
+    head = ["--nnodes", "2", "--node_rank=1", "run", "--ranks", "2", "--rdzv-endpoint", "h:1"]
+    command = agent_command(Path("/x/launch.py"), head, ["p.py", "--nnodes", "7"], 2, 1, "h:1", 2)
+    end = command[command.index("/x/launch.py") :]
+    assert end == ["/x/launch.py", "run", "--ranks", "2", "p.py", "--nnodes", "7"]
+    assert command[command.index("--nproc-per-node") + 1] == "2"
+
+
+def test_interfaces() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("no.such.host.invalid") is None
+
+
+def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=180, cwd=CHECKOUT, env={**os.environ, **env}
+    )
+
+
+def lines(out: str) -> dict[int, dict]:
+    found = [json.loads(line) for line in out.splitlines() if line.startswith('{"rank"')]
+    return {line["rank"]: line for line in found}
+
+
+def check_program(out: str) -> None:
+    seen = lines(out)
+    assert set(seen) == {0, 1}
+    assert all(line["sum"] == 3.0 and line["argv"] == ["--x"] for line in seen.values())
+    if len(os.sched_getaffinity(0)) >= 2:
+        assert not set(seen[0]["cpus"]) & set(seen[1]["cpus"])
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable]
+needs_mpirun = pytest.mark.skipif(
+    shutil.which("mpirun") is None, reason="mpirun (openmpi-bin) is not here"
+)
+
+
+@pytest.mark.parametrize(
+    "manager",
+    [pytest.param(TORCHRUN, id="torchrun"), pytest.param(MPIRUN, id="mpirun", marks=needs_mpirun)],
+)
+def test_a_program_under_a_manager(manager: list[str], program: str) -> None:
+    result = run(*manager, LAUNCH, "run", "--bind-cores-to-rank", program, "--x")
+    assert result.returncode == 0, result.stderr
+    check_program(result.stdout)
+
+
+@pytest.mark.parametrize(
+    "manager",
+    [pytest.param(TORCHRUN, id="torchrun"), pytest.param(MPIRUN, id="mpirun", marks=needs_mpirun)],
+)
+@pytest.mark.parametrize("comm", ["shm", "gloo"])
+def test_generation_under_a_manager_is_that_of_our_own_launcher(manager: list[str], comm: str) -> None:
+    flags = ["--bind-cores-to-rank", "--comm", comm]
+    own = run(sys.executable, LAUNCH, "--ranks", "2", *flags, *GENERATE)
+    assert own.returncode == 0, own.stderr
+    result = run(*manager, LAUNCH, *flags, *GENERATE)
+    assert result.returncode == 0, result.stderr
+    theirs, ours = json.loads(result.stdout), json.loads(own.stdout)
+    for key in ("token_ids", "plan", "comm"):
+        assert theirs[key] == ours[key]
+
+
+def test_a_mistake_under_a_manager_is_told_once() -> None:
+    result = run(*TORCHRUN, LAUNCH, "modle=tiny", "prompt=x")
+    assert result.returncode != 0
+    assert result.stderr.count("error: unknown key 'modle'") == 1
+    result = run(*TORCHRUN, LAUNCH, "--ranks", "3", *GENERATE)
+    assert "--ranks 3, but torchrun started 2" in result.stderr
+
+
+def test_threads_are_the_plans_and_not_the_agents_default(program: str) -> None:
+    result = run(*TORCHRUN[:-1], "1", LAUNCH, "run", "--bind-cores-to-rank", program, "--x")
+    assert result.returncode == 0, result.stderr
+    assert lines(result.stdout)[0]["threads"] == str(len(os.sched_getaffinity(0)))
+    result = run(*TORCHRUN, LAUNCH, "run", "--bind-cores-to-rank", program, "--x", OMP_NUM_THREADS="3")
+    assert result.returncode == 0, result.stderr
+    assert {line["threads"] for line in lines(result.stdout).values()} == {"3"}
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[str, str]]:
+    """Two hosts on one machine: network namespaces joined by a cable, with addresses of their own."""
+    names = [f"yoke{os.getpid()}{side}" for side in "ab"]
+    cables = [f"yk{os.getpid() % 100000}{side}" for side in "ab"]
+    commands = [
+        *(f"netns add {name}" for name in names),
+        f"link add {cables[0]} type veth peer name {cables[1]}",
+    ]
+    for i, (name, cable) in enumerate(zip(names, cables, strict=True)):
+        commands += [
+            f"link set {cable} netns {name}",
+            f"-n {name} addr add 10.77.0.{i + 1}/24 dev {cable}",
+            f"-n {name} link set lo up",
+            f"-n {name} link set {cable} up",
+        ]
+    try:
+        for command in commands:
+            try:
+                subprocess.run(["ip", *command.split()], check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                pytest.skip(f"no network namespaces here: ip {command}: {error}")
+        yield names[0], names[1]
+    finally:
+        for name in names:
+            if shutil.which("ip"):
+                subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def on_both(hosts: tuple[str, str], *words: str) -> list[tuple[int, str, str]]:
+    """Run launch.py with `words` on both hosts as one run; exit code, stdout and stderr of each."""
+    started = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", host, sys.executable, LAUNCH, "--nnodes", "2", "--node-rank",
+             str(i), "--rdzv-endpoint", "10.77.0.1:29511", *words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i, host in enumerate(hosts)
+    ]  # fmt: skip
+    try:
+        return [(*process.communicate(timeout=180), process.returncode)[::-1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def test_two_hosts(hosts: tuple[str, str], program: str) -> None:
+    results = on_both(hosts, "run", "--ranks", "1", "--bind-cores-to-rank", program, "--x")
+    assert [code for code, _, _ in results] == [0, 0], results
+    seen = lines("".join(out for _, _, out in results))
+    assert {rank: line["sum"] for rank, line in seen.items()} == {0: 3.0, 1: 3.0}
+
+    words = ["--ranks", "1", "--bind-cores-to-rank", *GENERATE]
+    results = on_both(hosts, *words)
+    assert [code for code, _, _ in results] == [0, 0], results
+    report = json.loads(results[0][2])
+    assert results[1][2] == ""
+    alone = run(sys.executable, LAUNCH, "--ranks", "2", "--comm", "gloo", *GENERATE)
+    assert report["token_ids"] == json.loads(alone.stdout)["token_ids"]
+    assert report["comm"] == "gloo"

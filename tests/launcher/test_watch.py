@@ -1,0 +1,231 @@
+"""Runs that are stopped, killed, stuck or silent, with real processes and real signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import CHECKOUT
+
+PROGRAM = """
+import os, signal, subprocess, sys, time
+rank, case = int(os.environ["RANK"]), sys.argv[1]
+if case == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+if case == "saves":
+    signal.signal(signal.SIGUSR1, lambda *_: print(f"rank {rank} saves", flush=True))
+child = subprocess.Popen(["sleep", "300"])
+print("up", rank, os.getpid(), child.pid, flush=True)
+if rank == 1 and case == "stopped":
+    os.kill(os.getpid(), signal.SIGSTOP)
+if rank == 1 and case == "interpreter":
+    import ctypes
+    ctypes.PyDLL(None).sleep(300)
+until = time.monotonic() + 300
+while time.monotonic() < until:
+    time.sleep(0.1)
+"""
+
+
+@contextmanager
+def running(tmp_path: Path, case: str, *flags: str, ranks: int = 2) -> Iterator[subprocess.Popen[str]]:
+    """A run of PROGRAM whose ranks are all up; `process.pids` are theirs and their children's."""
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    words = ["run", "--ranks", str(ranks), *flags, str(script), case]
+    with subprocess.Popen(
+        [sys.executable, str(CHECKOUT / "launch.py"), *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        lines = [process.stdout.readline().split() for _ in range(ranks)]
+        places = {int(words[-3]): (int(words[-2]), int(words[-1])) for words in lines}
+        process.ranks = [places[rank][0] for rank in range(ranks)]  # type: ignore[attr-defined]
+        process.pids = [pid for pair in places.values() for pid in pair]  # type: ignore[attr-defined]
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def expect_end(process: subprocess.Popen[str], code: int, words: str, within_s: float) -> str:
+    start = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - start < within_s
+    assert process.returncode == code, err
+    assert words in err
+    expect_gone(process.pids)
+    return err
+
+
+def expect_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 5
+    while alive := [pid for pid in pids if psutil.pid_exists(pid)]:
+        assert time.monotonic() < deadline, [psutil.Process(pid).cmdline() for pid in alive]
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_the_launcher_stops_all(tmp_path: Path, number: signal.Signals) -> None:
+    with running(tmp_path, "plain") as process:
+        process.send_signal(number)
+        expect_end(process, 128 + number, f"stopped by {number.name}", 4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_deaf_ranks_are_killed_after_the_grace(tmp_path: Path, number: signal.Signals) -> None:
+    with running(tmp_path, "deaf", "--grace", "1") as process:
+        process.send_signal(number)
+        expect_end(process, 128 + number, f"stopped by {number.name}", 6)
+
+
+def test_asked_twice_is_at_once(tmp_path: Path) -> None:
+    with running(tmp_path, "deaf", "--grace", "100") as process:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        expect_end(process, 130, "stopped by SIGINT", 5)
+
+
+def test_a_killed_launcher_leaves_nothing(tmp_path: Path) -> None:
+    with running(tmp_path, "deaf") as process:
+        process.kill()
+        process.wait(10)
+        expect_gone(process.pids)  # the ranks, and what they had started
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_named(tmp_path: Path, victim: int, number: signal.Signals) -> None:
+    with running(tmp_path, "plain") as process:
+        os.kill(process.ranks[victim], number)
+        name = f"rank {victim} (pid {process.ranks[victim]}) was killed by {number.name}"
+        expect_end(process, 128 + number, name, 4)
+
+
+def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
+    with running(tmp_path, "stopped", "--hang-timeout", "1", "--grace", "1") as process:
+        err = expect_end(process, 1, f"rank 1 (pid {process.ranks[1]}) gave no sign of life", 10)
+        assert "it is stopped" in err
+        assert f"rank 0 (pid {process.ranks[0]})" not in err
+
+
+def test_a_rank_whose_interpreter_is_stuck_shows_where(tmp_path: Path) -> None:
+    with running(tmp_path, "interpreter", "--hang-timeout", "1", "--grace", "1") as process:
+        err = expect_end(process, 1, f"rank 1 (pid {process.ranks[1]}) gave no sign of life", 10)
+        assert 'program.py", line' in err
+
+
+def test_a_busy_rank_is_not_taken_for_stuck(run_yoke: Callable, tmp_path: Path) -> None:
+    script = tmp_path / "busy.py"
+    script.write_text(
+        "import time\nuntil = time.monotonic() + 3\nwhile time.monotonic() < until: pass\n"
+    )
+    result = run_yoke("run", "--ranks", "2", "--hang-timeout", "1", str(script))
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_rank_that_does_not_start_is_named(tmp_path: Path, run_yoke: Callable) -> None:
+    # Python runs sitecustomize before anything of ours.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\nif os.environ.get('RANK') == '1': time.sleep(300)\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text("import time\ntime.sleep(300)\n")
+    start = time.monotonic()
+    result = run_yoke(
+        "run", "--ranks", "2", "--start-timeout", "2", "--grace", "1", str(script),
+        PYTHONPATH=str(tmp_path), timeout=60,
+    )  # fmt: skip
+    assert time.monotonic() - start < 15
+    assert result.returncode == 1
+    assert "rank 1 (pid" in result.stderr
+    assert "had not started its program after 2 s (--start-timeout)" in result.stderr
+    assert "rank 0 (pid" not in result.stderr
+
+
+def test_signals_that_programs_use_are_passed_on(tmp_path: Path) -> None:
+    with running(tmp_path, "saves") as process:
+        time.sleep(0.2)
+        process.send_signal(signal.SIGUSR1)
+        assert process.stdout is not None
+        lines = {process.stdout.readline().split("] ")[-1].strip() for _ in range(2)}
+        assert lines == {"rank 0 saves", "rank 1 saves"}
+        process.send_signal(signal.SIGQUIT)  # every rank shows its stacks, and goes on
+        assert process.stderr is not None
+        while "program.py" not in process.stderr.readline():
+            pass
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        expect_end(process, 143, "stopped by SIGTERM", 4)
+
+
+def test_logs_hold_each_ranks_output_and_rank_0_stays_untouched(
+    tmp_path: Path, run_yoke: Callable
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\nr = os.environ['RANK']\nprint('out', r)\nprint('err', r, file=sys.stderr)\n"
+        "print('no end', end='')\n"
+    )
+    folder = tmp_path / "new" / "logs"
+    result = run_yoke("run", "--ranks", "2", "--log-dir", str(folder), str(script))
+    assert result.returncode == 0, result.stderr
+    assert "out 0\nno end" in result.stdout
+    assert "[rank 0]" not in result.stdout + result.stderr
+    assert "[rank 1] out 1\n[rank 1] no end\n" in result.stdout
+    assert "err 0\n" in result.stderr
+    assert "[rank 1] err 1\n" in result.stderr
+    for rank in (0, 1):
+        text = (folder / f"rank-{rank}.log").read_text()
+        assert f"out {rank}\n" in text and f"err {rank}\n" in text and "no end" in text
+    (tmp_path / "file").write_text("")
+    result = run_yoke("run", "--log-dir", str(tmp_path / "file" / "x"), str(script))
+    assert result.returncode == 2
+    assert "--log-dir" in result.stderr
+
+
+def test_rank_0_keeps_a_terminal_with_logs(tmp_path: Path) -> None:
+    import pty
+
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nprint('terminal', sys.stdout.isatty())\n")
+    words = ["run", "--log-dir", str(tmp_path / "logs"), str(script)]
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, str(CHECKOUT / "launch.py"), *words],
+        stdin=slave, stdout=slave, stderr=slave, close_fds=True,
+    )  # fmt: skip
+    os.close(slave)
+    assert process.wait(30) == 0
+    assert b"terminal True" in os.read(master, 4096)
+    os.close(master)
+    assert (tmp_path / "logs" / "rank-0.log").read_text() == "terminal True\n"
+
+
+def test_fifty_starts_leave_nothing_behind(tmp_path: Path, run_yoke: Callable) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys\nsys.exit(3 if os.environ['RANK'] == sys.argv[1] else 0)\n")
+    before = {process.pid for process in psutil.process_iter()}
+    segments = set(os.listdir("/dev/shm"))
+    for i in range(50):
+        result = run_yoke("run", "--ranks", "2", str(script), str(i % 3), timeout=30)
+        assert result.returncode == (3 if i % 3 < 2 else 0), result.stderr
+    left = [
+        process.info["cmdline"]
+        for process in psutil.process_iter(["cmdline"])
+        if process.pid not in before
+        and any("launcher" in word for word in process.info["cmdline"] or ())
+    ]
+    assert not left
+    assert set(os.listdir("/dev/shm")) <= segments
