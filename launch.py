@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launcher.cgroup import read_cgroup
@@ -58,7 +59,8 @@ def run(flags: Flags) -> int:
     if flags.command == "doctor":
         from launcher.doctor import doctor
 
-        return doctor(_topology(flags), flags.json, CHECKOUT)
+        request = replace(flags.request, bind_cores=True)
+        return doctor(_topology(flags), flags.json, CHECKOUT, request, here=flags.sysfs is None)
     if flags.command == "plan":
         return _plan(flags)
     place = find_manager(os.environ, os.getppid())
@@ -66,8 +68,7 @@ def run(flags: Flags) -> int:
         target, payload = _target(flags, place.world_size)
         plan = local_plan(place, flags.request)
         return join(place, plan, flags.options, target, payload)
-    topology = _topology(flags)
-    plan = make_plan(topology, flags.request)
+    topology, plan = _make_plan(flags)
     check_nodes(flags.nnodes, flags.node_rank, flags.rdzv_endpoint)
     target, payload = _target(flags, len(plan.ranks) * flags.nnodes)
     if flags.nnodes > 1:
@@ -81,6 +82,19 @@ def run(flags: Flags) -> int:
     if flags.command == "generate":
         require_fit(_fits(flags, topology, plan))
     return launch(plan, flags.options, new_session(), target, payload)
+
+
+def _make_plan(flags: Flags) -> tuple[Topology, LaunchPlan]:
+    topology = _topology(flags)
+    plan = make_plan(topology, flags.request)
+    quota = read_cgroup(flags.sysfs or Path("/")).cpu_quota
+    cpus = {cpu for rank in plan.ranks for cpu in rank.cpus}
+    if quota is not None and quota < len(cpus):
+        warning = f"the control group allows {quota:g} cpus' worth of time for {len(cpus)}: too few"
+        plan = replace(plan, reasons=(*plan.reasons, warning))
+        if flags.command != "plan":
+            print(f"warning: {warning}; see: python launch.py doctor", file=sys.stderr)
+    return topology, plan
 
 
 def _topology(flags: Flags) -> Topology:
@@ -117,8 +131,7 @@ def _fits(
 
 
 def _plan(flags: Flags) -> int:
-    topology = _topology(flags)
-    plan = make_plan(topology, flags.request)
+    topology, plan = _make_plan(flags)
     fits = _fits(flags, topology, plan, thorough=True) if flags.words else ()
     if flags.json:
         print(json.dumps(plan_to_json(topology, plan, fits)), flush=True)

@@ -40,13 +40,13 @@ def build_extension() -> Path:
     A file lock lets one process build while others wait for its result. Raises BuildError when there
     is no C++ compiler or it fails.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    compiler = _compiler()
     if compiler is None:
         raise BuildError("no C++ compiler found (Debian: apt-get install g++)")
-    folder = cache_dir() / "extensions"
-    library = folder / f"yoke_comm-{_fingerprint(compiler)}.so"
+    library = _library(compiler)
     if library.exists():
         return library
+    folder = library.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -56,6 +56,21 @@ def build_extension() -> Path:
         if not library.exists():
             _compile(compiler, library)
     return library
+
+
+def built_extension() -> Path | None:
+    """The compiled extension, if there is one for this torch, compiler and source; builds nothing."""
+    compiler = _compiler()
+    library = None if compiler is None else _library(compiler)
+    return library if library is not None and library.exists() else None
+
+
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+
+
+def _library(compiler: str) -> Path:
+    return cache_dir() / "extensions" / f"yoke_comm-{_fingerprint(compiler)}.so"
 
 
 def _fingerprint(compiler: str) -> str:

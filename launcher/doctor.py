@@ -19,6 +19,8 @@ As JSON (bytes, and null for "no limit" or "not told"):
     backends  [{name, found, version, fits, note}]
     will_use  {ranks: [{rank, device, nodes, cpus, num_threads, ...}], transport, transport_why,
                compute}
+    placement [{rank, local_bytes, total_bytes, source, stray_threads, num_threads, ...}]: of ranks
+               that were bound for a moment; [] for a recorded machine
     to_change [{problem, action, stops}]; `stops`: Yoke cannot run until it is changed
     not_told  [str]
 
@@ -36,6 +38,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from launcher.backends import find_backends, release
+from launcher.placement import Placement
 from launcher.plan import LaunchRequest, RankPlan, make_plan
 from launcher.probe import (
     Compiler,
@@ -49,11 +52,13 @@ from launcher.probe import (
     try_compiler,
     try_memory_policy,
 )
+from launcher.selfcheck import try_placement
 from launcher.topology import Topology, format_cpu_list
 
 OLDEST_TORCH = (2, 11)
 INSTRUCTIONS = ("avx2", "avx512", "bf16", "vnni", "amx", "asimd", "i8mm", "sve")
 _T = TypeVar("_T")
+_USUAL = LaunchRequest(bind_cores=True)
 
 
 @dataclass(frozen=True)
@@ -77,11 +82,19 @@ class Facts:
     memory_refusal: str | None
     torch: dict[str, Any] | None
     torch_error: str | None
+    placements: tuple[Placement, ...] = ()
 
 
-def doctor(topology: Topology, as_json: bool, checkout: Path) -> int:
-    """Print the report; 1 if something stops Yoke from running at all."""
-    report = examine(topology, checkout)
+def doctor(
+    topology: Topology,
+    as_json: bool,
+    checkout: Path,
+    request: LaunchRequest = _USUAL,
+    here: bool = True,
+) -> int:
+    """Print the report; 1 if something stops Yoke from running at all. `here`: the topology is this
+    machine's, so that ranks can be bound for a trial."""
+    report = examine(topology, checkout, request=request, here=here)
     if as_json:
         print(json.dumps(report), flush=True)
     elif sys.stdout.isatty():
@@ -95,7 +108,13 @@ def doctor(topology: Topology, as_json: bool, checkout: Path) -> int:
     return int(any(change["stops"] for change in report["to_change"]))
 
 
-def examine(topology: Topology, checkout: Path, root: Path = Path("/")) -> dict[str, Any]:
+def examine(
+    topology: Topology,
+    checkout: Path,
+    root: Path = Path("/"),
+    request: LaunchRequest = _USUAL,
+    here: bool = True,
+) -> dict[str, Any]:
     """The report, as the module's docstring describes it."""
     not_told: list[str] = []
 
@@ -107,7 +126,10 @@ def examine(topology: Topology, checkout: Path, root: Path = Path("/")) -> dict[
             return None
 
     torch_process = attempt("torch", lambda: start_torch_probe(checkout))  # works while we look
-    plan = attempt("plan", lambda: make_plan(topology, LaunchRequest(bind_cores=True)))
+    plan = attempt("plan", lambda: make_plan(topology, request))
+    placements: tuple[Placement, ...] = ()
+    if plan is not None and here:
+        placements = attempt("placement", lambda: try_placement(plan)) or ()
     limits = attempt("limits", lambda: read_limits(root))
     kernel = attempt("kernel settings", lambda: read_kernel(topology.allowed_cpus, root))
     cpu = attempt("processor", lambda: read_cpu(root)) or {}
@@ -132,6 +154,7 @@ def examine(topology: Topology, checkout: Path, root: Path = Path("/")) -> dict[
         memory_refusal=refusal,
         torch=torch,
         torch_error=torch_error or None,
+        placements=placements,
     )
     return {
         "machine": _machine(topology, cpu),
@@ -146,6 +169,7 @@ def examine(topology: Topology, checkout: Path, root: Path = Path("/")) -> dict[
         "cpu": {name: cpu.get(name) for name in INSTRUCTIONS},
         "backends": [asdict(backend) for backend in backends],
         "will_use": will_use(facts, cpu),
+        "placement": [asdict(placement) for placement in placements],
         "to_change": [asdict(change) for change in to_change(topology, facts)],
         "not_told": not_told,
     }
@@ -182,6 +206,7 @@ def to_change(topology: Topology, facts: Facts) -> tuple[Change, ...]:
         *_torch_changes(facts),
         *_limit_changes(topology, facts),
         *_kernel_changes(topology, facts),
+        *_placement_changes(facts),
     ]
     return tuple(sorted(changes, key=lambda change: not change.stops))
 
@@ -216,7 +241,8 @@ def _limit_changes(topology: Topology, facts: Facts) -> list[Change]:
         changes.append(Change(problem, action))
     if facts.limits is None:
         return changes
-    ranks, cores = len(facts.ranks), len(topology.cores)
+    ranks = len(facts.ranks)
+    cores = len({cpu for rank in facts.ranks for cpu in rank.cpus})
     quota = facts.limits.cpu_quota
     if quota is not None and quota < cores:
         problem = (
@@ -257,6 +283,19 @@ def _kernel_changes(topology: Topology, facts: Facts) -> list[Change]:
     if slow:
         problem = f"cpus {format_cpu_list(slow)} have the frequency governor powersave"
         changes.append(Change(problem, "cpupower frequency-set -g performance"))
+    return changes
+
+
+def _placement_changes(facts: Facts) -> list[Change]:
+    changes = []
+    for placement in facts.placements:
+        if placement.source and placement.local_bytes < 0.95 * placement.total_bytes:
+            share = 100 * placement.local_bytes / placement.total_bytes
+            problem = f"only {share:.0f} % of rank {placement.rank}'s pages went to its nodes"
+            changes.append(Change(problem, "free memory there, or allow set_mempolicy"))
+        if placement.stray_threads:
+            problem = f"a thread of rank {placement.rank} is not bound: {placement.stray_threads[0]}"
+            changes.append(Change(problem, "look for LD_PRELOAD and sitecustomize that start threads"))
     return changes
 
 

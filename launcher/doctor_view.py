@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from launcher.placement import render_placement
+from launcher.selfcheck import placement_of
 from launcher.topology import format_cpu_list
 
 Section = tuple[str, list[tuple[str, str]]]
@@ -17,6 +19,7 @@ def rows(report: dict[str, Any]) -> list[Section]:
         ("Software", _software_rows(report)),
         ("Optional packages, none needed", _backend_rows(report)),
         ("Will use, with --bind-cores-to-rank", _use_rows(report["will_use"])),
+        ("Tried", [("", render_placement(placement_of(p))) for p in report["placement"]]),
         ("To change", _change_rows(report["to_change"])),
         ("Could not be told", [("", text) for text in report["not_told"]]),
     ]

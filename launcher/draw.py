@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.fit import Fit, format_bytes
 from launcher.plan import LaunchPlan, RankPlan
-from launcher.topology import Node, Topology, format_cpu_list
+from launcher.topology import Core, Node, Topology, format_cpu_list
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -57,6 +57,25 @@ def describe_memory(rank: RankPlan) -> str:
     return f"memory {rank.memory_policy} {format_cpu_list(rank.nodes)}"
 
 
+def _closed_nodes(topology: Topology) -> tuple[Node, ...]:
+    """Nodes whose cores may be used and whose memory may not: the topology lists the cores alone."""
+    listed = {node.id for node in topology.nodes}
+    closed: dict[int, list[Core]] = {}
+    for core in topology.cores:
+        if core.node not in listed:
+            closed.setdefault(core.node, []).append(core)
+    return tuple(
+        Node(
+            number,
+            cores[0].socket,
+            tuple(sorted(cpu for core in cores for cpu in core.cpus)),
+            0,
+            "not allowed",
+        )
+        for number, cores in closed.items()
+    )
+
+
 def _node_line(topology: Topology, node: Node) -> str:
     cores = sum(core.node == node.id for core in topology.cores)
     what = f"{cores} cores, cpus {format_cpu_list(node.cpus)}" if node.cpus else "no cpus"
@@ -67,11 +86,12 @@ def _node_line(topology: Topology, node: Node) -> str:
 
 def render_plain(topology: Topology, plan: LaunchPlan, fits: Sequence[Fit] = ()) -> str:
     """The machine, the ranks on it, whether they fit, and why it is so, as lines."""
+    nodes = topology.nodes + _closed_nodes(topology)
     lines = ["Machine"]
     for socket in topology.sockets:
         lines.append(f"  socket {socket.id}")
-        lines += [f"    {_node_line(topology, n)}" for n in topology.nodes if n.socket == socket.id]
-    lines += [f"  {_node_line(topology, node)}" for node in topology.nodes if node.socket is None]
+        lines += [f"    {_node_line(topology, n)}" for n in nodes if n.socket == socket.id]
+    lines += [f"  {_node_line(topology, node)}" for node in nodes if node.socket is None]
     for gpu in topology.gpus:
         where = "node not told" if gpu.node is None else f"node {gpu.node}"
         lines.append(f"  gpu {gpu.index}  {gpu.pci}  {where}")
@@ -101,19 +121,20 @@ def draw(topology: Topology, plan: LaunchPlan, fits: Sequence[Fit] = ()) -> None
     from rich.table import Table
     from rich.text import Text
 
+    nodes = topology.nodes + _closed_nodes(topology)
     owner = {} if not plan.bind_cores else {c: r.rank for r in plan.ranks for c in r.cpus}
     console = Console()
     frames: list[RenderableType] = []
     for socket in topology.sockets:
         body = Text("\n").join(
             _node_picture(topology, node, owner, plan)
-            for node in topology.nodes
+            for node in nodes
             if node.socket == socket.id or (node.socket is None and node.id in socket.nodes)
         )
         frames.append(Panel(body, title=f"socket {socket.id}", border_style="dim"))
     loose = [
         node
-        for node in topology.nodes
+        for node in nodes
         if node.socket is None and not any(node.id in socket.nodes for socket in topology.sockets)
     ]
     if loose:

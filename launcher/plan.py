@@ -9,10 +9,11 @@ What is not here: drawing (`launcher.draw`), memory sizes of models (the engine 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import groupby
 
+from launcher.divide import divide, group_cores, socket_of
 from launcher.errors import LaunchError
 from launcher.topology import Core, Gpu, Topology, format_cpu_list
 
@@ -79,9 +80,6 @@ class LaunchPlan:
     bind_cores: bool
     reasons: tuple[str, ...]
     reserved_cpus: tuple[int, ...] = ()
-
-
-_Units = list[tuple[str, tuple[Core, ...]]]  # names, and the cores of each
 
 
 @dataclass(frozen=True)
@@ -183,7 +181,7 @@ def _reserve(
         return cores, ()
     if count >= len(cores):
         raise LaunchError(f"--reserve-cores {count}: there are {len(cores)} cores, and ranks need one")
-    sockets = [list(group) for _, group in groupby(cores, key=_socket_of)]
+    sockets = [list(group) for _, group in groupby(cores, key=socket_of)]
     kept_back: list[Core] = []
     while len(kept_back) < count:
         # From the fullest; of equals, from the last.
@@ -191,11 +189,6 @@ def _reserve(
     cpus = tuple(sorted(cpu for core in kept_back for cpu in core.cpus))
     reasons.append(f"cpus {format_cpu_list(cpus)} are kept free (--reserve-cores {count})")
     return tuple(core for socket in sockets for core in socket), cpus
-
-
-def _socket_of(core: Core) -> tuple[int, int]:
-    """Socket by socket; cores that name none count as one socket per memory node."""
-    return (0, core.socket) if core.socket is not None else (1, core.node)
 
 
 def _places(
@@ -206,7 +199,7 @@ def _places(
         return _gpu_places(topology, cores, request, reasons)
     if topology.gpus:
         reasons.append(f"{len(topology.gpus)} GPUs are here; --rank-per gpu puts one rank on each")
-    units = _units(cores, request.rank_per or "socket", reasons)
+    units = group_cores(cores, request.rank_per or "socket", reasons)
     count = request.ranks if request.ranks is not None else len(units)
     if count > MAX_RANKS:
         each = request.rank_per or "socket"
@@ -223,65 +216,8 @@ def _places(
         return [_Place(name, unit) for name, unit in units[:count]]
     return [
         _Place(f"part {i + 1} of {count}", share)
-        for i, share in enumerate(_shares([unit for _, unit in units], count, reasons))
+        for i, share in enumerate(divide([unit for _, unit in units], count, reasons))
     ]
-
-
-def _units(cores: tuple[Core, ...], rank_per: str, reasons: list[str]) -> _Units:
-    """The cores in groups of the kind asked for, each with its name."""
-
-    def grouped(
-        key: Callable[[Core], tuple[int, ...]], name: str
-    ) -> list[tuple[str, tuple[Core, ...]]]:
-        groups: dict[tuple[int, ...], list[Core]] = {}
-        for core in cores:
-            groups.setdefault(key(core), []).append(core)
-        return [(f"{name} {place[-1]}", tuple(group)) for place, group in groups.items()]
-
-    if rank_per == "socket":
-        return grouped(_socket_of, "socket")
-    if rank_per == "node":
-        return grouped(lambda core: (core.node,), "node")
-    if all(core.l3 is None for core in cores):
-        raise LaunchError("--rank-per l3: this machine tells of no L3 caches; use --rank-per node")
-    if any(core.l3 is None for core in cores):
-        reasons.append("some cores name no L3 cache: they are taken together by memory node")
-    return grouped(lambda core: (0, core.l3) if core.l3 is not None else (1, core.node), "l3 of cpu")
-
-
-def _shares(units: list[tuple[Core, ...]], count: int, reasons: list[str]) -> list[tuple[Core, ...]]:
-    """The cores of each rank, where there are more or fewer ranks than units."""
-    cores = tuple(core for unit in units for core in unit)
-    if count > len(cores):
-        reasons.append(
-            f"{count} ranks share {len(cores)} cores, which is slow: use --ranks {len(cores)} or fewer"
-        )
-        return [(cores[rank % len(cores)],) for rank in range(count)]
-    if count % len(units) == 0 and all(len(unit) >= count // len(units) for unit in units):
-        return [share for unit in units for share in _split(unit, count // len(units), reasons)]
-    if len(units) % count == 0:
-        step = len(units) // count
-        return [sum(units[i : i + step], ()) for i in range(0, len(units), step)]
-    reasons.append(f"{count} ranks do not divide {len(units)} sockets: some rank spans two")
-    return _split(cores, count, reasons)
-
-
-def _split(cores: tuple[Core, ...], count: int, reasons: list[str]) -> list[tuple[Core, ...]]:
-    """Contiguous parts, on the borders of memory nodes where these divide evenly."""
-    nodes = [tuple(group) for _, group in groupby(cores, key=lambda core: core.node)]
-    if count < len(nodes) and len(nodes) % count == 0:
-        step = len(nodes) // count
-        return [sum(nodes[i : i + step], ()) for i in range(0, len(nodes), step)]
-    if len(nodes) > 1 and count % len(nodes) == 0:
-        per_node = count // len(nodes)
-        if all(len(node) >= per_node for node in nodes):
-            return [share for node in nodes for share in _split(node, per_node, reasons)]
-    size, remainder = divmod(len(cores), count)
-    if remainder:
-        reasons.append(f"{len(cores)} cores over {count} ranks: the first {remainder} have one more")
-    sizes = [size + (rank < remainder) for rank in range(count)]
-    starts = [sum(sizes[:rank]) for rank in range(count)]
-    return [cores[start : start + size] for start, size in zip(starts, sizes, strict=True)]
 
 
 def _gpu_places(
@@ -306,7 +242,7 @@ def _gpu_places(
     places = [
         _Place(f"gpu {gpu.index}", share, gpu)
         for local, sharing in near.items()
-        for gpu, share in zip(sharing, _shares([local], len(sharing), reasons), strict=True)
+        for gpu, share in zip(sharing, divide([local], len(sharing), reasons), strict=True)
     ]
     return sorted(places, key=lambda place: place.gpu.index if place.gpu else 0)
 
@@ -369,7 +305,10 @@ def _memory(
     if asked == "none" or not nodes:
         if not nodes:
             listed = format_cpu_list(near)
-            reasons.append(f"rank {rank}: nodes {listed} have no memory to bind to: first touch")
+            reasons.append(
+                f"rank {rank}: nodes {listed} have no memory, or none that is allowed; pages come from "
+                f"nodes {format_cpu_list(topology.allowed_nodes)} as they are touched"
+            )
         return tuple(sorted(near)), (), "none"
     if asked == "preferred":
         return nodes, fast or own, "preferred"

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,12 +73,8 @@ def _nccl_version(torch: Any) -> str | None:
 
 def _built_extension() -> str | None:
     """The path of Yoke's compiled operators, if they are built for this torch and compiler."""
-    build = importlib.import_module("comm.build")
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        return None
-    library = build.cache_dir() / "extensions" / f"yoke_comm-{build._fingerprint(compiler)}.so"
-    return str(library) if library.exists() else None
+    library = importlib.import_module("comm.build").built_extension()
+    return None if library is None else str(library)
 
 
 def _segment_bytes_per_rank() -> int:

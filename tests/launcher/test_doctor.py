@@ -110,8 +110,12 @@ def test_this_machine_as_json() -> None:
     report = json.loads(result.stdout)
     assert set(report) == {
         "machine", "limits", "kernel", "compiler", "torch", "cpu", "backends", "will_use", "to_change",
-        "not_told",
+        "not_told", "placement",
     }  # fmt: skip
+    (tried,) = report["placement"]
+    assert tried["total_bytes"] >= 32 << 20
+    assert tried["local_bytes"] >= 0.95 * tried["total_bytes"]
+    assert tried["stray_threads"] == []
     assert report["not_told"] == []
     assert result.returncode == 0 and result.stderr == ""
     assert report["torch"]["version"].split("+")[0] == importlib.metadata.version("torch").split("+")[0]

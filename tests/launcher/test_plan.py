@@ -173,7 +173,7 @@ def test_memory_near_the_cores() -> None:
     without = replace(topology, nodes=tuple(replace(n, memory_bytes=0) for n in topology.nodes))
     made = plan(without)
     assert {rank.memory_policy for rank in made.ranks} == {"none"}
-    assert any("no memory to bind to" in reason for reason in made.reasons)
+    assert any("have no memory" in reason for reason in made.reasons)
 
 
 def test_gpus_and_the_cores_beside_them() -> None:
@@ -309,3 +309,55 @@ def test_the_command_says_whether_a_model_fits(run_yoke) -> None:
         result = run_yoke("weights=random", "model=llama-70b", "dtype=float32", "prompt=x", timeout=30)
         assert result.returncode == 2
         assert result.stderr.startswith("error: rank 0 needs")
+
+
+def test_a_quota_below_the_cores_is_a_reason(run_yoke, tmp_path) -> None:
+    from trees import two_sockets, write
+
+    files = two_sockets() | {
+        "proc/self/cgroup": "0::/job",
+        "proc/mounts": "cgroup2 /sys/fs/cgroup cgroup2 rw 0 0",
+        "sys/fs/cgroup/job/cpu.max": "150000 100000",
+    }
+    result = run_yoke("plan", "--sysfs", str(write(tmp_path, files)), "--bind-cores-to-rank")
+    assert result.returncode == 0, result.stderr
+    assert "allows 1.5 cpus' worth of time for 8" in result.stdout
+
+
+@pytest.mark.parametrize("unit", ["socket", "node", "l3"])
+def test_the_drawing_shows_every_core_in_its_ranks_colour(unit: str, tmp_path) -> None:
+    import os
+    import pty
+    import subprocess
+    import sys
+
+    from trees import two_sockets, write
+
+    from tests.conftest import CHECKOUT
+
+    root = write(tmp_path, two_sockets())
+    master, slave = pty.openpty()
+    words = [
+        sys.executable,
+        str(CHECKOUT / "launch.py"),
+        "plan",
+        "--sysfs",
+        str(root),
+        "--rank-per",
+        unit,
+    ]
+    environ = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "NO_COLOR": ""}
+    subprocess.run(words, stdout=slave, env=environ, check=True, timeout=60)
+    os.close(slave)
+    text = b""
+    try:
+        while chunk := os.read(master, 65536):
+            text += chunk
+    except OSError:  # how a pseudo-terminal ends
+        pass
+    os.close(master)
+    ranks = {"socket": 2, "node": 4, "l3": 4}[unit]
+    drawn = text.decode()
+    assert drawn.count("■") == 8 + ranks  # the cores, and the ranks' names
+    assert "socket 0" in drawn and "socket 1" in drawn
+    assert "\x1b[36m" in drawn and "\x1b[35m" in drawn

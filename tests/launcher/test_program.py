@@ -14,6 +14,7 @@ import pytest
 from launcher.errors import LaunchError
 from launcher.flags import parse_flags
 from launcher.program import check_program
+from tests.conftest import CHECKOUT
 
 REPORT = """
 import json, os, sys
@@ -56,11 +57,11 @@ def test_a_module_of_the_users_hides_ours(tmp_path: Path) -> None:
     for name in ("models", "launcher", "comm"):
         (tmp_path / f"{name}.py").write_text(f"WHOSE = 'mine: {name}'\n")
     (tmp_path / "job.py").write_text(
-        "import models, launcher, comm, sys\nprint(models.WHOSE, launcher.WHOSE, comm.WHOSE, sys.argv[1:])\n"
+        "import models, launcher, comm, sys\n"
+        "print(models.WHOSE, launcher.WHOSE, comm.WHOSE, sys.argv[1:])\n"
     )
-    checkout = Path(__file__).resolve().parent.parent.parent
     result = subprocess.run(
-        [sys.executable, str(checkout / "launch.py"), "run", "-m", "job", "--x"],
+        [sys.executable, str(CHECKOUT / "launch.py"), "run", "-m", "job", "--x"],
         cwd=tmp_path, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -95,7 +96,13 @@ def test_how_a_program_ends_is_how_the_run_ends(
 
 def test_the_example_runs(run_yoke: Callable) -> None:
     result = run_yoke(
-        "run", "--bind-cores-to-rank", "--ranks", "2", "examples/all_reduce.py", "--size", "1000"
+        "run",
+        "--bind-cores-to-rank",
+        "--ranks",
+        "2",
+        str(CHECKOUT / "examples" / "all_reduce.py"),
+        "--size",
+        "1000",
     )
     assert result.returncode == 0, result.stderr
     assert "sum 3 over 2 ranks" in result.stdout

@@ -1,0 +1,77 @@
+"""Cores -> groups of them: by what they share, or in so many parts. Pure.
+
+Parts are contiguous in the order of socket, node and cpu, and end where sockets and memory nodes end
+wherever the numbers allow it; sentences on what they do not allow go to `reasons`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import groupby
+
+from launcher.errors import LaunchError
+from launcher.topology import Core
+
+Units = list[tuple[str, tuple[Core, ...]]]  # names, and the cores of each
+
+
+def socket_of(core: Core) -> tuple[int, int]:
+    """Socket by socket; cores that name none count as one socket per memory node."""
+    return (0, core.socket) if core.socket is not None else (1, core.node)
+
+
+def group_cores(cores: tuple[Core, ...], rank_per: str, reasons: list[str]) -> Units:
+    """The cores in groups of the kind asked for, each with its name."""
+
+    def grouped(
+        key: Callable[[Core], tuple[int, ...]], name: str
+    ) -> list[tuple[str, tuple[Core, ...]]]:
+        groups: dict[tuple[int, ...], list[Core]] = {}
+        for core in cores:
+            groups.setdefault(key(core), []).append(core)
+        return [(f"{name} {place[-1]}", tuple(group)) for place, group in groups.items()]
+
+    if rank_per == "socket":
+        return grouped(socket_of, "socket")
+    if rank_per == "node":
+        return grouped(lambda core: (core.node,), "node")
+    if all(core.l3 is None for core in cores):
+        raise LaunchError("--rank-per l3: this machine tells of no L3 caches; use --rank-per node")
+    if any(core.l3 is None for core in cores):
+        reasons.append("some cores name no L3 cache: they are taken together by memory node")
+    return grouped(lambda core: (0, core.l3) if core.l3 is not None else (1, core.node), "l3 of cpu")
+
+
+def divide(units: list[tuple[Core, ...]], count: int, reasons: list[str]) -> list[tuple[Core, ...]]:
+    """The cores of each rank, where there are more or fewer ranks than units."""
+    cores = tuple(core for unit in units for core in unit)
+    if count > len(cores):
+        reasons.append(
+            f"{count} ranks share {len(cores)} cores, which is slow: use --ranks {len(cores)} or fewer"
+        )
+        return [(cores[rank % len(cores)],) for rank in range(count)]
+    if count % len(units) == 0 and all(len(unit) >= count // len(units) for unit in units):
+        return [share for unit in units for share in _split(unit, count // len(units), reasons)]
+    if len(units) % count == 0:
+        step = len(units) // count
+        return [sum(units[i : i + step], ()) for i in range(0, len(units), step)]
+    reasons.append(f"{count} ranks do not divide {len(units)} sockets: some rank spans two")
+    return _split(cores, count, reasons)
+
+
+def _split(cores: tuple[Core, ...], count: int, reasons: list[str]) -> list[tuple[Core, ...]]:
+    """Contiguous parts, on the borders of memory nodes where these divide evenly."""
+    nodes = [tuple(group) for _, group in groupby(cores, key=lambda core: core.node)]
+    if count < len(nodes) and len(nodes) % count == 0:
+        step = len(nodes) // count
+        return [sum(nodes[i : i + step], ()) for i in range(0, len(nodes), step)]
+    if len(nodes) > 1 and count % len(nodes) == 0:
+        per_node = count // len(nodes)
+        if all(len(node) >= per_node for node in nodes):
+            return [share for node in nodes for share in _split(node, per_node, reasons)]
+    size, remainder = divmod(len(cores), count)
+    if remainder:
+        reasons.append(f"{len(cores)} cores over {count} ranks: the first {remainder} have one more")
+    sizes = [size + (rank < remainder) for rank in range(count)]
+    starts = [sum(sizes[:rank]) for rank in range(count)]
+    return [cores[start : start + size] for start, size in zip(starts, sizes, strict=True)]
