@@ -3,7 +3,8 @@
 The kernel kills the ranks of a launcher that dies of SIGKILL (`bind.die_with_parent`), but not what
 they had started, and shared memory that had a name keeps it. This process reads the launcher's pipe:
 the process groups of the ranks, a line each, then "done". If the pipe ends without that, it kills the
-groups and removes the run's segments. Started as a script, with nothing but the standard library.
+groups and removes the run's segments. Started as a script, with nothing but the standard library, it
+detaches itself: the launcher's children are the ranks and nothing else.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from pathlib import Path
 
 
 def main(session: str) -> int:
+    if os.fork():
+        os._exit(0)
+    os.setsid()  # a Ctrl-C at the terminal is not for this process
     groups = []
     for line in sys.stdin:
         if line.strip() == "done":

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -83,21 +83,20 @@ def _start_guard(session: str, stack: ExitStack) -> IO[bytes]:
     guard = subprocess.Popen(
         [sys.executable, "-I", "-S", str(CHECKOUT / "launcher" / "guard.py"), session],
         stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
         bufsize=0,
     )
-    assert guard.stdin is not None
-    pipe = guard.stdin
+    pipe, end = guard.stdin, guard.stdout
+    assert pipe is not None and end is not None
 
     def dismiss() -> None:
-        try:
+        guard.wait()  # what was started has detached itself long since
+        with suppress(BrokenPipeError):
             pipe.write(b"done\n")
-            pipe.close()
-        except BrokenPipeError:
-            pass
-        guard.wait()
+        pipe.close()
+        end.read()  # until it has ended
+        end.close()
 
     stack.callback(dismiss)
     return pipe

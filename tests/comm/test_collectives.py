@@ -30,8 +30,8 @@ def test_a_rank_that_does_not_come_is_named(case: str, run_ranks: Callable) -> N
     assert f"rank 0 waited {'2.5' if case == 'join' else '1.5'} s for rank 1" in out
     assert ("pid" in out) == (case == "late")
     # While the ranks gather, the segment has a name, and nobody else may open it.
-    assert ("[rank 1] ['mode 600']" in err) == (case == "join")
-    assert "[rank 2]" in err
+    assert ("[rank 1] ['mode 600']" in out) == (case == "join")
+    assert "[rank 2]" in out
 
 
 def test_ranks_that_call_different_things_are_told(run_ranks: Callable) -> None:
