@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -25,7 +26,16 @@ import torch
 from comm.errors import BuildError
 
 SOURCE_DIR = Path(__file__).parent / "csrc"
-FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra")
+# Products and sums are not contracted: every instruction set must give the same bits.
+FLAGS = ("-O3", "-std=c++20", "-fPIC", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra")
+# Files for one instruction set; they are run only where the processor has it.
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+X86_FLAGS: dict[str, tuple[str, ...]] = {
+    "kernels_avx2.cpp": _AVX2,
+    "kernels_avx512.cpp": _AVX512,
+    "kernels_avx512bf16.cpp": (*_AVX512, "-mavx512bf16"),
+}
 
 
 def cache_dir() -> Path:
@@ -84,7 +94,8 @@ def _fingerprint(compiler: str) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"the C++ compiler {compiler} does not run: {error}") from error
     digest.update(version)
-    for part in (torch.__version__, platform.machine(), *FLAGS, *_torch_flags()):
+    own = [flag for flags in X86_FLAGS.values() for flag in flags]
+    for part in (torch.__version__, platform.machine(), *FLAGS, *own, *_torch_flags()):
         digest.update(part.encode())
     return digest.hexdigest()[:16]
 
@@ -96,9 +107,7 @@ def _torch_flags() -> list[str]:
         f"-isystem{root / 'include'}",
         f"-isystem{root / 'include/torch/csrc/api/include'}",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        f"-L{root / 'lib'}",
-        "-ltorch_cpu",
-        "-lc10",
+        "-fopenmp",  # torch's parallel_for is a template over it
     ]
 
 
@@ -106,15 +115,32 @@ def _compile(compiler: str, library: Path) -> None:
     # Built beside its final name and moved there whole, so that a killed build leaves nothing loadable.
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
         built = Path(folder) / library.name
-        sources = [str(path) for path in sorted(SOURCE_DIR.glob("*.cpp"))]
-        command = [compiler, *FLAGS, *sources, "-o", str(built), *_torch_flags()]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
-        except subprocess.TimeoutExpired as error:
-            raise BuildError(f"{compiler} took more than 10 minutes") from error
-        except subprocess.CalledProcessError as error:
-            raise BuildError(f"{compiler} failed:\n{error.stderr[-4000:]}") from error
+        objects = []
+        commands = []
+        for source in sorted(SOURCE_DIR.glob("*.cpp"), key=lambda path: path.name != "ops.cpp"):
+            objects.append(str(Path(folder) / f"{source.stem}.o"))
+            commands.append([compiler, *source_flags(source), "-c", str(source), "-o", objects[-1]])
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            list(pool.map(_run, commands))  # the longest, which includes torch, first
+        lib = Path(torch.__file__).parent / "lib"
+        link = [f"-L{lib}", "-ltorch_cpu", "-lc10", "-fopenmp"]
+        _run([compiler, "-shared", "-pthread", *objects, "-o", str(built), *link])
         os.replace(built, library)
+
+
+def source_flags(source: Path) -> list[str]:
+    """The compiler's flags for one file of `csrc/`, but for those of torch where it needs none."""
+    own = X86_FLAGS.get(source.name, ()) if platform.machine() == "x86_64" else ()
+    return [*FLAGS, *own, *(_torch_flags() if source.name == "ops.cpp" else ())]
+
+
+def _run(command: list[str]) -> None:
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{command[0]} took more than 10 minutes") from error
+    except subprocess.CalledProcessError as error:
+        raise BuildError(f"{command[0]} failed:\n{error.stderr[-4000:]}") from error
 
 
 if __name__ == "__main__":

@@ -7,3 +7,9 @@ class CommError(RuntimeError):
 
 class BuildError(CommError):
     """The shared-memory extension could not be compiled; the message holds what the compiler said."""
+
+
+class SpaceError(CommError):
+    """/dev/shm is too small: the message says what is there, what is needed and how to get it."""
+
+    exit_code = 2

@@ -4,33 +4,35 @@ A `Group` is a value that is passed to the layers that need it; there is no glob
 `size` alone decide how weights are split, so a test can lay out rank 11 of 16 in a single process
 with `Group(11, 16)`, which has no transport and refuses to communicate.
 
-What is not here: several nodes and GPUs (one node's sockets only, for now).
+Transports: "shm" (our own shared memory, one machine), "gloo" (anywhere; the reference), "nccl"
+(between GPUs), and "shm+gloo": shared memory inside each machine, gloo between one leader of each.
 """
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from comm.errors import BuildError, CommError
-from comm.shm import load_extension
+from comm.shm import first_line, join_segment, load_extension
 
-# Each rank has two buffers of this size. A decode step moves a few KiB; larger messages go in pieces.
-SLOT_BYTES = 512 * 1024
+BACKENDS = ("shm", "gloo", "nccl", "shm+gloo")
 
 
 @dataclass(frozen=True)
 class Group:
     """A rank's place among `size` ranks.
 
-    `backend` is "shm" (then `handle` names the group to the operators), "gloo" (then `name` is the
-    name of torch's process group), or "none" for a group that cannot communicate: one rank alone, or
-    a layout that is only looked at.
+    `backend` says what carries it, "none" for a group that cannot communicate: one rank alone, or a
+    layout that is only looked at. `handle` names a shared-memory group to the operators, `name` one of
+    torch's process groups. With "shm+gloo", `local` holds the ranks of this machine, `leaders` the
+    first of each machine (on those, else None), and `members` the ranks by machine.
     """
 
     rank: int
@@ -38,15 +40,19 @@ class Group:
     backend: str = "none"
     handle: int = 0
     name: str = ""
+    local: Group | None = None
+    leaders: Group | None = None
+    members: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class Rendezvous:
     """How the ranks of one run find each other.
 
-    `session` is a random token shared by the ranks of the run. `store_fd` is a listening socket that
-    rank 0 was handed, so that no port is ever guessed; None lets it bind `port` itself. `hosted` says
-    that somebody else (torch's elastic agent) serves the store at that port.
+    `session` is a random token shared by the ranks of the run on one machine. `store_fd` is a
+    listening socket that rank 0 was handed, so that no port is ever guessed; None lets it bind `port`
+    itself. `hosted` says that somebody else (torch's elastic agent) serves the store at that port.
+    `node` is this machine's number among those of the run.
     """
 
     session: str
@@ -54,6 +60,21 @@ class Rendezvous:
     port: int = 0
     store_fd: int | None = None
     hosted: bool = False
+    node: int = 0
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What `open_group` was asked for."""
+
+    rank: int
+    size: int
+    rendezvous: Rendezvous
+    timeout_s: float
+    label: str
+    device: torch.device
+    switch_bytes: int
+    on_fallback: Callable[[str], None] = field(compare=False)
 
 
 @contextmanager
@@ -64,72 +85,127 @@ def open_group(
     rendezvous: Rendezvous,
     timeout_s: float,
     on_fallback: Callable[[str], None] = lambda message: None,
+    *,
+    label: str = "0",
+    device: str = "cpu",
+    switch_bytes: int = 0,
 ) -> Iterator[Group]:
     """Join the group of all ranks, and leave it at the end of the block.
 
-    `backend` is "shm" or "gloo". `timeout_s` bounds the wait for the others to join and, until
-    `set_timeout`, each collective. Where the shared-memory operators cannot be compiled, gloo takes
-    their place and `on_fallback` is told on rank 0. Raises CommError.
+    `timeout_s` bounds the wait for the others to join and, until `set_timeout`, each collective. Where
+    the shared-memory operators cannot be compiled, gloo takes their place and `on_fallback` is told on
+    rank 0. Groups that are open at the same time have different labels. `switch_bytes` is the largest
+    message that shared memory takes in one step, 0 to measure it. Raises CommError.
     """
-    if size > 1 and backend == "shm":
-        try:
-            load_extension()
-        except BuildError as error:
-            # The ranks of a machine see the same compiler, so they all come here or none.
-            backend = "gloo"
-            if rank == 0:
-                on_fallback(f"using gloo, which is slower, in place of shared memory: {error}")
-    if size == 1:
-        yield Group(0, 1)
-    elif backend == "shm":
-        name = f"yoke-{rendezvous.session}-0"
-        try:
-            handle = torch.ops.yoke.shm_open_group(name, rank, size, SLOT_BYTES, timeout_s)
-        except RuntimeError as error:
-            raise CommError(_first_line(error)) from error
-        try:
-            yield Group(rank, size, "shm", handle=handle)
-        finally:
-            torch.ops.yoke.shm_close_group(handle)
-    elif backend == "gloo":
-        yield from _open_gloo(rank, size, rendezvous, timeout_s)
-    else:
-        raise CommError(f"backend {backend!r} is not known; there are shm and gloo")
+    if backend not in BACKENDS:
+        raise CommError(f"backend {backend!r} is not known; there are {', '.join(BACKENDS)}")
+    wish = _Wish(
+        rank, size, rendezvous, timeout_s, label, torch.device(device), switch_bytes, on_fallback
+    )
+    if size > 1 and backend.startswith("shm") and not _has_extension(wish):
+        backend = "gloo"
+    with ExitStack() as stack:
+        if size == 1:
+            yield Group(0, 1)
+        elif backend == "shm":
+            yield _open_shm(wish, rank, size, stack)
+        elif backend == "shm+gloo":
+            yield _open_machines(wish, stack)
+        else:
+            yield _open_torch(wish, backend, stack)
 
 
-def _open_gloo(rank: int, size: int, rendezvous: Rendezvous, timeout_s: float) -> Iterator[Group]:
-    timeout = datetime.timedelta(seconds=timeout_s)
+def _has_extension(wish: _Wish) -> bool:
     try:
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            rendezvous.address,
-            rendezvous.port,
-            size,
-            is_master=rank == 0 and not rendezvous.hosted,
-            timeout=timeout,
-            master_listen_fd=rendezvous.store_fd,
-        )
-        # The store may outlive a run (an elastic agent's does): each has its own names in it.
-        own = dist.PrefixStore(rendezvous.session, store)  # type: ignore[attr-defined]
-        dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=timeout)
+        load_extension()
+    except BuildError as error:
+        # The ranks of a machine see the same compiler, so they all come here or none.
+        if wish.rank == 0:
+            wish.on_fallback(f"using gloo, which is slower, in place of shared memory: {error}")
+        return False
+    return True
+
+
+def _open_shm(wish: _Wish, rank: int, size: int, stack: ExitStack) -> Group:
+    name = f"yoke-{wish.rendezvous.session}-{wish.label}"
+    handle = join_segment(name, rank, size, wish.timeout_s, wish.switch_bytes)
+    stack.callback(torch.ops.yoke.shm_close_group, handle)
+    return Group(rank, size, "shm", handle=handle)
+
+
+def _open_torch(wish: _Wish, backend: str, stack: ExitStack) -> Group:
+    """A process group of torch's: its default one, or one more beside that."""
+    timeout = datetime.timedelta(seconds=wish.timeout_s)
+    try:
+        if dist.is_initialized():
+            group = dist.new_group(backend=backend, timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend,
+                store=_open_store(wish, timeout),
+                rank=wish.rank,
+                world_size=wish.size,
+                timeout=timeout,
+                device_id=wish.device if wish.device.type == "cuda" else None,
+            )
+            group = dist.group.WORLD
     except RuntimeError as error:
-        raise CommError(f"rank {rank} could not join gloo: {_first_line(error)}") from error
-    world = dist.group.WORLD
-    assert world is not None
-    try:
-        yield Group(rank, size, "gloo", name=world.group_name)
-    finally:
-        dist.destroy_process_group()
+        raise CommError(f"rank {wish.rank} could not join {backend}: {first_line(error)}") from error
+    assert group is not None
+    stack.callback(dist.destroy_process_group, group)
+    return Group(wish.rank, wish.size, backend, name=group.group_name)
+
+
+def _open_store(wish: _Wish, timeout: datetime.timedelta) -> Any:
+    meeting = wish.rendezvous
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        meeting.address,
+        meeting.port,
+        wish.size,
+        is_master=wish.rank == 0 and not meeting.hosted,
+        timeout=timeout,
+        master_listen_fd=meeting.store_fd,
+    )
+    if meeting.hosted:  # it outlives a run, and each run has its own names in it
+        return dist.PrefixStore(f"yoke-{meeting.session}", store)  # type: ignore[attr-defined]
+    return store
+
+
+def _open_machines(wish: _Wish, stack: ExitStack) -> Group:
+    """Shared memory inside each machine, gloo between their leaders."""
+    world = _open_torch(wish, "gloo", stack)
+    nodes = [torch.zeros(1, dtype=torch.int64) for _ in range(wish.size)]
+    dist.all_gather(nodes, torch.tensor([wish.rendezvous.node]))
+    machines: dict[int, list[int]] = {}
+    for rank, node in enumerate(nodes):
+        machines.setdefault(int(node), []).append(rank)
+    members = tuple(tuple(ranks) for ranks in machines.values())
+    own = next(ranks for ranks in members if wish.rank in ranks)
+    if all(len(ranks) == 1 for ranks in members):
+        return world
+    place = own.index(wish.rank)
+    local = Group(0, 1) if len(own) == 1 else _open_shm(wish, place, len(own), stack)
+    first = [ranks[0] for ranks in members]
+    # Every rank of the world takes part in making it.
+    between = dist.new_group(first, timeout=datetime.timedelta(seconds=wish.timeout_s))
+    leaders = None
+    if place == 0:
+        assert between is not None
+        stack.callback(dist.destroy_process_group, between)
+        leaders = Group(first.index(wish.rank), len(first), "gloo", name=between.group_name)
+    return Group(
+        wish.rank, wish.size, "shm+gloo", name=world.name, local=local, leaders=leaders, members=members
+    )
 
 
 def set_timeout(group: Group, seconds: float) -> None:
     """Set how long a collective of this group waits for a peer before it raises."""
     if group.backend == "shm":
         torch.ops.yoke.shm_set_timeout(group.handle, seconds)
-    elif group.backend == "gloo":
-        world = dist.group.WORLD
-        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), world)
-
-
-def _first_line(error: Exception) -> str:
-    # torch appends a C++ stack to some messages.
-    return str(error).strip().splitlines()[0]
+        return
+    for part in (group.local, group.leaders):
+        if part is not None:
+            set_timeout(part, seconds)
+    if group.name:
+        found = dist.distributed_c10d._resolve_process_group(group.name)  # type: ignore
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), found)

@@ -1,11 +1,12 @@
 """The collectives that layers call, one function each, whatever the transport.
 
-Each call is one operator in a traced graph (for gloo an operator and its wait), so
-`torch.compile(fullgraph=True)` passes over it without a break. All are functional: the input is left
-alone and a new tensor is returned. Sums over shared memory are taken in fp32 and in rank order with
-one rounding, so that all ranks hold the same bits.
+Each call is one operator in a traced graph (for torch's transports an operator and its wait), so
+`torch.compile(fullgraph=True)` passes over it without a break. Without `out` all are functional: the
+input is left alone and a new tensor is returned; with `out` the result is written there, and `out` is
+returned. Sums over shared memory are taken in fp32 and in rank order with one rounding, so that all
+ranks hold the same bits.
 
-What is not here: reduce-scatter, fused forms, collectives on GPUs.
+What is not here: how ranks meet (`comm.group`), and the operators themselves (`comm.shm`, `csrc/`).
 """
 
 from __future__ import annotations
@@ -13,52 +14,144 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from comm import machines
 from comm.errors import CommError
 from comm.group import Group
 
 
-def all_reduce(x: Tensor, group: Group) -> Tensor:
-    """Sum of `x` over the ranks; same shape and dtype (float32, bfloat16 or float16)."""
-    if group.size == 1:
-        return x
+def all_reduce(x: Tensor, group: Group, *, out: Tensor | None = None) -> Tensor:
+    """Sum of `x` over the ranks; same shape and dtype: float32, bfloat16, float16, int32 or int64.
+
+    `out` may be `x`.
+    """
     if group.backend == "shm":
-        return torch.ops.yoke.all_reduce(x, group.handle)
-    return _gloo(torch.ops._c10d_functional.all_reduce, x, "sum", group)
+        if out is None:
+            return torch.ops.yoke.all_reduce.default(x, group.handle)
+        torch.ops.yoke.all_reduce.out(x, group.handle, out=out)
+        return out
+    return _into(out, x if group.size == 1 else _all_reduce(x, group))
 
 
-def all_gather(x: Tensor, group: Group) -> Tensor:
-    """`x` of every rank, stacked: [...] -> [size, ...]. All ranks must pass the same shape."""
+def _all_reduce(x: Tensor, group: Group) -> Tensor:
+    if group.backend == "shm+gloo":
+        return machines.all_reduce(x, group)
+    return _torch(torch.ops._c10d_functional.all_reduce, x, "sum", group)
+
+
+def reduce_scatter(x: Tensor, group: Group, *, out: Tensor | None = None) -> Tensor:
+    """This rank's part of the sum: [size * n, ...] -> [n, ...]; dtypes as for `all_reduce`."""
     if group.size == 1:
-        return x.unsqueeze(0)
+        return _into(out, x)
     if group.backend == "shm":
-        return torch.ops.yoke.all_gather(x, group.size, group.handle)
+        if out is None:
+            return torch.ops.yoke.reduce_scatter.default(x, group.size, group.handle)
+        torch.ops.yoke.reduce_scatter.out(x, group.size, group.handle, out=out)
+        return out
+    if group.backend == "nccl":
+        scatter = torch.ops._c10d_functional.reduce_scatter_tensor
+        return _into(out, _wait(scatter(x.contiguous(), "sum", group.size, group.name)))
+    return _into(out, _all_reduce(x, group).chunk(group.size)[group.rank].clone())
+
+
+def all_gather(x: Tensor, group: Group, *, out: Tensor | None = None) -> Tensor:
+    """`x` of every rank, stacked: [...] -> [size, ...], any dtype. All ranks pass the same shape."""
+    if group.size == 1:
+        return _into(out, x.unsqueeze(0))
+    if group.backend == "shm":
+        if out is None:
+            return torch.ops.yoke.all_gather.default(x, group.size, group.handle)
+        torch.ops.yoke.all_gather.out(x, group.size, group.handle, out=out)
+        return out
+    if group.backend == "shm+gloo":
+        return _into(out, machines.all_gather(x, group))
     gather = torch.ops._c10d_functional.all_gather_into_tensor
-    return _gloo(gather, x.unsqueeze(0), group.size, group)
+    return _into(out, _torch(gather, x.unsqueeze(0), group.size, group))
 
 
-def broadcast(x: Tensor, root: int, group: Group) -> Tensor:
-    """`x` of rank `root`, on every rank. All ranks must pass the same shape and dtype."""
+def broadcast(x: Tensor, root: int, group: Group, *, out: Tensor | None = None) -> Tensor:
+    """`x` of rank `root`, on every rank. All ranks pass the same shape and dtype; `out` may be `x`."""
     if group.size == 1:
-        return x
+        return _into(out, x)
     if group.backend == "shm":
-        return torch.ops.yoke.broadcast(x, root, group.handle)
-    return _gloo(torch.ops._c10d_functional.broadcast, x, root, group)
+        if out is None:
+            return torch.ops.yoke.broadcast.default(x, root, group.handle)
+        torch.ops.yoke.broadcast.out(x, root, group.handle, out=out)
+        return out
+    if group.backend == "shm+gloo":
+        return _into(out, machines.broadcast(x, root, group))
+    return _into(out, _torch(torch.ops._c10d_functional.broadcast, x, root, group))
 
 
 def barrier(group: Group) -> None:
     """Return when every rank has called this."""
-    if group.size == 1:
-        return
     if group.backend == "shm":
         torch.ops.yoke.barrier(group.handle)
-    else:
-        all_reduce(torch.zeros(1), group)
+    elif group.size > 1:
+        device = "cuda" if group.backend == "nccl" else "cpu"
+        all_reduce(torch.zeros(1, device=device), group)
 
 
-def _gloo(
+def all_reduce_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: Group
+) -> tuple[Tensor, Tensor]:
+    """(normed, new_residual): what follows an attention or MLP whose outputs are split over ranks.
+
+    new_residual = residual + sum over ranks of x, rounded once; normed = new_residual / rms * weight
+    over the last dimension (Zhang and Sennrich, 2019). x, residual: [..., D], weight: [D], one dtype.
+    """
+    if group.backend == "shm":
+        return torch.ops.yoke.all_reduce_add_rms_norm.default(x, residual, weight, eps, group.handle)
+    total = all_reduce(x, group)
+    new_residual = (residual.float() + total.float()).to(x.dtype)
+    full = new_residual.float()
+    scale = torch.rsqrt(full.square().mean(-1, keepdim=True) + eps)
+    return (full * scale).to(x.dtype) * weight, new_residual
+
+
+def argmax(logits: Tensor, offset: int, group: Group) -> Tensor:
+    """The largest entry of each row that is split by column: [rows, columns] -> int64 [rows].
+
+    This rank's columns start at `offset` of the whole row; of equal values the lowest index wins. Ranks
+    exchange one candidate a row, never the rows.
+    """
+    if group.backend == "shm":
+        return torch.ops.yoke.argmax.default(logits, offset, group.handle)
+    return topk(logits, 1, offset, group)[1].squeeze(1)
+
+
+def topk(logits: Tensor, k: int, offset: int, group: Group) -> tuple[Tensor, Tensor]:
+    """The `k` largest entries of each split row, best first: float32 values, int64 indices [rows, k].
+
+    Ranks may hold different numbers of columns, also fewer than `k`. Ties and exchange as for `argmax`.
+    """
+    if group.backend == "shm":
+        return torch.ops.yoke.topk.default(logits, k, offset, group.handle)
+    # Stable, which torch.topk is not: which of equal values comes out must not depend on the ranks.
+    values, indices = logits.float().sort(descending=True, stable=True)
+    values, indices = values[:, :k], indices[:, :k] + offset
+    if group.size == 1:
+        return values, indices
+    missing = k - values.shape[1]
+    values = torch.nn.functional.pad(values, (0, missing), value=float("-inf"))
+    indices = torch.nn.functional.pad(indices, (0, missing), value=torch.iinfo(torch.int64).max)
+    # Candidates of lower ranks come first, as do their indices.
+    all_values = all_gather(values, group).movedim(0, 1).flatten(1)
+    all_indices = all_gather(indices, group).movedim(0, 1).flatten(1)
+    best, order = all_values.sort(descending=True, stable=True)
+    return best[:, :k], all_indices.gather(1, order[:, :k])
+
+
+def _torch(
     operator: torch._ops.OpOverloadPacket, x: Tensor, argument: str | int, group: Group
 ) -> Tensor:
-    if group.backend != "gloo":
+    if not group.name:
         raise CommError(f"rank {group.rank} of {group.size} has no transport to call {operator}")
-    result: Tensor = operator(x.contiguous(), argument, group.name)
-    return torch.ops._c10d_functional.wait_tensor(result)
+    return _wait(operator(x.contiguous(), argument, group.name))
+
+
+def _wait(x: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(x)
+
+
+def _into(out: Tensor | None, result: Tensor) -> Tensor:
+    return result if out is None else out.copy_(result)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from comm.build import build_extension
-from comm.errors import BuildError
+from comm.errors import BuildError, CommError, SpaceError
+from comm.sizes import slot_bytes
 
 
 @functools.cache
@@ -25,18 +26,53 @@ def load_extension() -> None:
         torch.ops.load_library(str(library))
     except OSError as error:
         raise BuildError(f"{library} does not load: {error}; remove it to build it anew") from error
-    torch.library.register_fake("yoke::all_reduce", _fake_all_reduce)
-    torch.library.register_fake("yoke::all_gather", _fake_all_gather)
-    torch.library.register_fake("yoke::broadcast", _fake_broadcast)
+    for name, fake in (
+        ("all_reduce", lambda x, group: x.new_empty(x.shape)),
+        ("broadcast", lambda x, root, group: x.new_empty(x.shape)),
+        ("all_gather", lambda x, group_size, group: x.new_empty((group_size, *x.shape))),
+        ("reduce_scatter", _fake_reduce_scatter),
+        ("all_reduce_add_rms_norm", _fake_all_reduce_add_rms_norm),
+        ("argmax", lambda logits, offset, group: logits.new_empty(logits.shape[:1], dtype=torch.int64)),
+        ("topk", _fake_topk),
+    ):
+        torch.library.register_fake(f"yoke::{name}", fake)
+    for name in ("all_reduce", "broadcast", "all_gather", "reduce_scatter"):
+        torch.library.register_fake(f"yoke::{name}.out", lambda *args, out: None)
 
 
-def _fake_all_reduce(x: Tensor, group: int) -> Tensor:
-    return x.new_empty(x.shape)
+def _fake_reduce_scatter(x: Tensor, group_size: int, group: int) -> Tensor:
+    torch._check(x.shape[0] % group_size == 0)
+    return x.new_empty((x.shape[0] // group_size, *x.shape[1:]))
 
 
-def _fake_all_gather(x: Tensor, group_size: int, group: int) -> Tensor:
-    return x.new_empty((group_size, *x.shape))
+def _fake_all_reduce_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: int
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-def _fake_broadcast(x: Tensor, root: int, group: int) -> Tensor:
-    return x.new_empty(x.shape)
+def _fake_topk(logits: Tensor, k: int, offset: int, group: int) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], k)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
+
+
+def join_segment(name: str, rank: int, size: int, timeout_s: float, switch_bytes: int = 0) -> int:
+    """Join a group of the ranks of this machine that give the same `name`; its handle.
+
+    `switch_bytes`: messages up to this take one step; 0 measures it, which takes a few milliseconds.
+    Raises CommError, and SpaceError where /dev/shm is too small.
+    """
+    try:
+        return torch.ops.yoke.shm_open_group(
+            name, rank, size, slot_bytes(size), switch_bytes, timeout_s
+        )
+    except (RuntimeError, ValueError) as error:
+        message = first_line(error)
+        if message.startswith("no space: "):
+            raise SpaceError(message.removeprefix("no space: ")) from error
+        raise CommError(message) from error
+
+
+def first_line(error: Exception) -> str:
+    """torch appends a C++ stack to some messages."""
+    return str(error).strip().splitlines()[0]

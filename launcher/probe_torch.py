@@ -79,7 +79,7 @@ def _built_extension() -> str | None:
 
 def _segment_bytes_per_rank() -> int:
     """A rank has two buffers of the group in /dev/shm."""
-    return 2 * int(importlib.import_module("comm.group").SLOT_BYTES)
+    return 2 * int(importlib.import_module("comm.sizes").slot_bytes(2))
 
 
 if __name__ == "__main__":

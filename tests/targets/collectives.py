@@ -11,7 +11,8 @@ import torch
 
 from comm import ops
 from comm.errors import CommError
-from comm.group import SLOT_BYTES, Group, Rendezvous, open_group
+from comm.group import Group, Rendezvous, open_group
+from comm.sizes import slot_bytes
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, size: int, seed: int) -> list[torch.Tensor]:
@@ -56,15 +57,15 @@ def check_strided(group: Group) -> None:
 def check_refusals(group: Group) -> None:
     """What cannot be summed is an error, on all ranks alike, and the group goes on."""
     if group.backend == "shm":
-        with pytest.raises(RuntimeError, match="float32, bfloat16 and float16"):
-            ops.all_reduce(torch.zeros(3, dtype=torch.int32), group)
+        with pytest.raises(RuntimeError, match="float32, bfloat16, float16, int32 and int64"):
+            ops.all_reduce(torch.zeros(3, dtype=torch.bool), group)
         with pytest.raises(RuntimeError, match="999"):
             torch.ops.yoke.all_reduce(torch.zeros(3), 999)
     ops.barrier(group)
 
 
 def main(env: Any, payload: str) -> int:
-    slot = json.loads(payload).get("elements_per_slot", SLOT_BYTES // 4)
+    slot = json.loads(payload).get("elements_per_slot", slot_bytes(env.world_size) // 4)
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 60.0) as group:
         # All have joined: the name must be gone.

@@ -1,0 +1,51 @@
+// The arithmetic of the collectives: sums of several buffers, and what is fused with them. Written once
+// (kernels_impl.h), compiled for several instruction sets, chosen when the process runs.
+//
+// All sums are taken in fp32 in the order of the sources (the ranks) and rounded once, to nearest even,
+// so every rank, and every instruction set, gets the same bits.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace yoke {
+
+enum class DType : std::uint32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt32 = 3, kInt64 = 4, kBytes = 5 };
+
+constexpr std::size_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+    case DType::kInt32:
+      return 4;
+    case DType::kBFloat16:
+    case DType::kFloat16:
+      return 2;
+    case DType::kInt64:
+      return 8;
+    case DType::kBytes:
+      return 1;
+  }
+  return 0;
+}
+
+// out[i] = sum over r of source[r][i]. `out` may be one of the sources, or overlap none.
+using SumFunction = void (*)(void* out, const void* const* source, int num_sources, std::size_t count);
+// out[i] = residual[i] + sum over r of source[r][i].
+using AddSumFunction = void (*)(void* out, const void* const* source, int num_sources, const void* residual,
+                                std::size_t count);
+// Root mean square norm of one row (Zhang and Sennrich, 2019): out[i] = round(x[i] / rms) * weight[i].
+using NormFunction = void (*)(void* out, const void* x, const void* weight, float eps, std::size_t count);
+
+struct Kernels {
+  const char* name;
+  SumFunction sum[5];          // by DType
+  AddSumFunction add_sum[3];   // by DType, the floating ones
+  NormFunction rms_norm[3];    // by DType, the floating ones
+};
+
+// The best that this processor can run.
+const Kernels& best_kernels();
+// By name ("avx512bf16", "avx512", "avx2", "base"); nullptr where it was not built or cannot run here.
+const Kernels* find_kernels(const char* name);
+
+}  // namespace yoke

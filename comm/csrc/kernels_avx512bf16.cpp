@@ -1,0 +1,23 @@
+// 16 lanes, and bfloat16 conversions by the processor: AVX-512 with BF16.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#define YOKE_BF16
+namespace yoke {
+namespace {
+
+#include "kernels_scalar.h"
+
+#include "kernels_avx512.h"
+
+#include "kernels_impl.h"
+
+}  // namespace
+
+extern const Kernels kernels_avx512bf16;
+const Kernels kernels_avx512bf16 = make_kernels("avx512bf16");
+
+}  // namespace yoke
+#endif

@@ -1,0 +1,92 @@
+// Plain C++, which the compiler turns into the vectors of the architecture's baseline: SSE2 on x86,
+// NEON on Arm. And the choice among all that was built.
+#include "kernels.h"
+
+#include <cstring>
+#include <initializer_list>
+
+namespace yoke {
+namespace {
+
+#include "kernels_scalar.h"
+
+constexpr std::size_t kLanes = 16;
+struct V {
+  float lane[kLanes];
+};
+
+template <DType type, class T>
+inline V load(const T* from) {
+  V v;
+  for (std::size_t i = 0; i < kLanes; ++i) v.lane[i] = to_float<type>(from[i]);
+  return v;
+}
+template <DType type, class T>
+inline void store(T* to, const V& v) {
+  for (std::size_t i = 0; i < kLanes; ++i) to[i] = from_float<type>(v.lane[i]);
+}
+template <DType type>
+inline V rounded(const V& v) {
+  V r;
+  for (std::size_t i = 0; i < kLanes; ++i) r.lane[i] = to_float<type>(from_float<type>(v.lane[i]));
+  return r;
+}
+inline V add(V a, const V& b) {
+  for (std::size_t i = 0; i < kLanes; ++i) a.lane[i] += b.lane[i];
+  return a;
+}
+inline V mul(V a, const V& b) {
+  for (std::size_t i = 0; i < kLanes; ++i) a.lane[i] *= b.lane[i];
+  return a;
+}
+inline V broadcast(float x) {
+  V v;
+  for (std::size_t i = 0; i < kLanes; ++i) v.lane[i] = x;
+  return v;
+}
+inline V zero() { return broadcast(0.0f); }
+inline float horizontal_sum(const V& v) {
+  float total = 0.0f;
+  for (std::size_t i = 0; i < kLanes; ++i) total += v.lane[i];
+  return total;
+}
+
+#include "kernels_impl.h"
+
+constexpr Kernels kBase = make_kernels("base");
+
+}  // namespace
+
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512bf16;
+#endif
+
+const Kernels* find_kernels(const char* name) {
+  if (std::strcmp(name, "base") == 0) return &kBase;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (std::strcmp(name, "avx2") == 0) return avx2 ? &kernels_avx2 : nullptr;
+  if (std::strcmp(name, "avx512") == 0) return avx512 ? &kernels_avx512 : nullptr;
+  if (std::strcmp(name, "avx512bf16") == 0) {
+    return avx512 && __builtin_cpu_supports("avx512bf16") ? &kernels_avx512bf16 : nullptr;
+  }
+#endif
+  return nullptr;
+}
+
+const Kernels& best_kernels() {
+  static const Kernels* const best = [] {
+    for (const char* name : {"avx512bf16", "avx512", "avx2"}) {
+      if (const Kernels* found = find_kernels(name)) return found;
+    }
+    return &kBase;
+  }();
+  return *best;
+}
+
+}  // namespace yoke
