@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from launcher.backends import require_backend
 from launcher.cgroup import read_cgroup
 from launcher.draw import draw, plan_to_json, render_plain
 from launcher.elastic import agent_command, become_agent, check_nodes
@@ -61,6 +62,8 @@ def run(flags: Flags) -> int:
 
         request = replace(flags.request, bind_cores=True)
         return doctor(_topology(flags), flags.json, CHECKOUT, request, here=flags.sysfs is None)
+    if flags.sysfs is None:
+        require_backend(flags.request.comm)
     if flags.command == "plan":
         return _plan(flags)
     place = find_manager(os.environ, os.getppid())

@@ -6,6 +6,7 @@ with `Group(11, 16)`, which has no transport and refuses to communicate.
 
 Transports: "shm" (our own shared memory, one machine), "gloo" (anywhere; the reference), "nccl"
 (between GPUs), and "shm+gloo": shared memory inside each machine, gloo between one leader of each.
+"ccl" and "deepspeed" are other packages' (`comm.optional`).
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from comm import optional
 from comm.errors import BuildError, CommError
 from comm.shm import first_line, join_segment, load_extension
 
-BACKENDS = ("shm", "gloo", "nccl", "shm+gloo")
+BACKENDS = ("shm", "gloo", "nccl", "shm+gloo", *optional.NAMES)
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,13 @@ def open_group(
             yield _open_shm(wish, rank, size, stack)
         elif backend == "shm+gloo":
             yield _open_machines(wish, stack)
+        elif backend == "deepspeed":
+            group = _open_torch(wish, "gloo", stack)
+            optional.open_deepspeed(rank, size, rendezvous.session, rendezvous.node, group.name)
+            yield replace(group, backend="deepspeed")
         else:
+            if backend == "ccl":
+                optional.load_ccl()
             yield _open_torch(wish, backend, stack)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from comm import machines
+from comm import machines, optional
 from comm.errors import CommError
 from comm.group import Group
 
@@ -35,6 +35,8 @@ def all_reduce(x: Tensor, group: Group, *, out: Tensor | None = None) -> Tensor:
 def _all_reduce(x: Tensor, group: Group) -> Tensor:
     if group.backend == "shm+gloo":
         return machines.all_reduce(x, group)
+    if group.backend == "deepspeed" and optional.can_sum(x):
+        return optional.all_reduce(x)
     return _torch(torch.ops._c10d_functional.all_reduce, x, "sum", group)
 
 

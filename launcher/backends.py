@@ -1,7 +1,8 @@
 """The optional packages that others use for what Yoke does itself: are they here, and do they fit?
 
 They are found by their installed metadata and never imported: an extension made for another torch
-can crash the process that loads it. Yoke needs none of them; what stands in their place is said.
+can crash the process that loads it. Yoke needs none of them; what stands in their place is said. Two
+can be asked for (`--comm ccl`, `--comm deepspeed`), and are refused here where they do not fit.
 Verdicts are pure, from version strings alone. Standard library only.
 """
 
@@ -12,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
+
+from launcher.errors import LaunchError
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,16 @@ class Backend:
 
 @dataclass(frozen=True)
 class _Known:
-    """`distributions` are the names it is installed under; `tied` needs the same torch x.y."""
+    """`distributions` are the names it is installed under; `tied` needs the same torch x.y; `oldest` is
+    the first version that can be used; `comm` the value of --comm that uses it."""
 
     name: str
     distributions: tuple[str, ...]
     tied: bool
     about: str
     instead: str
+    oldest: tuple[int, ...] = ()
+    comm: str = ""
 
 
 _KNOWN = (
@@ -43,6 +49,8 @@ _KNOWN = (
         tied=False,
         about="source only, compiled at first use",
         instead="Yoke's binding and collectives",
+        oldest=(0, 15),
+        comm="deepspeed",
     ),
     _Known(
         "intel_extension_for_pytorch",
@@ -57,6 +65,7 @@ _KNOWN = (
         tied=True,
         about="end of life, the last one is for torch 2.8",
         instead="Yoke's shared-memory collectives",
+        comm="ccl",
     ),
 )
 
@@ -80,7 +89,31 @@ def judge(name: str, version: str | None, torch_version: str | None) -> Backend:
         wanted = ".".join(map(str, release(version)[:2])) or "another version"
         note = f"made for torch {wanted}, not {torch_version}; {known.about}; {instead}"
         return Backend(name, True, version, False, note)
-    return Backend(name, True, version, True, f"{known.about}; not used: {instead}")
+    if release(version) < known.oldest:
+        note = f"older than {'.'.join(map(str, known.oldest))}; {known.about}; {instead}"
+        return Backend(name, True, version, False, note)
+    use = f"used only with --comm {known.comm}" if known.comm else "not used"
+    return Backend(name, True, version, True, f"{known.about}; {use}: {instead}")
+
+
+def require_backend(comm: str, path: Sequence[str] | None = None) -> None:
+    """Raise LaunchError if `--comm comm` needs a package that is missing or does not fit torch.
+
+    torch's own version is taken from its metadata too.
+    """
+    known = next((known for known in _KNOWN if known.comm == comm), None)
+    if known is None:
+        return
+    backend = judge(known.name, _installed(known.distributions, path), _installed(("torch",), path))
+    if not backend.found:
+        why = f"{known.distributions[0]} is not installed ({known.about})"
+    elif backend.fits is None:
+        why = "torch is not installed"
+    elif not backend.fits:
+        why = f"{known.distributions[0]} {backend.version} cannot be used: {backend.note.split(';')[0]}"
+    else:
+        return
+    raise LaunchError(f"--comm {comm}: {why}; --comm auto needs no other package")
 
 
 def release(version: str) -> tuple[int, ...]:

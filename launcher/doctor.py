@@ -183,6 +183,8 @@ def will_use(facts: Facts, cpu: dict[str, Any]) -> dict[str, Any]:
         "shm": "Yoke's own collectives in shared memory",
         "gloo": "torch's collectives over sockets",
         "nccl": "NVIDIA's collectives between GPUs",
+        "ccl": "oneCCL's collectives",
+        "deepspeed": "sums by DeepSpeed's operator, the rest over gloo",
     }[transport]
     if transport == "shm" and not (facts.torch and facts.torch["extension"]):
         why += ", compiled at the first run"

@@ -93,7 +93,8 @@ def _make_parser(words: str) -> _Parser:
     flag("--smt", action="store_true", help="use every hardware thread, not the first of each core")
     flag("--numa-memory", metavar="HOW", help="bind (default), preferred, interleave or none")
     flag = section("between ranks")
-    flag("--comm", default="auto", metavar="NAME", help="auto, shm (shared memory), gloo or nccl")
+    names = "auto, shm (shared memory), gloo, nccl; where installed: ccl, deepspeed"
+    flag("--comm", default="auto", metavar="NAME", help=names)
     flag("--nnodes", type=int, default=1, metavar="N", help="machines; with these two on each:")
     flag("--node-rank", type=int, metavar="I", help="this machine's number, from 0")
     flag("--rdzv-endpoint", metavar="HOST:PORT", help="where machine 0 can be reached")

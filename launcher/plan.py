@@ -18,7 +18,7 @@ from launcher.errors import LaunchError
 from launcher.topology import Core, Gpu, Topology, format_cpu_list
 
 MAX_RANKS = 64
-BACKENDS = ("shm", "gloo", "nccl")
+BACKENDS = ("shm", "gloo", "nccl", "ccl", "deepspeed")
 RANK_PER = ("socket", "node", "l3", "gpu")
 MEMORY_POLICIES = ("bind", "preferred", "interleave", "none")
 
@@ -330,10 +330,12 @@ def _backend(places: list[_Place], request: LaunchRequest, reasons: list[str]) -
     on_gpus = all(place.gpu is not None for place in places)
     if request.comm == "nccl" and not on_gpus:
         raise LaunchError("--comm nccl works between GPUs: add --rank-per gpu, or use --comm auto")
-    if request.comm == "shm" and on_gpus:
-        raise LaunchError("--comm shm works between cpus: use --comm auto (nccl between GPUs)")
+    if request.comm in ("shm", "ccl", "deepspeed") and on_gpus:
+        raise LaunchError(
+            f"--comm {request.comm} works between cpus: use --comm auto (nccl between GPUs)"
+        )
     backend = request.comm if request.comm != "auto" else "nccl" if on_gpus else "shm"
     if len(places) > 1:
-        names = {"shm": "shared memory", "gloo": "gloo", "nccl": "NCCL"}
-        reasons.append(f"{names[backend]} between the ranks")
+        names = {"shm": "shared memory", "nccl": "NCCL", "ccl": "oneCCL", "deepspeed": "DeepSpeed"}
+        reasons.append(f"{names.get(backend, backend)} between the ranks")
     return backend
