@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from comm.sizes import segment_bytes
 from launcher.backends import require_backend
 from launcher.cgroup import read_cgroup
 from launcher.draw import draw, plan_to_json, render_plain
 from launcher.elastic import agent_command, become_agent, check_nodes
 from launcher.errors import LaunchError
-from launcher.fit import Fit, check_fit, require_fit
+from launcher.fit import Fit, check_fit, require_fit, require_space
 from launcher.flags import Flags, help_text, parse_flags
 from launcher.join import join, local_plan
 from launcher.manager import find_manager
@@ -84,6 +85,8 @@ def run(flags: Flags) -> int:
         )  # fmt: skip
     if flags.command == "generate":
         require_fit(_fits(flags, topology, plan))
+        if plan.backend == "shm" and len(plan.ranks) > 1:
+            require_space(Path("/dev/shm"), segment_bytes(len(plan.ranks)))
     return launch(plan, flags.options, new_session(), target, payload)
 
 

@@ -110,7 +110,7 @@ def open_group(
         if size == 1:
             yield Group(0, 1)
         elif backend == "shm":
-            yield _open_shm(wish, rank, size, stack)
+            yield _open_shm(wish, label, rank, size, stack)
         elif backend == "shm+gloo":
             yield _open_machines(wish, stack)
         elif backend == "deepspeed":
@@ -134,8 +134,8 @@ def _has_extension(wish: _Wish) -> bool:
     return True
 
 
-def _open_shm(wish: _Wish, rank: int, size: int, stack: ExitStack) -> Group:
-    name = f"yoke-{wish.rendezvous.session}-{wish.label}"
+def _open_shm(wish: _Wish, label: str, rank: int, size: int, stack: ExitStack) -> Group:
+    name = f"yoke-{wish.rendezvous.session}-{label}"
     handle = join_segment(name, rank, size, wish.timeout_s, wish.switch_bytes)
     stack.callback(torch.ops.yoke.shm_close_group, handle)
     return Group(rank, size, "shm", handle=handle)
@@ -192,7 +192,8 @@ def _open_machines(wish: _Wish, stack: ExitStack) -> Group:
     if all(len(ranks) == 1 for ranks in members):
         return world
     place = own.index(wish.rank)
-    local = Group(0, 1) if len(own) == 1 else _open_shm(wish, place, len(own), stack)
+    label = f"{wish.label}-{wish.rendezvous.node}"
+    local = Group(0, 1) if len(own) == 1 else _open_shm(wish, label, place, len(own), stack)
     first = [ranks[0] for ranks in members]
     # Every rank of the world takes part in making it.
     between = dist.new_group(first, timeout=datetime.timedelta(seconds=wish.timeout_s))

@@ -6,6 +6,8 @@ The operators themselves, and the life of their segment, are in `csrc/`; `build`
 from __future__ import annotations
 
 import functools
+import hashlib
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,8 +38,26 @@ def load_extension() -> None:
         ("topk", _fake_topk),
     ):
         torch.library.register_fake(f"yoke::{name}", fake)
+        _keep_order(f"yoke::{name}")
+    _keep_order("yoke::barrier")
+    # Compiled code on disk is only good for operators with these effects and shapes.
+    meaning = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    torch.compiler.config.cache_key_tag += f"yoke-{meaning}"
     for name in ("all_reduce", "broadcast", "all_gather", "reduce_scatter"):
         torch.library.register_fake(f"yoke::{name}.out", lambda *args, out: None)
+
+
+def _keep_order(name: str) -> None:
+    """Tell the compiler that an operator has an effect: a rank must not leave one out whose result it
+    does not use, nor exchange two, or the ranks' calls no longer match."""
+    register = getattr(torch.library, "_register_effectful_op", None)
+    if register is None:  # without it, the operator is kept at least
+        packet, _, overload = name.removeprefix("yoke::").partition(".")
+        torch.fx.node.has_side_effect(getattr(getattr(torch.ops.yoke, packet), overload or "default"))
+        return
+    from torch._library.effects import EffectType
+
+    register(name, EffectType.ORDERED)
 
 
 def _fake_reduce_scatter(x: Tensor, group_size: int, group: int) -> Tensor:

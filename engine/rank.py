@@ -45,7 +45,7 @@ def main(env: Any, payload: str) -> int:
     # The launcher has chosen; torch may have counted the cores of the machine.
     torch.set_num_threads(env.plan.num_threads)
     rendezvous = Rendezvous(
-        env.session, env.master_addr, env.master_port, env.store_fd, env.agent_store
+        env.session, env.master_addr, env.master_port, env.store_fd, env.agent_store, env.node
     )
     with (
         ExitStack() as unpinned,

@@ -32,7 +32,8 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 @dataclass(frozen=True)
 class RankEnv:
     """What a rank is told. `store_fd` is a listening socket, for rank 0 of our own launcher;
-    `agent_store` says that torch's elastic agent serves the store at the master address. `plans` are
+    `agent_store` says that torch's elastic agent serves the store at the master address; `node`
+    tells the run's machines apart. `plans` are
     those of this machine's ranks, as plain dicts; `notes` say what could not be bound."""
 
     rank: int
@@ -49,6 +50,7 @@ class RankEnv:
     bind_cores: bool
     store_fd: int | None = None
     agent_store: bool = False
+    node: int = 0
     verify_placement: bool = False
     notes: tuple[str, ...] = ()
 

@@ -1,4 +1,4 @@
-"""Whether what each rank must hold fits the memory that its place has. Pure.
+"""Whether what each rank must hold fits the memory that its place has. Pure, but for `require_space`.
 
 What a model needs is the caller's to say (`engine.memory` does for generation); this module knows
 only places. Totals are compared, not what happens to be free: page cache gives way, and a machine
@@ -7,8 +7,10 @@ that is busy today may be idle tomorrow.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from launcher.errors import LaunchError
 from launcher.plan import LaunchPlan
@@ -73,6 +75,21 @@ def require_fit(fits: Sequence[Fit]) -> None:
                 f"{format_bytes(fit.available_bytes)}; use more ranks on more memory, a smaller "
                 "max_seq_len or dtype=bfloat16 (python launch.py plan model=... shows the sizes)"
             )
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Raise LaunchError unless the file system of `folder` has so much free."""
+    try:
+        space = os.statvfs(folder)
+    except OSError as error:
+        way_out = "mount a tmpfs there, or use --comm gloo"
+        raise LaunchError(f"{folder}: {error.strerror}; {way_out}") from error
+    free = space.f_bavail * space.f_frsize
+    if free < needed_bytes:
+        raise LaunchError(
+            f"{folder} has {format_bytes(free)} free, and the ranks need {format_bytes(needed_bytes)}: "
+            "free some, give the container more (docker run --shm-size=1g), or use --comm gloo"
+        )
 
 
 def format_bytes(size: float) -> str:

@@ -33,7 +33,7 @@ def local_plan(place: Managed, request: LaunchRequest) -> LaunchPlan:
     lines = [plan.ranks[0]] * place.local_world_size if alone else list(plan.ranks)
     backend = plan.backend
     if backend == "shm" and place.world_size > place.local_world_size:
-        backend = "gloo"  # shared memory ends at the machine
+        backend = "shm+gloo"  # shared memory ends at the machine
     return replace(
         plan,
         ranks=tuple(replace(line, rank=first + i) for i, line in enumerate(lines)),
@@ -85,6 +85,7 @@ def join(
         plan=plan.ranks[place.local_rank],
         plans=[asdict(rank) for rank in plan.ranks],
         bind_cores=plan.bind_cores,
+        node=place.node,
         store_fd=None if store is None else store.detach(),
         agent_store=place.agent_store,
         verify_placement=options.verify_placement,

@@ -21,8 +21,8 @@ from launcher.errors import LaunchError
 @dataclass(frozen=True)
 class Managed:
     """A rank's place by its manager's word. `run_id` is the same for all ranks of one run and differs
-    between runs on a machine; `master_port` 0 is not settled yet; `agent_store`: torch's elastic
-    agent serves a store at the master address."""
+    between runs on a machine; `node` tells its machines apart; `master_port` 0 is not settled yet;
+    `agent_store`: torch's elastic agent serves a store at the master address."""
 
     manager: str
     rank: int
@@ -32,6 +32,7 @@ class Managed:
     master_addr: str
     master_port: int
     run_id: str
+    node: int = 0
     agent_store: bool = False
 
     @property
@@ -74,7 +75,7 @@ def find_manager(environ: Mapping[str, str], parent_pid: int) -> Managed | None:
             return _checked(
                 {"MASTER_ADDR": hosts, **environ} if hosts else environ, "srun",
                 _number(environ, "SLURM_PROCID"), world, _number(environ, "SLURM_LOCALID"),
-                per_node[node], run_id, "MASTER_ADDR=HOST in the environment",
+                per_node[node], run_id, "MASTER_ADDR=HOST in the environment", node,
             )  # fmt: skip
     return None
 
@@ -94,8 +95,9 @@ def _torchrun(environ: Mapping[str, str], parent_pid: int) -> Managed:
         "torchrun " + " ".join(parts),
         "MASTER_ADDR=HOST in the environment",
     )
+    node = _number(environ, "GROUP_RANK", place.node)
     agent = elastic and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return Managed(**{**vars(place), "agent_store": agent})
+    return Managed(**{**vars(place), "agent_store": agent, "node": node})
 
 
 def _checked(
@@ -107,6 +109,7 @@ def _checked(
     local_world_size: int,
     run_id: str,
     hint: str,
+    node: int | None = None,
 ) -> Managed:
     if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
         raise LaunchError(
@@ -120,7 +123,10 @@ def _checked(
             f"{world_size} ranks on several machines need to know where rank 0 is: give them "
             f"MASTER_PORT=N and {hint}"
         )
-    return Managed(manager, rank, world_size, local_rank, local_world_size, address, port, run_id)
+    node = (
+        rank - local_rank if node is None else node
+    )  # the first rank there, where ranks come in blocks
+    return Managed(manager, rank, world_size, local_rank, local_world_size, address, port, run_id, node)
 
 
 def _number(environ: Mapping[str, str], key: str, default: int | None = None) -> int:

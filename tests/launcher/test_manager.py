@@ -20,7 +20,7 @@ from tests.conftest import CHECKOUT
 
 LAUNCH = str(CHECKOUT / "launch.py")
 GENERATE = ["model=tiny", "weights=random", "prompt=hello", "max_new_tokens=8", "compile=false",
-            "output=json"]  # fmt: skip
+            "dtype=float32", "output=json"]  # fmt: skip
 PROGRAM = """
 import json, os, sys
 import torch, torch.distributed as dist
@@ -286,3 +286,13 @@ def test_two_hosts(hosts: tuple[str, str], program: str) -> None:
     alone = run(sys.executable, LAUNCH, "--ranks", "2", "--comm", "gloo", *GENERATE)
     assert report["token_ids"] == json.loads(alone.stdout)["token_ids"]
     assert report["comm"] == "gloo"
+
+
+def test_two_hosts_of_two_ranks(hosts: tuple[str, str]) -> None:
+    results = on_both(hosts, "--ranks", "2", "--bind-cores-to-rank", *GENERATE)
+    assert [code for code, _, _ in results] == [0, 0], results
+    report = json.loads(results[0][2])
+    assert report["comm"] == "shm+gloo"
+    assert len(report["peak_rss_bytes"]) == 4
+    alone = run(sys.executable, LAUNCH, "--ranks", "4", "--comm", "gloo", *GENERATE)
+    assert report["token_ids"] == json.loads(alone.stdout)["token_ids"]
