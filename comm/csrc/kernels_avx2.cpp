@@ -58,6 +58,12 @@ inline void store(T* to, V v) {
   }
 }
 
+template <DType type, class T>
+inline void store_pair(T* to, V a, V b) {
+  store<type>(to, a);
+  store<type>(to + kLanes, b);
+}
+
 template <DType type>
 inline V rounded(V v) {
   if constexpr (type == DType::kFloat32) {

@@ -28,12 +28,16 @@ inline V load(const T* from) {
   }
 }
 
+#if defined(YOKE_BF16)
+// The processor's conversion takes denormal numbers for zero, and keeps the bits of what is not a
+// number: vectors with such lanes go the long way.
+inline __mmask16 is_rare(V v) { return _mm512_fpclass_ps_mask(v, 0x01 | 0x20 | 0x80); }
+#endif
+
 // To nearest even; what is not a number becomes the quiet one.
 inline __m256i round_bf16(V v) {
 #if defined(YOKE_BF16)
-  // The instruction takes denormal numbers for zero, and keeps the bits of what is not a number: such
-  // lanes, which are rare, go the long way.
-  if (_mm512_fpclass_ps_mask(v, 0x01 | 0x20 | 0x80) == 0) {
+  if (is_rare(v) == 0) {
     const __m256bh narrow = _mm512_cvtneps_pbh(v);
     __m256i bits;
     __builtin_memcpy(&bits, &narrow, sizeof bits);
@@ -57,6 +61,21 @@ inline void store(T* to, V v) {
   } else {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), round_bf16(v));
   }
+}
+
+template <DType type, class T>
+inline void store_pair(T* to, V a, V b) {
+#if defined(YOKE_BF16)
+  if constexpr (type == DType::kBFloat16) {
+    if (!(is_rare(a) | is_rare(b))) {  // both at once, one branch for both
+      const __m512bh narrow = _mm512_cvtne2ps_pbh(b, a);
+      __builtin_memcpy(to, &narrow, sizeof narrow);
+      return;
+    }
+  }
+#endif
+  store<type>(to, a);
+  store<type>(to + kLanes, b);
 }
 
 template <DType type>

@@ -25,6 +25,11 @@ template <DType type, class T>
 inline void store(T* to, const V& v) {
   for (std::size_t i = 0; i < kLanes; ++i) to[i] = from_float<type>(v.lane[i]);
 }
+template <DType type, class T>
+inline void store_pair(T* to, const V& a, const V& b) {
+  store<type>(to, a);
+  store<type>(to + kLanes, b);
+}
 template <DType type>
 inline V rounded(const V& v) {
   V r;

@@ -23,8 +23,7 @@ inline void sum_vectors(T* out, const T* const* source, int n, std::size_t count
       a = add(a, load<type>(source[r] + i));
       b = add(b, load<type>(source[r] + i + kLanes));
     }
-    store<type>(out + i, a);
-    store<type>(out + i + kLanes, b);
+    store_pair<type>(out + i, a, b);
   }
   sum_scalar<type>(out, source, num, i, count);
 }
