@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from comm import ops
 from comm.group import Group
 from models.config import ModelConfig
 from tp.layers import ColumnLinear, LMHead, RowLinear, VocabEmbedding
@@ -81,26 +82,43 @@ class Llama(nn.Module):
         x = self.embed(tokens)  # [B, T, D]
         mask = torch.zeros(hidden_ones.shape, dtype=x.dtype, device=x.device)
         mask = mask.masked_fill(hidden_ones, float("-inf"))
-        for block in self.layers:
-            x = block(x, positions, cos, sin, mask)
+        norms: list[RMSNorm] = [*(block.attention_norm for block in self.layers), self.norm]  # type: ignore
+        normed = norms[0](x)
+        for block, norm in zip(self.layers, norms[1:], strict=True):
+            normed, x = block(normed, x, norm, positions, cos, sin, mask)
         if last is not None:
-            x = x.index_select(1, last)
-        return self.head(self.norm(x)).squeeze(1).float()
+            normed = normed.index_select(1, last)
+        return self.head(normed).squeeze(1).float()
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): one allreduce each."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), each with one collective that sums over the ranks,
+    adds the residual x and normalises for what follows."""
 
     def __init__(self, config: ModelConfig, layout: Layout, group: Group) -> None:
         super().__init__()
+        self.group = group
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config, layout, group)
+        self.attention = Attention(config, layout)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mlp = MLP(config, layout, group)
+        self.mlp = MLP(config, layout)
 
-    def forward(self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), positions, cos, sin, mask)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(
+        self,
+        normed: Tensor,
+        x: Tensor,
+        following: RMSNorm,
+        positions: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, T, D] and its norm -> (normalised for what is `following`, x after this block)."""
+        part = self.attention(normed, positions, cos, sin, mask)
+        norm = self.mlp_norm
+        normed, x = ops.all_reduce_add_rms_norm(part, x, norm.weight, norm.eps, self.group)
+        part = self.mlp(normed)
+        return ops.all_reduce_add_rms_norm(part, x, following.weight, following.eps, self.group)
 
 
 class Attention(nn.Module):
@@ -110,13 +128,13 @@ class Attention(nn.Module):
     k_cache: Tensor
     v_cache: Tensor
 
-    def __init__(self, config: ModelConfig, layout: Layout, group: Group) -> None:
+    def __init__(self, config: ModelConfig, layout: Layout) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.heads = layout.heads
         q, kv = self.heads.num_q * config.head_dim, self.heads.num_kv * config.head_dim
         self.qkv = ColumnLinear(config.dim, (q, kv, kv))
-        self.out = RowLinear(q, config.dim, group)
+        self.out = RowLinear(q, config.dim)
 
     def setup(self, batch_size: int, cache_len: int, like: Tensor) -> None:
         shape = (batch_size, self.heads.num_kv, cache_len, self.head_dim)
@@ -149,11 +167,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)), with this rank's slice of the width."""
 
-    def __init__(self, config: ModelConfig, layout: Layout, group: Group) -> None:
+    def __init__(self, config: ModelConfig, layout: Layout) -> None:
         super().__init__()
         width = layout.ffn_stop - layout.ffn_start
         self.gate_up = ColumnLinear(config.dim, (width, width))
-        self.down = RowLinear(width, config.dim, group)
+        self.down = RowLinear(width, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).split(self.gate_up.parts, dim=-1)

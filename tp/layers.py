@@ -35,18 +35,18 @@ class ColumnLinear(nn.Module):
 
 
 class RowLinear(nn.Module):
-    """y = sum over ranks of x W^T with this rank's columns of W.
+    """x W^T with this rank's columns of W: the ranks' results add up to the product.
 
-    [..., local_features] -> [..., out_features], whole on every rank.
+    [..., local_features] -> [..., out_features]. The sum is the caller's, who has more to do with it:
+    the collective that takes it also adds the residual and normalises.
     """
 
-    def __init__(self, local_features: int, out_features: int, group: Group) -> None:
+    def __init__(self, local_features: int, out_features: int) -> None:
         super().__init__()
-        self.group = group
         self.weight = _parameter(out_features, local_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.all_reduce(F.linear(x, self.weight), self.group)
+        return F.linear(x, self.weight)
 
 
 class VocabEmbedding(nn.Module):

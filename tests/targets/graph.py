@@ -17,6 +17,7 @@ from weights.random_io import random_checkpoint
 
 COLLECTIVES = {
     "yoke::all_reduce",
+    "yoke::all_reduce_add_rms_norm",
     "yoke::all_gather",
     "_c10d_functional::all_reduce",
     "_c10d_functional::all_gather_into_tensor",
@@ -28,7 +29,10 @@ def main(env: Any, payload: str) -> int:
     graphs: list[list[str]] = []
 
     def record(graph: torch.fx.Graph) -> None:
-        names = (getattr(node.target, "_schema", None) for node in graph.nodes)
+        # Operators whose order is kept are wrapped: (token, operator, arguments...).
+        effects = torch.ops.higher_order.with_effects
+        targets = (n.args[1] if n.target is effects else n.target for n in graph.nodes)
+        names = (getattr(target, "_schema", None) for target in targets)
         graphs.append([schema.name for schema in names if schema and schema.name in COLLECTIVES])
 
     # A pass without an identity keeps the disk cache out: every graph is really compiled here.
