@@ -25,7 +25,8 @@ FFN_UNIT = 32
 class ShardSpec:
     """How one weight is divided: dimension `dim` along the blocks of `axis`, or not at all (None).
 
-    Axes: "q" and "kv" (heads), "ffn" (MLP width), "vocab".
+    Axes: "q" and "kv" (heads), "ffn" (MLP width), "vocab". An `axis` "first" without a `dim` is whole
+    on rank 0 and zero on the others: the bias of a product whose parts are summed over the ranks.
     """
 
     dim: int | None = None
@@ -35,12 +36,15 @@ class ShardSpec:
 TABLE: tuple[tuple[str, ShardSpec], ...] = (
     (r"model\.embed_tokens\.weight", ShardSpec(0, "vocab")),
     (r"lm_head\.weight", ShardSpec(0, "vocab")),
-    (r"model\.layers\.\d+\.self_attn\.q_proj\.weight", ShardSpec(0, "q")),
-    (r"model\.layers\.\d+\.self_attn\.[kv]_proj\.weight", ShardSpec(0, "kv")),
+    (r"lm_head\.bias", ShardSpec(0, "vocab")),
+    (r"model\.layers\.\d+\.self_attn\.q_proj\.(weight|bias)", ShardSpec(0, "q")),
+    (r"model\.layers\.\d+\.self_attn\.[kv]_proj\.(weight|bias)", ShardSpec(0, "kv")),
     (r"model\.layers\.\d+\.self_attn\.o_proj\.weight", ShardSpec(1, "q")),
-    (r"model\.layers\.\d+\.mlp\.(gate|up)_proj\.weight", ShardSpec(0, "ffn")),
+    (r"model\.layers\.\d+\.self_attn\.[qk]_norm\.weight", ShardSpec()),
+    (r"model\.layers\.\d+\.mlp\.(gate|up)_proj\.(weight|bias)", ShardSpec(0, "ffn")),
     (r"model\.layers\.\d+\.mlp\.down_proj\.weight", ShardSpec(1, "ffn")),
-    (r"model\.(norm|layers\.\d+\.(input|post_attention)_layernorm)\.weight", ShardSpec()),
+    (r"model\.layers\.\d+\.(self_attn\.o|mlp\.down)_proj\.bias", ShardSpec(None, "first")),
+    (r"model\.(norm|layers\.\d+\.(input|post_attention)_layernorm)\.(weight|bias)", ShardSpec()),
 )
 
 

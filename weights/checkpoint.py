@@ -25,12 +25,17 @@ class Entry:
     """One tensor: its full shape, how it is stored, and how to read a part of it.
 
     `read(slices)` takes one slice (step 1) per dimension and returns a tensor of that part. Stored
-    floats keep their dtype, quantised blocks come out as float32.
+    floats keep their dtype, quantised blocks come out as float32. `stored_as` is the dtype in
+    safetensors' spelling ("BF16"), or the block format ("Q4_0"); then `block` elements of the last
+    dimension are stored together and cannot be cut, and `read_raw(slices)` gives the part as it is
+    stored: uint8 [rows, bytes].
     """
 
     shape: tuple[int, ...]
     stored_as: str
     read: Callable[[Slices], Tensor]
+    block: int = 1
+    read_raw: Callable[[Slices], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,18 @@ class Checkpoint:
     """Names to entries, and what else the file says.
 
     `config` holds the keys of a Hugging Face `config.json`, or the key-values of a GGUF file (then
-    `format` is "gguf"). `folder` is where a tokenizer may lie beside the weights.
+    `format` is "gguf"). `folder` is where a tokenizer may lie beside the weights. Entries have
+    canonical names (those of Hugging Face's Llama); `stored_names` tells what the file calls them,
+    where that differs. `world_size` is how many ranks the files are split for (1: they are whole);
+    the entries are whole tensors all the same.
     """
 
     path: Path
     format: str
     entries: Mapping[str, Entry]
     config: Mapping[str, Any] = field(default_factory=dict)
+    stored_names: Mapping[str, str] = field(default_factory=dict)
+    world_size: int = 1
 
     @property
     def folder(self) -> Path:
