@@ -239,6 +239,9 @@ void Segment::join(double deadline) {
     }
     sleep_ms(1);
   }
+  if (header->attached.load(std::memory_order_relaxed) > static_cast<std::uint32_t>(world_)) {
+    throw std::runtime_error(path() + " has a header that somebody has overwritten");
+  }
   // All have mapped it. Whoever sees that first removes the name, so that no rank returns before it
   // is gone; the others find nothing to remove.
   unlink(path().c_str());
