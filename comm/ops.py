@@ -136,11 +136,12 @@ def topk(logits: Tensor, k: int, offset: int, group: Group) -> tuple[Tensor, Ten
     missing = k - values.shape[1]
     values = torch.nn.functional.pad(values, (0, missing), value=float("-inf"))
     indices = torch.nn.functional.pad(indices, (0, missing), value=torch.iinfo(torch.int64).max)
-    # Candidates of lower ranks come first, as do their indices.
-    all_values = all_gather(values, group).movedim(0, 1).flatten(1)
-    all_indices = all_gather(indices, group).movedim(0, 1).flatten(1)
-    best, order = all_values.sort(descending=True, stable=True)
-    return best[:, :k], all_indices.gather(1, order[:, :k])
+    values = all_gather(values, group).movedim(0, 1).flatten(1)
+    indices = all_gather(indices, group).movedim(0, 1).flatten(1)
+    # By value, and those of one value by index: what fills up a short rank comes after every column.
+    indices, order = indices.sort(stable=True)
+    values, order = values.gather(1, order).sort(descending=True, stable=True)
+    return values[:, :k], indices.gather(1, order[:, :k])
 
 
 def _torch(
