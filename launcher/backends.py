@@ -92,8 +92,8 @@ def judge(name: str, version: str | None, torch_version: str | None) -> Backend:
     if release(version) < known.oldest:
         note = f"older than {'.'.join(map(str, known.oldest))}; {known.about}; {instead}"
         return Backend(name, True, version, False, note)
-    use = f"used only with --comm {known.comm}" if known.comm else "not used"
-    return Backend(name, True, version, True, f"{known.about}; {use}: {instead}")
+    use = f"used with --comm {known.comm} only; else" if known.comm else "not used;"
+    return Backend(name, True, version, True, f"{known.about}; {use} {instead}")
 
 
 def require_backend(comm: str, path: Sequence[str] | None = None) -> None:
