@@ -135,7 +135,8 @@ def topk(logits: Tensor, k: int, offset: int, group: Group) -> tuple[Tensor, Ten
         return values, indices
     missing = k - values.shape[1]
     values = torch.nn.functional.pad(values, (0, missing), value=float("-inf"))
-    indices = torch.nn.functional.pad(indices, (0, missing), value=torch.iinfo(torch.int64).max)
+    # Not the largest integer: pad's value goes through a double, which rounds that up and wraps it.
+    indices = torch.nn.functional.pad(indices, (0, missing), value=2**62)
     values = all_gather(values, group).movedim(0, 1).flatten(1)
     indices = all_gather(indices, group).movedim(0, 1).flatten(1)
     # By value, and those of one value by index: what fills up a short rank comes after every column.
