@@ -34,8 +34,9 @@ def main(session: str) -> int:
 
 def remove_segments(session: str) -> None:
     """Ranks unlink their segment as soon as all have mapped it; this is for those killed before."""
-    for segment in Path("/dev/shm").glob(f"yoke-{session}*"):
-        segment.unlink(missing_ok=True)
+    for pattern in (f"yoke-{session}*", f"*yoke_{session}_*"):  # the second: what DeepSpeed makes for us
+        for segment in Path("/dev/shm").glob(pattern):
+            segment.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -304,13 +304,15 @@ void all_reduce_add_rms_norm(const Collectives& c, const void* x, const void* re
 
 std::size_t measure_switch_point(const Collectives& c) {
   Channel& channel = c.channel;
-  constexpr double kBudgetSeconds = 4e-3;
-  constexpr int kRepeats = 3;
+  constexpr double kBudgetSeconds = 8e-3;
+  constexpr std::size_t kLeast = 16 * 1024;  // below, one step always wins
+  constexpr int kRepeats = 5;
   const std::size_t slot = channel.slot_bytes();
   std::vector<float> in(slot / sizeof(float)), out(slot / sizeof(float));
   const double start = now();
-  std::size_t best = slot;
-  for (std::size_t bytes = std::min<std::size_t>(slot, 32 * 1024); bytes <= slot; bytes *= 2) {
+  // From the largest message that one step can take downwards, to the first where it wins: other work
+  // on the machine can spoil a single measurement, and one step is never far behind.
+  for (std::size_t bytes = slot; bytes > kLeast; bytes /= 2) {
     const std::size_t count = bytes / sizeof(float);
     double seconds[3] = {1e9, 1e9, 0.0};  // one step, in parts, and since the start
     for (int i = 0; i < kRepeats; ++i) {
@@ -325,13 +327,10 @@ std::size_t measure_switch_point(const Collectives& c) {
     std::vector<double> everyones(3 * static_cast<std::size_t>(channel.world()));
     all_gather(c, seconds, everyones.data(), sizeof seconds, DType::kBytes);
     for (std::size_t i = 0; i < everyones.size(); ++i) seconds[i % 3] = std::max(seconds[i % 3], everyones[i]);
-    if (seconds[1] < seconds[0]) {
-      best = bytes / 2;
-      break;
-    }
-    if (seconds[2] > kBudgetSeconds) break;  // shared cores: keep to one step
+    if (seconds[0] <= 1.15 * seconds[1]) return bytes;
+    if (seconds[2] > kBudgetSeconds) return std::min<std::size_t>(bytes, 128 * 1024);  // shared cores
   }
-  return best;
+  return kLeast;
 }
 
 }  // namespace yoke

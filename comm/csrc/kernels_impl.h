@@ -12,12 +12,16 @@ inline void sum_scalar(T* out, const T* const* source, int n, std::size_t begin,
   }
 }
 
+constexpr std::size_t kAhead = 1024;  // bytes
+
 // kNum sources, or `n` where kNum is 0: small worlds are unrolled.
 template <DType type, class T, int kNum>
 inline void sum_vectors(T* out, const T* const* source, int n, std::size_t count) {
   const int num = kNum ? kNum : n;
   std::size_t i = 0;
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    // Lines that a peer has just written come from its cache, one after the other: ask for them early.
+    for (int r = 0; r < num; ++r) __builtin_prefetch(source[r] + i + kAhead / sizeof(T));
     V a = load<type>(source[0] + i), b = load<type>(source[0] + i + kLanes);
     for (int r = 1; r < num; ++r) {
       a = add(a, load<type>(source[r] + i));
