@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from comm import ops
 from comm.group import Group
+from models.attention import CachedAttention, causal_mask, rope_tables, rotate
 from models.config import ModelConfig
 from tp.layers import ColumnLinear, LMHead, RowLinear, VocabEmbedding
 from tp.shard import Layout, plan_layout
@@ -64,9 +65,9 @@ class Llama(nn.Module):
         cos, sin = rope_tables(cache_len, self.config.head_dim, self.config.rope_theta)
         self.register_buffer("cos", cos.to(weight.device), persistent=False)
         self.register_buffer("sin", sin.to(weight.device), persistent=False)
-        for block in self.layers:
-            assert isinstance(block, Block)
-            block.attention.setup(batch_size, cache_len, weight)
+        for module in self.modules():
+            if isinstance(module, CachedAttention):
+                module.setup(batch_size, cache_len, weight)
 
     def forward(self, tokens: Tensor, positions: Tensor, last: Tensor | None = None) -> Tensor:
         """Logits of one token per row: float32 [B, vocab_size].
@@ -76,12 +77,8 @@ class Llama(nn.Module):
         padding: what they leave in the cache is overwritten before anything attends to it.
         """
         cos, sin = self.cos[positions], self.sin[positions]  # [T, h/2]
-        # A query sees the cache up to its own position: [T, S], added to the scores.
-        cache = torch.arange(self.cos.shape[0], device=positions.device)
-        hidden_ones = cache > positions.unsqueeze(1)
         x = self.embed(tokens)  # [B, T, D]
-        mask = torch.zeros(hidden_ones.shape, dtype=x.dtype, device=x.device)
-        mask = mask.masked_fill(hidden_ones, float("-inf"))
+        mask = causal_mask(positions, self.cos.shape[0], x.dtype)
         norms: list[RMSNorm] = [*(block.attention_norm for block in self.layers), self.norm]  # type: ignore
         normed = norms[0](x)
         for block, norm in zip(self.layers, norms[1:], strict=True):
@@ -122,46 +119,23 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over a static cache, for this rank's heads."""
-
-    # Buffers of `setup`: [B, K, S, h].
-    k_cache: Tensor
-    v_cache: Tensor
+    """Grouped-query attention for this rank's heads; the ranks' results add up to the whole."""
 
     def __init__(self, config: ModelConfig, layout: Layout) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.heads = layout.heads
-        q, kv = self.heads.num_q * config.head_dim, self.heads.num_kv * config.head_dim
-        self.qkv = ColumnLinear(config.dim, (q, kv, kv))
-        self.out = RowLinear(q, config.dim)
-
-    def setup(self, batch_size: int, cache_len: int, like: Tensor) -> None:
-        shape = (batch_size, self.heads.num_kv, cache_len, self.head_dim)
-        self.register_buffer("k_cache", like.new_zeros(shape), persistent=False)
-        self.register_buffer("v_cache", like.new_zeros(shape), persistent=False)
+        heads = layout.heads
+        q, kv = heads.num_q * config.head_dim, heads.num_kv * config.head_dim
+        self.qkv = ColumnLinear(config.dim, (q, kv, kv), config.attention_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.inner = CachedAttention(heads, config.head_dim)
+        self.out = RowLinear(q, config.dim, config.attention_out_bias)
 
     def forward(self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        batch, length, _ = x.shape
-        q, k, v = self.qkv(x).split(self.qkv.parts, dim=-1)
-        q = rotate(q.view(batch, length, -1, self.head_dim), cos, sin).transpose(1, 2)  # [B, H, T, h]
-        k = rotate(k.view(batch, length, -1, self.head_dim), cos, sin).transpose(1, 2)  # [B, K, T, h]
-        v = v.view(batch, length, -1, self.head_dim).transpose(1, 2)
-        self.k_cache[:, :, positions] = k
-        self.v_cache[:, :, positions] = v
-        parts = []
-        for run in self.heads.runs:
-            keys = self.k_cache[:, run.kv_start : run.kv_stop]  # [B, k, S, h]
-            values = self.v_cache[:, run.kv_start : run.kv_stop]
-            # The query heads that share a KV head become further rows of its queries, so that the
-            # cache is read once and never repeated: [B, k * g, T, h] -> [B, k, g * T, h].
-            count = run.kv_stop - run.kv_start
-            group = (run.q_stop - run.q_start) // count
-            rows = q[:, run.q_start : run.q_stop].reshape(batch, count, group * length, self.head_dim)
-            attended = F.scaled_dot_product_attention(rows, keys, values, mask.repeat(group, 1))
-            parts.append(attended.reshape(batch, count * group, length, self.head_dim))
-        y = torch.cat(parts, dim=1).transpose(1, 2).reshape(batch, length, -1)  # [B, T, H * h]
-        return self.out(y)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv.split(x))
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        return self.out(self.inner(q, k, v, positions, mask))
 
 
 class MLP(nn.Module):
@@ -170,11 +144,11 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, layout: Layout) -> None:
         super().__init__()
         width = layout.ffn_stop - layout.ffn_start
-        self.gate_up = ColumnLinear(config.dim, (width, width))
-        self.down = RowLinear(width, config.dim)
+        self.gate_up = ColumnLinear(config.dim, (width, width), config.mlp_bias)
+        self.down = RowLinear(width, config.dim, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).split(self.gate_up.parts, dim=-1)
+        gate, up = self.gate_up.split(x)
         return self.down(F.silu(gate) * up)
 
 
@@ -190,17 +164,3 @@ class RMSNorm(nn.Module):
         full = x.float()
         scale = torch.rsqrt(full.square().mean(-1, keepdim=True) + self.eps)
         return (full * scale).to(x.dtype) * self.weight
-
-
-def rope_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency: two float32 [length, head_dim / 2] (Su et al., 2021)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), 1.0 / theta**exponents)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of each head against each other: x [B, T, heads, h], cos/sin [T, h/2]."""
-    first, second = x.float().chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from comm.group import Group
 from models.config import HEAD, ModelConfig, expected_shapes, from_gguf, from_hf
+from models.gptj import Block as GptJBlock
+from models.gptj import GptJ
 from models.llama import Block, Llama
-from tp.shard import slices_of
+from tp.shard import find_spec, slices_of
 from weights.checkpoint import Checkpoint
 from weights.errors import InputError
+
+Model = Llama | GptJ
 
 
 def config_of(checkpoint: Checkpoint) -> ModelConfig:
@@ -28,13 +32,18 @@ def config_of(checkpoint: Checkpoint) -> ModelConfig:
     return from_hf(checkpoint.config, source)
 
 
+def build_model(config: ModelConfig, group: Group) -> Model:
+    """This rank's part of the model of a config; its weights are whatever the device holds."""
+    return GptJ(config, group) if config.family == "gptj" else Llama(config, group)
+
+
 def load_model(
     config: ModelConfig,
     checkpoint: Checkpoint,
     group: Group,
     dtype: torch.dtype,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Llama:
+) -> Model:
     """Build this rank's part of the model and fill it.
 
     `progress` is called with the bytes filled so far and in all. Raises InputError.
@@ -42,21 +51,26 @@ def load_model(
     shapes = expected_shapes(config)
     check_names(checkpoint, shapes, config.tie_embeddings)
     with torch.device("meta"):
-        model = Llama(config, group)
+        model = build_model(config, group)
     model = model.to(dtype).to_empty(device="cpu")
     if config.tie_embeddings:
         model.head.weight = model.embed.weight  # to_empty gave each its own memory
     # Rows of the last ranks' vocabulary blocks that lie past its end must not be noise.
     used = model.layout.vocab_stop - model.layout.vocab_start
-    model.embed.weight[used:].zero_()
-    model.head.weight[used:].zero_()
+    for padded in (model.embed.weight, model.head.weight, model.head.bias):
+        if padded is not None:
+            padded[used:].zero_()
     targets = destinations(model)
+    assert targets.keys() == shapes.keys(), targets.keys() ^ shapes.keys()
     total = sum(target.nbytes for target in targets.values())
     done = 0
     for name, target in targets.items():
-        part = checkpoint.entries[name].read(slices_of(name, shapes[name], model.layout))
-        assert part.shape == target.shape, (name, part.shape, target.shape)
-        target.copy_(part)
+        if find_spec(name).axis == "first" and group.rank:
+            target.zero_()  # rank 0 adds it for all
+        else:
+            part = checkpoint.entries[name].read(slices_of(name, shapes[name], model.layout))
+            assert part.shape == target.shape, (name, part.shape, target.shape)
+            target.copy_(part)
         done += target.nbytes
         progress(done, total)
     return model.eval()
@@ -88,28 +102,39 @@ def check_names(
             )
 
 
-def destinations(model: Llama) -> dict[str, Tensor]:
+def destinations(model: Model) -> dict[str, Tensor]:
     """Where each canonical weight's slice goes: views into the model's (fused) parameters."""
     used = model.layout.vocab_stop - model.layout.vocab_start
     targets: dict[str, Tensor] = {"model.embed_tokens.weight": model.embed.weight[:used]}
+
+    def put(prefix: str, module: nn.Module, names: tuple[str, ...] = ("",)) -> None:
+        """The parameters of a module, divided if they are several weights fused."""
+        for kind, value in module.named_parameters(recurse=False):
+            parts = value.split(module.parts) if len(names) > 1 else (value,)
+            targets.update({f"{prefix}{n}.{kind}": p for n, p in zip(names, parts, strict=True)})
+
     for i, block in enumerate(model.layers):
-        assert isinstance(block, Block)
         prefix = f"model.layers.{i}"
-        attention, mlp = block.attention, block.mlp
-        q, k, v = attention.qkv.weight.split(attention.qkv.parts)
-        gate, up = mlp.gate_up.weight.split(mlp.gate_up.parts)
-        targets |= {
-            f"{prefix}.input_layernorm.weight": block.attention_norm.weight,
-            f"{prefix}.self_attn.q_proj.weight": q,
-            f"{prefix}.self_attn.k_proj.weight": k,
-            f"{prefix}.self_attn.v_proj.weight": v,
-            f"{prefix}.self_attn.o_proj.weight": attention.out.weight,
-            f"{prefix}.post_attention_layernorm.weight": block.mlp_norm.weight,
-            f"{prefix}.mlp.gate_proj.weight": gate,
-            f"{prefix}.mlp.up_proj.weight": up,
-            f"{prefix}.mlp.down_proj.weight": mlp.down.weight,
-        }
-    targets["model.norm.weight"] = model.norm.weight
+        qkv = tuple(f"self_attn.{x}_proj" for x in "qkv")
+        if isinstance(block, Block):
+            put(f"{prefix}.input_layernorm", block.attention_norm)
+            put(f"{prefix}.", block.attention.qkv, qkv)
+            put(f"{prefix}.self_attn.q_norm", block.attention.q_norm)
+            put(f"{prefix}.self_attn.k_norm", block.attention.k_norm)
+            put(f"{prefix}.self_attn.o_proj", block.attention.out)
+            put(f"{prefix}.post_attention_layernorm", block.mlp_norm)
+            put(f"{prefix}.mlp.", block.mlp.gate_up, ("gate_proj", "up_proj"))
+            put(f"{prefix}.mlp.down_proj", block.mlp.down)
+        else:
+            assert isinstance(block, GptJBlock)
+            put(f"{prefix}.input_layernorm", block.norm)
+            put(f"{prefix}.", block.qkv, qkv)
+            put(f"{prefix}.self_attn.o_proj", block.out)
+            put(f"{prefix}.mlp.up_proj", block.up)
+            put(f"{prefix}.mlp.down_proj", block.down)
+    put("model.norm", model.norm)
     if not model.config.tie_embeddings:
         targets[HEAD] = model.head.weight[:used]
+        if model.head.bias is not None:
+            targets["lm_head.bias"] = model.head.bias[:used]
     return targets

@@ -25,28 +25,35 @@ class ColumnLinear(nn.Module):
     and up): one product instead of several.
     """
 
-    def __init__(self, in_features: int, parts: tuple[int, ...]) -> None:
+    def __init__(self, in_features: int, parts: tuple[int, ...], bias: bool = False) -> None:
         super().__init__()
         self.parts = parts
         self.weight = _parameter(sum(parts), in_features)
+        self.bias = _parameter(sum(parts)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The pieces of `forward(x)`."""
+        return self(x).split(self.parts, dim=-1)
 
 
 class RowLinear(nn.Module):
     """x W^T with this rank's columns of W: the ranks' results add up to the product.
 
     [..., local_features] -> [..., out_features]. The sum is the caller's, who has more to do with it:
-    the collective that takes it also adds the residual and normalises.
+    the collective that takes it also adds the residual and normalises. A bias is rank 0's alone, and
+    zero on the others.
     """
 
-    def __init__(self, local_features: int, out_features: int) -> None:
+    def __init__(self, local_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = _parameter(out_features, local_features)
+        self.bias = _parameter(out_features) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 class VocabEmbedding(nn.Module):
@@ -79,15 +86,18 @@ class LMHead(nn.Module):
     lies past the vocabulary is cut off.
     """
 
-    def __init__(self, block: int, vocab_size: int, weight: nn.Parameter, group: Group) -> None:
+    def __init__(
+        self, block: int, vocab_size: int, weight: nn.Parameter, group: Group, bias: bool = False
+    ) -> None:
         super().__init__()
+        self.bias = _parameter(block) if bias else None
         assert weight.shape[0] == block
         self.vocab_size = vocab_size
         self.group = group
         self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
-        local = F.linear(x, self.weight)
+        local = F.linear(x, self.weight, self.bias)
         if self.group.size == 1:
             return local
         blocks = ops.all_gather(local, self.group)  # [size, ..., block]

@@ -101,7 +101,9 @@ HF = {
     [
         ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "'llama3'"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_theta": float("nan")}, "rope_theta must be a number above 0"),
+        ({"head_dim": 15}, "even size"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers must be an integer"),
         ({"num_key_value_heads": 3}, "not a multiple"),
         ({"hidden_act": "gelu"}, "gelu"),

@@ -1,0 +1,113 @@
+"""Each family, split over 1 to 8 real ranks, against transformers on a checkpoint that it saved.
+
+The tolerance is that of sums of some hundred float32 products in another order: 1e-4 relative to
+logits of the order of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from families import NAMES, save
+
+from comm.group import Group
+from models.config import expected_shapes
+from models.load import build_model, config_of, destinations, load_model
+from tp.shard import find_spec, plan_layout, slices_of
+from weights.checkpoint import open_checkpoint
+from weights.errors import InputError
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 301, (3, 20), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's checkpoint, with transformers' logits for `tokens` beside it."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            with torch.no_grad():
+                torch.save(save(name, made[name])(tokens()).logits, made[name] / "wanted.pt")
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_rank(name: str, saved: Callable[[str], Path]) -> None:
+    checkpoint = open_checkpoint(saved(name))
+    model = load_model(config_of(checkpoint), checkpoint, Group(0, 1), torch.float32)
+    wanted = torch.load(saved(name) / "wanted.pt")
+    with torch.no_grad():
+        model.setup(3, 32)
+        padded = torch.cat([tokens()[:, :9], torch.zeros(3, 7, dtype=torch.int64)], dim=1)
+        logits = model(padded, torch.arange(16), torch.tensor([8]))
+        torch.testing.assert_close(logits, wanted[:, 8], rtol=1e-4, atol=1e-4)
+        for i in range(9, 20):
+            logits = model(tokens()[:, i : i + 1], torch.tensor([i]))
+            torch.testing.assert_close(logits, wanted[:, i], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", range(2, 9))
+def test_ranks(size: int, saved: Callable[[str], Path], run_ranks: Callable) -> None:
+    folders = {name: str(saved(name)) for name in NAMES}
+    code, out, err = run_ranks("families", size, "shm", folders=folders)
+    assert code == 0, err
+    assert all(name in out for name in NAMES)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 8, 16, 32, 64])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_number_has_its_ranks(name: str, size: int, saved: Callable[[str], Path]) -> None:
+    """The sharding of any world, in one process: what ranks hold is the whole, each part once, but for
+    what several need."""
+    checkpoint = open_checkpoint(saved(name))
+    config = config_of(checkpoint)
+    shapes = expected_shapes(config)
+    if size > config.num_heads:
+        with pytest.raises(InputError, match=f"{size} ranks for {config.num_heads} query heads"):
+            build_model(config, Group(0, size))
+        return
+    covered = {name: torch.zeros(shape, dtype=torch.int32) for name, shape in shapes.items()}
+    for rank in range(size):
+        with torch.device("meta"):
+            model = build_model(config, Group(rank, size))
+        targets = destinations(model)
+        assert targets.keys() == shapes.keys()
+        for weight, shape in shapes.items():
+            slices = slices_of(weight, shape, model.layout)
+            assert targets[weight].shape == covered[weight][slices].shape
+            covered[weight][slices] += 1
+    for weight, count in covered.items():
+        axis = find_spec(weight).axis
+        if axis in ("q", "ffn", "vocab"):
+            assert (count == 1).all(), weight
+        elif axis == "kv":
+            assert (count >= 1).all() and int(count.max()) <= -(-size // config.num_kv_heads) + 1, (
+                weight
+            )
+        else:
+            assert (count == size).all(), weight
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(64, 8), (32, 32), (64, 4), (71, 1), (40, 10)])
+@pytest.mark.parametrize("size", [16, 32])
+def test_no_rank_has_more_than_one_head_too_many(heads: int, kv_heads: int, size: int) -> None:
+    layouts = [
+        plan_layout(
+            num_heads=heads, num_kv_heads=kv_heads, head_dim=8, ffn_dim=1000, vocab_size=999,
+            rank=rank, world_size=size,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    counts = [layout.heads.num_q for layout in layouts]
+    assert sum(counts) == heads and max(counts) - min(counts) <= 1
+    widths = [layout.ffn_stop - layout.ffn_start for layout in layouts]
+    assert sum(widths) == 1000 and min(widths) > 0
