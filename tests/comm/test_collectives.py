@@ -1,13 +1,60 @@
-"""The collectives between real processes."""
+"""The collectives between real processes: the launcher's, and such as are forked in one go."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 
-@pytest.mark.parametrize("size", [1, 2, 3, 8])
+
+def run_sequences(case: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.targets.sequences", case],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=CHECKOUT,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+def test_random_sequences_in_worlds_of_1_to_8() -> None:
+    """All operators, dtypes, sizes, views and `out` forms; two groups in turn; gloo beside them."""
+    run_sequences("worlds")
+
+
+def test_sixty_four_ranks() -> None:
+    run_sequences("crowd")
+
+
+def test_messages_of_64_mib() -> None:
+    run_sequences("large_messages")
+
+
+def test_two_groups_at_once_from_two_threads() -> None:
+    run_sequences("threads")
+
+
+def test_what_cannot_be_is_refused_and_the_group_goes_on() -> None:
+    run_sequences("refusals")
+
+
+def test_every_instruction_set_gives_the_same_bits() -> None:
+    assert "instruction sets: base" in run_sequences("instruction_sets")
+
+
+def test_four_ranks_on_few_cores_do_not_crawl() -> None:
+    """A loose bound: one that waits for the scheduler takes tens of milliseconds."""
+    print(run_sequences("latency"))
+
+
+@pytest.mark.parametrize("size", [1, 3])
 def test_shared_memory_is_exact(size: int, run_ranks: Callable) -> None:
     code, _, err = run_ranks("collectives", size, "shm")
     assert code == 0, err
@@ -18,8 +65,10 @@ def test_gloo_gives_the_same_sums(run_ranks: Callable) -> None:
     assert code == 0, err
 
 
-def test_torch_accepts_the_operators_and_compiles_them(run_ranks: Callable) -> None:
-    code, _, err = run_ranks("traced", 2, "shm")
+@pytest.mark.parametrize("case", ["operators", "block", "functions"])
+def test_torch_accepts_the_operators_and_compiles_them(case: str, run_ranks: Callable) -> None:
+    """opcheck; one graph of a block, with its collectives and no copies around them; `out` forms."""
+    code, _, err = run_ranks("traced", 2, "shm", case=case)
     assert code == 0, err
 
 

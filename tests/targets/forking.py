@@ -18,8 +18,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from comm.group import Group, Rendezvous, open_group
 from comm.shm import load_extension
 
@@ -72,7 +70,7 @@ def fork(number: int, body: Body) -> Rank:
         code = 0
     except BaseException as error:
         lines = str(error).strip().splitlines() or [""]
-        trace = "" if isinstance(error, RuntimeError) else traceback.format_exc()[-3000:]
+        trace = traceback.format_exc()[-3000:]
         tell("raised", kind=type(error).__name__, message=lines[0][:2000], traceback=trace)
     finally:
         os._exit(code)
@@ -131,8 +129,3 @@ def listen() -> socket.socket:
     server.bind(("127.0.0.1", 0))
     server.listen(128)
     return server
-
-
-def one_thread() -> None:
-    """As many ranks share few cores."""
-    torch.set_num_threads(1)
