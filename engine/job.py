@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from models.config import OVERRIDES, PRESETS, ModelConfig, override
 from tp.heads import check_world_size
 from weights.errors import InputError
+from weights.files import folder_format
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,9 @@ def _find_weights(model: str) -> Path:
             raise InputError(f"model={model} is neither a preset nor a path{hint}")
     raise InputError(
         f"model={model}: no weights found. Ways to get them:\n"
-        "  model=PATH            a .gguf file, or a folder with config.json and safetensors\n"
+        "  model=PATH            a .gguf, .safetensors, .pth or .bin file, or the folder of a model\n"
+        "                        (config.json with safetensors or pytorch_model.bin; Meta's\n"
+        "                        params.json with consolidated.00.pth; gpt-fast's; Yoke's own)\n"
         "  model=OWNER/NAME      a model in the local hub cache; where there is a network, fetch it\n"
         "                        first with: hf download OWNER/NAME\n"
         "  weights=random        the shape of a preset with random weights, for a look at speed\n"
@@ -229,8 +232,13 @@ def _hub_snapshot(model: str) -> Path | None:
     main = folder / "refs" / "main"
     if not main.is_file():
         return None
-    snapshot = folder / "snapshots" / main.read_text().strip()
-    return snapshot if (snapshot / "config.json").is_file() else None
+    revision = main.read_text(errors="replace").strip()
+    if Path(revision).name != revision:
+        return None
+    snapshot = folder / "snapshots" / revision
+    # A config alone is a download that was cut short: opening it says what is missing.
+    known = (snapshot / "config.json").is_file() or folder_format(snapshot) is not None
+    return snapshot if known else None
 
 
 def check_ranks(resolved: ResolvedJob, world_size: int) -> None:

@@ -3,7 +3,7 @@
 Nothing is read when a checkpoint is opened but names, shapes and metadata. `Entry.read` then brings
 any rectangular part of one tensor as a torch tensor: each rank asks for its own slices alone.
 
-What is not here: pickled checkpoints, writing, and tensors that stay quantised in memory.
+What is not here: writing, and tensors that stay quantised in memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from weights.errors import InputError
+from weights.files import folder_format, regular_file
 
 Slices = tuple[slice, ...]
 
@@ -62,25 +63,64 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a `.gguf` file, a `.safetensors` file, or a folder in Hugging Face's layout.
+    """Open a checkpoint of any format that is read: a file, or the folder of a model.
 
-    Raises InputError for what is missing, damaged, or of a format that is not read.
+    A folder that holds several is opened in the order of `weights.files.folder_format`. Raises
+    InputError for what is missing, damaged, or of a format that is not read.
     """
+    if path.is_dir():
+        return _open_folder(path)
+    regular_file(path, "a checkpoint")
     # Imported here: each brings a library that only its own format needs.
-    if path.is_file() and path.suffix == ".gguf":
+    if path.suffix == ".gguf":
         from weights.gguf_io import open_gguf
 
         return open_gguf(path)
-    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
+    if path.suffix == ".safetensors":
         from weights.safetensors_io import open_safetensors
 
         return open_safetensors(path)
-    if not path.exists():
-        raise InputError(f"{path} does not exist; give a .gguf file or a folder of safetensors")
-    raise InputError(
-        f"{path} is not a checkpoint that Yoke reads; give a .gguf file, a .safetensors file or a "
-        "folder with config.json and safetensors"
-    )
+    if path.suffix in (".pth", ".bin", ".pt"):
+        from weights.meta_io import is_part, open_meta
+        from weights.pickle_io import open_pickle
+
+        return open_meta(path) if is_part(path) else open_pickle(path)
+    raise InputError(f"{path} is not a checkpoint that Yoke reads; {_READ}")
+
+
+_READ = (
+    "give a .gguf, .safetensors, .pth or .bin file, or the folder of a model: config.json with "
+    "safetensors or pytorch_model.bin, or params.json with consolidated.00.pth"
+)
+
+
+def _open_folder(path: Path) -> Checkpoint:
+    found = folder_format(path)
+    if found is None:
+        raise InputError(f"{path} holds no *.safetensors file and no other weights; {_READ}")
+    form, files = found
+    if form == "yoke":
+        from weights.yoke_io import open_yoke
+
+        return open_yoke(path)
+    if form == "safetensors":
+        from weights.safetensors_io import open_safetensors
+
+        return open_safetensors(path)
+    if form == "meta":
+        from weights.meta_io import open_meta
+
+        return open_meta(path)
+    if form in ("bin", "pth"):
+        from weights.pickle_io import open_pickle
+
+        return open_pickle(path)
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:5])
+        raise InputError(
+            f"{path} holds {len(files)} .gguf files ({names}); give the path of one of them"
+        )
+    return open_checkpoint(files[0])
 
 
 def check_slices(name: str, shape: tuple[int, ...], slices: Slices) -> None:

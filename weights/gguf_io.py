@@ -1,142 +1,171 @@
-"""GGUF files (the format of llama.cpp), through the `gguf` package.
+"""GGUF files (the format of llama.cpp): lazy, mapped, dequantised as slices are read.
 
-The file is mapped, not read; quantised blocks are dequantised to float32 as a slice is read. Names
-are translated to the canonical ones, and two things that llama.cpp's converter changes are undone:
-dimensions are stored in reverse, and the rows of the query and key projections of the Llama family
-are reordered within each head for interleaved rotary embeddings. Both commute with taking whole
-heads, so a rank that reads its own heads gets what it would have cut from the full tensor.
+The header is read by weights.gguf_header; what the block formats mean is the `gguf` package's
+knowledge: any quantisation that it can dequantise is read. Two things that llama.cpp's converter
+changes are undone: dimensions are stored in reverse, and the rows of the query and key projections of
+some architectures are reordered within each head for interleaved rotary embeddings.
+
+What is not here: files split in several (`-00001-of-00003.gguf`); they are refused with the way out.
 
 Source: the GGUF specification, and `permute` in llama.cpp's `convert_hf_to_gguf.py`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+import functools
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 
 from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
 from weights.errors import InputError
+from weights.files import DAMAGE, check_overlaps, damaged, regular_file
+from weights.gguf_header import FORM, Header, TensorInfo, read_header
+from weights.mapped import Bytes, map_file, plain_entry
+from weights.names import Piece, translate_gguf
+from weights.views import present
 
-ARCHITECTURES = ("llama",)
-
-_GLOBAL_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_PLAIN = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
+# Whether the converter interleaves the rows of query and key projections, by architecture.
+_INTERLEAVED = {"llama": True, "qwen2": False, "qwen3": False}
+ARCHITECTURES = tuple(_INTERLEAVED)
+_PLAIN = ("F64", "F32", "F16", "BF16")  # numbers as they are; everything else comes in blocks
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Open a GGUF file of the Llama family. Raises InputError."""
+    """Open a GGUF file of one of `ARCHITECTURES`. Raises InputError."""
+    size = regular_file(path, FORM)
     try:
-        reader = GGUFReader(path)
-        config = {name: field.contents() for name, field in reader.fields.items()}
-    # The package has no exception of its own: a damaged header surfaces as any of these.
-    except (
-        ValueError,
-        IndexError,
-        KeyError,
-        OSError,
-        MemoryError,
-        OverflowError,
-        TypeError,
-    ) as error:
+        header = read_header(path)
+        config = header.values
+        architecture = config.get("general.architecture")
+        if not isinstance(architecture, str) or architecture not in _INTERLEAVED:
+            raise InputError(
+                f"{path} holds a model of architecture {architecture!r}; supported: "
+                + ", ".join(ARCHITECTURES)
+            )
+        if config.get("split.count", 1) not in (0, 1):
+            raise InputError(
+                f"{path} is one of {config['split.count']} files; join them with "
+                "llama.cpp's llama-gguf-split --merge, and give the joined file"
+            )
+        stored = _stored_entries(path, size, header)
+        interleaved = _INTERLEAVED[architecture]
+
+        def canonical(name: str) -> tuple[Piece, ...]:
+            pieces = translate_gguf(name, interleaved)
+            if not pieces:
+                raise InputError(f"{path} holds a tensor {name!r} that Yoke does not know")
+            return pieces
+
+        def heads() -> tuple[int, int]:
+            return _heads(path, config, f"{architecture}.attention.")
+
+        return present(path, "gguf", stored, canonical, config, heads)
+    except InputError:
+        raise
+    except DAMAGE as error:
+        raise damaged(path, FORM, error) from error
+
+
+def _heads(path: Path, config: Any, prefix: str) -> tuple[int, int]:
+    num_q = config.get(prefix + "head_count")
+    num_kv = config.get(prefix + "head_count_kv", num_q)
+    for value in (num_q, num_kv):
+        if type(value) is not int or not 1 <= value < 1 << 20:
+            raise InputError(
+                f"{path}: {prefix}head_count and head_count_kv must be positive integers, not "
+                f"{str(num_q)[:100]} and {str(num_kv)[:100]}"
+            )
+    return num_q, num_kv
+
+
+def _stored_entries(path: Path, size: int, header: Header) -> dict[str, Entry]:
+    """The tensors under GGUF's names. Raises InputError or ValueError."""
+    data = map_file(path)
+    entries, ranges = {}, []
+    for info in header.tensors:
+        start = header.data_start + info.offset
+        kind = _kind(path, info)
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        if info.dims[0] % block:
+            raise ValueError(
+                f"{info.name!r} has rows of {info.dims[0]}, not of whole {kind.name} blocks"
+            )
+        stop = start + math.prod(info.dims) // block * block_bytes
+        if stop > size:
+            raise ValueError(f"{info.name!r} ends at byte {stop} of {size}")
+        ranges.append((start, stop, info.name))
+        shape = tuple(reversed(info.dims))
+        if kind.name in _PLAIN:
+            entries[info.name] = plain_entry(info.name, data, start, math.prod(shape), kind.name, shape)
+        else:
+            entries[info.name] = _blocks_entry(info.name, data[start:stop], kind, shape)
+    check_overlaps(ranges)
+    return entries
+
+
+def _kind(path: Path, info: TensorInfo) -> GGMLQuantizationType:
+    """The type of a tensor, if it can be read. Raises InputError."""
+    known = info.kind in GGMLQuantizationType._value2member_map_
+    kind = GGMLQuantizationType(info.kind) if known else None
+    if kind is None or not _readable(kind):
         raise InputError(
-            f"{path} cannot be read as GGUF ({type(error).__name__}: {error}); it may be truncated: "
-            "copy it again"
-        ) from error
-    architecture = config.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise InputError(
-            f"{path} holds a model of architecture {architecture!r}; supported: "
-            + ", ".join(ARCHITECTURES)
+            f"{path}: {info.name!r} is stored as {kind.name if kind else f'type {info.kind}'}, which "
+            "the installed gguf package cannot dequantise; use another quantisation of the model, or a "
+            "newer package"
         )
-    entries: dict[str, Entry] = {}
-    for tensor in reader.tensors:
-        name = canonical_name(tensor.name)
-        if name is None:
-            raise InputError(f"{path} holds a tensor {tensor.name!r} that Yoke does not know")
-        entries[name] = _entry(name, tensor, _num_heads(name, config, architecture))
-    return Checkpoint(path, "gguf", entries, config)
+    return kind
 
 
-def canonical_name(name: str) -> str | None:
-    """The Hugging Face name of a GGUF tensor of the Llama family, or None."""
-    if name in _GLOBAL_NAMES:
-        return _GLOBAL_NAMES[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if match is None or match[2] not in _BLOCK_NAMES:
-        return None
-    return f"model.layers.{match[1]}.{_BLOCK_NAMES[match[2]]}.{match[3]}"
+@functools.cache
+def _readable(kind: GGMLQuantizationType) -> bool:
+    """Whether the package can dequantise a type: found by trying one block of zeros."""
+    if kind.name in _PLAIN:
+        return True
+    if kind not in GGML_QUANT_SIZES:
+        return False
+    try:
+        _dequantise(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
-def _num_heads(name: str, config: dict[str, Any], architecture: str) -> int | None:
-    """How many heads' rows are to be put back in order; None where the rows are as they were."""
-    prefix = f"{architecture}.attention."
-    if ".q_proj." in name:
-        return int(config[prefix + "head_count"])
-    if ".k_proj." in name:
-        return int(config.get(prefix + "head_count_kv", config[prefix + "head_count"]))
-    return None
+def _dequantise(stored: Bytes, kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
+    with np.errstate(all="ignore"):  # a scale may be infinite; that is the file's affair
+        return dequantize(np.ascontiguousarray(stored), kind)
 
 
-def _entry(name: str, tensor: Any, num_heads: int | None) -> Entry:
-    shape = tuple(int(size) for size in reversed(tensor.shape))
-    kind = tensor.tensor_type
-    read = _dequantiser(name, tensor.data, kind, shape)
-    if num_heads is None:
-        return Entry(shape, kind.name, read)
-    head_dim = shape[0] // num_heads
+def _blocks_entry(name: str, data: Bytes, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> Entry:
+    """A tensor whose rows are stored as blocks along the last dimension."""
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    rows = data.reshape(*shape[:-1], shape[-1] // block * block_bytes)
 
-    def read_heads(slices: Slices) -> Tensor:
-        rows = slices[0]
-        assert rows.start % head_dim == 0 and rows.stop % head_dim == 0, (name, rows, head_dim)
-        part = read(slices)
-        # Stored as (head, half-width, 2); wanted as (head, 2, half-width).
-        pairs = part.reshape(-1, head_dim // 2, 2, *part.shape[1:])
-        return pairs.transpose(1, 2).reshape(part.shape)
-
-    return Entry(shape, kind.name, read_heads)
-
-
-def _dequantiser(
-    name: str, data: np.ndarray[Any, Any], kind: GGMLQuantizationType, shape: tuple[int, ...]
-) -> Callable[[Slices], Tensor]:
-    """How to read a part of a tensor whose rows are stored as blocks along the last dimension."""
+    def stored(slices: Slices, first: int, last: int) -> Bytes:
+        return rows[(*slices[:-1], slice(first * block_bytes, last * block_bytes))]
 
     def read(slices: Slices) -> Tensor:
         check_slices(name, shape, slices)
         sizes = [part.stop - part.start for part in slices]
         if 0 in sizes:
             return torch.empty(sizes)  # the package does not take empty arrays
-        if kind in _PLAIN:
-            return torch.from_numpy(np.array(data[slices]))
-        block, block_bytes = GGML_QUANT_SIZES[kind]
         columns = slices[-1]
         first, last = columns.start // block, -(-columns.stop // block)
-        stored = data[(*slices[:-1], slice(first * block_bytes, last * block_bytes))]
-        values = dequantize(np.ascontiguousarray(stored), kind)
+        values = _dequantise(stored(slices, first, last), kind)
         inside = slice(columns.start - first * block, columns.stop - first * block)
         return torch.from_numpy(np.ascontiguousarray(values[..., inside]))
 
-    return read
+    def read_raw(slices: Slices) -> Tensor:
+        check_slices(name, shape, slices)
+        columns = slices[-1]
+        assert columns.start % block == 0 and columns.stop % block == 0, (name, columns, block)
+        part = stored(slices, columns.start // block, columns.stop // block)
+        return torch.from_numpy(np.array(part, order="C"))
+
+    return Entry(shape, kind.name, read, block, read_raw)

@@ -1,83 +1,93 @@
 """Safetensors, as one file or as Hugging Face's sharded folder with an index.
 
-Hugging Face's names are the canonical ones, so nothing is renamed here.
+A file is eight bytes of length, a JSON header of that length, and the tensors' bytes. The header is
+checked here against the file before anything is mapped: lengths, dtypes, shapes, offsets, overlaps.
+
+Source: the format's description in the README of the safetensors project.
 """
 
 from __future__ import annotations
 
-import json
+import math
+import struct
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
-from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
+from weights.checkpoint import Checkpoint, Entry
 from weights.errors import InputError
+from weights.files import (
+    DAMAGE,
+    HEADER_LIMIT,
+    check_overlaps,
+    damaged,
+    parse_json,
+    read_index,
+    regular_file,
+)
+from weights.files import read_json as read_json
+from weights.folder import assemble, gather
+from weights.mapped import check_shape, item_size, map_file, plain_entry
+
+_FORM = "safetensors"
 
 
 def open_safetensors(path: Path) -> Checkpoint:
     """Open one `.safetensors` file, or a folder with `config.json`. Raises InputError."""
-    folder = path if path.is_dir() else path.parent
-    files = _files(path)
-    entries: dict[str, Entry] = {}
-    for file in files:
-        try:
-            opened = safe_open(str(file), framework="pt")
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                if name in entries:
-                    raise InputError(f"{name} is stored twice, the second time in {file}")
-                part = opened.get_slice(name)
-                entries[name] = _entry(name, opened, tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{file} cannot be read as safetensors ({error}); it may be truncated: copy it again"
-            ) from error
-    return Checkpoint(path, "safetensors", entries, read_json(folder / "config.json"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises InputError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object, not {type(content).__name__}")
-    return content
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
     index = path / "model.safetensors.index.json"
-    if not index.exists():
+    if not path.is_dir():
+        stored = stored_entries(path)
+    elif index.exists():
+        stored = gather(index, read_index(index), stored_entries)
+    else:
         files = sorted(path.glob("*.safetensors"))
+        # Mistral's releases hold the same weights a second time, under Meta's names.
+        files = [file for file in files if file.name != "consolidated.safetensors"] or files
         if not files:
             raise InputError(f"{path} holds no *.safetensors file")
-        return files
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise InputError(f"{index} must map tensor names to file names under 'weight_map'")
-    files = []
-    for name in sorted(set(names.values())):
-        if Path(name).name != name:
-            raise InputError(f"{index} names {name!r}: shards must lie beside their index")
-        if not (path / name).is_file():
-            raise InputError(f"{path / name} is missing, although {index.name} names it")
-        files.append(path / name)
-    return files
+        stored = gather(path, files, stored_entries)
+    return assemble(path, _FORM, stored)
 
 
-def _entry(name: str, opened: safe_open, shape: tuple[int, ...], dtype: str) -> Entry:
-    def read(slices: Slices) -> Tensor:
-        check_slices(name, shape, slices)
-        if not shape:
-            return opened.get_tensor(name)
-        # One slice per dimension, so that the library copies this part and no more.
-        part: Tensor = opened.get_slice(name)[slices]
-        return part
+def stored_entries(file: Path) -> dict[str, Entry]:
+    """The tensors of one file, under the names that it gives them. Raises InputError."""
+    size = regular_file(file, _FORM)
+    try:
+        with file.open("rb") as opened:
+            length = struct.unpack("<Q", opened.read(8))[0] if size >= 8 else size
+            if length > min(size - 8, HEADER_LIMIT):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = parse_json(opened.read(length), unique=True)
+        if not isinstance(header, dict):
+            raise ValueError(f"its header is of type {type(header).__name__}")
+        header.pop("__metadata__", None)
+        data = map_file(file)
+        entries, ranges = {}, []
+        for name, about in header.items():
+            dtype, shape, start, stop = _described(name, about)
+            count = math.prod(shape)
+            if stop - start != count * item_size(dtype):
+                raise ValueError(f"{name!r} has {stop - start} bytes for shape {shape} of {dtype}")
+            entries[name] = plain_entry(name, data, 8 + length + start, count, dtype, shape)
+            ranges.append((start, stop, name))
+        check_overlaps(ranges)
+        end = 8 + length + max((stop for _, stop, _ in ranges), default=0)
+        if end != size:
+            raise ValueError(f"its tensors end at byte {end} of {size}")
+        return entries
+    except InputError:
+        raise
+    except DAMAGE as error:
+        raise damaged(file, _FORM, error) from error
 
-    return Entry(shape, dtype, read)
+
+def _described(name: str, about: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """dtype, shape and byte range that the header gives a tensor. Raises ValueError."""
+    if not isinstance(about, dict):
+        raise ValueError(f"{name!r} is described by {type(about).__name__}, not by an object")
+    dtype, shape, offsets = (about.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list):
+        raise ValueError(f"{name!r} lacks one of dtype, shape and data_offsets")
+    whole = all(type(offset) is int for offset in offsets)
+    if len(offsets) != 2 or not whole or not 0 <= offsets[0] <= offsets[1]:
+        raise ValueError(f"{name!r} has offsets {str(offsets)[:100]}")
+    return dtype, check_shape(shape), offsets[0], offsets[1]

@@ -142,9 +142,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "nothing.gguf")
     with pytest.raises(InputError, match=r"no \*\.safetensors"):
         open_checkpoint(tmp_path)
-    (tmp_path / "m.bin").write_bytes(b"x")
+    (tmp_path / "m.onnx").write_bytes(b"x")
     with pytest.raises(InputError, match="not a checkpoint that Yoke reads"):
-        open_checkpoint(tmp_path / "m.bin")
+        open_checkpoint(tmp_path / "m.onnx")
 
 
 def test_random_weights_are_the_same_however_they_are_cut() -> None:

@@ -1,0 +1,179 @@
+"""Files that somebody else made: what a path is, JSON that may be hostile, what a folder holds.
+
+Every reader goes through here before it believes a byte, so that a FIFO, a directory, a loop of links
+or a header of nonsense is one clear message (InputError) and never a hang, a crash or an allocation of
+a size that a file claims. Free of torch: the command looks at folders before a rank exists.
+
+What is not here: anything that knows a format from inside.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import struct
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from weights.errors import InputError
+
+# What reading a damaged file raises, in our code and in the libraries': the boundary of each format
+# turns these into one InputError that names the file. (InputError is a ValueError: let it pass first.)
+DAMAGE = (
+    ValueError,
+    LookupError,
+    OSError,
+    MemoryError,
+    OverflowError,
+    TypeError,
+    EOFError,
+    RuntimeError,  # also RecursionError and NotImplementedError
+    struct.error,
+)
+
+HEADER_LIMIT = 100 << 20  # bytes of JSON or of pickle program; the largest models need some 10 MiB
+_DIGITS = 40  # no number in a model's files is longer; some tokenizers say 10**30 for "no limit"
+
+
+def damaged(path: Path, form: str, why: object) -> InputError:
+    """The error for a file that is not what its name says."""
+    reason = f"{type(why).__name__}: {why}" if isinstance(why, BaseException) else str(why)
+    return InputError(
+        f"{path} cannot be read as {form} ({reason}); it may be truncated or damaged: copy it again"
+    )
+
+
+def regular_file(path: Path, form: str) -> int:
+    """The size in bytes of the file at `path`. Raises InputError unless it is a file with content."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        what = "is a link to a file that" if os.path.islink(path) else ""
+        raise InputError(
+            f"{path} {what} does not exist; give the path of a file".replace("  ", " ")
+        ) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(
+            f"{str(path)!r} cannot be read as {form} ({reason}); give the path of a file"
+        ) from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or a pipe"
+        raise InputError(f"{path} cannot be read as {form} (it is {kind}); give the path of a file")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path} cannot be read as {form} (permission denied); see its owner and mode")
+    if status.st_size == 0:
+        raise damaged(path, form, "it is empty")
+    return status.st_size
+
+
+def check_overlaps(ranges: list[tuple[int, int, str]]) -> None:
+    """Raise ValueError if two of the ranges (start, stop, name) share a byte."""
+    for (_, stop, first), (start, _, second) in pairwise(sorted(ranges)):
+        if start < stop:
+            raise ValueError(f"{first!r} and {second!r} overlap")
+
+
+def parse_json(content: bytes, unique: bool = False) -> Any:
+    """A JSON value. Raises ValueError for what is not JSON, and for what only Python takes for it:
+    NaN, infinities, numbers beyond any use, nesting without end. `unique` also refuses a name that
+    occurs twice in one object, of which Python would keep the last."""
+
+    def constant(text: str) -> Any:
+        raise ValueError(f"the number {text} is not allowed in JSON")
+
+    def integer(text: str) -> int:
+        if len(text) > _DIGITS:
+            raise ValueError(f"a number of {len(text)} digits")
+        return int(text)
+
+    def real(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError(f"the number {text[:_DIGITS]} is too large")
+        return value
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if unique and len(found) != len(items):
+            names = [name for name, _ in items]
+            twice = next(name for name in found if names.count(name) > 1)
+            raise ValueError(f"the name {twice!r} occurs twice")
+        return found
+
+    try:
+        return json.loads(
+            content.decode("utf-8"),
+            parse_constant=constant,
+            parse_int=integer,
+            parse_float=real,
+            object_pairs_hook=pairs,
+        )
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_json(path: Path, unique: bool = False) -> dict[str, Any]:
+    """The object in a JSON file. Raises InputError."""
+    size = regular_file(path, "JSON")
+    if size > HEADER_LIMIT:
+        raise InputError(f"{path} has {size} bytes; JSON of more than {HEADER_LIMIT} is not read")
+    try:
+        content = parse_json(path.read_bytes(), unique)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}; download it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Which file beside a Hugging Face `*.index.json` holds each tensor. Raises InputError."""
+    names = read_json(index, unique=True).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise InputError(f"{index} must map tensor names to file names under 'weight_map'")
+    if not names:
+        raise InputError(f"{index} names no file under 'weight_map'; download it again")
+    for name in sorted(set(names.values())):
+        # The index comes with the model: it must not reach for other files of this machine.
+        if Path(name).name != name or name == "..":
+            raise InputError(f"{index} names {name!r}: shards must lie beside their index")
+        try:
+            missing = not (index.parent / name).exists()
+        except (OSError, ValueError):
+            missing = True
+        if missing:
+            raise InputError(
+                f"{index.parent / repr(name)[1:-1]} is missing, although {index.name} names it"
+            )
+    return names
+
+
+# In the order of preference where a folder holds several: (format, patterns of file names).
+_FOLDERS = (
+    ("yoke", ("yoke.json",)),
+    ("safetensors", ("model.safetensors.index.json", "*.safetensors")),
+    ("meta", ("consolidated.*.pth",)),
+    ("bin", ("pytorch_model.bin.index.json", "pytorch_model*.bin")),
+    ("pth", ("model.pth",)),
+    ("gguf", ("*.gguf",)),
+)
+
+
+def folder_format(folder: Path) -> tuple[str, list[Path]] | None:
+    """The format of the checkpoint in a folder and its files (or its index alone); None if there is
+    none. Raises InputError where the folder cannot be listed."""
+    try:
+        for form, patterns in _FOLDERS:
+            for pattern in patterns:
+                files = sorted(folder.glob(pattern))
+                if files:
+                    return form, files
+    except OSError as error:
+        raise InputError(f"{folder} cannot be listed: {error.strerror}") from error
+    return None

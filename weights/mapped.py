@@ -1,0 +1,103 @@
+"""Tensors that lie in a file as plain numbers: mapped, and copied slice by slice.
+
+Safetensors, PyTorch's archives and GGUF's unquantised tensors end here. The file is mapped once, read
+only; nothing of it is resident but what is being read, and a slice is a copy that owes the file
+nothing. Offsets, sizes and strides are checked against the file when an entry is made.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weights.checkpoint import Entry, Slices, check_slices
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+# In safetensors' spelling: what numpy takes the bytes for, and what torch then takes them for.
+# numpy has neither bfloat16 nor 8-bit floats, so those pass through as integers of their size.
+DTYPES: dict[str, tuple[str, torch.dtype]] = {
+    "F64": ("<f8", torch.float64),
+    "F32": ("<f4", torch.float32),
+    "F16": ("<f2", torch.float16),
+    "BF16": ("<i2", torch.bfloat16),
+    "F8_E4M3": ("u1", torch.float8_e4m3fn),
+    "F8_E5M2": ("u1", torch.float8_e5m2),
+    "I64": ("<i8", torch.int64),
+    "I32": ("<i4", torch.int32),
+    "I16": ("<i2", torch.int16),
+    "I8": ("i1", torch.int8),
+    "U8": ("u1", torch.uint8),
+    "BOOL": ("u1", torch.bool),
+}
+_MAX_DIMS = 8
+assert sys.byteorder == "little", "weights are stored little-endian and mapped as they are"
+
+
+def map_file(path: Path) -> Bytes:
+    """The bytes of a file that is not empty, without reading them."""
+    return np.memmap(path, dtype=np.uint8, mode="r")
+
+
+def item_size(dtype: str) -> int:
+    """Bytes per element. Raises ValueError for a dtype that is not read."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    return np.dtype(DTYPES[dtype][0]).itemsize
+
+
+def check_shape(shape: Sequence[Any]) -> tuple[int, ...]:
+    """`shape`, if a tensor can have it. Raises ValueError."""
+    if len(shape) > _MAX_DIMS:
+        raise ValueError(f"a tensor of {len(shape)} dimensions; at most {_MAX_DIMS} are read")
+    for size in shape:
+        if type(size) is not int or not 0 <= size < 1 << 48:
+            raise ValueError(f"a tensor of shape {str(list(shape))[:200]}")
+    return tuple(shape)
+
+
+def plain_entry(
+    name: str,
+    data: Bytes,
+    offset: int,
+    num_elements: int,
+    dtype: str,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...] | None = None,
+) -> Entry:
+    """The tensor of `shape` within the `num_elements` elements at byte `offset` of `data`. `strides`
+    are in elements; without them the tensor is dense. Raises ValueError where it does not fit."""
+    size = item_size(dtype)
+    if offset < 0 or num_elements < 0 or offset + num_elements * size > data.size:
+        raise ValueError(f"{name!r} lies outside the file")
+    count = math.prod(shape)
+    if strides is None:
+        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    # Along a dimension of one element the stride means nothing, and may be anything.
+    strides = tuple(0 if n == 1 else stride for n, stride in zip(shape, strides, strict=True))
+    last = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    # An expanded tensor (stride 0) may claim any size from one stored number: it is not believed.
+    if count and (min(strides, default=0) < 0 or last >= num_elements or count > num_elements):
+        raise ValueError(f"{name!r} of shape {shape} does not fit its {num_elements} stored elements")
+    as_numpy, as_torch = DTYPES[dtype]
+    view: np.ndarray[Any, Any] | None = None
+    if count:
+        view = np.ndarray(shape, as_numpy, data, offset, [stride * size for stride in strides])
+
+    def read(slices: Slices) -> Tensor:
+        check_slices(name, shape, slices)
+        sizes = [part.stop - part.start for part in slices]
+        if view is None or 0 in sizes:
+            return torch.empty(sizes, dtype=as_torch)
+        part = torch.from_numpy(np.array(view[slices], order="C"))
+        # A stored byte of 2 would be a bool that is neither true nor false.
+        return part != 0 if as_torch == torch.bool else part.view(as_torch)
+
+    return Entry(shape, dtype, read)

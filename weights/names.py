@@ -1,0 +1,128 @@
+"""What a stored tensor is called canonically, and which rows of it are meant. Pure; free of torch.
+
+Canonical names are those of Hugging Face's Llama. Llama, Mistral, Qwen 2 and Qwen 3 have them already;
+GPT-J, Meta's releases, gpt-fast, fused projections (Phi-3) and GGUF are translated. A name that no
+family has keeps itself, so that the loader can name it where it refuses it.
+
+Two families store the rows of the query and key projections interleaved, for rotary embeddings over
+neighbours (2i, 2i+1) where the canonical order has halves (i, i + half a head): Meta with gpt-fast,
+and GGUF for some architectures. A `Piece` says so; weights.views puts the rows back.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One canonical tensor within a stored one: all of it (`part` ""), or the rows of "q", "k", "v",
+    "gate" or "up" in a fused one. `interleaved`: its rows are not in canonical order yet."""
+
+    name: str
+    part: str = ""
+    interleaved: bool = False
+
+
+# Buffers that some releases store although they are computed; never weights.
+_DROPPED = re.compile(
+    r"(.*\.)?(attn\.(bias|masked_bias)|rotary_emb\.(inv_freq|cos_cached|sin_cached)|rope\.freqs)"
+)
+_SHARED = {
+    "transformer.wte.weight": "model.embed_tokens.weight",
+    "transformer.ln_f.weight": "model.norm.weight",
+    "transformer.ln_f.bias": "model.norm.bias",
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_GPTJ = {
+    "attn.q_proj": "self_attn.q_proj",
+    "attn.k_proj": "self_attn.k_proj",
+    "attn.v_proj": "self_attn.v_proj",
+    "attn.out_proj": "self_attn.o_proj",
+    "mlp.fc_in": "mlp.up_proj",
+    "mlp.fc_out": "mlp.down_proj",
+    "ln_1": "input_layernorm",
+}
+_META = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+_QKV = (("q", "self_attn.q_proj"), ("k", "self_attn.k_proj"), ("v", "self_attn.v_proj"))
+_GATE_UP = (("gate", "mlp.gate_proj"), ("up", "mlp.up_proj"))
+# (prefix of a layer, its names, those of them that are fused, are query and key rows interleaved)
+_Parts = tuple[tuple[str, str], ...]
+_FAMILIES: tuple[tuple[str, dict[str, str], dict[str, _Parts], bool], ...] = (
+    (r"transformer\.h", _GPTJ, {}, False),
+    (r"layers", _META, {"attention.wqkv": _QKV}, True),
+    (r"model\.layers", {}, {"self_attn.qkv_proj": _QKV, "mlp.gate_up_proj": _GATE_UP}, False),
+)
+_ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
+
+_GGUF_SHARED = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+    "output.bias": "lm_head.bias",
+    # The factors of Llama 3.1's long context. No weight; the loader says so where it is not used.
+    "rope_freqs.weight": "rope_freqs.weight",
+}
+_GGUF = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def translate(stored: str) -> tuple[Piece, ...]:
+    """The canonical tensors in the stored one of this name: none for a buffer, one, or several for a
+    fused projection."""
+    if _DROPPED.fullmatch(stored):
+        return ()
+    if stored in _SHARED:
+        return (Piece(_SHARED[stored]),)
+    for prefix, names, fused, interleaved in _FAMILIES:
+        match = re.fullmatch(rf"{prefix}\.(\d{{1,6}})\.([\w.]+)\.(weight|bias)", stored, re.ASCII)
+        if match is None:
+            continue
+        layer, middle, kind = match.groups()
+        found = fused.get(middle) or ((("", names[middle]),) if middle in names else ())
+        if found:
+            return tuple(
+                Piece(
+                    f"model.layers.{int(layer)}.{name}.{kind}", part, interleaved and name in _ROTATED
+                )
+                for part, name in found
+            )
+    return (Piece(stored),)
+
+
+def translate_gguf(stored: str, interleaved: bool) -> tuple[Piece, ...]:
+    """The same for GGUF's names; none at all for a name that GGUF's Llama family does not have.
+    `interleaved`: whether files of this architecture have interleaved query and key rows."""
+    if stored in _GGUF_SHARED:
+        return (Piece(_GGUF_SHARED[stored]),)
+    match = re.fullmatch(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)", stored, re.ASCII)
+    if match is None or match[2] not in _GGUF:
+        return ()
+    name = _GGUF[match[2]]
+    return (
+        Piece(f"model.layers.{int(match[1])}.{name}.{match[3]}", "", interleaved and name in _ROTATED),
+    )

@@ -1,0 +1,167 @@
+"""Entries made of entries: some rows of one, several put together, rows in another order.
+
+This is how a fused, split or reordered file looks like whole canonical tensors. Nothing is read here;
+a slice of a view reads the slices it needs of what lies below, as a tensor or raw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
+from weights.errors import InputError
+from weights.names import Piece
+
+Read = Callable[[Slices], Tensor]
+
+
+def present(
+    path: Path,
+    form: str,
+    stored: Mapping[str, Entry],
+    translate: Callable[[str], tuple[Piece, ...]],
+    config: Mapping[str, Any],
+    heads: Callable[[], tuple[int, int]],
+    world_size: int = 1,
+) -> Checkpoint:
+    """The checkpoint with canonical entries. `heads()` tells how many query and KV heads the model
+    has; it is asked only where rows are fused or interleaved. Raises InputError."""
+    entries: dict[str, Entry] = {}
+    stored_names: dict[str, str] = {}
+    for stored_name, entry in stored.items():
+        for piece in translate(stored_name):
+            if piece.name in entries:
+                first = stored_names.get(piece.name, piece.name)
+                raise InputError(
+                    f"{path} stores {piece.name!r} twice, as {first!r} and as {stored_name!r}; "
+                    "remove the files that do not belong to the model"
+                )
+            entries[piece.name] = _piece(path, stored_name, entry, piece, heads)
+            if piece.name != stored_name:
+                stored_names[piece.name] = stored_name
+    if not entries:
+        raise InputError(f"{path} holds no weights; download the model again")
+    return Checkpoint(path, form, entries, config, stored_names, world_size)
+
+
+def _piece(
+    path: Path, stored_name: str, entry: Entry, piece: Piece, heads: Callable[[], tuple[int, int]]
+) -> Entry:
+    if not piece.part and not piece.interleaved:
+        return entry
+    if not entry.shape:
+        raise InputError(f"{path}: {stored_name!r} has no dimensions; it must have rows")
+    size = entry.shape[0]
+    if piece.part in ("gate", "up"):
+        if size % 2:
+            raise InputError(
+                f"{path}: {stored_name!r} has {size} rows; gate and up need an even number"
+            )
+        start = 0 if piece.part == "gate" else size // 2
+        return rows_of(entry, start, start + size // 2)
+    num_q, num_kv = heads()
+    is_q = ".q_proj." in piece.name
+    own = num_q if is_q else num_kv
+    held = num_q + 2 * num_kv if piece.part else own
+    if size % held or (piece.interleaved and size // held % 2):
+        raise InputError(
+            f"{path}: {stored_name!r} has {size} rows, which are not {held} heads of "
+            f"{'an even' if piece.interleaved else 'one'} size ({num_q} query and {num_kv} KV heads)"
+        )
+    head_dim = size // held
+    if piece.part:
+        start = {"q": 0, "k": num_q, "v": num_q + num_kv}[piece.part] * head_dim
+        entry = rows_of(entry, start, start + own * head_dim)
+    return deinterleave(entry, head_dim) if piece.interleaved and head_dim else entry
+
+
+def _rebuild(entry: Entry, shape: tuple[int, ...], wrap: Callable[[Read], Read]) -> Entry:
+    """`entry` with another shape, and both its ways of reading wrapped alike."""
+    raw = None if entry.read_raw is None else wrap(entry.read_raw)
+    return replace(entry, shape=shape, read=wrap(entry.read), read_raw=raw)
+
+
+def rows_of(entry: Entry, start: int, stop: int) -> Entry:
+    """Rows `[start, stop)` as an entry of their own."""
+    shape = (stop - start, *entry.shape[1:])
+
+    def wrap(read: Read) -> Read:
+        def part(slices: Slices) -> Tensor:
+            check_slices("rows", shape, slices)
+            rows = slices[0]
+            return read((slice(rows.start + start, rows.stop + start), *slices[1:]))
+
+        return part
+
+    return _rebuild(entry, shape, wrap)
+
+
+def deinterleave(entry: Entry, head_dim: int) -> Entry:
+    """Rows stored per head as (half a head, 2), in the canonical order (2, half a head). Whole heads
+    are read and then cut, so any rows can be asked for."""
+
+    def wrap(read: Read) -> Read:
+        def part(slices: Slices) -> Tensor:
+            check_slices("rows", entry.shape, slices)
+            rows = slices[0]
+            first = rows.start // head_dim * head_dim
+            last = -(-rows.stop // head_dim) * head_dim
+            whole = read((slice(first, last), *slices[1:]))
+            pairs = whole.reshape((last - first) // head_dim, head_dim // 2, 2, *whole.shape[1:])
+            ordered = pairs.transpose(1, 2).reshape(whole.shape)
+            return ordered[rows.start - first : rows.stop - first]
+
+        return part
+
+    return _rebuild(entry, entry.shape, wrap)
+
+
+def concat(parts: list[Entry], dim: int) -> Entry:
+    """Entries side by side along `dim`, as one. A slice touches only those that it meets."""
+    shape = list(parts[0].shape)
+    starts = [0]
+    for entry in parts:
+        starts.append(starts[-1] + entry.shape[dim])
+    shape[dim] = starts[-1]
+    full = tuple(shape)
+
+    def read(slices: Slices) -> Tensor:
+        check_slices("parts", full, slices)
+        wanted = slices[dim]
+        found = []
+        for entry, start, stop in zip(parts, starts, starts[1:], strict=False):
+            low, high = max(wanted.start, start), min(wanted.stop, stop)
+            if low < high:
+                local = list(slices)
+                local[dim] = slice(low - start, high - start)
+                found.append(entry.read(tuple(local)))
+        if not found:
+            nothing = list(slices)
+            nothing[dim] = slice(0, 0)
+            return parts[0].read(tuple(nothing))
+        return found[0] if len(found) == 1 else torch.cat(found, dim)
+
+    return replace(parts[0], shape=full, read=read, read_raw=None)
+
+
+def replicated(path: Path, name: str, copies: list[Entry]) -> Entry:
+    """One tensor that every file repeats: compared whenever it is read, and refused if they differ."""
+
+    def read(slices: Slices) -> Tensor:
+        first = copies[0].read(slices)
+        for other in copies[1:]:
+            # As bytes: a NaN is equal to itself here.
+            if not torch.equal(other.read(slices).view(torch.uint8), first.view(torch.uint8)):
+                raise InputError(
+                    f"{path}: the files disagree on {name!r}, which each of them repeats; they are "
+                    "not parts of one model: download it again"
+                )
+        return first
+
+    return replace(copies[0], read=read, read_raw=None)
