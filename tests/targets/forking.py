@@ -102,7 +102,16 @@ def wait_for(rank: Rank, what: str, seconds: float = 60.0) -> dict[str, Any]:
 def run_forked(size: int, body: Body, seconds: float = 120.0) -> list[Any]:
     """Runs `body` in `size` ranks, all of which must return; what they returned."""
     with forked(size, body) as ranks:
-        return [wait_for(rank, "returned", seconds)["value"] for rank in ranks]
+        # The first to end first: if one fails, the others fail for want of it.
+        values: dict[int, Any] = {}
+        while len(values) < size:
+            pipes = {rank.pipe: rank for rank in ranks if rank.rank not in values}
+            ready, _, _ = select.select(list(pipes), [], [], seconds)
+            assert ready, f"ranks {[rank.rank for rank in pipes.values()]} told nothing for {seconds} s"
+            for pipe in ready:
+                rank = pipes[pipe]
+                values[rank.rank] = wait_for(rank, "returned", seconds)["value"]
+        return [values[number] for number in range(size)]
 
 
 @contextmanager
