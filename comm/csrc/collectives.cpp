@@ -330,7 +330,7 @@ std::size_t measure_switch_point(const Collectives& c) {
     if (seconds[0] <= 1.15 * seconds[1]) return bytes;
     if (seconds[2] > kBudgetSeconds) return std::min<std::size_t>(bytes, 128 * 1024);  // shared cores
   }
-  return kLeast;
+  return std::min(slot, kLeast);
 }
 
 }  // namespace yoke
