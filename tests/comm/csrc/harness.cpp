@@ -166,7 +166,8 @@ bool same_number(DType dtype, const unsigned char* a, const unsigned char* b) {
 void check_equal(DType dtype, const unsigned char* found, const Bytes& wanted, const std::string& what) {
   const std::size_t unit = size_of(dtype);
   for (std::size_t at = 0; at < wanted.size(); at += unit) {
-    if (!same_number(dtype, found + at, &wanted[at])) fail(what + ": element " + std::to_string(at / unit) + " differs");
+    if (same_number(dtype, found + at, &wanted[at])) continue;
+    fail(what + ": element " + std::to_string(at / unit) + " differs");
   }
 }
 
@@ -242,7 +243,8 @@ void run_ranks(int world, const Body& body) {
   for (std::thread& thread : threads) thread.join();
 }
 
-const ParallelFor kSerial = [](std::size_t size, std::size_t, const std::function<void(std::size_t, std::size_t)>& body) {
+const ParallelFor kSerial = [](std::size_t size, std::size_t,
+                               const std::function<void(std::size_t, std::size_t)>& body) {
   if (size != 0) body(0, size);
 };
 
@@ -548,7 +550,8 @@ int run_kernels(std::uint64_t seed) {
     for (unsigned bits = 0; bits < 65536; ++bits) {
       const auto b = static_cast<std::uint16_t>(bits);
       const double value = decode(format, b);
-      if (!std::isnan(value) && encode(format, value) != b) fail("the reference does not give back " + std::to_string(b));
+      if (std::isnan(value) || encode(format, value) == b) continue;
+      fail("the reference does not give back " + std::to_string(b));
     }
     std::vector<std::uint16_t> every(65536), other(65536), wanted(65536);
     for (const int mode : {0, 1, 2, 3}) {
@@ -558,7 +561,8 @@ int run_kernels(std::uint64_t seed) {
         const std::size_t exponent = i & ((std::size_t{1} << 15) - (std::size_t{1} << format.mantissa_bits));
         const std::size_t half_unit = exponent > down ? exponent - down : 1;
         other[i] = static_cast<std::uint16_t>(mode == 0 ? 0 : mode == 1 ? i : half_unit);
-        const volatile float sum = static_cast<float>(decode(format, every[i])) + static_cast<float>(decode(format, other[i]));
+        const volatile float a = static_cast<float>(decode(format, every[i]));
+        const volatile float sum = a + static_cast<float>(decode(format, other[i]));
         wanted[i] = encode(format, sum);
       }
       std::vector<std::uint16_t> plain;
@@ -569,8 +573,8 @@ int run_kernels(std::uint64_t seed) {
         for (std::size_t i = 0; i < found.size(); ++i) {
           if (!same_number(dtype, reinterpret_cast<const unsigned char*>(&found[i]),
                            reinterpret_cast<const unsigned char*>(&wanted[i]))) {
-            fail(std::string(kernels->name) + ", dtype " + std::to_string(type) + ": " + std::to_string(every[i]) + " + " +
-                 std::to_string(other[i]) + " is " +
+            fail(std::string(kernels->name) + ", dtype " + std::to_string(type) + ": " + std::to_string(every[i]) +
+                 " + " + std::to_string(other[i]) + " is " +
                  std::to_string(found[i]) + " and not " + std::to_string(wanted[i]));
           }
         }
@@ -618,7 +622,8 @@ int run_kernels(std::uint64_t seed) {
       check_equal(dtype, out, plain, name + ", against the plain ones");
     }
     if (is_float(dtype) && count != 0) {
-      const Bytes x = make_numbers(random, dtype, count, Data::kNormal), weight = make_numbers(random, dtype, count, Data::kNormal);
+      const Bytes x = make_numbers(random, dtype, count, Data::kNormal);
+      const Bytes weight = make_numbers(random, dtype, count, Data::kNormal);
       const Bytes normed = reference_norm(dtype, x, weight, 1e-6f, 1, count);
       for (const Kernels* kernels : all) {
         const Block from(x, shift), scale(weight, unit), out(count * unit, shift);
@@ -639,7 +644,7 @@ double now() {
   return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
 }
 
-// Calls operator `kind` with messages of `count` elements, in buffers of 4096 bytes.
+// Calls operator `kind` with messages of `count` elements.
 void call(const Collectives& c, Kind kind, std::size_t count) {
   const auto world = static_cast<std::size_t>(c.channel.world());
   std::vector<float> in(count * world + 1), residual(count + 1), out(count * world + 1), more(count + 1);
@@ -673,14 +678,15 @@ struct Outcome {
 };
 
 template <typename Body, typename IsAlive>
-Outcome run_failing(int world, double timeout_s, const IsAlive& is_alive, const Body& body) {
-  const Region region(world, 4096);
+Outcome run_failing(int world, double timeout_s, const IsAlive& is_alive, const Body& body,
+                    std::size_t slot_bytes = 4096) {
+  const Region region(world, slot_bytes);
   const auto size = static_cast<std::size_t>(world);
   Outcome outcome{std::vector<std::string>(size), std::vector<std::string>(size), std::vector<double>(size), {}};
   std::vector<char> peer_errors(size);
   run_ranks(world, [&](int rank) {
     const auto r = static_cast<std::size_t>(rank);
-    Channel channel(region.base, rank, world, 4096, is_alive);
+    Channel channel(region.base, rank, world, slot_bytes, is_alive);
     channel.set_pid(1000 + rank);
     channel.set_timeout(timeout_s);
     const Collectives c{channel, &best_kernels(), 4096, kSerial};
@@ -717,19 +723,19 @@ int run_faults() {
   for (int i = 0; i < static_cast<int>(Kind::kNumber); ++i) {
     const Kind kind = static_cast<Kind>(i);
     for (const std::size_t count : {std::size_t{20}, std::size_t{5000}}) {
-      // Rank 1 dies before the operator, or (a rank takes part in the first step alone) in the middle of it.
+      // Rank 1 does not come: it is dead. (In the middle of an operator: tests/targets/faults.py.)
       const auto outcome = run_failing(
           3, 60.0, [](int peer) { return peer != 1; },
           [&](const Collectives& c, int rank) {
             if (rank != 1) call(c, kind, count);
-            if (rank != 1 && kind != Kind::kMeasure) call(c, kind, count);
-          });
+          },
+          kind == Kind::kMeasure ? 64 * 1024 : 4096);  // there is nothing to measure in a small buffer
       for (const std::size_t rank : {0, 2}) {
         const std::string& said = outcome.said[rank];
         check(outcome.is_peer_error[rank] && contains(said, "rank 1 (pid 1001), which has died"),
               std::string(kKindNames[i]) + ": a dead rank was told as '" + said + "'");
         check(contains(said, "rank " + std::to_string(rank) + " waited"), "who waited: " + said);
-        check(outcome.seconds[rank] < 2.0, "a dead rank was noticed after " + std::to_string(outcome.seconds[rank]) + " s");
+        check(outcome.seconds[rank] < 2.0, "noticed after " + std::to_string(outcome.seconds[rank]) + " s");
         check_broken(outcome, rank);
       }
     }
@@ -741,7 +747,7 @@ int run_faults() {
           if (rank == 0) std::this_thread::sleep_for(std::chrono::milliseconds(500));
           call(c, Kind::kAllReduce, 8);
         });
-    check(outcome.said[0].empty() && outcome.said[1].empty(), "a finished rank was told as dead: " + outcome.said[0]);
+    check(outcome.said[0].empty() && outcome.said[1].empty(), "it was done, but told as dead: " + outcome.said[0]);
   }
   {  // It does its part and dies between the look at its step and the look whether it lives.
     std::atomic<int> looks{0};
@@ -756,7 +762,7 @@ int run_faults() {
           while (rank == 1 && looks.load() == 0) std::this_thread::yield();
           call(c, Kind::kAllReduce, 8);
         });
-    check(looks.load() > 0 && outcome.said[0].empty(), "a rank that had published was told as dead: " + outcome.said[0]);
+    check(looks.load() > 0 && outcome.said[0].empty(), "it had published, but was told as dead: " + outcome.said[0]);
   }
   {  // Late.
     const auto outcome = run_failing(
@@ -821,7 +827,8 @@ int run_faults() {
   const auto alive = [](int) { return true; };
   const std::function<void()> wrong[] = {
       [&] { Channel(region.base, 2, 2, 4096, alive); },     [&] { Channel(region.base, -1, 2, 4096, alive); },
-      [&] { Channel(region.base, 0, 0, 4096, alive); },     [&] { Channel(region.base, 0, kMaxWorld + 1, 4096, alive); },
+      [&] { Channel(region.base, 0, 0, 4096, alive); },
+      [&] { Channel(region.base, 0, kMaxWorld + 1, 4096, alive); },
       [&] { Channel(region.base, 0, 2, 100, alive); },      [&] { Channel(region.base, 0, 2, 0, alive); },
   };
   for (const auto& make : wrong) {
