@@ -20,8 +20,10 @@ from models.llama import Block, Llama
 from tp.shard import find_spec, slices_of
 from weights.checkpoint import Checkpoint
 from weights.errors import InputError
+from weights.pages import release_pages
 
 Model = Llama | GptJ
+RELEASE_BYTES = 64 << 20  # of a file's pages that may be resident while it is read
 
 
 def config_of(checkpoint: Checkpoint) -> ModelConfig:
@@ -63,15 +65,21 @@ def load_model(
     targets = destinations(model)
     assert targets.keys() == shapes.keys(), targets.keys() ^ shapes.keys()
     total = sum(target.nbytes for target in targets.values())
-    done = 0
+    done = unreleased = 0
     for name, target in targets.items():
         if find_spec(name).axis == "first" and group.rank:
             target.zero_()  # rank 0 adds it for all
         else:
-            part = checkpoint.entries[name].read(slices_of(name, shapes[name], model.layout))
+            entry = checkpoint.entries[name]
+            part = (entry.peek or entry.read)(slices_of(name, shapes[name], model.layout))
             assert part.shape == target.shape, (name, part.shape, target.shape)
             target.copy_(part)
         done += target.nbytes
+        unreleased += part.nbytes
+        if unreleased >= RELEASE_BYTES:
+            # What was read stays in the page cache, but need not count as this process's memory.
+            release_pages([checkpoint.path.resolve()])
+            unreleased = 0
         progress(done, total)
     return model.eval()
 

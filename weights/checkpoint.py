@@ -8,6 +8,7 @@ What is not here: writing, and tensors that stay quantised in memory.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,8 @@ class Entry:
     floats keep their dtype, quantised blocks come out as float32. `stored_as` is the dtype in
     safetensors' spelling ("BF16"), or the block format ("Q4_0"); then `block` elements of the last
     dimension are stored together and cannot be cut, and `read_raw(slices)` gives the part as it is
-    stored: uint8 [rows, bytes].
+    stored: uint8 [rows, bytes]. `peek` is a `read` whose result may be a view of the file: for who
+    copies it at once.
     """
 
     shape: tuple[int, ...]
@@ -37,6 +39,7 @@ class Entry:
     read: Callable[[Slices], Tensor]
     block: int = 1
     read_raw: Callable[[Slices], Tensor] | None = None
+    peek: Callable[[Slices], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     A folder that holds several is opened in the order of `weights.files.folder_format`. Raises
     InputError for what is missing, damaged, or of a format that is not read.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         return _open_folder(path)
     regular_file(path, "a checkpoint")
     # Imported here: each brings a library that only its own format needs.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ DTYPES: dict[str, tuple[str, torch.dtype]] = {
     "BOOL": ("u1", torch.bool),
 }
 _MAX_DIMS = 8
+# Views of a mapping may not be written, and nobody does: they are copied.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 assert sys.byteorder == "little", "weights are stored little-endian and mapped as they are"
 
 
@@ -91,13 +94,16 @@ def plain_entry(
     if count:
         view = np.ndarray(shape, as_numpy, data, offset, [stride * size for stride in strides])
 
-    def read(slices: Slices) -> Tensor:
+    def peek(slices: Slices) -> Tensor:
         check_slices(name, shape, slices)
         sizes = [part.stop - part.start for part in slices]
         if view is None or 0 in sizes:
             return torch.empty(sizes, dtype=as_torch)
-        part = torch.from_numpy(np.array(view[slices], order="C"))
+        part = torch.from_numpy(view[slices] if slices else view)
         # A stored byte of 2 would be a bool that is neither true nor false.
         return part != 0 if as_torch == torch.bool else part.view(as_torch)
 
-    return Entry(shape, dtype, read)
+    def read(slices: Slices) -> Tensor:
+        return peek(slices).clone(memory_format=torch.contiguous_format)
+
+    return Entry(shape, dtype, read, peek=peek)

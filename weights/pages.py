@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 _MADV_DONTNEED = 4
@@ -21,25 +22,44 @@ _HEADER = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (....) [0-9a-f]+ \S+ \d+ +(/.*)")
 
 def release_pages(paths: list[Path]) -> None:
     """Drop the resident pages of mappings of files at or under `paths` (resolved). No mapping that
-    was written to is touched: its pages are the only copy. Nothing happens if smaps cannot be read."""
+    was written to is touched: its pages are the only copy. Without proc, nothing happens."""
     prefixes = tuple(str(path) for path in paths)
+    with suppress(OSError):
+        shared, private = _mappings(Path("/proc/self/maps").read_text(errors="replace"), prefixes)
+        if private:  # the kernel looks through all pages to tell whether one was written: only then
+            shared += _unwritten(Path("/proc/self/smaps").read_text(errors="replace"), prefixes)
+        for start, stop in shared:
+            _libc.madvise(start, stop - start, _MADV_DONTNEED)
+
+
+def _mappings(
+    maps: str, prefixes: tuple[str, ...]
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The shared and the private mappings of files under the prefixes."""
+    shared: list[tuple[int, int]] = []
+    private: list[tuple[int, int]] = []
+    for line in maps.splitlines():
+        match = _HEADER.match(line)
+        if match is not None and _under(match[4], prefixes):
+            found = (int(match[1], 16), int(match[2], 16))
+            (shared if match[3].endswith("s") else private).append(found)
+    return shared, private
+
+
+def _unwritten(smaps: str, prefixes: tuple[str, ...]) -> list[tuple[int, int]]:
+    """The private mappings among them that were never written to."""
+    found = []
     current: tuple[int, int] | None = None
-    try:
-        with open("/proc/self/smaps", encoding="utf-8", errors="replace") as smaps:
-            for line in smaps:
-                match = _HEADER.match(line)
-                if match is not None:
-                    current = (
-                        (int(match[1], 16), int(match[2], 16)) if _under(match[4], prefixes) else None
-                    )
-                elif line[:1].isdigit() or line[:1] in "abcdef":
-                    current = None  # a mapping without a file
-                elif current is not None and line.startswith("Anonymous:"):
-                    if line.split()[1] == "0":
-                        _libc.madvise(current[0], current[1] - current[0], _MADV_DONTNEED)
-                    current = None
-    except OSError:
-        return
+    for line in smaps.splitlines():
+        if line.startswith("Anonymous:"):
+            if current is not None and line.split()[1] == "0":
+                found.append(current)
+            current = None
+        elif line[:1].isdigit() or line[:1] in "abcdef":
+            match = _HEADER.match(line)
+            ours = match is not None and match[3].endswith("p") and _under(match[4], prefixes)
+            current = (int(match[1], 16), int(match[2], 16)) if match is not None and ours else None
+    return found
 
 
 def _under(path: str, prefixes: tuple[str, ...]) -> bool:

@@ -84,7 +84,8 @@ def _piece(
 def _rebuild(entry: Entry, shape: tuple[int, ...], wrap: Callable[[Read], Read]) -> Entry:
     """`entry` with another shape, and both its ways of reading wrapped alike."""
     raw = None if entry.read_raw is None else wrap(entry.read_raw)
-    return replace(entry, shape=shape, read=wrap(entry.read), read_raw=raw)
+    peek = None if entry.peek is None else wrap(entry.peek)
+    return replace(entry, shape=shape, read=wrap(entry.read), read_raw=raw, peek=peek)
 
 
 def rows_of(entry: Entry, start: int, stop: int) -> Entry:
@@ -147,7 +148,7 @@ def concat(parts: list[Entry], dim: int) -> Entry:
             return parts[0].read(tuple(nothing))
         return found[0] if len(found) == 1 else torch.cat(found, dim)
 
-    return replace(parts[0], shape=full, read=read, read_raw=None)
+    return replace(parts[0], shape=full, read=read, read_raw=None, peek=None)
 
 
 def replicated(path: Path, name: str, copies: list[Entry]) -> Entry:
@@ -164,4 +165,4 @@ def replicated(path: Path, name: str, copies: list[Entry]) -> Entry:
                 )
         return first
 
-    return replace(copies[0], read=read, read_raw=None)
+    return replace(copies[0], read=read, read_raw=None, peek=None)

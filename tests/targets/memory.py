@@ -1,0 +1,25 @@
+"""Load this rank's part of a checkpoint, and tell what it took."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from comm.group import Group
+from models.load import config_of, load_model
+from weights.checkpoint import open_checkpoint
+
+
+def main(env: Any, payload: str) -> int:
+    torch.set_num_threads(env.plan.num_threads)
+    checkpoint = open_checkpoint(Path(json.loads(payload)["folder"]))
+    group = Group(env.rank, env.world_size)  # a layout: loading needs no transport
+    model = load_model(config_of(checkpoint), checkpoint, group, torch.bfloat16)
+    shard = sum(parameter.nbytes for parameter in model.parameters())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"rank": env.rank, "shard": shard, "peak": peak}), flush=True)
+    return 0
