@@ -51,10 +51,8 @@ def regular_file(path: Path, form: str) -> int:
     try:
         status = os.stat(path)
     except FileNotFoundError as error:
-        what = "is a link to a file that" if os.path.islink(path) else ""
-        raise InputError(
-            f"{path} {what} does not exist; give the path of a file".replace("  ", " ")
-        ) from error
+        what = f"{path} is a link to a file that" if os.path.islink(path) else path
+        raise InputError(f"{what} does not exist; give the path of a file") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(
@@ -141,15 +139,15 @@ def read_index(index: Path) -> dict[str, str]:
         raise InputError(f"{index} names no file under 'weight_map'; download it again")
     for name in sorted(set(names.values())):
         # The index comes with the model: it must not reach for other files of this machine.
-        if Path(name).name != name or name == "..":
-            raise InputError(f"{index} names {name!r}: shards must lie beside their index")
+        if not name or Path(name).name != name or name == "..":
+            raise InputError(f"{index} names {name[:200]!r}: shards must lie beside their index")
         try:
             missing = not (index.parent / name).exists()
         except (OSError, ValueError):
             missing = True
         if missing:
             raise InputError(
-                f"{index.parent / repr(name)[1:-1]} is missing, although {index.name} names it"
+                f"{index.parent / repr(name[:200])[1:-1]} is missing, although {index.name} names it"
             )
     return names
 

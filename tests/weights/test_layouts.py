@@ -131,9 +131,8 @@ def test_fused_projections_are_presented_apart(tmp_path: Path) -> None:
 
 
 def test_biases_of_interleaved_and_fused_rows(tmp_path: Path) -> None:
-    bias = {
-        letter: torch.randn(heads * 16) for letter, heads in zip("qkv", (HEADS, KV_HEADS, KV_HEADS))
-    }
+    heads = {"q": HEADS, "k": KV_HEADS, "v": KV_HEADS}
+    bias = {letter: torch.randn(number * 16) for letter, number in heads.items()}
     fused = [interleave(bias["q"], HEADS), interleave(bias["k"], KV_HEADS), bias["v"]]
     torch.save({"layers.0.attention.wqkv.bias": torch.cat(fused)}, tmp_path / "model.pth")
     write_json(tmp_path / "config.json", CONFIG)
