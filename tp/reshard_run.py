@@ -1,6 +1,6 @@
 """Carrying a plan out: read a piece, checksum it, write it at its place; a few threads, little memory.
 
-Each thread holds one piece of at most some 16 MiB. What was read through a mapping is let go of as the
+Each thread holds one piece of some 8 MiB. What was read through a mapping is let go of as the
 work proceeds, so the process stays small, whatever the size of the model and the number of ranks.
 Files that make a folder loadable (`yoke.json`, `config.json`) are written last.
 """
@@ -24,8 +24,8 @@ from weights.writer import DTYPES, SafetensorsFile
 from weights.yoke_io import YokeFolder, unequal_replicas
 from weights.yoke_manifest import MANIFEST, StoredTensor, to_json
 
-PIECE_BYTES = 16 << 20
-RELEASE_BYTES = 64 << 20
+PIECE_BYTES = 8 << 20
+RELEASE_BYTES = 32 << 20
 # Beside the weights these describe the model and its tokenizer; they are copied as they are.
 COMPANIONS = (
     "config.json",
@@ -96,7 +96,8 @@ def as_stored(entry: Entry, tensor: StoredTensor, slices: tuple[slice, ...]) -> 
         assert entry.read_raw is not None
         return entry.read_raw(slices).contiguous()
     # Some formats read as float32 what they store in fewer bits: the conversion gives back the bits.
-    return entry.read(slices).to(DTYPES[tensor.dtype]).contiguous()
+    part = (entry.peek or entry.read)(slices)
+    return part.to(DTYPES[tensor.dtype]).contiguous()
 
 
 def mapped_files(checkpoint: Checkpoint) -> list[Path]:

@@ -5,8 +5,8 @@ read it: only the files that hold it are touched. KV heads that several ranks ho
 lowest of them, or from the file of the rank that is given as `prefer`. A rank that loads at the world
 size of the files thereby reads its own part from its own file.
 
-Parts come as views of the mapped file where one file holds all of them. What is not here: checking
-the data against the manifest's digests, which would read it all (`python -m tp.reshard --verify`).
+What is not here: checking the data against the manifest's digests, which would read it all
+(`python -m tp.reshard --verify`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
 from weights.errors import InputError
 from weights.files import damaged, parse_json, read_json, regular_file
+from weights.safetensors_io import stored_entries
 from weights.writer import DTYPES, header_of
 from weights.yoke_manifest import (
     Blocks,
@@ -42,30 +42,33 @@ class YokeFolder:
 
     path: Path
     manifest: Manifest
-    _opened: dict[int, safe_open] = field(default_factory=dict, compare=False)
+    _opened: dict[int, dict[str, Entry]] = field(default_factory=dict, compare=False)
 
     def part(self, tensor: StoredTensor, rank: int) -> Tensor:
         """What the file of `rank` holds of `tensor`, as it is stored: a view of the mapped file."""
-        file = self.path / rank_file(rank, self.manifest.world_size)
-        try:
-            if rank not in self._opened:  # two threads may both open it, which does no harm
-                self._opened[rank] = safe_open(str(file), framework="pt")
-            stored: Tensor = self._opened[rank].get_tensor(tensor.name)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} cannot be read ({error}); copy it again") from error
-        return stored
+        if rank not in self._opened:  # two threads may both open it, which does no harm
+            self._opened[rank] = stored_entries(self.path / rank_file(rank, self.manifest.world_size))
+        entry = self._opened[rank][tensor.name]
+        return (entry.peek or entry.read)(tuple(slice(0, size) for size in entry.shape))
 
-    def stored(self, tensor: StoredTensor, part: Part, start: int, stop: int) -> Tensor:
-        """Elements `[start, stop)` along the divided dimension of what a part holds, as stored."""
-        whole = self.part(tensor, part.rank)
+    def peek(self, tensor: StoredTensor, parts: tuple[Part, ...], slices: Slices) -> Tensor:
+        """A part of a tensor as it is stored, from the first of `parts` that has each piece: a view
+        where one file has all of it. Slices are in elements, and of whole blocks."""
         if not tensor.shape:
-            return whole
-        low, high = start - part.start, stop - part.start
-        if tensor.blocks is not None and tensor.along == len(tensor.shape) - 1:
-            blocks = tensor.blocks
-            low = low // blocks.elements * blocks.bytes
-            high = -(-high // blocks.elements) * blocks.bytes
-        return whole.narrow(tensor.along, low, high - low)
+            return self.part(tensor, parts[0].rank)
+        along, found = tensor.along, []
+        for part, start, stop in cover(parts, slices[along].start, slices[along].stop):
+            local = list(slices)
+            local[along] = slice(start - part.start, stop - part.start)
+            if tensor.blocks is not None:
+                local[-1] = _in_bytes(local[-1], tensor.blocks)
+            found.append(self.part(tensor, part.rank)[tuple(local)])
+        return found[0] if len(found) == 1 else torch.cat(found, along)
+
+
+def _in_bytes(part: slice, blocks: Blocks) -> slice:
+    assert part.start % blocks.elements == 0 and part.stop % blocks.elements == 0, (part, blocks)
+    return slice(*(bound // blocks.elements * blocks.bytes for bound in (part.start, part.stop)))
 
 
 def open_yoke(folder: Path, prefer: int | None = None) -> Checkpoint:
@@ -140,54 +143,34 @@ def cover(parts: tuple[Part, ...], start: int, stop: int) -> Iterator[tuple[Part
 def _entry(folder: YokeFolder, tensor: StoredTensor, prefer: int | None) -> Entry:
     parts = tuple(sorted(tensor.parts, key=lambda part: (part.rank != prefer, part.rank)))
 
-    def stored(start: int, stop: int) -> Tensor:
-        pieces = [folder.stored(tensor, *piece) for piece in cover(parts, start, stop)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, tensor.along)
-
-    def read(slices: Slices) -> Tensor:
+    def peek(slices: Slices) -> Tensor:
         check_slices(tensor.name, tensor.shape, slices)
-        if not tensor.shape:
-            return stored(0, 1)
         sizes = [part.stop - part.start for part in slices]
         if 0 in sizes:
             return torch.empty(sizes, dtype=DTYPES[tensor.dtype])
-        others = list(slices)
-        bounds = others[tensor.along]
-        others[tensor.along] = slice(0, bounds.stop - bounds.start)
-        return stored(bounds.start, bounds.stop)[tuple(others)]
+        return folder.peek(tensor, parts, slices)
+
+    def read(slices: Slices) -> Tensor:
+        return peek(slices).clone(memory_format=torch.contiguous_format)
 
     if tensor.blocks is None:
-        return Entry(tensor.shape, tensor.dtype, read)
+        return Entry(tensor.shape, tensor.dtype, read, peek=peek)
     blocks = tensor.blocks
 
     def read_raw(slices: Slices) -> Tensor:
         check_slices(tensor.name, tensor.shape, slices)
-        columns = slices[-1]
-        assert columns.start % blocks.elements == 0 and columns.stop % blocks.elements == 0, slices
-        return _raw(slices)
-
-    def _raw(slices: Slices) -> Tensor:
-        """Whole blocks that hold `slices`."""
-        low = slices[-1].start // blocks.elements
-        high = -(-slices[-1].stop // blocks.elements)
-        bounds = slices[tensor.along]
-        if tensor.along == len(slices) - 1:
-            part = stored(low * blocks.elements, high * blocks.elements)
-            return part[slices[:-1]]
-        part = stored(bounds.start, bounds.stop)
-        others = list(slices)
-        others[tensor.along] = slice(0, bounds.stop - bounds.start)
-        others[-1] = slice(low * blocks.bytes, high * blocks.bytes)
-        return part[tuple(others)]
+        return folder.peek(tensor, parts, slices).contiguous()
 
     def read_values(slices: Slices) -> Tensor:
         check_slices(tensor.name, tensor.shape, slices)
         sizes = [part.stop - part.start for part in slices]
         if 0 in sizes:
             return torch.empty(sizes)
-        values = dequantise(_raw(slices), blocks)
-        skipped = slices[-1].start % blocks.elements
-        return values[..., skipped : skipped + sizes[-1]]
+        columns = slices[-1]
+        first = columns.start // blocks.elements * blocks.elements
+        last = -(-columns.stop // blocks.elements) * blocks.elements
+        values = dequantise(folder.peek(tensor, parts, (*slices[:-1], slice(first, last))), blocks)
+        return values[..., columns.start - first : columns.stop - first]
 
     return Entry(tensor.shape, blocks.format, read_values, blocks.elements, read_raw)
 
@@ -207,8 +190,8 @@ def unequal_replicas(folder: YokeFolder, tensor: StoredTensor) -> tuple[int, int
         for first, start, stop in cover(tensor.parts, part.start, part.stop):
             if first.rank == part.rank:
                 continue
-            ours = folder.stored(tensor, part, start, stop)
-            theirs = folder.stored(tensor, first, start, stop)
+            slices = tensor.slices(start, stop)
+            ours, theirs = (folder.peek(tensor, (one,), slices) for one in (part, first))
             # As bytes: a NaN is not equal to itself.
             if not torch.equal(_bytes(ours), _bytes(theirs)):
                 return first.rank, part.rank

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -134,7 +134,7 @@ def to_json(manifest: Manifest) -> str:
     ranks = manifest.world_size
     head: dict[str, Any] = {"format": "yoke", "version": VERSION, "world_size": ranks}
     head |= {key: getattr(manifest, key) for key in ("num_heads", "num_kv_heads", "head_dim")}
-    head |= {"source_format": manifest.source_format, "digest": DIGEST, "config": manifest.config}
+    head |= {"source_format": manifest.source_format, "digest": DIGEST, "config": dict(manifest.config)}
     head["files"] = [
         {"name": rank_file(rank, ranks), "bytes": size} for rank, size in enumerate(manifest.file_bytes)
     ]
@@ -144,11 +144,9 @@ def to_json(manifest: Manifest) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """GGUF's metadata has numbers of numpy's, and arrays that are read when they are looked at."""
+    """GGUF's metadata may have numbers and arrays of numpy's."""
     if hasattr(value, "tolist"):
         return value.tolist()
-    if isinstance(value, Sequence) and not isinstance(value, bytes):
-        return list(value)
     raise InputError(f"the model's configuration holds a {type(value).__name__}, which JSON has not")
 
 
