@@ -53,7 +53,7 @@ void best_candidates(const Collectives& c, const float* values, std::size_t rows
   });
   const auto world = static_cast<std::size_t>(c.channel.world());
   std::vector<Candidate> all(world * rows * k);
-  all_gather(c, mine.data(), all.data(), mine.size() * sizeof(Candidate), DType::kBytes);
+  all_gather(c, mine.data(), all.data(), mine.size() * sizeof(Candidate), DType::kBytes, kCandidates);
   std::vector<Candidate> of_row(world * k);
   for (std::size_t row = 0; row < rows; ++row) {
     for (std::size_t rank = 0; rank < world; ++rank) {

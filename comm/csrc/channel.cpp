@@ -55,6 +55,26 @@ bool equal(const StepDescription& a, const StepDescription& b) {
 
 }  // namespace
 
+const char* name_of(std::uint32_t op) {
+  switch (op) {
+    case kAllReduce:
+      return "all_reduce";
+    case kAllGather:
+      return "all_gather";
+    case kBroadcast:
+      return "broadcast";
+    case kBarrier:
+      return "barrier";
+    case kReduceScatter:
+      return "reduce_scatter";
+    case kAddNorm:
+      return "all_reduce_add_rms_norm";
+    case kCandidates:
+      return "argmax or topk";
+  }
+  return "an unknown operator";
+}
+
 std::size_t Channel::control_bytes(int world) {
   return round_up(sizeof(Control) * static_cast<std::size_t>(world), kPage);
 }
@@ -145,12 +165,12 @@ void Channel::fail_peer(int peer, const char* op_name, const std::string& what, 
 void Channel::fail_mismatch(int peer, const char* op_name, const StepDescription& mine) {
   const StepDescription& theirs = control(peer).description[step_ & 1];
   const auto tell = [](std::ostringstream& out, const StepDescription& d) {
-    out << "operator " << d.op << " with " << d.size << " elements of dtype " << d.dtype << " (" << d.argument << ')';
+    out << name_of(d.op) << " with " << d.size << " elements of dtype " << d.dtype << " (" << d.argument << ')';
   };
   std::ostringstream message;
-  message << op_name << " (step " << step_ << "): rank " << rank_ << " is in ";
+  message << op_name << " (step " << step_ << "): rank " << rank_ << " calls ";
   tell(message, mine);
-  message << ", rank " << peer << " in ";
+  message << ", rank " << peer << " calls ";
   tell(message, theirs);
   message << ": the ranks must call the same collectives in the same order";
   broken_ = message.str();

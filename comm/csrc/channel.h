@@ -34,6 +34,9 @@ struct PeerError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+enum Op : std::uint32_t { kAllReduce = 1, kAllGather, kBroadcast, kBarrier, kReduceScatter, kAddNorm, kCandidates };
+const char* name_of(std::uint32_t op);
+
 // What a rank says of its contribution to a step; peers compare it with their own.
 struct StepDescription {
   std::uint32_t op;

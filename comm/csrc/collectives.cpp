@@ -10,8 +10,6 @@
 namespace yoke {
 namespace {
 
-enum Op : std::uint32_t { kAllReduce = 1, kAllGather, kBroadcast, kBarrier, kReduceScatter, kAddNorm };
-
 constexpr std::size_t kThreadGrain = 32 * 1024;  // bytes: less is not worth another thread
 
 double now() {
@@ -218,9 +216,9 @@ void reduce_scatter(const Collectives& c, const void* in, void* out, std::size_t
   }
 }
 
-void all_gather(const Collectives& c, const void* in, void* out, std::size_t bytes, DType dtype) {
+void all_gather(const Collectives& c, const void* in, void* out, std::size_t bytes, DType dtype, Op op) {
   const Channel& channel = c.channel;
-  exchange(c, "all_gather", describe(kAllGather, dtype, bytes), in, bytes, true,
+  exchange(c, name_of(op), describe(op, dtype, bytes), in, bytes, true,
            [&](std::size_t at, std::size_t offset, std::size_t size) {
              for (int rank = 0; rank < channel.world(); ++rank) {
                std::memcpy(bytes_of(out) + static_cast<std::size_t>(rank) * bytes + at, channel.slot_of(rank) + offset,

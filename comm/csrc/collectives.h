@@ -33,8 +33,9 @@ void all_reduce(const Collectives& c, const void* in, void* out, std::size_t cou
 // in: world parts of `count` elements, one for each rank; out: this rank's part, summed.
 void reduce_scatter(const Collectives& c, const void* in, void* out, std::size_t count, DType dtype);
 
-// out: world parts of `bytes`, rank after rank. `dtype` is compared, not used, as for broadcast.
-void all_gather(const Collectives& c, const void* in, void* out, std::size_t bytes, DType dtype);
+// out: world parts of `bytes`, rank after rank. `dtype` is compared, not used, as for broadcast; `op` is
+// what it is part of.
+void all_gather(const Collectives& c, const void* in, void* out, std::size_t bytes, DType dtype, Op op = kAllGather);
 
 // `out` may be `in`.
 void broadcast(const Collectives& c, const void* in, void* out, std::size_t bytes, int root, DType dtype);

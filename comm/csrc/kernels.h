@@ -2,7 +2,8 @@
 // (kernels_impl.h), compiled for several instruction sets, chosen when the process runs.
 //
 // All sums are taken in fp32 in the order of the sources (the ranks) and rounded once, to nearest even,
-// so every rank, and every instruction set, gets the same bits.
+// so every rank, and every instruction set, gets the same bits (but for which of several NaN survives,
+// and for norms, whose sums are taken in another order).
 #pragma once
 
 #include <cstddef>

@@ -86,8 +86,8 @@ def test_a_rank_that_does_not_come_is_named(case: str, run_ranks: Callable) -> N
 def test_ranks_that_call_different_things_are_told(run_ranks: Callable) -> None:
     code, out, err = run_ranks("timeouts", 2, "shm", case="mismatch")
     assert code == 0, err
-    assert "rank 0 is in operator 1 with 8 elements" in out
-    assert "rank 1 in operator 1 with 9 elements" in out
+    assert "rank 0 calls all_reduce with 8 elements" in out
+    assert "rank 1 calls all_reduce with 9 elements" in out
 
 
 def test_without_a_compiler_gloo_takes_over(

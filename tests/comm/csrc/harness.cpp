@@ -817,7 +817,7 @@ int run_faults() {
     const auto outcome = run_failing(2, 30.0, [](int) { return true; }, body);
     for (const std::size_t rank : {0, 1}) {
       check(!outcome.is_peer_error[rank] && contains(outcome.said[rank], "the same collectives in the same order") &&
-                contains(outcome.said[rank], "rank " + std::to_string(rank) + " is in operator"),
+                contains(outcome.said[rank], "rank " + std::to_string(rank) + " calls "),
             "ranks that differ were told: '" + outcome.said[rank] + "'");
       check_broken(outcome, rank);
     }
