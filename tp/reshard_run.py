@@ -1,6 +1,6 @@
 """Carrying a plan out: read a piece, checksum it, write it at its place; a few threads, little memory.
 
-Each thread holds one piece of some 8 MiB. What was read through a mapping is let go of as the
+Each thread holds one piece of some 4 MiB. What was read through a mapping is let go of as the
 work proceeds, so the process stays small, whatever the size of the model and the number of ranks.
 Files that make a folder loadable (`yoke.json`, `config.json`) are written last.
 """
@@ -24,7 +24,7 @@ from weights.writer import DTYPES, SafetensorsFile
 from weights.yoke_io import YokeFolder, unequal_replicas
 from weights.yoke_manifest import MANIFEST, StoredTensor, to_json
 
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 4 << 20
 RELEASE_BYTES = 32 << 20
 # Beside the weights these describe the model and its tokenizer; they are copied as they are.
 COMPANIONS = (

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from comm.group import Group
 from tp.reshard_plan import Piece, ReshardPlan
-from tp.reshard_run import Reader
+from tp.reshard_run import PIECE_BYTES, Reader
 from weights.checkpoint import Checkpoint, open_checkpoint
 from weights.errors import InputError
 from weights.writer import digest_of
@@ -82,7 +82,7 @@ def _stored_pieces(
     if not whole.shape:
         yield whole
         return
-    step = max((16 << 20) * whole.shape[0] // max(whole.nbytes, 1), 1)
+    step = max(PIECE_BYTES * whole.shape[0] // max(whole.nbytes, 1), 1)
     for rows in whole.split(step):
         yield rows
         reader.touched(rows.nbytes)

@@ -104,6 +104,8 @@ def _check_file(file: Path, manifest: Manifest, rank: int, size: int) -> None:
     """A file must hold exactly the parts of its rank, in the places where the writer puts them."""
     wanted = header_of(file_contents(manifest.tensors, rank, manifest.world_size))
     ends = [item["data_offsets"][1] for name, item in wanted.items() if name != "__metadata__"]
+    if not file.exists():
+        raise InputError(f"{file} is missing, although yoke.json names it: copy the folder again")
     actual = regular_file(file, "safetensors")
     try:
         with file.open("rb") as opened:

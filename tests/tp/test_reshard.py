@@ -543,7 +543,7 @@ print(before, peak())
 
 @pytest.mark.slow
 def test_memory_is_bounded_whatever_the_numbers_of_ranks(large: Path, tmp_path: Path) -> None:
-    """Source and result are 430 MB; the process may grow by some pieces of 8 MiB and 32 MiB of either file alone."""
+    """Source and result are 430 MB; the process may grow by a few pieces of each alone."""
     steps = ((16, large, tmp_path / "a"), (3, tmp_path / "a", tmp_path / "b"))
     for ranks, source, out in (*steps, (1, tmp_path / "b", tmp_path / "c")):
         words = ["--to", str(ranks), "--verify", str(source), str(out)]
@@ -555,7 +555,7 @@ def test_memory_is_bounded_whatever_the_numbers_of_ranks(large: Path, tmp_path: 
             check=True,
         )
         before, peak = map(int, result.stdout.split())
-        assert peak - before < 140, (ranks, before, peak)
+        assert peak - before < 180, (ranks, before, peak)
     assert (tmp_path / "c" / "model.safetensors").stat().st_size == pytest.approx(
         (large / "model.safetensors").stat().st_size, rel=1e-3
     )
