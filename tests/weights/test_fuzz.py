@@ -7,9 +7,8 @@ The same mutations each time; YOKE_FUZZ=10000 tries that many others for each fo
 from __future__ import annotations
 
 import os
-import resource
+import re
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +34,8 @@ from weights.checkpoint import open_checkpoint
 from weights.errors import InputError
 
 EXAMPLES = int(os.environ.get("YOKE_FUZZ", "0"))
+pytestmark = pytest.mark.usefixtures("little_memory")
+
 FUZZ = settings(
     max_examples=EXAMPLES or 2000,
     derandomize=not EXAMPLES,
@@ -55,6 +56,7 @@ MUTATIONS = st.one_of(
     st.tuples(st.just("cut"), PLACES, st.integers(1, 64)),
     st.tuples(st.just("repeat"), PLACES, st.integers(1, 64)),
     st.tuples(st.just("truncate"), PLACES, st.just(0)),
+    st.tuples(st.just("number"), PLACES, st.sampled_from([-1, *INTEGERS])),
     st.tuples(st.just("text"), PLACES, st.sampled_from([b"-", b"9" * 30, b"NaN", b'"', b"[", b"\xff"])),
 )
 
@@ -82,17 +84,9 @@ def mutate(content: bytes, mutations: list[tuple[str, float, int | bytes]], head
             content = before + after[:value] * 2 + after[value:]
         elif kind == "truncate":
             content = before
+        elif kind == "number":  # the next number that is written in digits, for JSON
+            content = before + re.sub(rb"\d+", str(value).encode(), after, count=1)
     return content
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_memory() -> Iterator[None]:
-    llama()  # loads transformers, before the limit
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + (2 << 30), before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.fixture(scope="module")

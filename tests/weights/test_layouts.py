@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from samples import (
 )
 from torch import Tensor
 
+from engine.job import parse_job, resolve
 from models.config import expected_shapes, from_hf
 from weights.checkpoint import Checkpoint, Entry, open_checkpoint
 from weights.errors import InputError
@@ -241,6 +243,43 @@ def test_a_folder_with_several_formats(tmp_path: Path) -> None:
         (folder / name).write_bytes(last)
     with pytest.raises(InputError, match=r"2 \.gguf files \(a\.gguf, b\.gguf\)"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.gguf", "model.safetensors", "pytorch_model.bin", "consolidated.00.pth", "yoke.json"]
+)
+def test_the_hub_cache_may_hold_any_format(name: str, tmp_path: Path, monkeypatch) -> None:
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "README.md").touch()
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    main = tmp_path / "models--some--model" / "refs" / "main"
+    main.write_text("abc\n")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    job = parse_job(["model=some/model", "prompt=x"])
+    with pytest.raises(InputError, match="no weights found"):
+        resolve(job)
+    (snapshot / name).touch()
+    assert resolve(job).checkpoint == snapshot
+    main.write_text("../snapshots/abc")
+    with pytest.raises(InputError, match="no weights found"):
+        resolve(job)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_tensors_at_odd_bytes(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Safetensors pads its header by custom only: without that nothing is aligned."""
+    values = torch.randn(33, 17).mul(100).to(dtype)
+    name = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}[dtype]
+    about = {"w": {"dtype": name, "shape": [33, 17], "data_offsets": [0, values.nbytes]}}
+    header = json.dumps(about).encode()
+    header += b" " * (1 - len(header) % 2)
+    content = len(header).to_bytes(8, "little") + header + values.view(torch.uint8).numpy().tobytes()
+    (tmp_path / "m.safetensors").write_bytes(content)
+    write_json(tmp_path / "config.json", {})
+    entry = open_checkpoint(tmp_path / "m.safetensors").entries["w"]
+    assert torch.equal(entry.read((slice(3, 30), slice(1, 16))), values[3:30, 1:16])
+    assert torch.equal(whole(open_checkpoint(tmp_path / "m.safetensors"), "w"), values)
 
 
 def test_mistrals_second_copy_is_left_alone(tmp_path: Path) -> None:
