@@ -34,7 +34,8 @@ def main(session: str) -> int:
 
 def remove_segments(session: str) -> None:
     """Ranks unlink their segment as soon as all have mapped it; this is for those killed before."""
-    for pattern in (f"yoke-{session}*", f"*yoke_{session}_*"):  # the second: what DeepSpeed makes for us
+    # The second pattern is of what DeepSpeed makes where it is used.
+    for pattern in (f"yoke-{session}*", f"*yoke_{session}_*"):
         for segment in Path("/dev/shm").glob(pattern):
             segment.unlink(missing_ok=True)
 
