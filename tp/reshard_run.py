@@ -160,7 +160,8 @@ def write(
     with ThreadPoolExecutor(num_threads()) as pool:
         try:
             for name, contents in plan.files.items():
-                files[name] = SafetensorsFile(folder / name, contents)
+                # Hugging Face's form has no place for digests, which cost more than all the rest.
+                files[name] = SafetensorsFile(folder / name, contents, digests=plan.form == "yoke")
             futures = [(output, pool.submit(run, output)) for output in plan.outputs]
             for output, future in futures:
                 digests[output.file, output.name] = future.result()
