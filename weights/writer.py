@@ -107,7 +107,7 @@ class SafetensorsFile:
     def write(
         self, name: str, pieces: Iterable[Tensor], done: Callable[[int], None] = lambda size: None
     ) -> str:
-        """Write a tensor from contiguous `pieces` (which together are exactly it); its digest."""
+        """Write a tensor from contiguous `pieces`, which together are exactly it; its digest."""
         first, last = self._header[name]["data_offsets"]
         digest = hashlib.new(DIGEST, usedforsecurity=False)
         position = started = first

@@ -159,10 +159,11 @@ def test_metas_8_files_of_llama_2_70b_for_16_ranks(
     assert same(whole(open_checkpoint(fast / "y8")), source)
     said = refused(capsys, "--from", 4, "--to", 16, fast / "meta", fast / "no")
     assert "is divided for 8 ranks" in said
+    refused(capsys, "--from", 8, "--to", 65, fast / "meta", fast / "no")
 
 
-def test_metas_tokenizer_and_logits_agree_with_transformers(fast: Path) -> None:
-    """The Hugging Face folder is one that the library itself loads without complaint."""
+def test_metas_files_become_a_folder_that_transformers_loads(fast: Path) -> None:
+    """With nothing missing and nothing left over."""
     from transformers import LlamaForCausalLM
 
     write_meta(fast / "meta", 2, num_heads=4, num_kv_heads=2, head_dim=8)
@@ -559,3 +560,12 @@ def test_memory_is_bounded_whatever_the_numbers_of_ranks(large: Path, tmp_path: 
     assert (tmp_path / "c" / "model.safetensors").stat().st_size == pytest.approx(
         (large / "model.safetensors").stat().st_size, rel=1e-3
     )
+
+
+@pytest.mark.slow
+def test_the_bench_runs_and_ends_with_json(tmp_path: Path) -> None:
+    command = [sys.executable, "bench/reshard.py", "0.01", "1", str(tmp_path)]
+    result = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["results"].keys() == {"1->4", "4->8", "8->1"}
+    assert list(tmp_path.iterdir()) == []
