@@ -237,7 +237,7 @@ def _hub_snapshot(model: str) -> Path | None:
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     folder = cache / f"models--{model.replace('/', '--')}"
     main = folder / "refs" / "main"
-    if not main.is_file():
+    if not _exists(main):
         return None
     revision = main.read_text(errors="replace").strip()
     if Path(revision).name != revision:

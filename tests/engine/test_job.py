@@ -91,7 +91,7 @@ def test_a_model_in_the_hub_cache_is_found(tmp_path: Path, monkeypatch) -> None:
         (["--ranks=7", *GOOD], "7 ranks for 6 query heads"),
         (["--ranks=0", *GOOD], "--ranks 0: there can be 1 to 64 ranks"),
         (["--ranks=two", *GOOD], "argument --ranks"),
-        (["--comm=mpi", *GOOD], "--comm mpi: must be auto, shm, gloo or nccl"),
+        (["--comm=mpi", *GOOD], "--comm mpi: must be auto, shm, gloo, nccl, ccl or deepspeed"),
         (["--bind-core", *GOOD], "unrecognized arguments: --bind-core"),
         (["generat", *GOOD], "'generat' is not a command"),
         (["--json", *GOOD], "--json goes with the commands plan and doctor only"),

@@ -12,7 +12,8 @@ from comm.group import Rendezvous, open_group, set_timeout
 
 
 def main(env: Any, payload: str) -> int:
-    node = json.loads(payload)["nodes"][env.rank]
+    options = json.loads(payload)
+    node = options["nodes"][env.rank]
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd, node=node)
     generator = torch.Generator().manual_seed(0)
     with open_group(env.rank, env.world_size, "shm+gloo", rendezvous, 60.0) as group:
@@ -41,6 +42,8 @@ def main(env: Any, payload: str) -> int:
                 assert torch.equal(ops.reduce_scatter(many, group)[0], total)
                 assert torch.equal(mine, everyone[group.rank]), "the input was changed"
         ops.barrier(group)
+        if not options["compile"]:
+            return 0
 
         def block(x: torch.Tensor) -> torch.Tensor:
             return ops.all_gather(ops.all_reduce(x * 2, group).relu(), group).sum(0)
