@@ -20,7 +20,7 @@ from models.llama import Block, Llama
 from tp.shard import find_spec, slices_of
 from weights.checkpoint import Checkpoint
 from weights.errors import InputError
-from weights.pages import release_pages
+from weights.pages import files_of, release_pages
 
 Model = Llama | GptJ
 RELEASE_BYTES = 64 << 20  # of a file's pages that may be resident while it is read
@@ -78,7 +78,7 @@ def load_model(
         unreleased += part.nbytes
         if unreleased >= RELEASE_BYTES:
             # What was read stays in the page cache, but need not count as this process's memory.
-            release_pages([checkpoint.path.resolve()])
+            release_pages(files_of(checkpoint.path))
             unreleased = 0
         progress(done, total)
     return model.eval()

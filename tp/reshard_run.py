@@ -19,7 +19,7 @@ from torch import Tensor
 from tp.reshard_plan import Output, Piece, ReshardPlan, manifest_of
 from weights.checkpoint import Checkpoint, Entry
 from weights.errors import InputError
-from weights.pages import release_pages
+from weights.pages import files_of, release_pages
 from weights.writer import DTYPES, SafetensorsFile
 from weights.yoke_io import YokeFolder, unequal_replicas
 from weights.yoke_manifest import MANIFEST, StoredTensor, to_json
@@ -79,7 +79,7 @@ class Reader:
             if self._touched < RELEASE_BYTES:
                 return
             self._touched = 0
-        release_pages(mapped_files(self.checkpoint))
+        release_pages(files_of(self.checkpoint.path))
 
 
 def _row_bytes(tensor: StoredTensor) -> int:
@@ -98,13 +98,6 @@ def as_stored(entry: Entry, tensor: StoredTensor, slices: tuple[slice, ...]) -> 
     # Some formats read as float32 what they store in fewer bits: the conversion gives back the bits.
     part = (entry.peek or entry.read)(slices)
     return part.to(DTYPES[tensor.dtype]).contiguous()
-
-
-def mapped_files(checkpoint: Checkpoint) -> list[Path]:
-    """The files behind a checkpoint, as the kernel names them: hub caches are full of links."""
-    if not checkpoint.path.is_dir():
-        return [checkpoint.path.resolve()]
-    return [file.resolve() for file in checkpoint.path.iterdir() if file.is_file()]
 
 
 def companions(checkpoint: Checkpoint) -> list[Path]:

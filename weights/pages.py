@@ -32,6 +32,13 @@ def release_pages(paths: list[Path]) -> None:
             _libc.madvise(start, stop - start, _MADV_DONTNEED)
 
 
+def files_of(checkpoint: Path) -> list[Path]:
+    """The files behind a checkpoint, as the kernel names them: hub caches are full of links."""
+    if not checkpoint.is_dir():
+        return [checkpoint.resolve()]
+    return [file.resolve() for file in checkpoint.iterdir() if file.is_file()]
+
+
 def _mappings(
     maps: str, prefixes: tuple[str, ...]
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
