@@ -93,9 +93,10 @@ def check_names(
     if tie_embeddings and HEAD in unused:
         unused.remove(HEAD)  # a tied head that was stored all the same
     if unused:
+        file = entries[unused[0]].file or checkpoint.path
         raise InputError(
             f"{checkpoint.path} holds {len(unused)} weights that this model does not have, "
-            f"such as {unused[0]!r}"
+            f"such as {unused[0]!r} in {file}"
         )
     missing = sorted(shapes.keys() - entries.keys())
     if missing:
@@ -103,9 +104,10 @@ def check_names(
             f"{checkpoint.path} lacks {len(missing)} weights of this model, such as {missing[0]!r}"
         )
     for name, shape in shapes.items():
-        if entries[name].shape != shape:
+        entry = entries[name]
+        if entry.shape != shape:
             raise InputError(
-                f"{checkpoint.path}: {name} has shape {entries[name].shape}, the model's "
+                f"{entry.file or checkpoint.path}: {name} has shape {entry.shape}, the model's "
                 f"configuration asks for {shape}"
             )
 

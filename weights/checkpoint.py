@@ -31,7 +31,7 @@ class Entry:
     safetensors' spelling ("BF16"), or the block format ("Q4_0"); then `block` elements of the last
     dimension are stored together and cannot be cut, and `read_raw(slices)` gives the part as it is
     stored: uint8 [rows, bytes]. `peek` is a `read` whose result may be a view of the file: for who
-    copies it at once.
+    copies it at once. `file` holds it, where one of several does.
     """
 
     shape: tuple[int, ...]
@@ -40,6 +40,7 @@ class Entry:
     block: int = 1
     read_raw: Callable[[Slices], Tensor] | None = None
     peek: Callable[[Slices], Tensor] | None = None
+    file: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def gather(
                     f"{name!r} is stored twice, in {found_in[name]} and in {file}; "
                     "remove the files that do not belong to the model"
                 )
-            entries[name], found_in[name] = entry, file.name
+            entries[name], found_in[name] = replace(entry, file=file), file.name
     for name, file_name in (index or {}).items():
         if found_in.get(name) != file_name:
             raise InputError(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import NAMES, save
 
+from comm import ops
 from comm.group import Group
 from models.config import expected_shapes
 from models.load import build_model, config_of, destinations, load_model
@@ -97,9 +98,32 @@ def test_every_number_has_its_ranks(name: str, size: int, saved: Callable[[str],
             assert (count == size).all(), weight
 
 
+@pytest.mark.parametrize("name", ["llama", "gptj"])
+def test_one_collective_for_each_sum(
+    name: str, saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention and MLP one after the other take a sum each, side by side one for both."""
+    calls = []
+    for collective in ("all_reduce", "all_reduce_add_rms_norm"):
+        plain = getattr(ops, collective)
+        spy = lambda *args, plain=plain, name=collective: (calls.append(name), plain(*args))[1]  # noqa: E731
+        monkeypatch.setattr(ops, collective, spy)
+    checkpoint = open_checkpoint(saved(name))
+    config = config_of(checkpoint)
+    model = load_model(config, checkpoint, Group(0, 1), torch.float32)
+    model.setup(1, 8)
+    model(torch.zeros(1, 1, dtype=torch.int64), torch.arange(1))
+    if name == "gptj":
+        assert calls == ["all_reduce"] * config.num_layers
+    else:
+        assert calls.count("all_reduce_add_rms_norm") == 2 * config.num_layers
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(64, 8), (32, 32), (64, 4), (71, 1), (40, 10)])
-@pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.parametrize("size", [16, 32, 64])
 def test_no_rank_has_more_than_one_head_too_many(heads: int, kv_heads: int, size: int) -> None:
+    if size > heads:
+        pytest.skip("more ranks than heads are refused")
     layouts = [
         plan_layout(
             num_heads=heads, num_kv_heads=kv_heads, head_dim=8, ffn_dim=1000, vocab_size=999,
