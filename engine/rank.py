@@ -7,7 +7,7 @@ that nothing here depends on the launcher). Rank 0 alone reads the tokenizer, pr
 from __future__ import annotations
 
 import os
-import resource
+import re
 import signal
 import sys
 import time
@@ -110,7 +110,7 @@ def _run(env: Any, resolved: ResolvedJob, group: Group, unpinned: ExitStack) -> 
     sampling = Sampling(job.temperature, job.top_k, job.top_p)
     stop = codec.stop_tokens if codec is not None else frozenset()
     result = generate(runner, prompt, job.max_new_tokens, stop, sampling, job.seed, show)
-    peaks = ops.all_gather(torch.tensor([_peak_rss_bytes()]), group)
+    peaks = ops.all_gather(torch.tensor([peak_rss_bytes()]), group)
     if codec is None:
         return
     report = Report(
@@ -165,5 +165,8 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _peak_rss_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_rss_bytes() -> int:
+    """The most memory this process has had resident. Not ru_maxrss: that begins with what the process
+    held that started this one."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024

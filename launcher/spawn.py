@@ -63,10 +63,11 @@ def launch(plan: LaunchPlan, options: RunOptions, session: str, target: str, pay
         stack.callback(remove_segments, session)
         wakeup = stack.enter_context(signal_pipe())
         selector = stack.enter_context(selectors.DefaultSelector())
-        guard = _start_guard(session, stack)
+        guard, pipe = _start_guard(session, stack)
         ranks: list[Rank] = []
         stack.callback(kill_groups, ranks)
-        _start(plan, options, session, target, payload, ranks, guard, selector, stack)
+        _start(plan, options, session, target, payload, ranks, pipe, selector, stack)
+        guard.wait()  # it has detached itself while the ranks started
         selector.register(wakeup, selectors.EVENT_READ, None)
         return watch(
             ranks,
@@ -78,8 +79,8 @@ def launch(plan: LaunchPlan, options: RunOptions, session: str, target: str, pay
         )
 
 
-def _start_guard(session: str, stack: ExitStack) -> IO[bytes]:
-    """The process that cleans up after a launcher that was killed; returns its pipe."""
+def _start_guard(session: str, stack: ExitStack) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+    """The process that cleans up after a launcher that was killed, and the pipe that it reads."""
     guard = subprocess.Popen(
         [sys.executable, "-I", "-S", str(CHECKOUT / "launcher" / "guard.py"), session],
         stdin=subprocess.PIPE,
@@ -91,7 +92,7 @@ def _start_guard(session: str, stack: ExitStack) -> IO[bytes]:
     assert pipe is not None and end is not None
 
     def dismiss() -> None:
-        guard.wait()  # what was started has detached itself long since
+        guard.wait()
         with suppress(BrokenPipeError):
             pipe.write(b"done\n")
         pipe.close()
@@ -99,7 +100,7 @@ def _start_guard(session: str, stack: ExitStack) -> IO[bytes]:
         end.close()
 
     stack.callback(dismiss)
-    return pipe
+    return guard, pipe
 
 
 def _start(

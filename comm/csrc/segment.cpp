@@ -153,19 +153,20 @@ void Segment::create() {
   header->magic.store(kMagic, std::memory_order_release);
 }
 
-// Opens the file if rank 0 has it ready; a file whose rank 0 is gone is about to be replaced.
-bool Segment::try_open() {
+// Opens the file if rank 0 has it ready, else tells in `obstacle` what is in the way. Rank 0 may be about
+// to replace it, whatever it is: a file whose rank 0 is gone, a link, another user's file.
+bool Segment::try_open(std::string& obstacle) {
+  obstacle.clear();
   fd_ = open(path().c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW);
   if (fd_ < 0) {
-    if (errno != ENOENT) fail("cannot open " + path());
+    if (errno != ENOENT) obstacle = std::string("it cannot be opened: ") + std::strerror(errno);
     return false;
   }
   struct stat info {};
   if (fstat(fd_, &info) != 0) fail("cannot stat " + path());
-  if (info.st_uid != geteuid()) {
-    throw std::runtime_error(path() + " belongs to user " + std::to_string(info.st_uid) + ", not to this one");
-  }
-  if (info.st_size == 0 || !is_locked(0)) {
+  const bool is_foreign = info.st_uid != geteuid();
+  if (is_foreign) obstacle = "it belongs to user " + std::to_string(info.st_uid) + ", not to this one";
+  if (is_foreign || info.st_size == 0 || !is_locked(0)) {
     close(fd_);
     fd_ = -1;
     return false;
@@ -179,15 +180,17 @@ bool Segment::try_open() {
 }
 
 void Segment::open_existing(double deadline) {
+  std::string obstacle;
   const auto late = [&](const char* what) {
     if (now() > deadline) {
       std::ostringstream message;
       message << "rank " << rank_ << " waited " << timeout_s_ << " s for rank 0 to " << what << ' ' << path();
+      if (!obstacle.empty()) message << " (" << obstacle << ')';
       throw PeerError(message.str());
     }
     sleep_ms(1);
   };
-  while (!try_open()) late("create");
+  while (!try_open(obstacle)) late("create");
   lock_own();
   map();
   Header* header = header_of(mapping_);

@@ -35,7 +35,7 @@ class Segment {
  private:
   void create();
   void open_existing(double deadline);
-  bool try_open();
+  bool try_open(std::string& obstacle);
   void map();
   void join(double deadline);
   void release();

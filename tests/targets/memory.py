@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import resource
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from comm.group import Group
+from engine.rank import peak_rss_bytes
 from models.load import config_of, load_model
 from weights.checkpoint import open_checkpoint
 
@@ -20,6 +20,6 @@ def main(env: Any, payload: str) -> int:
     group = Group(env.rank, env.world_size)  # a layout: loading needs no transport
     model = load_model(config_of(checkpoint), checkpoint, group, torch.bfloat16)
     shard = sum(parameter.nbytes for parameter in model.parameters())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_rss_bytes()
     print(json.dumps({"rank": env.rank, "shard": shard, "peak": peak}), flush=True)
     return 0
