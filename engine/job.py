@@ -17,7 +17,8 @@ from pathlib import Path
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from models.config import OVERRIDES, PRESETS, ModelConfig, override
+from models.config import OVERRIDES, ModelConfig, from_dict, override
+from models.presets import PRESETS
 from tp.heads import check_world_size
 from weights.errors import InputError
 from weights.files import folder_format
@@ -265,5 +266,5 @@ def from_json(text: str) -> ResolvedJob:
     """The inverse of `to_json`."""
     data = json.loads(text)
     checkpoint = None if data["checkpoint"] is None else Path(data["checkpoint"])
-    config = None if data["config"] is None else ModelConfig(**data["config"])
+    config = None if data["config"] is None else from_dict(data["config"])
     return ResolvedJob(Job(**data["job"]), checkpoint, config)

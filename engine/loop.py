@@ -19,7 +19,7 @@ from torch import Tensor
 from comm import ops
 from comm.group import Group
 from engine.memory import CHUNK
-from models.load import Model
+from models.decoder import Decoder
 from models.sampling import Sampling, sample
 from weights.errors import InputError
 
@@ -51,7 +51,7 @@ class Result:
     tpot_s: float
 
 
-def make_runner(model: Model, group: Group, max_seq_len: int, compiled: bool) -> Runner:
+def make_runner(model: Decoder, group: Group, max_seq_len: int, compiled: bool) -> Runner:
     """Allocate the cache for `max_seq_len` tokens and wrap the steps. Nothing is compiled yet."""
     # Whole chunks, so that the padding of the last one has a place to go.
     model.setup(1, -(-max_seq_len // CHUNK) * CHUNK)

@@ -12,7 +12,8 @@ from math import prod
 from pathlib import Path
 
 from engine.job import ResolvedJob
-from models.config import ModelConfig, expected_shapes, from_hf
+from models.config import ModelConfig, expected_shapes
+from models.config_hf import from_hf
 from tp.shard import plan_layout, slices_of
 
 # The interpreter, torch, the compiled code and what compiling leaves behind; measured as a rank's peak
@@ -46,6 +47,7 @@ def rank_needs(
         head_dim=config.head_dim,
         ffn_dim=config.ffn_dim,
         vocab_size=config.vocab_size,
+        expert_dim=config.expert_dim,
         rank=rank,
         world_size=world_size,
     )
@@ -56,7 +58,7 @@ def rank_needs(
     cache_len = -(-max_seq_len // CHUNK) * CHUNK
     kv_cache = 2 * config.num_layers * layout.heads.num_kv * config.head_dim * cache_len
     # A chunk's widest activations, twice (in and out), and the rows of logits of all ranks.
-    activations = 2 * CHUNK * (layout.ffn_stop - layout.ffn_start) * 2 * item
+    activations = 2 * CHUNK * max(layout.ffn_stop - layout.ffn_start, layout.expert_stop) * 2 * item
     logits = 2 * layout.vocab_block * world_size * 4
     return {
         "weights": weights * item,

@@ -1,41 +1,103 @@
-"""What the families' attention has in common: a static cache, grouped heads, rotary embeddings.
+"""What the families' attention has in common: projections, rotary embeddings, a static cache, grouped
+heads, sliding windows.
 
-Shapes: B batch, T tokens of this call, S cache length, H query heads of this rank, K its KV heads,
-h head size. What is not here: the projections, which differ by family.
+Shapes: B batch, T tokens of this call, S cache length, D dim, H query heads of this rank, K its KV
+heads, h head size. What is not here: the sum over the ranks, which the blocks do.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.config import ModelConfig
+from models.norms import norm_of
+from models.rope import rotate
 from tp.heads import Heads
+from tp.layers import ColumnLinear, RowLinear
+from tp.shard import Layout
+
+
+class View(NamedTuple):
+    """How the layers of one kind see the tokens of a call: cos and sin [B, T, r/2], and what is added
+    to the scores, [B, 1, T, S]."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor
+
+
+class Step(NamedTuple):
+    """What all layers of a call share: the cache's rows [B, 1] and positions [B, T] that it writes,
+    and the two kinds of view."""
+
+    rows: Tensor
+    positions: Tensor
+    full: View
+    windowed: View
+
+
+class Attention(nn.Module):
+    """Grouped-query attention for this rank's heads; the ranks' results add up to the whole."""
+
+    def __init__(self, config: ModelConfig, layout: Layout, layer: int) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        heads = layout.heads
+        q, kv = heads.num_q * config.head_dim, heads.num_kv * config.head_dim
+        self.qkv = ColumnLinear(config.dim, (q, kv, kv), config.attention_bias)
+        self.q_norm = norm_of(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = norm_of(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.inner = CachedAttention(
+            heads, config.head_dim, config.attention_scale, config.attention_cap
+        )
+        self.out = RowLinear(q, config.dim, config.attention_out_bias)
+        self.is_windowed = config.is_windowed(layer)
+        self.has_rope = layer not in config.no_rope
+        self.interleaved = config.rope.interleaved
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """x [B, T, D] -> this rank's part of the result, [B, T, D]."""
+        view = step.windowed if self.is_windowed else step.full
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv.split(x))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.has_rope:
+            q = rotate(q, view.cos, view.sin, self.interleaved)
+            k = rotate(k, view.cos, view.sin, self.interleaved)
+        return self.out(self.inner(q, k, v, step.rows, step.positions, view.mask))
 
 
 class CachedAttention(nn.Module):
-    """Softmax attention of this rank's query heads over the cache of its KV heads."""
+    """Softmax attention of this rank's query heads over the cache of its KV heads. Scores are
+    multiplied by `scale` (0: h ** -0.5) and, with a `cap`, bent to cap * tanh(score / cap)."""
 
     # Buffers of `setup`: [B, K, S, h].
     k_cache: Tensor
     v_cache: Tensor
 
-    def __init__(self, heads: Heads, head_dim: int) -> None:
+    def __init__(self, heads: Heads, head_dim: int, scale: float = 0.0, cap: float = 0.0) -> None:
         super().__init__()
         self.heads = heads
         self.head_dim = head_dim
+        self.scale = scale or head_dim**-0.5
+        self.cap = cap
 
     def setup(self, batch_size: int, cache_len: int, like: Tensor) -> None:
         shape = (batch_size, self.heads.num_kv, cache_len, self.head_dim)
         self.register_buffer("k_cache", like.new_zeros(shape), persistent=False)
         self.register_buffer("v_cache", like.new_zeros(shape), persistent=False)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """q [B, T, H, h], k and v [B, T, K, h] -> [B, T, H * h]; `mask` [T, S] is added to scores."""
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, positions: Tensor, mask: Tensor
+    ) -> Tensor:
+        """q [B, T, H, h], k and v [B, T, K, h] -> [B, T, H * h]; `mask` [B, 1, T, S] is added."""
         batch, length = q.shape[:2]
         q = q.transpose(1, 2)
-        self.k_cache[:, :, positions] = k.transpose(1, 2)
-        self.v_cache[:, :, positions] = v.transpose(1, 2)
+        self.k_cache[rows, :, positions] = k
+        self.v_cache[rows, :, positions] = v
         parts = []
         for run in self.heads.runs:
             keys = self.k_cache[:, run.kv_start : run.kv_stop]  # [B, k, S, h]
@@ -44,38 +106,26 @@ class CachedAttention(nn.Module):
             # cache is read once and never repeated: [B, k * g, T, h] -> [B, k, g * T, h].
             count = run.kv_stop - run.kv_start
             group = (run.q_stop - run.q_start) // count
-            rows = q[:, run.q_start : run.q_stop].reshape(batch, count, group * length, self.head_dim)
-            attended = F.scaled_dot_product_attention(rows, keys, values, mask.repeat(group, 1))
+            queries = q[:, run.q_start : run.q_stop].reshape(
+                batch, count, group * length, self.head_dim
+            )
+            attended = self._attend(queries, keys, values, mask.repeat(1, 1, group, 1))
             parts.append(attended.reshape(batch, count * group, length, self.head_dim))
         return torch.cat(parts, dim=1).transpose(1, 2).reshape(batch, length, -1)
 
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        if not self.cap:
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale)
+        scores = self.cap * torch.tanh((q @ k.transpose(2, 3)).float() * (self.scale / self.cap))
+        return torch.softmax(scores + mask.float(), dim=-1).to(v.dtype) @ v
 
-def causal_mask(positions: Tensor, cache_len: int, dtype: torch.dtype) -> Tensor:
-    """[T, S]: a query sees the cache up to its own position."""
+
+def causal_mask(positions: Tensor, cache_len: int, dtype: torch.dtype, window: int = 0) -> Tensor:
+    """[B, 1, T, S] of 0 and -inf: a query at positions [B, T] sees the cache up to its own position,
+    and of that the last `window` tokens, itself among them (0: all)."""
     cache = torch.arange(cache_len, device=positions.device)
-    mask = torch.zeros(positions.shape[0], cache_len, dtype=dtype, device=positions.device)
-    return mask.masked_fill(cache > positions.unsqueeze(1), float("-inf"))
-
-
-def rope_tables(length: int, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency: two float32 [length, rotary_dim / 2] (Su et al., 2021)."""
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), 1.0 / theta**exponents)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of each head against each other: x [B, T, heads, h], cos/sin [T, h/2]."""
-    first, second = x.float().chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbours against each other, in the first r of a head's h numbers: cos/sin [T, r/2]."""
-    size = 2 * cos.shape[-1]
-    turned, kept = x[..., :size].float(), x[..., size:]
-    first, second = turned[..., 0::2], turned[..., 1::2]
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    pairs = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return torch.cat((pairs.flatten(-2).to(x.dtype), kept), dim=-1)
+    unseen = cache > positions.unsqueeze(-1)
+    if window:
+        unseen |= cache <= positions.unsqueeze(-1) - window
+    mask = torch.zeros(unseen.shape, dtype=dtype, device=positions.device)
+    return mask.masked_fill(unseen, float("-inf")).unsqueeze(1)

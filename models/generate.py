@@ -6,13 +6,13 @@ import torch
 
 from comm import ops
 from comm.group import Group
-from models.load import Model
+from models.decoder import Decoder
 from models.sampling import Sampling, sample
 
 
 @torch.no_grad()
 def generate(
-    model: Model,
+    model: Decoder,
     group: Group,
     prompt: list[int],
     max_new_tokens: int,

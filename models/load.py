@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from comm.group import Group
-from models.config import HEAD, ModelConfig, expected_shapes, from_gguf, from_hf
-from models.gptj import Block as GptJBlock
-from models.gptj import GptJ
-from models.llama import Block, Llama
+from models.config import HEAD, ModelConfig, expected_shapes
+from models.config_gguf import from_gguf
+from models.config_hf import from_hf
+from models.decoder import Decoder
+from models.mlp import Experts
 from tp.shard import find_spec, slices_of
 from weights.checkpoint import Checkpoint
 from weights.errors import InputError
 from weights.pages import files_of, release_pages
 
-Model = Llama | GptJ
 RELEASE_BYTES = 64 << 20  # of a file's pages that may be resident while it is read
 
 
@@ -34,18 +34,13 @@ def config_of(checkpoint: Checkpoint) -> ModelConfig:
     return from_hf(checkpoint.config, source)
 
 
-def build_model(config: ModelConfig, group: Group) -> Model:
-    """This rank's part of the model of a config; its weights are whatever the device holds."""
-    return GptJ(config, group) if config.family == "gptj" else Llama(config, group)
-
-
 def load_model(
     config: ModelConfig,
     checkpoint: Checkpoint,
     group: Group,
     dtype: torch.dtype,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Model:
+) -> Decoder:
     """Build this rank's part of the model and fill it.
 
     `progress` is called with the bytes filled so far and in all. Raises InputError.
@@ -53,7 +48,7 @@ def load_model(
     shapes = expected_shapes(config)
     check_names(checkpoint, shapes, config.tie_embeddings)
     with torch.device("meta"):
-        model = build_model(config, group)
+        model = Decoder(config, group)
     model = model.to(dtype).to_empty(device="cpu")
     if config.tie_embeddings:
         model.head.weight = model.embed.weight  # to_empty gave each its own memory
@@ -112,39 +107,58 @@ def check_names(
             )
 
 
-def destinations(model: Model) -> dict[str, Tensor]:
+# What the modules of a block hold, canonically. Several names: fused along the outputs.
+_PARTS: dict[str, tuple[str, ...]] = {
+    "norm": ("input_layernorm",),
+    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.q_norm": ("self_attn.q_norm",),
+    "attention.k_norm": ("self_attn.k_norm",),
+    "attention.out": ("self_attn.o_proj",),
+    "post_attention_norm": ("post_attention_layernorm",),
+    "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.up": ("mlp.up_proj",),
+    "mlp.down": ("mlp.down_proj",),
+    "mlp.router": ("mlp.gate",),
+    "pre_mlp_norm": ("pre_feedforward_layernorm",),
+    "post_mlp_norm": ("post_feedforward_layernorm",),
+}
+# By the kind of block, what is called alike and is another thing.
+_MLP_NORM = {"llama": "post_attention_layernorm", "parallel": "mlp_layernorm"}
+
+
+def destinations(model: Decoder) -> dict[str, Tensor]:
     """Where each canonical weight's slice goes: views into the model's (fused) parameters."""
     used = model.layout.vocab_stop - model.layout.vocab_start
     targets: dict[str, Tensor] = {"model.embed_tokens.weight": model.embed.weight[:used]}
 
-    def put(prefix: str, module: nn.Module, names: tuple[str, ...] = ("",)) -> None:
+    def put(prefix: str, module: nn.Module, names: tuple[str, ...]) -> None:
         """The parameters of a module, divided if they are several weights fused."""
         for kind, value in module.named_parameters(recurse=False):
             parts = value.split(module.parts) if len(names) > 1 else (value,)
             targets.update({f"{prefix}{n}.{kind}": p for n, p in zip(names, parts, strict=True)})
 
     for i, block in enumerate(model.layers):
-        prefix = f"model.layers.{i}"
-        qkv = tuple(f"self_attn.{x}_proj" for x in "qkv")
-        if isinstance(block, Block):
-            put(f"{prefix}.input_layernorm", block.attention_norm)
-            put(f"{prefix}.", block.attention.qkv, qkv)
-            put(f"{prefix}.self_attn.q_norm", block.attention.q_norm)
-            put(f"{prefix}.self_attn.k_norm", block.attention.k_norm)
-            put(f"{prefix}.self_attn.o_proj", block.attention.out)
-            put(f"{prefix}.post_attention_layernorm", block.mlp_norm)
-            put(f"{prefix}.mlp.", block.mlp.gate_up, ("gate_proj", "up_proj"))
-            put(f"{prefix}.mlp.down_proj", block.mlp.down)
-        else:
-            assert isinstance(block, GptJBlock)
-            put(f"{prefix}.input_layernorm", block.norm)
-            put(f"{prefix}.", block.qkv, qkv)
-            put(f"{prefix}.self_attn.o_proj", block.out)
-            put(f"{prefix}.mlp.up_proj", block.up)
-            put(f"{prefix}.mlp.down_proj", block.down)
-    put("model.norm", model.norm)
+        for path, module in block.named_modules():
+            names = _PARTS.get(path, ())
+            if path == "mlp_norm":
+                names = (_MLP_NORM[model.config.block],)
+            if isinstance(module, Experts):
+                targets.update(_experts(f"model.layers.{i}.mlp.experts", module))
+            elif names:
+                put(f"model.layers.{i}.", module, names)
+    put("model.", model.norm, ("norm",))
     if not model.config.tie_embeddings:
         targets[HEAD] = model.head.weight[:used]
         if model.head.bias is not None:
             targets["lm_head.bias"] = model.head.bias[:used]
+    return targets
+
+
+def _experts(prefix: str, experts: Experts) -> dict[str, Tensor]:
+    targets = {}
+    for i, (gate_up, down) in enumerate(zip(experts.gate_up, experts.down, strict=True)):
+        gate, up = gate_up.chunk(2)
+        targets[f"{prefix}.{i}.gate_proj.weight"] = gate
+        targets[f"{prefix}.{i}.up_proj.weight"] = up
+        targets[f"{prefix}.{i}.down_proj.weight"] = down
     return targets

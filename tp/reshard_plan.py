@@ -45,8 +45,9 @@ class Dims:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    ffn_dim: int
+    ffn_dim: int  # 0 where all layers have experts
     vocab_size: int
+    expert_dim: int = 0
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,8 @@ def dims_of(checkpoint: Checkpoint, num_heads: int | None = None) -> Dims:
                 f"{name} has {size} elements along {spec.axis!r} and {first} has {known}: they are "
                 "not of one model"
             )
-    for axis in ("q", "kv", "ffn", "vocab"):
+    mlp = "expert" if "expert" in extents else "ffn"
+    for axis in ("q", "kv", mlp, "vocab"):
         if axis not in extents:
             raise InputError(f"{checkpoint.path} has no weight that is divided along {axis!r}")
     if num_heads is None:
@@ -203,7 +205,8 @@ def dims_of(checkpoint: Checkpoint, num_heads: int | None = None) -> Dims:
             f"{extents['kv'][1]} has {kv} rows, which are no number of KV heads of {head_dim} that "
             f"{num_heads} query heads could share"
         )
-    return Dims(num_heads, kv // head_dim, head_dim, extents["ffn"][0], extents["vocab"][0])
+    ffn, expert = (extents.get(axis, (0, ""))[0] for axis in ("ffn", "expert"))
+    return Dims(num_heads, kv // head_dim, head_dim, ffn, extents["vocab"][0], expert)
 
 
 def _find_num_heads(checkpoint: Checkpoint) -> int:
@@ -229,13 +232,19 @@ def layout_of(dims: Dims, rank: int, world_size: int, ffn_unit: int = FFN_UNIT) 
         head_dim=dims.head_dim,
         ffn_dim=dims.ffn_dim,
         vocab_size=dims.vocab_size,
+        expert_dim=dims.expert_dim,
         rank=rank,
         world_size=world_size,
     )
     if ffn_unit == FFN_UNIT:
         return layout
-    start, stop = split_units(dims.ffn_dim, ffn_unit, rank, world_size)
-    return replace(layout, ffn_start=start, ffn_stop=stop)
+    if dims.ffn_dim:
+        start, stop = split_units(dims.ffn_dim, ffn_unit, rank, world_size)
+        layout = replace(layout, ffn_start=start, ffn_stop=stop)
+    if dims.expert_dim:
+        start, stop = split_units(dims.expert_dim, ffn_unit, rank, world_size)
+        layout = replace(layout, expert_start=start, expert_stop=stop)
+    return layout
 
 
 def _ffn_blocks(checkpoint: Checkpoint, dequantize: bool) -> list[int]:
@@ -245,7 +254,7 @@ def _ffn_blocks(checkpoint: Checkpoint, dequantize: bool) -> list[int]:
     found = set()
     for name, entry in checkpoint.entries.items():
         spec = find_spec(name)
-        if spec.axis == "ffn" and spec.dim == len(entry.shape) - 1 and entry.block > 1:
+        if spec.axis in ("ffn", "expert") and spec.dim == len(entry.shape) - 1 and entry.block > 1:
             found.add(entry.block)
     return sorted(found)
 

@@ -25,8 +25,9 @@ FFN_UNIT = 32
 class ShardSpec:
     """How one weight is divided: dimension `dim` along the blocks of `axis`, or not at all (None).
 
-    Axes: "q" and "kv" (heads), "ffn" (MLP width), "vocab". An `axis` "first" without a `dim` is whole
-    on rank 0 and zero on the others: the bias of a product whose parts are summed over the ranks.
+    Axes: "q" and "kv" (heads), "ffn" (MLP width), "expert" (each expert's width), "vocab". An `axis`
+    "first" without a `dim` is whole on rank 0 and zero on the others: the bias of a product whose parts
+    are summed over the ranks.
     """
 
     dim: int | None = None
@@ -44,15 +45,18 @@ TABLE: tuple[tuple[str, ShardSpec], ...] = (
     (r"model\.layers\.\d+\.mlp\.(gate|up)_proj\.(weight|bias)", ShardSpec(0, "ffn")),
     (r"model\.layers\.\d+\.mlp\.down_proj\.weight", ShardSpec(1, "ffn")),
     (r"model\.layers\.\d+\.(self_attn\.o|mlp\.down)_proj\.bias", ShardSpec(None, "first")),
-    (r"model\.(norm|layers\.\d+\.(input|post_attention)_layernorm)\.(weight|bias)", ShardSpec()),
+    (r"model\.layers\.\d+\.mlp\.gate\.weight", ShardSpec()),
+    (r"model\.layers\.\d+\.mlp\.experts\.\d+\.(gate|up)_proj\.weight", ShardSpec(0, "expert")),
+    (r"model\.layers\.\d+\.mlp\.experts\.\d+\.down_proj\.weight", ShardSpec(1, "expert")),
+    (r"model\.(norm|layers\.\d+\.\w+_layernorm)\.(weight|bias)", ShardSpec()),
 )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a rank holds of each axis, in elements: `heads`, `[ffn_start, ffn_stop)`, and
-    `[vocab_start, vocab_stop)`. `vocab_block` is the same on all ranks; the last ranks may hold less
-    of it than others, or nothing."""
+    """What a rank holds of each axis, in elements: `heads`, `[ffn_start, ffn_stop)`,
+    `[expert_start, expert_stop)` and `[vocab_start, vocab_stop)`. `vocab_block` is the same on all
+    ranks; the last ranks may hold less of it than others, or nothing."""
 
     head_dim: int
     heads: Heads
@@ -61,6 +65,8 @@ class Layout:
     vocab_start: int
     vocab_stop: int
     vocab_block: int
+    expert_start: int = 0
+    expert_stop: int = 0
 
 
 def plan_layout(
@@ -70,16 +76,18 @@ def plan_layout(
     head_dim: int,
     ffn_dim: int,
     vocab_size: int,
+    expert_dim: int = 0,
     rank: int,
     world_size: int,
 ) -> Layout:
     """The layout of one rank. Raises InputError where a rank would be left without work."""
     heads = split_heads(num_heads, num_kv_heads, rank, world_size)
-    ffn_start, ffn_stop = split_units(ffn_dim, FFN_UNIT, rank, world_size)
+    ffn = split_units(ffn_dim, FFN_UNIT, rank, world_size) if ffn_dim else (0, 0)
+    expert = split_units(expert_dim, FFN_UNIT, rank, world_size) if expert_dim else (0, 0)
     block = -(-vocab_size // world_size)
     start = min(rank * block, vocab_size)
     stop = min(start + block, vocab_size)
-    return Layout(head_dim, heads, ffn_start, ffn_stop, start, stop, block)
+    return Layout(head_dim, heads, *ffn, start, stop, block, *expert)
 
 
 def split_units(size: int, unit: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -119,6 +127,8 @@ def _bounds(axis: str, layout: Layout) -> tuple[int, int]:
             return heads.kv_start * head_dim, heads.kv_stop * head_dim
         case "ffn":
             return layout.ffn_start, layout.ffn_stop
+        case "expert":
+            return layout.expert_start, layout.expert_stop
         case "vocab":
             return layout.vocab_start, layout.vocab_stop
     raise AssertionError(axis)

@@ -62,6 +62,10 @@ def _heads(config: Mapping[str, Any], path: Path) -> tuple[int, int]:
     """How many query and KV heads a config declares. Raises InputError."""
     num_q = config.get("num_attention_heads")
     num_kv = config.get("num_key_value_heads") or num_q
+    if config.get("architectures") == ["FalconForCausalLM"]:
+        new = config.get("new_decoder_architecture")
+        one = config.get("multi_query", True) and not new
+        num_kv = 1 if one else (config.get("num_kv_heads") or num_q) if new else num_q
     for value in (num_q, num_kv):
         if type(value) is not int or not 1 <= value < 1 << 20:
             raise InputError(

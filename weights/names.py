@@ -1,8 +1,8 @@
 """What a stored tensor is called canonically, and which rows of it are meant. Pure; free of torch.
 
-Canonical names are those of Hugging Face's Llama. Llama, Mistral, Qwen 2 and Qwen 3 have them already;
-GPT-J, Meta's releases, gpt-fast, fused projections (Phi-3) and GGUF are translated. A name that no
-family has keeps itself, so that the loader can name it where it refuses it.
+Canonical names are those of Hugging Face's Llama. Most families have them already; GPT-J, Falcon,
+Mixtral's experts, Meta's releases, gpt-fast, fused projections (Phi-3) and GGUF are translated. A name
+that no family has keeps itself, so that the loader can name it where it refuses it.
 
 Two families store the rows of the query and key projections interleaved, for rotary embeddings over
 neighbours (2i, 2i+1) where the canonical order has halves (i, i + half a head): Meta with gpt-fast,
@@ -18,11 +18,14 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Piece:
     """One canonical tensor within a stored one: all of it (`part` ""), or the rows of "q", "k", "v",
-    "gate" or "up" in a fused one. `interleaved`: its rows are not in canonical order yet."""
+    "gate" or "up" in a fused one. `interleaved`: its rows are not in canonical order yet. `grouped`:
+    the fused rows are those of one KV head after another, each with its query heads before it
+    (Falcon)."""
 
     name: str
     part: str = ""
     interleaved: bool = False
+    grouped: bool = False
 
 
 # Buffers that some releases store although they are computed; never weights.
@@ -31,6 +34,7 @@ _DROPPED = re.compile(
 )
 _SHARED = {
     "transformer.wte.weight": "model.embed_tokens.weight",
+    "transformer.word_embeddings.weight": "model.embed_tokens.weight",
     "transformer.ln_f.weight": "model.norm.weight",
     "transformer.ln_f.bias": "model.norm.bias",
     "tok_embeddings.weight": "model.embed_tokens.weight",
@@ -46,6 +50,15 @@ _GPTJ = {
     "mlp.fc_out": "mlp.down_proj",
     "ln_1": "input_layernorm",
 }
+_FALCON = {
+    "self_attention.dense": "self_attn.o_proj",
+    "mlp.dense_h_to_4h": "mlp.up_proj",
+    "mlp.dense_4h_to_h": "mlp.down_proj",
+    "input_layernorm": "input_layernorm",
+    "ln_attn": "input_layernorm",
+    "ln_mlp": "mlp_layernorm",
+}
+_EXPERT = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _META = {
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
@@ -62,7 +75,7 @@ _GATE_UP = (("gate", "mlp.gate_proj"), ("up", "mlp.up_proj"))
 # (prefix of a layer, its names, those of them that are fused, are query and key rows interleaved)
 _Parts = tuple[tuple[str, str], ...]
 _FAMILIES: tuple[tuple[str, dict[str, str], dict[str, _Parts], bool], ...] = (
-    (r"transformer\.h", _GPTJ, {}, False),
+    (r"transformer\.h", _GPTJ | _FALCON, {"self_attention.query_key_value": _QKV}, False),
     (r"layers", _META, {"attention.wqkv": _QKV}, True),
     (r"model\.layers", {}, {"self_attn.qkv_proj": _QKV, "mlp.gate_up_proj": _GATE_UP}, False),
 )
@@ -103,14 +116,27 @@ def translate(stored: str) -> tuple[Piece, ...]:
         if match is None:
             continue
         layer, middle, kind = match.groups()
+        grouped = middle == "self_attention.query_key_value"
         found = fused.get(middle) or ((("", names[middle]),) if middle in names else ())
         if found:
             return tuple(
                 Piece(
-                    f"model.layers.{int(layer)}.{name}.{kind}", part, interleaved and name in _ROTATED
+                    f"model.layers.{int(layer)}.{name}.{kind}",
+                    part,
+                    interleaved and name in _ROTATED,
+                    grouped,
                 )
                 for part, name in found
             )
+    match = re.fullmatch(
+        r"model\.layers\.(\d{1,6})\.block_sparse_moe\.(gate|experts\.(\d{1,6})\.(w[123]))\.weight",
+        stored,
+        re.ASCII,
+    )
+    if match is not None:
+        layer, middle, expert, matrix = match.groups()
+        name = "gate" if middle == "gate" else f"experts.{int(expert)}.{_EXPERT[matrix]}"
+        return (Piece(f"model.layers.{int(layer)}.mlp.{name}.weight"),)
     return (Piece(stored),)
 
 

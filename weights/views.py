@@ -75,6 +75,8 @@ def _piece(
             f"{'an even' if piece.interleaved else 'one'} size ({num_q} query and {num_kv} KV heads)"
         )
     head_dim = size // held
+    if piece.grouped and num_kv > 1:  # with one KV head the order is that of plain fused rows
+        return grouped_rows(entry, piece.part, num_q // num_kv, num_kv, head_dim)
     if piece.part:
         start = {"q": 0, "k": num_q, "v": num_q + num_kv}[piece.part] * head_dim
         entry = rows_of(entry, start, start + own * head_dim)
@@ -99,6 +101,31 @@ def rows_of(entry: Entry, start: int, stop: int) -> Entry:
             return read((slice(rows.start + start, rows.stop + start), *slices[1:]))
 
         return part
+
+    return _rebuild(entry, shape, wrap)
+
+
+def grouped_rows(entry: Entry, part: str, group: int, num_kv: int, head_dim: int) -> Entry:
+    """The rows of "q", "k" or "v" where each KV head has its `group` query heads before it."""
+    stride = (group + 2) * head_dim
+    size = (group if part == "q" else 1) * head_dim
+    offset = {"q": 0, "k": group, "v": group + 1}[part] * head_dim
+    shape = (num_kv * size, *entry.shape[1:])
+
+    def wrap(read: Read) -> Read:
+        def rows(slices: Slices) -> Tensor:
+            check_slices("rows", shape, slices)
+            start, stop = slices[0].start, slices[0].stop
+            found = []
+            if start == stop:
+                return read((slice(0, 0), *slices[1:]))
+            for kv in range(start // size, -(-stop // size)):
+                low, high = max(start, kv * size), min(stop, (kv + 1) * size)
+                base = kv * stride + offset - kv * size
+                found.append(read((slice(base + low, base + high), *slices[1:])))
+            return found[0] if len(found) == 1 else torch.cat(found)
+
+        return rows
 
     return _rebuild(entry, shape, wrap)
 

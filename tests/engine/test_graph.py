@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from models.config import PRESETS
+from models.presets import PRESETS
 
 
 @pytest.mark.slow

@@ -10,9 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from comm.group import Group
-from models.config import PRESETS, ModelConfig, from_gguf, from_hf, override
+from models.config import ModelConfig, override
+from models.config_gguf import from_gguf
+from models.config_hf import from_hf
 from models.generate import generate
 from models.load import config_of, expected_shapes, load_model
+from models.presets import PRESETS
 from models.sampling import Sampling, sample
 from weights.checkpoint import open_checkpoint
 from weights.errors import InputError

@@ -11,23 +11,22 @@ import torch
 from comm import ops
 from comm.group import Rendezvous, open_group
 from models.load import config_of, load_model
+from tests.models.families import run
 from weights.checkpoint import open_checkpoint
 
 
 @torch.no_grad()
 def main(env: Any, payload: str) -> int:
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
-    tokens = torch.randint(0, 301, (3, 20), generator=torch.Generator().manual_seed(1))
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 120.0) as group:
         for name, folder in json.loads(payload)["folders"].items():
             checkpoint = open_checkpoint(Path(folder))
             model = load_model(config_of(checkpoint), checkpoint, group, torch.float32)
             wanted = torch.load(Path(folder) / "wanted.pt")
-            model.setup(3, 32)
-            steps = [model(tokens[:, :9], torch.arange(9), torch.tensor([8]))]
-            steps += [model(tokens[:, i : i + 1], torch.tensor([i])) for i in range(9, 20)]
-            logits = torch.stack(steps, dim=1)
-            torch.testing.assert_close(logits, wanted[:, 8:], rtol=1e-4, atol=1e-4)
+            logits = run(model)
+            torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4, msg=name)
+            one = run(model, slice(1, 2))
+            torch.testing.assert_close(one, wanted[1:2], rtol=1e-4, atol=1e-4, msg=name)
             for other in ops.all_gather(logits, group):
                 assert torch.equal(other, logits), f"{name}: ranks hold different bits"
             if group.rank == 0:

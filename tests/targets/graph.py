@@ -10,8 +10,8 @@ from torch._dynamo.utils import counters
 
 from comm.group import Rendezvous, open_group
 from engine.loop import generate, make_runner, warm_up
-from models.config import PRESETS
 from models.load import expected_shapes, load_model
+from models.presets import PRESETS
 from models.sampling import Sampling
 from weights.random_io import random_checkpoint
 

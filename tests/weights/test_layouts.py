@@ -31,7 +31,8 @@ from samples import (
 from torch import Tensor
 
 from engine.job import parse_job, resolve
-from models.config import expected_shapes, from_hf
+from models.config import expected_shapes
+from models.config_hf import from_hf
 from weights.checkpoint import Checkpoint, Entry, open_checkpoint
 from weights.errors import InputError
 from weights.names import translate

@@ -1,0 +1,87 @@
+"""Rotary position embeddings, real-valued: the tables of cos and sin, and the rotation.
+
+Which number of a head turns with which frequency, and how the frequencies are stretched for contexts
+longer than those of the training, differs by family; `models.config.Rope` says so. Sources: Su et al.,
+RoFormer (2021); "linear": Chen et al., Position Interpolation (2023); "dynamic": NTK-aware scaling
+(bloc97 and emozilla, 2023); "yarn": Peng et al. (2023); "longrope": Ding et al. (2024); "llama3": the
+reference code of Llama 3.1 (2024).
+
+What is not here: changing frequencies while a text grows. Kinds that depend on its length take the
+length that a run has room for, so that all keys in the cache were turned by the same angles.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from models.config import Rope
+
+
+def rope_tables(rope: Rope, head_dim: int, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x frequency: two float32 [length, rotary dim / 2]."""
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies(rope, head_dim, length))
+    return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+
+
+def frequencies(rope: Rope, head_dim: int, length: int) -> Tensor:
+    """Radians per position: float32 [rotary dim / 2]. `length`: tokens that the run has room for."""
+    dim = rope.dim or head_dim
+    theta, original = rope.theta, rope.original_max_seq_len
+    if rope.kind == "dynamic" and length > original:
+        theta *= (rope.factor * length / original - (rope.factor - 1)) ** (dim / max(dim - 2, 1))
+    plain = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    match rope.kind:
+        case "linear":
+            return plain / rope.factor
+        case "llama3":
+            return _llama3(rope, plain)
+        case "yarn":
+            return _yarn(rope, plain)
+        case "longrope":
+            return plain / torch.tensor(rope.long_factors if length > original else rope.short_factors)
+    return plain
+
+
+def _llama3(rope: Rope, plain: Tensor) -> Tensor:
+    """Long waves are stretched by the factor, short ones kept, those between blended."""
+    turns = rope.original_max_seq_len * plain / (2 * math.pi)  # of a frequency, within the training
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return plain * kept + plain / rope.factor * (1 - kept)
+
+
+def _yarn(rope: Rope, plain: Tensor) -> Tensor:
+    """The same with a blend that is linear in the index of the frequency."""
+    dim = 2 * len(plain)
+
+    def index(turns: float) -> float:
+        """Of the frequency that makes so many turns within the training."""
+        ratio = rope.original_max_seq_len / (turns * 2 * math.pi)
+        return dim * math.log(ratio) / (2 * math.log(rope.theta))
+
+    first, last = index(rope.beta_fast), index(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    span = last - first or 0.001
+    stretched = ((torch.arange(dim // 2, dtype=torch.float32) - first) / span).clamp(0, 1)
+    return plain / rope.factor * stretched + plain * (1 - stretched)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Turn the first r numbers of each head: x [B, T, heads, h], cos and sin [B, T, r / 2]."""
+    size = 2 * cos.shape[-1]
+    turned, kept = x[..., :size].float(), x[..., size:]
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    if interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+        pairs = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        turned = pairs.flatten(-2)
+    else:
+        first, second = turned.chunk(2, dim=-1)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    turned = turned.to(x.dtype)
+    return turned if size == x.shape[-1] else torch.cat((turned, kept), dim=-1)
