@@ -104,8 +104,8 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def _remove(folder: Path) -> str:
-    """Remove a folder, and tell whether it is gone. What a thread was doing in it when it was stopped may
-    need a moment to end."""
+    """Remove a folder, and tell whether it is gone. What a thread was doing in it when it was stopped
+    may need a moment to end."""
     for _ in range(40):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
