@@ -87,7 +87,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"reshard: {error}", file=sys.stderr)
         return error.exit_code
     except Interrupted as stopped:
-        print(f"reshard: stopped by {stopped}; nothing was left", file=sys.stderr)
+        left = getattr(stopped, "__notes__", ["nothing was left"])
+        print(f"reshard: stopped by {stopped}; {left[0]}", file=sys.stderr)
         return 128 + stopped.number
     return 0
 

@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,16 +91,27 @@ def new_folder(out: Path) -> Iterator[Path]:
         partial.rename(out)  # takes the place of an empty folder, and of nothing else
         _sync(out.parent)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        left = _remove(partial)
         reason = os.strerror(error.errno) if error.errno else str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason += "; free some, or write it elsewhere"
-        raise InputError(f"{out} could not be written: {reason}; nothing was left there") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(f"{out} could not be written: {reason}; {left}") from error
+    except BaseException as error:
+        error.add_note(_remove(partial))
         raise
     finally:
         os.close(lock)
+
+
+def _remove(folder: Path) -> str:
+    """Remove a folder, and tell whether it is gone. What a thread was doing in it when it was stopped
+    may need a moment to end."""
+    for _ in range(40):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return "nothing was left"
+        time.sleep(0.05)
+    return f"{folder} could not be removed"
 
 
 def remove_leftovers(out: Path) -> list[Path]:
