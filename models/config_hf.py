@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from models.config import ModelConfig, Rope, check, head_dim_of
@@ -130,12 +131,18 @@ def _rope(keys: Keys, values: Mapping[str, Any], head_dim: int, theta: float = 1
     kind = values.get("rope_type", values.get("type", "default"))
     kind = {"su": "longrope"}.get(kind, kind)  # as Phi-3's first files call it
     share = own.number("partial_rotary_factor", keys.number("partial_rotary_factor", 1.0))
+    plain = Rope(
+        theta=own.number("rope_theta", keys.number("rope_theta", theta)),
+        dim=0 if share == 1 else int(head_dim * share),
+    )
+    if kind == "default":
+        return plain
     trained = _length(keys)
     original = own.integer(
         "original_max_position_embeddings",
         keys.integer("original_max_position_embeddings", trained),
     )
-    factor = own.number("factor", 1.0 if kind == "default" else max(trained / max(original, 1), 1.0))
+    factor = own.number("factor", max(trained / max(original, 1), 1.0))
     more: dict[str, Any] = {}
     if kind == "dynamic":
         original = trained  # stretched from there on
@@ -154,14 +161,10 @@ def _rope(keys: Keys, values: Mapping[str, Any], head_dim: int, theta: float = 1
             more["attention_factor"] = own.number("attention_factor")
         elif factor > 1 and original > 1:
             more["attention_factor"] = math.sqrt(1 + math.log(factor) / math.log(original))
-    return Rope(
-        theta=own.number("rope_theta", keys.number("rope_theta", theta)),
-        dim=0 if share == 1 else int(head_dim * share),
-        kind=kind if isinstance(kind, str) else repr(kind),
-        factor=factor,
-        original_max_seq_len=original,
-        **more,
-    )
+    kind = kind if isinstance(kind, str) else repr(kind)
+    if kind != "linear":
+        more["original_max_seq_len"] = original
+    return replace(plain, kind=kind, factor=factor, **more)
 
 
 def _yarn_attention(own: Keys, factor: float) -> float:

@@ -106,13 +106,18 @@ HF = {
     ("change", "match"),
     [
         ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM' is not supported"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "'llama3'"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "low_freq_factor must be a number"),
+        ({"rope_scaling": {"rope_type": "mrope"}}, "'mrope' is not supported"),
+        (
+            {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}},
+            "8 frequencies",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor must be a number"),
         ({"rope_theta": float("nan")}, "rope_theta must be a number above 0"),
         ({"head_dim": 15}, "even size"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers must be an integer"),
         ({"num_key_value_heads": 3}, "not a multiple"),
-        ({"hidden_act": "gelu"}, "gelu"),
+        ({"hidden_act": "relu"}, "'relu' is not supported"),
         ({"vocab_size": 0}, "vocab_size=0"),
     ],
 )
@@ -188,7 +193,7 @@ def test_sampling_follows_its_limits() -> None:
 def test_config_json_of_saved_model_is_read(tmp_path: Path) -> None:
     save_hf(tmp_path, SHAPES["mqa"])
     config = config_of(open_checkpoint(tmp_path))
-    assert (config.head_dim, config.rope_theta, config.num_kv_heads) == (12, 5000.0, 1)
+    assert (config.head_dim, config.rope.theta, config.num_kv_heads) == (12, 5000.0, 1)
     (tmp_path / "config.json").write_text(json.dumps([1]))
     with pytest.raises(InputError, match="JSON object"):
         open_checkpoint(tmp_path)
