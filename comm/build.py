@@ -1,11 +1,11 @@
-"""Compile the shared-memory extension once, and find it again.
+"""Compile an extension of torch once, and find it again.
 
-What: one shared library from `csrc/`, kept in the user's cache under a name made of everything that
+What: one shared library from a folder of sources, kept in the user's cache under a name made of everything that
 it depends on (sources, torch version, compiler, machine), so that a stale library is never loaded.
 Why not torch's own extension builder: it brings setuptools and ninja and several seconds of imports
 for what is one compiler call. What is not here: SIMD variants (the source carries them itself).
 
-`python -m comm.build` builds it ahead of the first run.
+`python -m comm.build` builds that of the collectives ahead of the first run.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -44,7 +45,19 @@ def cache_dir() -> Path:
     return Path(base) / "yoke"
 
 
-def build_extension() -> Path:
+@dataclass(frozen=True)
+class Extension:
+    """A folder of C++ sources. `ops.cpp` alone sees torch; the files of `X86_FLAGS` get theirs."""
+
+    name: str
+    source_dir: Path
+    flags: tuple[str, ...]
+
+
+COMM = Extension("yoke_comm", SOURCE_DIR, FLAGS)
+
+
+def build_extension(extension: Extension = COMM) -> Path:
     """Return the path of the compiled extension, compiling it first if need be.
 
     A file lock lets one process build while others wait for its result. Raises BuildError when there
@@ -53,7 +66,7 @@ def build_extension() -> Path:
     compiler = _compiler()
     if compiler is None:
         raise BuildError("no C++ compiler found (Debian: apt-get install g++)")
-    library = _library(compiler)
+    library = _library(compiler, extension)
     if library.exists():
         return library
     folder = library.parent
@@ -64,14 +77,14 @@ def build_extension() -> Path:
     with (folder / f"{library.stem}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            _compile(compiler, library)
+            _compile(compiler, library, extension)
     return library
 
 
-def built_extension() -> Path | None:
+def built_extension(extension: Extension = COMM) -> Path | None:
     """The compiled extension, if there is one for this torch, compiler and source; builds nothing."""
     compiler = _compiler()
-    library = None if compiler is None else _library(compiler)
+    library = None if compiler is None else _library(compiler, extension)
     return library if library is not None and library.exists() else None
 
 
@@ -79,13 +92,14 @@ def _compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
-def _library(compiler: str) -> Path:
-    return cache_dir() / "extensions" / f"yoke_comm-{_fingerprint(compiler)}.so"
+def _library(compiler: str, extension: Extension) -> Path:
+    fingerprint = _fingerprint(compiler, extension)
+    return cache_dir() / "extensions" / f"{extension.name}-{fingerprint}.so"
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: str, extension: Extension) -> str:
     digest = hashlib.sha256()
-    for source in sorted(SOURCE_DIR.iterdir()):
+    for source in sorted(extension.source_dir.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
     try:
         version = subprocess.run(
@@ -95,7 +109,7 @@ def _fingerprint(compiler: str) -> str:
         raise BuildError(f"the C++ compiler {compiler} does not run: {error}") from error
     digest.update(version)
     own = [flag for flags in X86_FLAGS.values() for flag in flags]
-    for part in (torch.__version__, platform.machine(), *FLAGS, *own, *_torch_flags()):
+    for part in (torch.__version__, platform.machine(), *extension.flags, *own, *_torch_flags()):
         digest.update(part.encode())
     return digest.hexdigest()[:16]
 
@@ -111,15 +125,17 @@ def _torch_flags() -> list[str]:
     ]
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _compile(compiler: str, library: Path, extension: Extension) -> None:
     # Built beside its final name and moved there whole, so that a killed build leaves nothing loadable.
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
         built = Path(folder) / library.name
         objects = []
         commands = []
-        for source in sorted(SOURCE_DIR.glob("*.cpp"), key=lambda path: path.name != "ops.cpp"):
+        sources = extension.source_dir.glob("*.cpp")
+        for source in sorted(sources, key=lambda path: path.name != "ops.cpp"):
             objects.append(str(Path(folder) / f"{source.stem}.o"))
-            commands.append([compiler, *source_flags(source), "-c", str(source), "-o", objects[-1]])
+            flags = source_flags(source, extension)
+            commands.append([compiler, *flags, "-c", str(source), "-o", objects[-1]])
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(_run, commands))  # the longest, which includes torch, first
         lib = Path(torch.__file__).parent / "lib"
@@ -128,10 +144,10 @@ def _compile(compiler: str, library: Path) -> None:
         os.replace(built, library)
 
 
-def source_flags(source: Path) -> list[str]:
+def source_flags(source: Path, extension: Extension = COMM) -> list[str]:
     """The compiler's flags for one file of `csrc/`, but for those of torch where it needs none."""
     own = X86_FLAGS.get(source.name, ()) if platform.machine() == "x86_64" else ()
-    return [*FLAGS, *own, *(_torch_flags() if source.name == "ops.cpp" else ())]
+    return [*extension.flags, *own, *(_torch_flags() if source.name == "ops.cpp" else ())]
 
 
 def _run(command: list[str]) -> None:

@@ -1,0 +1,51 @@
+// The inner loops, once per instruction set. Plain pointers and sizes: nothing of torch is seen here.
+#pragma once
+
+#include <cstdint>
+
+namespace yoke::kernels {
+
+using bf16 = std::uint16_t;  // the upper half of a float
+
+// Rows [first, last) of y = x W^T + bias, for a few rows of x. x [m, k], w [n, k], bias [n] or null,
+// y [m, n]; sums in float.
+struct LinearArgs {
+  const bf16* x;
+  const bf16* w;
+  const bf16* bias;
+  bf16* y;
+  std::int64_t m, n, k;
+};
+using Linear = void (*)(const LinearArgs&, std::int64_t first, std::int64_t last);
+
+// One token's attention: `group` query heads that share a KV head, over `length` cached tokens.
+// q [group, h] with heads `q_stride` apart, k and v [length, h], out [group, h]. Scores are multiplied by
+// `scale`; with a cap they become cap * tanh(score / cap). `scratch`: group * (length + h) floats.
+template <typename T>
+struct AttendArgs {
+  const T* q;
+  const T* k;
+  const T* v;
+  T* out;
+  float* scratch;
+  std::int64_t q_stride, group, length, h;
+  float scale, cap;
+};
+template <typename T>
+using Attend = void (*)(const AttendArgs<T>&);
+
+struct Kernels {
+  const char* name;
+  Linear linear;
+  Attend<bf16> attend_bf16;
+  Attend<float> attend_f32;
+};
+
+extern const Kernels base_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+extern const Kernels avx512bf16_kernels;
+#endif
+
+}  // namespace yoke::kernels

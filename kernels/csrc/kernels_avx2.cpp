@@ -1,0 +1,8 @@
+#define YOKE_ISA isa_avx2
+#include "impl.h"
+
+namespace yoke::kernels {
+
+const Kernels avx2_kernels{"avx2", isa_avx2::linear, isa_avx2::attend<bf16>, isa_avx2::attend<float>};
+
+}  // namespace yoke::kernels

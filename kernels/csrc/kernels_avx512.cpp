@@ -1,0 +1,8 @@
+#define YOKE_ISA isa_avx512
+#include "impl.h"
+
+namespace yoke::kernels {
+
+const Kernels avx512_kernels{"avx512", isa_avx512::linear, isa_avx512::attend<bf16>, isa_avx512::attend<float>};
+
+}  // namespace yoke::kernels

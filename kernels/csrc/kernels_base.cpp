@@ -1,0 +1,8 @@
+#define YOKE_ISA isa_base
+#include "impl.h"
+
+namespace yoke::kernels {
+
+const Kernels base_kernels{"base", isa_base::linear, isa_base::attend<bf16>, isa_base::attend<float>};
+
+}  // namespace yoke::kernels

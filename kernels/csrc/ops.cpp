@@ -1,0 +1,172 @@
+// torch.ops.yoke_kernels.*: checks, the division among threads, and the choice of an instruction set.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace yoke::kernels {
+namespace {
+
+std::vector<const Kernels*> runnable() {
+  std::vector<const Kernels*> found{&base_kernels};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2_kernels);
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512) found.push_back(&avx512_kernels);
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16_kernels);
+#endif
+  return found;
+}
+
+const Kernels*& chosen() {
+  static const Kernels* best = runnable().back();
+  return best;
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Kernels* kernels : runnable()) names.emplace_back(kernels->name);
+  return names;
+}
+
+// For tests and measurements: all that follows uses this one.
+void use_instruction_set(const std::string& name) {
+  for (const Kernels* kernels : runnable()) {
+    if (name == kernels->name) {
+      chosen() = kernels;
+      return;
+    }
+  }
+  TORCH_CHECK(false, "instruction set '", name, "' does not run on this machine");
+}
+
+const bf16* data(const at::Tensor& x) { return reinterpret_cast<const bf16*>(x.const_data_ptr<at::BFloat16>()); }
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16,
+              "linear: takes bfloat16, not ", x.scalar_type(), " and ", weight.scalar_type());
+  TORCH_CHECK(weight.dim() == 2 && x.dim() >= 1 && x.size(-1) == weight.size(1), "linear: x ", x.sizes(),
+              " does not go with a weight of ", weight.sizes());
+  TORCH_CHECK(weight.is_contiguous(), "linear: the weight must be contiguous");
+  const at::Tensor rows = x.contiguous();
+  std::vector<std::int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = weight.size(0);
+  at::Tensor y = at::empty(shape, x.options());
+  at::Tensor own_bias;
+  if (bias.has_value()) {
+    TORCH_CHECK(bias->scalar_type() == at::kBFloat16 && bias->dim() == 1 && bias->size(0) == weight.size(0),
+                "linear: the bias must be bfloat16 [", weight.size(0), "]");
+    own_bias = bias->contiguous();
+  }
+  const LinearArgs args{data(rows),
+                        data(weight),
+                        own_bias.defined() ? data(own_bias) : nullptr,
+                        reinterpret_cast<bf16*>(y.mutable_data_ptr<at::BFloat16>()),
+                        weight.size(1) == 0 ? 0 : rows.numel() / weight.size(1),
+                        weight.size(0),
+                        weight.size(1)};
+  if (weight.size(1) == 0 || y.numel() == 0) return y.zero_();
+  const Linear run = chosen()->linear;
+  constexpr std::int64_t kUnit = 8;  // rows of w that are read side by side
+  const std::int64_t units = (args.n + kUnit - 1) / kUnit;
+  const std::int64_t grain = std::max<std::int64_t>(1, 16384 / (kUnit * args.k + 1));
+  at::parallel_for(0, units, grain, [&](std::int64_t first, std::int64_t last) {
+    run(args, first * kUnit, std::min(last * kUnit, args.n));
+  });
+  return y;
+}
+
+template <typename T, typename Run>
+void attend_rows(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor& out,
+                 const std::int64_t* positions, at::IntArrayRef runs, double scale, double cap, std::int64_t window,
+                 const T* (*pointer)(const at::Tensor&), Run run) {
+  const std::int64_t batch = q.size(0), heads = q.size(1), h = q.size(2);
+  const std::int64_t num_kv = k.size(1), cache_len = k.size(2);
+  struct Work {
+    std::int64_t row, kv, q_start, group;
+  };
+  std::vector<Work> works;
+  for (std::int64_t b = 0; b < batch; ++b) {
+    for (std::size_t i = 0; i + 3 < runs.size(); i += 4) {
+      const std::int64_t count = runs[i + 3] - runs[i + 2], group = (runs[i + 1] - runs[i]) / count;
+      for (std::int64_t j = 0; j < count; ++j) works.push_back({b, runs[i + 2] + j, runs[i] + j * group, group});
+    }
+  }
+  const T* qs = pointer(q);
+  const T* ks = pointer(k);
+  const T* vs = pointer(v);
+  T* outs = const_cast<T*>(pointer(out));
+  at::parallel_for(0, static_cast<std::int64_t>(works.size()), 1, [&](std::int64_t first, std::int64_t last) {
+    std::vector<float> scratch;
+    for (std::int64_t i = first; i < last; ++i) {
+      const Work& work = works[static_cast<std::size_t>(i)];
+      const std::int64_t stop = positions[work.row] + 1;
+      const std::int64_t start = window > 0 ? std::max<std::int64_t>(0, stop - window) : 0;
+      const std::int64_t cached = (work.row * num_kv + work.kv) * cache_len + start;
+      scratch.resize(static_cast<std::size_t>(work.group * (stop - start + h)));
+      const std::int64_t offset = (work.row * heads + work.q_start) * h;
+      run(AttendArgs<T>{qs + offset, ks + cached * h, vs + cached * h, outs + offset, scratch.data(), h, work.group,
+                        stop - start, h, static_cast<float>(scale), static_cast<float>(cap)});
+    }
+  });
+}
+
+// A token per row: q [B, H, h], caches [B, K, S, h], positions [B] -> [B, H, h].
+at::Tensor attend(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
+                  const at::Tensor& positions, at::IntArrayRef runs, double scale, double cap, std::int64_t window) {
+  TORCH_CHECK(q.dim() == 3 && k_cache.dim() == 4 && v_cache.sizes() == k_cache.sizes() &&
+                  q.size(0) == k_cache.size(0) && q.size(2) == k_cache.size(3),
+              "attend: q ", q.sizes(), " does not go with caches of ", k_cache.sizes(), " and ", v_cache.sizes());
+  TORCH_CHECK(k_cache.is_contiguous() && v_cache.is_contiguous(), "attend: the caches must be contiguous");
+  TORCH_CHECK(q.scalar_type() == k_cache.scalar_type() && q.scalar_type() == v_cache.scalar_type(),
+              "attend: q is ", q.scalar_type(), " and the caches are ", k_cache.scalar_type());
+  TORCH_CHECK(positions.scalar_type() == at::kLong && positions.dim() == 1 && positions.size(0) == q.size(0),
+              "attend: positions must be int64 [", q.size(0), "]");
+  for (std::size_t i = 0; i + 3 < runs.size(); i += 4) {
+    TORCH_CHECK(0 <= runs[i] && runs[i] < runs[i + 1] && runs[i + 1] <= q.size(1) && 0 <= runs[i + 2] &&
+                    runs[i + 2] < runs[i + 3] && runs[i + 3] <= k_cache.size(1) &&
+                    (runs[i + 1] - runs[i]) % (runs[i + 3] - runs[i + 2]) == 0,
+                "attend: runs of heads that are not those of q and the caches");
+  }
+  const at::Tensor where = positions.contiguous();
+  const std::int64_t* at_row = where.const_data_ptr<std::int64_t>();
+  for (std::int64_t b = 0; b < q.size(0); ++b) {
+    TORCH_CHECK(0 <= at_row[b] && at_row[b] < k_cache.size(2), "attend: position ", at_row[b], " in a cache of ",
+                k_cache.size(2));
+  }
+  const at::Tensor own = q.contiguous();
+  at::Tensor out = at::empty(q.sizes(), q.options());
+  if (q.scalar_type() == at::kBFloat16) {
+    attend_rows<bf16>(own, k_cache, v_cache, out, at_row, runs, scale, cap, window, data, chosen()->attend_bf16);
+  } else {
+    TORCH_CHECK(q.scalar_type() == at::kFloat, "attend: takes bfloat16 and float32, not ", q.scalar_type());
+    attend_rows<float>(
+        own, k_cache, v_cache, out, at_row, runs, scale, cap, window,
+        +[](const at::Tensor& x) { return x.const_data_ptr<float>(); }, chosen()->attend_f32);
+  }
+  return out;
+}
+
+TORCH_LIBRARY(yoke_kernels, library) {
+  library.def("instruction_sets() -> str[]", instruction_sets);
+  library.def("use_instruction_set(str name) -> ()", use_instruction_set);
+  library.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  library.def(
+      "attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor positions, int[] runs, float scale, float cap, "
+      "int window) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(yoke_kernels, CPU, library) {
+  library.impl("linear", linear);
+  library.impl("attend", attend);
+}
+
+}  // namespace
+}  // namespace yoke::kernels

@@ -1,0 +1,60 @@
+"""Load the operators `torch.ops.yoke_kernels.*`, and tell torch their shapes.
+
+`python -m kernels.load` compiles them ahead of the first run.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from comm.build import Extension, build_extension
+from comm.errors import BuildError
+
+_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-pthread", "-Wall", "-Wextra")
+# Loops marked `omp simd` may be summed in any order; nothing looks at errno or floating-point traps.
+_MATH = ("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
+KERNELS = Extension("yoke_kernels", Path(__file__).parent / "csrc", (*_FLAGS, *_MATH))
+
+
+@functools.cache
+def load_kernels() -> bool:
+    """Compile the operators if need be and load them. False, with a warning, where that cannot be done:
+    torch's own are used then."""
+    try:
+        torch.ops.load_library(str(build_extension(KERNELS)))
+    except (BuildError, OSError) as error:
+        warnings.warn(f"Yoke's own kernels are not used: {error}", stacklevel=2)
+        return False
+    torch.library.register_fake("yoke_kernels::linear", _fake_linear)
+    torch.library.register_fake("yoke_kernels::attend", _fake_attend)
+    return True
+
+
+def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_attend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    runs: list[int],
+    scale: float,
+    cap: float,
+    window: int,
+) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+if __name__ == "__main__":
+    try:
+        print(build_extension(KERNELS))
+    except BuildError as error:
+        sys.exit(f"error: {error}")
