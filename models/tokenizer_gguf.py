@@ -34,7 +34,7 @@ def gguf_codec(path: Path, config: Mapping[str, Any]) -> TextCodec:
         )
     spm = kind == "llama"
     pre = config.get("tokenizer.ggml.pre") or "default"
-    if not spm and pre not in SPLITTINGS:
+    if not spm and (not isinstance(pre, str) or pre not in SPLITTINGS):
         raise InputError(
             f"{path} needs the pre-tokenizer {str(pre)[:100]!r}, which is not known; known are "
             + ", ".join(sorted(SPLITTINGS))
