@@ -41,7 +41,7 @@ def folder_codec(folder: Path, config: Mapping[str, Any]) -> TextCodec:
     special = {name: _content(settings[name], name, folder) for name in _NAMES if settings.get(name)}
     doubled_space = False
     stop: tuple[int, ...] = ()
-    whole: Ends | None = None
+    ends: Ends | None = None  # as tokenizer.json says, whatever the settings say: as in transformers
     if (file := folder / "tokenizer.json").exists():
         tokenizer = _from_json(file)
     elif (file := folder / "tokenizer.model").exists():
@@ -68,18 +68,17 @@ def folder_codec(folder: Path, config: Mapping[str, Any]) -> TextCodec:
             special = _named_pieces(vocabulary) | special
             # Llama's default. (transformers 5 says so and adds none.)
             settings = {"add_bos_token": not vocabulary.unigram, **settings}
-        whole = Ends()
     else:
         raise InputError(
             f"{folder} holds neither tokenizer.json nor tokenizer.model; copy the file of the model "
             "there, or save its tokenizer anew with transformers"
         )
     _add(tokenizer, file, added, special, _further(settings, folder))
-    if whole is not None or settings.keys() & {"add_bos_token", "add_eos_token"}:
-        whole = _ends(tokenizer, settings, special, folder)
+    if file.name == "tokenizer.model":
+        ends = _ends(tokenizer, settings, special, folder)
     stop = _stop_tokens(folder, config) or stop or _ids(tokenizer, special.get("eos_token"))
     templates = _templates(folder, settings)
-    return make_codec(tokenizer, whole, frozenset(stop), templates, special, doubled_space)
+    return make_codec(tokenizer, ends, frozenset(stop), templates, special, doubled_space)
 
 
 def _from_json(file: Path) -> Tokenizer:
