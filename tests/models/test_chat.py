@@ -78,6 +78,8 @@ TEMPLATES = {
     {% endif %}
 {% endfor %}
 {% if add_generation_prompt %}{{ '<|assistant|>' + '\n' }}{% else %}{{ eos_token }}{% endif %}{{ pad_token }}{{ unk_token }}{{ sep_token }}""",
+    "scopes": """{% set x = 0 %}{% for m in messages %}{% generation %}{% set x = loop.index %}{{ x }}{% endgeneration %}
+{{ x }}{% endfor %}{% generation %}{% set y = 2 %}{{ x + y }}{% endgeneration %}[{{ x }}{{ y }}]Hello {{ '{{ 1 }}' }}""",
     "filters": """{{ messages | tojson }}{{ messages | tojson(indent=2, sort_keys=true) }}
 {{ '<b>&"' }}{{ messages | map(attribute='role') | join(',') }} {{ dict(a=1) }} {{ range(3) | list }}
 {{ documents is none }} {{ tools is none }} {{ missing }} {{ messages[0].missing }} {{ 7 // 2 }} {{ loop is defined }}
@@ -229,4 +231,5 @@ def test_output_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_messages_are_not_changed_by_a_template() -> None:
     talk = [{"role": "user", "content": "x", "extra": None}]
     apply_chat_template(codec("{% set messages = [] %}{{ messages }}"), talk)
+    assert apply_chat_template(codec("{{ messages[0] }}"), talk) == "{'role': 'user', 'content': 'x'}"
     assert talk == [{"role": "user", "content": "x", "extra": None}]

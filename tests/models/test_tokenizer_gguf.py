@@ -7,6 +7,7 @@ transformers reads the GGUF file as the model means it, that is compared, too.
 # ruff: noqa: E501
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from vocabularies import SPECIAL, TEXTS, gguf_of, train_bytes, train_spm, write_gguf
 
 from models.tokenizer import load_codec
-from models.tokenizer_bytes import SPLITTINGS
+from models.tokenizer_bytes import SPLITTINGS, build_bytes
 from models.tokenizer_spm import read_spm
 from weights.checkpoint import Checkpoint, open_checkpoint
 from weights.errors import InputError
@@ -76,6 +77,10 @@ MODELS: dict[str, tuple[dict[str, Any], str | None, bool]] = {
 }
 
 
+# Letters of all cases and scripts, marks, digits, punctuation, symbols, blanks: each class a pattern names.
+SIGNS = "aZ' 's'LL\t\n\r  \u00a0é\u0301Éß世ǅª19٣²Ⅷ$+<=>^~|`./_-\"#&*@!?。«€\u200d👍"
+
+
 def test_every_pre_tokenizer_is_compared() -> None:
     assert MODELS.keys() == SPLITTINGS.keys()
 
@@ -100,6 +105,35 @@ def test_a_byte_level_vocabulary_gives_the_tokens_of_its_tokenizer_json(
         for reference in references[: 1 if SPECIAL[-1] in text else 2]:
             assert tokens == reference.encode(text, add_special_tokens=False), text
             assert codec.decode(tokens) == reference.decode(tokens, skip_special_tokens=True), text
+
+
+@pytest.mark.parametrize("pre", MODELS)
+def test_a_text_is_cut_where_the_tokenizer_json_cuts_it(pre: str) -> None:
+    """Whatever the merges make of it: also where no word of the texts would tell."""
+    declared, normalizer, _ = MODELS[pre]
+    trained = train_bytes(declared, normalizer)
+    built = build_bytes(trained.get_vocab(False), [], SPLITTINGS[pre])
+    draw = random.Random(3)
+    texts = [*TEXTS, *("".join(draw.choices(SIGNS, k=12)) for _ in range(400))]
+    for text in texts:
+        words = [
+            tokenizer.pre_tokenizer.pre_tokenize_str(
+                tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+            )
+            for tokenizer in (built, trained)
+        ]
+        assert words[0] == words[1], text
+
+
+@pytest.mark.parametrize("pre", MODELS)
+def test_a_word_that_is_a_token_is_taken_whole_where_the_model_does_so(
+    pre: str, tmp_path: Path
+) -> None:
+    """`ignore_merges` of the tokenizer.json of Llama 3 and Mistral Nemo."""
+    tokens = [*"helo", "hello", "he"]
+    file = write_gguf(tmp_path / "m.gguf", "gpt2", tokens, merges=["h e"], pre=pre, add_bos_token=False)
+    whole = pre in ("llama-bpe", "llama3", "llama-v3", "tekken")
+    assert load_codec(open_checkpoint(file)).encode("hello", True) == ([4] if whole else [5, 2, 2, 3])
 
 
 def test_pre_tokenizers_are_told_apart() -> None:
@@ -194,6 +228,33 @@ def test_a_folder_and_a_gguf_file_of_one_vocabulary_agree(spm: Path, tmp_path: P
     for text in TEXTS:
         for whole in (True, False):
             assert from_gguf.encode(text, whole) == from_folder.encode(text, whole)
+
+
+def test_sentencepiece_merges_by_score_and_not_by_id(spm: Path, tmp_path: Path) -> None:
+    tokens, keys = spm_keys(spm)
+    order = list(range(len(tokens)))
+    first = keys["token_type"].index(1)
+    order[first:] = reversed(order[first:])
+    shuffled = {name: [keys[name][i] for i in order] for name in ("scores", "token_type")}
+    as_it_is = load_codec(open_checkpoint(write_gguf(tmp_path / "a.gguf", "llama", tokens, **keys)))
+    names = [tokens[i] for i in order]
+    reversed_ = load_codec(
+        open_checkpoint(write_gguf(tmp_path / "b.gguf", "llama", names, **{**keys, **shuffled}))
+    )
+    for text in TEXTS:
+        assert [order[i] for i in reversed_.encode(text, True)] == as_it_is.encode(text, True), text
+
+
+def test_a_byte_token_is_not_spelled_out(tmp_path: Path) -> None:
+    """sentencepiece merges no pieces into a byte token, though its name can be put together."""
+    tokens = ["<unk>", "<s>", "</s>", "<0x00>", "<0x41>", *"<0x41>", "<0", "x4", "<0x4", "1>"]
+    tokens = list(dict.fromkeys(tokens))
+    types = [2, 3, 3, 6, 6, *[1] * (len(tokens) - 5)]
+    scores = [0.0] * 5 + [-float(i) for i in range(len(tokens) - 5)]
+    keys = {"scores": scores, "token_type": types, "add_space_prefix": False, "add_bos_token": False}
+    codec = load_codec(open_checkpoint(write_gguf(tmp_path / "m.gguf", "llama", tokens, **keys)))
+    assert [tokens[i] for i in codec.encode("<0x41>", True)] == ["<0x4", "1>"]
+    assert codec.decode([4]) == "A" and codec.decode(codec.encode("<0x41>", True)) == "<0x41>"
 
 
 def test_several_chat_templates_are_read_by_name(tmp_path: Path) -> None:
