@@ -24,10 +24,11 @@ from engine.job import Job, ResolvedJob, check_ranks, from_json
 from engine.loop import check_prompt, generate, make_runner, warm_up
 from engine.memory import dtype_name
 from engine.report import Report, progress_bar, say, write_json, write_summary
+from models.chat import apply_chat_template
 from models.config import expected_shapes
 from models.load import config_of, load_model
 from models.sampling import Sampling
-from models.tokenizer import TextCodec, apply_chat_template, byte_codec, load_codec
+from models.tokenizer import TextCodec, byte_codec, load_codec
 from weights.checkpoint import Checkpoint, open_checkpoint
 from weights.errors import InputError
 from weights.random_io import random_checkpoint
@@ -150,7 +151,9 @@ def _prompt(
     tokens: list[int] = []
     if group.rank == 0:
         codec = byte_codec(vocab_size) if job.weights == "random" else load_codec(checkpoint)
-        text = apply_chat_template(codec, job.prompt) if job.chat else job.prompt
+        text = job.prompt
+        if job.chat:
+            text = apply_chat_template(codec, [{"role": "user", "content": job.prompt}])
         tokens = codec.encode(text, not job.chat)
         check_prompt(len(tokens), job.max_new_tokens, job.max_seq_len)
     length = ops.broadcast(torch.tensor([len(tokens)]), 0, group)
