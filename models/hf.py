@@ -1,0 +1,242 @@
+"""Any model of the transformers library that has a tensor-parallel plan, over the ranks.
+
+The model's own code runs, with our layers, collectives, cache and attention in the places that its
+plan names (`models.hf_plan`, `models.hf_attention`). It is built without memory, tried on shapes
+alone, given memory and filled with this rank's slices under the names that the checkpoint stores. Code
+that comes with a checkpoint is never run.
+
+Only `engine=hf` imports this module: transformers is an optional package.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from comm.group import Group
+from models.hf_attention import NAME, LayerCache, Probe, Split, StepCache, attend, visible
+from models.hf_layers import Selected
+from models.hf_plan import Weight, divide
+from models.load import RELEASE_BYTES
+from weights.checkpoint import Checkpoint, Entry
+from weights.errors import InputError
+from weights.pages import files_of, release_pages
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, visible)
+
+
+class HfModel(nn.Module):
+    """This rank's part of a transformers model, with the interface of our own models."""
+
+    def __init__(
+        self, inner: nn.Module, ends: tuple[Any, Any], caches: list[LayerCache], max_seq_len: int
+    ) -> None:
+        super().__init__()
+        self.inner = inner
+        self.ends = ends  # embedding and head; in a tuple, since they are registered in `inner`
+        self.caches = nn.ModuleList(caches)
+        self.max_seq_len = max_seq_len
+
+    def setup(self, batch_size: int, cache_len: int) -> None:
+        """Allocate the KV caches for positions 0..cache_len-1."""
+        like = next(self.inner.parameters())
+        for cache in self.caches:
+            assert isinstance(cache, LayerCache)
+            cache.setup(batch_size, cache_len, like)
+
+    def forward(self, tokens: Tensor, positions: Tensor, last: Tensor | None = None) -> Tensor:
+        """Logits of one token per row: float32 [B, vocab_size].
+
+        tokens: int64 [B, T] at `positions`: int64 [B, T]. `last`: int64 [B], the index in 0..T-1 of
+        each row whose logits are wanted; None means the only one (T = 1). Tokens after `last` may be
+        padding: what they leave in the cache is overwritten before anything attends to it.
+        """
+        cache = StepCache(positions, self.caches)  # type: ignore[arg-type]
+        outputs = self.inner(
+            input_ids=tokens,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            select=last,
+        )
+        return outputs.logits[:, -1].float()
+
+
+def build_model(folder: Path, group: Group, dtype: torch.dtype) -> tuple[HfModel, dict[str, Weight]]:
+    """This rank's part on the meta device, and what to read for it. Raises InputError."""
+    transformers.logging.set_verbosity_error()
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            inner: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=NAME, trust_remote_code=False
+            )
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{folder}: transformers cannot build this model ({first})") from error
+    inner.requires_grad_(False).eval()
+    with torch.device("meta"):
+        weights, splits = divide(inner, group)
+    ends = inner.get_input_embeddings(), inner.get_output_embeddings()
+    prefix = inner.base_model_prefix
+    setattr(inner, prefix, Selected(getattr(inner, prefix)))
+    length = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
+    if type(length) is not int:
+        raise InputError(f"{folder}: its config.json has no max_position_embeddings")
+    return HfModel(inner, ends, _try_shapes(inner, splits), length), weights
+
+
+@torch.no_grad()
+def _try_shapes(inner: Any, splits: dict[int, Split]) -> list[LayerCache]:
+    """Run a step on the meta device, which costs nothing, to see that the divided model holds together
+    and what each layer caches. Raises InputError."""
+    name = f"{type(inner).__name__} ({inner.config.model_type})"
+    tokens = torch.zeros(2, 3, dtype=torch.int64, device="meta")
+    probes = [Probe(splits[layer], 3) for layer in range(len(splits))]
+    try:
+        inner(
+            input_ids=tokens,
+            position_ids=tokens,
+            past_key_values=StepCache(tokens, probes),
+            use_cache=True,
+            select=tokens[:, 0],
+        )
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{name} cannot be divided as its plan says: {why}") from error
+    for layer, probe in enumerate(probes):
+        if len(probe.seen) != 1:
+            raise InputError(
+                f"{name} cannot be divided as its plan says: layer {layer} writes its cache "
+                f"{len(probe.seen)} times in a step"
+            )
+    return [LayerCache(probe.split, *probe.seen[0]) for probe in probes]
+
+
+def load_hf_model(
+    checkpoint: Checkpoint,
+    group: Group,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> HfModel:
+    """Build this rank's part of a checkpoint's model and fill it; `checkpoint` has stored names.
+
+    `progress` is called with the bytes filled so far and in all. Raises InputError.
+    """
+    model, weights = build_model(checkpoint.folder, group, dtype)
+    entries = _entries(checkpoint, weights, model.inner)
+    embed, head = model.ends
+    tied = head.weight is embed.weight
+    model.to_empty(device="cpu")
+    if tied:
+        head.weight = embed.weight  # to_empty gave each its own memory
+    _compute_buffers(model.inner)
+    targets = {name: getattr(weight.module, weight.kind) for name, weight in weights.items()}
+    total = sum(target.nbytes for target in targets.values())
+    done = unreleased = 0
+    for name, target in targets.items():
+        part = _part(weights[name], entries[name], group)
+        if part is None:
+            target.zero_()
+        else:
+            dim = weights[name].dim
+            filled = target if dim is None else target.narrow(dim, 0, part.shape[dim])
+            assert filled.shape == part.shape, (name, filled.shape, part.shape)
+            filled.copy_(part)
+            if dim is not None:  # rows past the end of a table must not be noise
+                target.narrow(dim, part.shape[dim], target.shape[dim] - part.shape[dim]).zero_()
+            unreleased += part.nbytes
+        done += target.nbytes
+        if unreleased >= RELEASE_BYTES:
+            release_pages(files_of(checkpoint.path))
+            unreleased = 0
+        progress(done, total)
+    return model.eval()
+
+
+def _part(weight: Weight, entry: Entry, group: Group) -> Tensor | None:
+    """This rank's slice, None for what is rank 0's."""
+    if weight.first and group.rank:
+        return None
+    slices = [slice(0, size) for size in weight.shape]
+    if weight.dim is not None:
+        slices[weight.dim] = slice(weight.start, weight.stop)
+    return (entry.peek or entry.read)(tuple(slices))
+
+
+def _entries(checkpoint: Checkpoint, weights: dict[str, Weight], inner: Any) -> dict[str, Entry]:
+    """The checkpoint's entries under the names of the model's weights. Raises InputError unless they
+    are exactly these, in their shapes."""
+    tied = set(getattr(inner, "_tied_weights_keys", None) or ())
+    ignored = [*(inner._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
+    # Releases of the library have renamed modules; it knows what files called them.
+    renamings = [
+        change
+        for change in get_model_conversion_mapping(inner)
+        if isinstance(change, WeightRenaming)
+    ]
+    entries: dict[str, Entry] = {}
+    unused: list[str] = []
+    for stored, entry in checkpoint.entries.items():
+        name, _ = rename_source_key(stored, renamings, [])
+        if name in entries:
+            raise InputError(f"{checkpoint.path} stores {name!r} twice, once as {stored!r}")
+        if name in weights:
+            entries[name] = entry
+        elif name not in tied and not any(re.search(pattern, name) for pattern in ignored):
+            unused.append(stored)
+    missing = sorted(weights.keys() - entries.keys())
+    if unused or missing:
+        parts = []
+        if missing:
+            parts.append(f"lacks {len(missing)} weights of this model, such as {missing[0]!r}")
+        if unused:
+            parts.append(f"holds {len(unused)} that it does not have, such as {min(unused)!r}")
+        raise InputError(
+            f"{checkpoint.path} {' and '.join(parts)}; engine=hf needs a checkpoint of exactly this "
+            "model: download it again, or save it anew with save_pretrained"
+        )
+    for name, weight in weights.items():
+        if entries[name].shape != weight.shape:
+            raise InputError(
+                f"{entries[name].file or checkpoint.path}: {name} has shape {entries[name].shape}, "
+                f"the model's configuration asks for {weight.shape}"
+            )
+    return entries
+
+
+@torch.no_grad()
+def _compute_buffers(inner: Any) -> None:
+    """Buffers that no checkpoint holds (rotary frequencies), by the model's own initialisation. Raises
+    InputError for one that this leaves alone."""
+    for prefix, module in inner.named_modules():
+        buffers = {
+            f"{prefix}.{name}": value
+            for name, value in module._buffers.items()
+            if name in module._non_persistent_buffers_set and value is not None
+        }
+        marks = {}
+        for name, value in buffers.items():
+            if not value.is_floating_point() and value.dtype != torch.int64:
+                raise InputError(f"{type(inner).__name__}: cannot tell what its buffer {name} holds")
+            floats = value.is_floating_point()
+            marks[name] = float("nan") if floats else torch.iinfo(torch.int64).min
+            value.fill_(marks[name])
+        if buffers:
+            inner._init_weights(module)
+        for name, value in buffers.items():
+            left = value.isnan() if value.is_floating_point() else value == marks[name]
+            if left.any():
+                raise InputError(f"{type(inner).__name__}: its buffer {name} is not computed")
+
+
