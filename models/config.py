@@ -103,6 +103,7 @@ _GGUF_LIKE = {
     "qwen3": "Qwen3ForCausalLM",
 }
 ARCHITECTURES = (*_LLAMA_LIKE, "GPTJForCausalLM")
+_OTHERS = "; engine=hf runs any that has a tensor-parallel plan in the transformers library"
 
 
 def from_hf(config: Mapping[str, Any], source: str) -> ModelConfig:
@@ -115,6 +116,7 @@ def from_hf(config: Mapping[str, Any], source: str) -> ModelConfig:
         raise InputError(
             f"{source}: architecture {name or architectures!r} is not supported; supported: "
             + ", ".join(ARCHITECTURES)
+            + (_OTHERS if isinstance(config.get("model_type"), str) else "")
         )
     # Newer files keep all rotary settings in one object, older ones spread them.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}

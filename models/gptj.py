@@ -48,6 +48,7 @@ class GptJ(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, last: Tensor | None = None) -> Tensor:
         """Logits of one token per row, as `models.llama.Llama.forward`."""
+        positions = positions.reshape(-1)  # a batch of one may come as [1, T]
         cos, sin = self.cos[positions], self.sin[positions]  # [T, r/2]
         x = self.embed(tokens)  # [B, T, D]
         mask = causal_mask(positions, self.cos.shape[0], x.dtype)

@@ -38,14 +38,14 @@ AttentionMaskInterface.register(NAME, visible)
 class HfModel(nn.Module):
     """This rank's part of a transformers model, with the interface of our own models."""
 
-    def __init__(
-        self, inner: nn.Module, ends: tuple[Any, Any], caches: list[LayerCache], max_seq_len: int
-    ) -> None:
+    def __init__(self, inner: Any, ends: tuple[Any, Any], caches: list[LayerCache]) -> None:
         super().__init__()
         self.inner = inner
+        config = inner.config.get_text_config()
+        self.vocab_size: int = config.vocab_size
+        self.max_seq_len: int | None = getattr(config, "max_position_embeddings", None)
         self.ends = ends  # embedding and head; in a tuple, since they are registered in `inner`
         self.caches = nn.ModuleList(caches)
-        self.max_seq_len = max_seq_len
 
     def setup(self, batch_size: int, cache_len: int) -> None:
         """Allocate the KV caches for positions 0..cache_len-1."""
@@ -90,10 +90,7 @@ def build_model(folder: Path, group: Group, dtype: torch.dtype) -> tuple[HfModel
     ends = inner.get_input_embeddings(), inner.get_output_embeddings()
     prefix = inner.base_model_prefix
     setattr(inner, prefix, Selected(getattr(inner, prefix)))
-    length = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
-    if type(length) is not int:
-        raise InputError(f"{folder}: its config.json has no max_position_embeddings")
-    return HfModel(inner, ends, _try_shapes(inner, splits), length), weights
+    return HfModel(inner, ends, _try_shapes(inner, splits)), weights
 
 
 @torch.no_grad()
@@ -123,17 +120,22 @@ def _try_shapes(inner: Any, splits: dict[int, Split]) -> list[LayerCache]:
     return [LayerCache(probe.split, *probe.seen[0]) for probe in probes]
 
 
-def load_hf_model(
+def load_hf_model(checkpoint: Checkpoint, group: Group, dtype: torch.dtype) -> HfModel:
+    """Build and fill this rank's part of a checkpoint's model. Raises InputError."""
+    model, weights = build_model(checkpoint.folder, group, dtype)
+    return fill_model(model, weights, checkpoint, group)
+
+
+def fill_model(
+    model: HfModel,
+    weights: dict[str, Weight],
     checkpoint: Checkpoint,
     group: Group,
-    dtype: torch.dtype,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HfModel:
-    """Build this rank's part of a checkpoint's model and fill it; `checkpoint` has stored names.
-
-    `progress` is called with the bytes filled so far and in all. Raises InputError.
-    """
-    model, weights = build_model(checkpoint.folder, group, dtype)
+    """Give the results of `build_model` memory and this rank's slices of `checkpoint`, which has the
+    names that its files store. `progress` is called with the bytes filled so far and in all. Raises
+    InputError."""
     entries = _entries(checkpoint, weights, model.inner)
     embed, head = model.ends
     tied = head.weight is embed.weight
@@ -181,9 +183,7 @@ def _entries(checkpoint: Checkpoint, weights: dict[str, Weight], inner: Any) -> 
     ignored = [*(inner._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
     # Releases of the library have renamed modules; it knows what files called them.
     renamings = [
-        change
-        for change in get_model_conversion_mapping(inner)
-        if isinstance(change, WeightRenaming)
+        change for change in get_model_conversion_mapping(inner) if isinstance(change, WeightRenaming)
     ]
     entries: dict[str, Entry] = {}
     unused: list[str] = []
@@ -238,5 +238,3 @@ def _compute_buffers(inner: Any) -> None:
             left = value.isnan() if value.is_floating_point() else value == marks[name]
             if left.any():
                 raise InputError(f"{type(inner).__name__}: its buffer {name} is not computed")
-
-

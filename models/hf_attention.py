@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,21 +121,12 @@ class Probe:
         return key, value
 
 
-class _Layer(Protocol):
-    split: Split
-
-    @property
-    def length(self) -> int: ...
-
-    def write(self, key: Tensor, value: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
 class StepCache:
     """The cache as a model sees it during one call, whose tokens stand at `positions`: int64 [B, T]."""
 
     is_compileable = True  # no mask may be left out on the ground that a call begins at position 0
 
-    def __init__(self, positions: Tensor, layers: Sequence[_Layer]) -> None:
+    def __init__(self, positions: Tensor, layers: Sequence[LayerCache | Probe]) -> None:
         self.positions = positions
         self.layers = layers
 

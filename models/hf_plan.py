@@ -164,9 +164,7 @@ def _by_parent(work: _Work, done: set[str]) -> dict[str, dict[str, str]]:
         for rule, style in rules:
             if rule.fullmatch(place):
                 if style not in _STYLES:
-                    raise work.refuse(
-                        f"style {style!r} of {place}; there are {', '.join(_STYLES)}"
-                    )
+                    raise work.refuse(f"style {style!r} of {place}; there are {', '.join(_STYLES)}")
                 parent, _, child = place.rpartition(".")
                 found.setdefault(parent, {})[child] = style
     return found
@@ -243,13 +241,16 @@ def _divide_attention(
         weight = getattr(getattr(parent, child, None), "weight", None)
         # A norm with numbers of its own for each head, as Cohere's.
         if weight is not None and weight.ndim == 2 and weight.shape[0] == norm_heads and not whole:
-            bounds = (heads.kv_start, heads.kv_stop) if child == "k_norm" else (
-                heads.q_start, heads.q_stop,
+            bounds = (
+                (heads.kv_start, heads.kv_stop)
+                if child == "k_norm"
+                else (
+                    heads.q_start,
+                    heads.q_stop,
+                )
             )
             _bare(work, f"{prefix}.{child}.weight", getattr(parent, child), "weight", *bounds)
-    work.splits[layer] = parent.split = Split(
-        heads, work.num_heads, kv_heads, whole, latent
-    )
+    work.splits[layer] = parent.split = Split(heads, work.num_heads, kv_heads, whole, latent)
     if not whole:
         _tell_counts(parent, work.num_heads, kv_heads, work.splits[layer])
 

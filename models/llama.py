@@ -76,6 +76,7 @@ class Llama(nn.Module):
         0..T-1 whose logits are wanted; None means the only one (T = 1). Tokens after `last` may be
         padding: what they leave in the cache is overwritten before anything attends to it.
         """
+        positions = positions.reshape(-1)  # a batch of one may come as [1, T]
         cos, sin = self.cos[positions], self.sin[positions]  # [T, h/2]
         x = self.embed(tokens)  # [B, T, D]
         mask = causal_mask(positions, self.cos.shape[0], x.dtype)

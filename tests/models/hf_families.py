@@ -64,3 +64,14 @@ def save(name: str, folder: Path, **changes: Any) -> torch.nn.Module:
     model = make(name, **changes)
     model.save_pretrained(folder)
     return model
+
+
+def add_tokenizer(folder: Path) -> None:
+    """A token for every byte, beside a checkpoint: enough to run the command on it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))

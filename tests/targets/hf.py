@@ -1,4 +1,4 @@
-"""A rank's part of models that transformers runs: logits against the whole model's, and what it holds."""
+"""A rank's part of models that transformers runs: its logits, and what it holds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS = 8
 
 
 def run(model: Any, tokens: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """Logits [rows, 1 + STEPS, vocabulary]: after each row's prompt, and after each token that follows."""
+    """Logits [rows, 1 + STEPS, vocabulary]: after each row's prompt and each token that follows."""
     lengths = torch.tensor([LENGTHS[row] for row in rows])
     tokens, each = tokens[rows], torch.arange(len(rows))
     model.setup(len(rows), 32)
