@@ -89,7 +89,8 @@ def warm_up(runner: Runner) -> float:
     start = time.perf_counter()
     positions = torch.arange(CHUNK).unsqueeze(0)
     runner.prefill(torch.zeros(1, CHUNK, dtype=torch.int64), positions, torch.tensor([0]))
-    runner.decode(torch.zeros(1, 1, dtype=torch.int64), positions[:, :1].clone())
+    # Made as `generate` makes them: a compiled step also remembers strides.
+    runner.decode(torch.tensor([[0]]), torch.tensor([[0]]))
     return time.perf_counter() - start
 
 

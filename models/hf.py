@@ -81,9 +81,10 @@ def build_model(folder: Path, group: Group, dtype: torch.dtype) -> tuple[HfModel
             inner: Any = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=NAME, trust_remote_code=False
             )
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{folder}: transformers cannot build this model ({first})") from error
+    except Exception as error:  # the library has no one exception for a config that is wrong
+        raise InputError(
+            f"{folder}: transformers cannot build this model ({_reason(error)}); see its config.json"
+        ) from error
     inner.requires_grad_(False).eval()
     with torch.device("meta"):
         weights, splits = divide(inner, group)
@@ -108,9 +109,8 @@ def _try_shapes(inner: Any, splits: dict[int, Split]) -> list[LayerCache]:
             use_cache=True,
             select=tokens[:, 0],
         )
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{name} cannot be divided as its plan says: {why}") from error
+    except Exception as error:  # whatever the model's code raises where a shape is not the whole one
+        raise InputError(f"{name} cannot be divided as its plan says: {_reason(error)}") from error
     for layer, probe in enumerate(probes):
         if len(probe.seen) != 1:
             raise InputError(
@@ -118,6 +118,11 @@ def _try_shapes(inner: Any, splits: dict[int, Split]) -> list[LayerCache]:
                 f"{len(probe.seen)} times in a step"
             )
     return [LayerCache(probe.split, *probe.seen[0]) for probe in probes]
+
+
+def _reason(error: Exception) -> str:
+    """What an exception of the library says, on one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def load_hf_model(checkpoint: Checkpoint, group: Group, dtype: torch.dtype) -> HfModel:

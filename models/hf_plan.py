@@ -86,11 +86,11 @@ def divide(model: Any, group: Group) -> tuple[dict[str, Weight], dict[int, Split
         model, name, model.tp_plan, group, *_head_counts(name, text), dict(_weights(model)), {}
     )
     check_world_size(work.num_heads, group.size)
-    if not getattr(model, "_supports_attention_backend", False):
-        raise work.refuse("its attention cannot be replaced (_supports_attention_backend is not set)")
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         raise work.refuse(f"it has layers of type {', '.join(sorted(kinds))}")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise work.refuse("its attention cannot be replaced (_supports_attention_backend is not set)")
     rope = getattr(text, "rope_parameters", None) or {}
     scaling = rope.get("rope_type", "default")
     if scaling in ("dynamic", "longrope"):
