@@ -55,8 +55,7 @@ HELP: dict[str, str] = {
     "model": "a preset, a .gguf file, a folder of safetensors, or OWNER/NAME in the hub cache",
     "prompt": "the text to continue",
     "weights": "auto (find them) or random (the shape of a preset, without weights)",
-    "engine": "auto or yoke (Yoke's own models), or hf (any model with a tensor-parallel plan in the "
-    "transformers library)",
+    "engine": "auto or yoke (our models), hf (any with a plan in the transformers library)",
     "max_new_tokens": "how many tokens to make at most",
     "max_seq_len": "room for prompt and answer together, in tokens",
     "dtype": "auto, float32, bfloat16 or float16",

@@ -149,6 +149,8 @@ def fill_model(
         head.weight = embed.weight  # to_empty gave each its own memory
     _compute_buffers(model.inner)
     targets = {name: getattr(weight.module, weight.kind) for name, weight in weights.items()}
+    filled_ids = {id(target) for target in targets.values()}
+    assert all(id(value) in filled_ids for value in model.parameters())
     total = sum(target.nbytes for target in targets.values())
     done = unreleased = 0
     for name, target in targets.items():

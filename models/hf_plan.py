@@ -139,6 +139,8 @@ def _divide_ends(work: _Work) -> set[str]:
     tied = head.weight is embed.weight
     block = -(-embed.weight.shape[0] // work.group.size)
     plain = type(embed) is nn.Embedding and embed.max_norm is None
+    if tied and type(head) is not nn.Linear:
+        plain = False  # both stay whole
     style = work.plan.get(head_name)
     if style is not None and style not in _GATHERED:
         raise work.refuse(f"style {style!r} of {head_name}")
@@ -209,10 +211,10 @@ def _divide_attention(
         raise work.refuse(f"layer {layer} has two attentions; {prefix} is the second")
     whole = any(children.get(key) in _GATHERED for key in _KEYS)
     latent = "kv_b_proj" in children
-    # Latent attention expands to as many KV heads as there are query heads.
-    kv_heads = work.num_heads if latent else work.num_kv_heads
-    if children.get("query_key_value") == "colwise" and kv_heads != work.num_heads:
-        raise work.refuse(f"{prefix}.query_key_value holds groups of heads")
+    # Latent attention expands to as many KV heads as there are query heads, and fused rows that are
+    # not gathered lie head by head. (Where they do not, trying the shapes finds it.)
+    alike = latent or "query_key_value" in children
+    kv_heads = work.num_heads if alike else work.num_kv_heads
     if children.get("qkv_proj") == "colwise":
         raise work.refuse(f"{prefix}.qkv_proj is fused and not gathered")
     heads = split_heads(work.num_heads, kv_heads, work.group.rank, work.group.size)

@@ -17,14 +17,23 @@ COMMON: dict[str, Any] = {
     "pad_token_id": None,
 }
 WINDOWS = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 # (config's class, query heads, KV heads, width of the MLP, what else is special)
 FAMILIES: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {
     "cohere": ("CohereConfig", 5, 1, 101, {"use_qk_norm": True, "logit_scale": 1.0}),
     "cohere2": ("Cohere2Config", 6, 2, 96, {**WINDOWS, "logit_scale": 1.0}),
-    "olmo2": ("Olmo2Config", 9, 3, 101, {}),
+    "olmo2": ("Olmo2Config", 9, 3, 101, {"rope_parameters": YARN}),
     "glm4": ("Glm4Config", 6, 2, 90, {"attention_bias": True}),
     "starcoder2": ("Starcoder2Config", 5, 1, 77, {"sliding_window": 7, "use_bias": True}),
-    "exaone4": ("Exaone4Config", 9, 3, 128, WINDOWS),
+    "exaone4": ("Exaone4Config", 9, 3, 128, {**WINDOWS, "rope_parameters": LLAMA3}),
     "gpt-neox": ("GPTNeoXConfig", 6, 6, 100, {}),
     "granite-swa": ("GraniteSWAConfig", 6, 2, 64, {**WINDOWS, "logits_scaling": 2.0}),
     "vaultgemma": ("VaultGemmaConfig", 6, 2, 64, {**WINDOWS, "attn_logit_softcapping": 3.0}),
