@@ -24,6 +24,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from comm.group import Group
 from models.hf_attention import NAME, LayerCache, Probe, Split, StepCache, attend, visible
+from models.hf_config import check_layers
 from models.hf_layers import Selected
 from models.hf_plan import Weight, divide
 from models.load import RELEASE_BYTES
@@ -74,6 +75,7 @@ class HfModel(nn.Module):
 
 def build_model(folder: Path, group: Group, dtype: torch.dtype) -> tuple[HfModel, dict[str, Weight]]:
     """This rank's part on the meta device, and what to read for it. Raises InputError."""
+    check_layers(folder)
     transformers.logging.set_verbosity_error()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -86,37 +88,36 @@ def build_model(folder: Path, group: Group, dtype: torch.dtype) -> tuple[HfModel
             f"{folder}: transformers cannot build this model ({_reason(error)}); see its config.json"
         ) from error
     inner.requires_grad_(False).eval()
-    with torch.device("meta"):
-        weights, splits = divide(inner, group)
-    ends = inner.get_input_embeddings(), inner.get_output_embeddings()
-    prefix = inner.base_model_prefix
-    setattr(inner, prefix, Selected(getattr(inner, prefix)))
-    return HfModel(inner, ends, _try_shapes(inner, splits)), weights
+    try:
+        with torch.device("meta"):
+            weights, splits = divide(inner, group)
+        ends = inner.get_input_embeddings(), inner.get_output_embeddings()
+        prefix = inner.base_model_prefix
+        setattr(inner, prefix, Selected(getattr(inner, prefix)))
+        return HfModel(inner, ends, _try_shapes(inner, splits)), weights
+    except InputError:
+        raise
+    except Exception as error:  # whatever the model's code raises where a shape is not the whole one
+        name = f"{type(inner).__name__} ({inner.config.model_type})"
+        raise InputError(f"{name} cannot be divided as its plan says: {_reason(error)}") from error
 
 
 @torch.no_grad()
 def _try_shapes(inner: Any, splits: dict[int, Split]) -> list[LayerCache]:
     """Run a step on the meta device, which costs nothing, to see that the divided model holds together
-    and what each layer caches. Raises InputError."""
-    name = f"{type(inner).__name__} ({inner.config.model_type})"
+    and what each layer caches."""
     tokens = torch.zeros(2, 3, dtype=torch.int64, device="meta")
     probes = [Probe(splits[layer], 3) for layer in range(len(splits))]
-    try:
-        inner(
-            input_ids=tokens,
-            position_ids=tokens,
-            past_key_values=StepCache(tokens, probes),
-            use_cache=True,
-            select=tokens[:, 0],
-        )
-    except Exception as error:  # whatever the model's code raises where a shape is not the whole one
-        raise InputError(f"{name} cannot be divided as its plan says: {_reason(error)}") from error
+    inner(
+        input_ids=tokens,
+        position_ids=tokens,
+        past_key_values=StepCache(tokens, probes),
+        use_cache=True,
+        select=tokens[:, 0],
+    )
     for layer, probe in enumerate(probes):
         if len(probe.seen) != 1:
-            raise InputError(
-                f"{name} cannot be divided as its plan says: layer {layer} writes its cache "
-                f"{len(probe.seen)} times in a step"
-            )
+            raise RuntimeError(f"layer {layer} writes its cache {len(probe.seen)} times in a step")
     return [LayerCache(probe.split, *probe.seen[0]) for probe in probes]
 
 

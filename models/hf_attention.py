@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tp.heads import Heads
-from weights.errors import InputError
 
 NAME = "yoke"
 # What models hand to every attention function, and what is either in the mask already or without
@@ -62,7 +61,7 @@ class Split:
     latent: bool
 
     def own(self, x: Tensor, kv: bool) -> Tensor:
-        """This rank's heads of x [B, heads, T, h]. Raises InputError for another number of heads."""
+        """This rank's heads of x [B, heads, T, h]. Raises ValueError for another number of heads."""
         if kv and self.latent:
             return x
         heads = self.heads
@@ -70,7 +69,7 @@ class Split:
         total = self.total_kv if kv else self.total_q
         wanted = total if self.whole else stop - start
         if x.shape[1] != wanted:
-            raise InputError(
+            raise ValueError(
                 f"its attention computes {x.shape[1]} {'KV' if kv else 'query'} heads where "
                 f"{wanted} of {total} were planned"
             )
@@ -159,7 +158,7 @@ def visible(
     `mask_function(row, head, query, key)` is the model's rule for indices that broadcast.
     """
     if use_vmap or attention_mask is not None:
-        raise InputError("its attention mask depends on more than positions")
+        raise ValueError("its attention mask depends on more than positions")
     batch, length = q_offset.shape
     device = q_offset.device
     mask = mask_function(
@@ -189,7 +188,7 @@ def attend(
     """
     unknown = [name for name, x in others.items() if x is not None and name not in _IGNORED]
     if unknown:
-        raise InputError(f"its attention asks for {', '.join(unknown)}")
+        raise ValueError(f"its attention asks for {', '.join(unknown)}")
     split: Split = module.split  # type: ignore[assignment]
     query = split.own(query, kv=False)
     batch, _, length, _ = query.shape

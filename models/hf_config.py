@@ -19,6 +19,7 @@ from weights.files import read_json
 # The first release whose caches say where each query stands (`get_query_offset`), which the masks of
 # `models.hf_attention` are made from.
 OLDEST = (5, 23)
+_MOST_LAYERS = 4096
 
 
 def require_transformers() -> None:
@@ -56,6 +57,21 @@ def declared_heads(config: Mapping[str, Any]) -> int | None:
             if type(heads) is int and heads >= 1:
                 return heads
     return None
+
+
+def check_layers(folder: Path) -> None:
+    """Raise InputError for a config.json that asks for more layers than any model has: the library
+    makes lists and modules of them, which takes time and memory even without weights."""
+    config = read_json(folder / "config.json")
+    text = config.get("text_config")
+    for place in (config, text if isinstance(text, Mapping) else {}):
+        for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+            layers = place.get(key)
+            if type(layers) is int and layers > _MOST_LAYERS:
+                raise InputError(
+                    f"{folder / 'config.json'}: {key}={layers}, and at most {_MOST_LAYERS} are built; "
+                    "download it again"
+                )
 
 
 def check_ranks(folder: Path, world_size: int) -> None:
