@@ -15,6 +15,7 @@ from engine.job import ResolvedJob
 from models.config import ModelConfig, expected_shapes
 from models.config_hf import from_hf
 from tp.shard import plan_layout, slices_of
+from weights.errors import InputError
 
 # The interpreter, torch, the compiled code and what compiling leaves behind; measured as a rank's peak
 # resident memory less its weights and cache (docs/log.md).
@@ -70,7 +71,7 @@ def rank_needs(
 def job_needs(resolved: ResolvedJob, world_size: int, thorough: bool) -> list[dict[str, int]]:
     """What each rank of a job needs; [] where the dimensions cannot be told without opening the
     weights and `thorough` does not ask for that (it loads torch, which takes seconds)."""
-    config = resolved.config or _declared(resolved.checkpoint, thorough)
+    config = resolved.config or _declared(resolved, thorough)
     if config is None:
         return []
     job = resolved.job
@@ -79,7 +80,8 @@ def job_needs(resolved: ResolvedJob, world_size: int, thorough: bool) -> list[di
     ]
 
 
-def _declared(checkpoint: Path | None, thorough: bool) -> ModelConfig | None:
+def _declared(resolved: ResolvedJob, thorough: bool) -> ModelConfig | None:
+    checkpoint = resolved.checkpoint
     if checkpoint is None:
         return None
     file = checkpoint / "config.json"
@@ -88,6 +90,10 @@ def _declared(checkpoint: Path | None, thorough: bool) -> ModelConfig | None:
             return from_hf(json.loads(file.read_text()), str(file))
         except json.JSONDecodeError:
             return None  # the rank that opens it says what is wrong
+        except InputError:
+            if resolved.job.engine != "hf":
+                raise
+            return None  # a family that only transformers knows: there is no estimate
     if not thorough:
         return None
     from models.load import config_of

@@ -57,6 +57,9 @@ class Keys:
             raise InputError(f"{self.source}: {key}={value!r} is not supported; supported: {names}")
 
 
+_OTHERS = "; engine=hf runs any that has a tensor-parallel plan in the transformers library"
+
+
 def from_hf(config: Mapping[str, Any], source: str) -> ModelConfig:
     """Read the keys of a Hugging Face `config.json`. Raises InputError for what is not supported."""
     architectures = config.get("architectures")
@@ -65,6 +68,7 @@ def from_hf(config: Mapping[str, Any], source: str) -> ModelConfig:
         raise InputError(
             f"{source}: architecture {name or architectures!r} is not supported; supported: "
             + ", ".join(ARCHITECTURES)
+            + (_OTHERS if isinstance(config.get("model_type"), str) else "")
         )
     keys = Keys(config, source)
     try:

@@ -140,6 +140,11 @@ def translate(stored: str) -> tuple[Piece, ...]:
     return (Piece(stored),)
 
 
+def as_stored(stored: str) -> tuple[Piece, ...]:
+    """The tensor under its own name, for a model that has the same names."""
+    return (Piece(stored),)
+
+
 def translate_gguf(stored: str, interleaved: bool) -> tuple[Piece, ...]:
     """The same for GGUF's names; none at all for a name that GGUF's Llama family does not have.
     `interleaved`: whether files of this architecture have interleaved query and key rows."""
