@@ -50,15 +50,17 @@ def main(env: Any, payload: str) -> int:
     rendezvous = Rendezvous(
         env.session, env.master_addr, env.master_port, env.store_fd, env.agent_store, env.node
     )
-    with (
-        ExitStack() as unpinned,
-        open_group(
+    with ExitStack() as unpinned:
+        opened = open_group(
             env.rank, env.world_size, env.backend, rendezvous, START_TIMEOUT_S, on_fallback=say
-        ) as group,
-    ):
+        )
+        # Left open on an error: the others would report that this rank is gone before it has said why.
+        # It goes with the process.
+        group = opened.__enter__()
         if env.bind_cores:
             unpinned.enter_context(all_cores(env.plan.cpus))
         _run(env, resolved, group, unpinned)
+        opened.__exit__(None, None, None)
     return 0
 
 

@@ -131,7 +131,7 @@ SHAPE = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2,
         ({"model_type": "cohere2", "num_attention_heads": 5}, 2, "cannot build .* rotary dimension"),
         ({"model_type": "nobody", "auto_map": {"AutoConfig": "evil.Config"}}, 2, "cannot build"),
         ({"model_type": "cohere2", "num_hidden_layers": 2**40}, 2, "at most 4096 are built"),
-        ({"model_type": "doge"}, 2, r"numbers of model\.layers\.0\.self_attn\.dt_proj are not those of"),
+        ({"model_type": "doge"}, 2, r"numbers of model\.layers\.0\.self_attn\.dt_proj are not those"),
         ({}, 2, "cannot build this model"),
     ],
 )  # fmt: skip
