@@ -159,7 +159,7 @@ def _rope(keys: Keys, values: Mapping[str, Any], head_dim: int, theta: float = 1
         dim=0 if share == 1 else int(head_dim * share),
         kind=kind if isinstance(kind, str) else repr(kind),
         factor=factor,
-        original_max_seq_len=original,
+        original_max_seq_len=0 if kind in ("default", "linear") else original,
         **more,
     )
 
