@@ -79,7 +79,7 @@ def help_lines() -> list[str]:
         default = getattr(Job, key)
         shown = "" if default in (None, "???") else f" [{default}]"
         lines.append(f"  {key + '=':<18}{text}{shown}")
-    lines.insert(1, f"  {'':<18}presets: {', '.join(PRESETS)}")
+    lines.insert(1, f"  {'':<18}presets: tiny, smollm2-135m, ...; python launch.py models lists them")
     return lines
 
 

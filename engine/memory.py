@@ -12,8 +12,9 @@ from math import prod
 from pathlib import Path
 
 from engine.job import ResolvedJob
-from models.config import ModelConfig, expected_shapes
+from models.config import ModelConfig
 from models.config_hf import from_hf
+from models.sizes import weight_kinds
 from tp.shard import plan_layout, slices_of
 from weights.errors import InputError
 
@@ -53,8 +54,8 @@ def rank_needs(
         world_size=world_size,
     )
     weights = sum(
-        prod(part.stop - part.start for part in slices_of(name, shape, layout))
-        for name, shape in expected_shapes(config).items()
+        kind.count * prod(part.stop - part.start for part in slices_of(kind.name, kind.shape, layout))
+        for kind in weight_kinds(config)
     )
     cache_len = -(-max_seq_len // CHUNK) * CHUNK
     kv_cache = 2 * config.num_layers * layout.heads.num_kv * config.head_dim * cache_len

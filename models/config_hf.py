@@ -307,8 +307,10 @@ def _gemma3(keys: Keys) -> dict[str, Any]:
     if keys.values.get("layer_types") is None:  # five local layers, then a global one
         every = keys.integer("sliding_window_pattern", 6)
         config["windowed"] = tuple(i for i in range(num_layers) if (i + 1) % every)
-    local = _rope_keys(keys, "sliding_attention")
-    if local is _rope_keys(keys, "full_attention"):  # older files: the scaling is the global layers'
+    settings = keys.values.get("rope_parameters")
+    if isinstance(settings, Mapping) and isinstance(settings.get("sliding_attention"), Mapping):
+        local = settings["sliding_attention"]
+    else:  # older files: the scaling is the global layers'
         local = {"rope_theta": keys.number("rope_local_base_freq", 10000.0)}
         config["rope"] = _rope(keys, _rope_keys(keys, "full_attention"), head_dim, 1e6)
     return config | {"local_rope": _rope(keys, local, head_dim)}
