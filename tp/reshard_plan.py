@@ -21,6 +21,7 @@ from typing import Any
 from tp.shard import FFN_UNIT, Layout, find_spec, plan_layout, slices_of, split_units
 from weights.checkpoint import Checkpoint, Entry
 from weights.errors import InputError
+from weights.gguf_names import same_for_all_layers
 from weights.names import translate
 from weights.writer import DTYPES, Tensors, num_bytes
 from weights.yoke_manifest import (
@@ -214,7 +215,7 @@ def _find_num_heads(checkpoint: Checkpoint) -> int:
     architecture = config.get("general.architecture")
     for key in (*_NUM_HEADS, f"{architecture}.attention.head_count"):
         if key in config:
-            value = config[key]
+            value = same_for_all_layers(config, key, checkpoint.path)
             if type(value) is not int or value < 1:
                 raise InputError(f"{checkpoint.path}: {key} must be a positive integer, not {value!r}")
             return int(value)

@@ -101,8 +101,9 @@ FAMILIES: dict[str, tuple[str, int, int, int, int, dict[str, Any]]] = {
 NAMES = tuple(FAMILIES)
 
 
-def make(name: str) -> torch.nn.Module:
-    """A model of transformers, in evaluation mode; the same at every call."""
+def make(name: str, **changes: Any) -> torch.nn.Module:
+    """A model of transformers, in evaluation mode; the same at every call. `changes` to the keys of its
+    configuration; None takes transformers' default."""
     import transformers
 
     family, heads, kv_heads, head_dim, ffn, more = FAMILIES[name]
@@ -113,6 +114,7 @@ def make(name: str) -> torch.nn.Module:
         "head_dim": head_dim,
         "intermediate_size": ffn,
     }
+    more = more | changes
     values = {
         key: value for key, value in (values | more).items() if key not in more or value is not None
     }
@@ -139,8 +141,8 @@ def make(name: str) -> torch.nn.Module:
     return model.eval()
 
 
-def save(name: str, folder: Path) -> torch.nn.Module:
-    model = make(name)
+def save(name: str, folder: Path, **changes: Any) -> torch.nn.Module:
+    model = make(name, **changes)
     model.save_pretrained(folder)
     return model
 
