@@ -5,7 +5,7 @@ a model is stands in no key: whether there are biases, a head of its own, which 
 told by the tensors that there are.
 
 Sources: the keys of the `gguf` package's `constants.py`; what they mean, and what holds without them,
-is llama.cpp's (`llama-model.cpp`: hyperparameters and graphs of the architectures; `rope_yarn` of ggml).
+is llama.cpp's (`llama-model.cpp`: hyperparameters and graphs; `rope_yarn` of ggml).
 """
 
 from __future__ import annotations

@@ -67,7 +67,11 @@ FAMILIES: dict[str, tuple[str, int, int, int, int, dict[str, Any]]] = {
     ),
     "qwen3": ("Qwen3", 10, 5, 24, 77, {}),
     "phi3": ("Phi3", 6, 2, 16, 72, {"sliding_window": 9, "head_dim": None}),
-    "phi4-mini": ("Phi3", 6, 3, 16, 64, {"rope_parameters": LONGROPE, "head_dim": None}),
+    "phi4-mini": (
+        "Phi3", 6, 3, 16, 64,
+        # The key of the configuration itself counts before that of the rotary settings.
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16, "head_dim": None},
+    ),
     "granite": (
         "Granite", 6, 2, 16, 64,
         {"embedding_multiplier": 3.0, "attention_multiplier": 0.1, "residual_multiplier": 0.3,
