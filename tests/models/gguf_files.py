@@ -36,9 +36,16 @@ ARCHITECTURES = {
 PERMUTED = ("llama", "granite", "smollm3")
 
 
-def write(folder: Path, path: Path, *, stacked: bool = True, window: bool = False) -> Path:
+def write(
+    folder: Path,
+    path: Path,
+    *,
+    stacked: bool = True,
+    window: bool = False,
+    kind: gguf.GGMLQuantizationType | None = None,
+) -> Path:
     """`stacked`: experts as newer files have them; `window`: write the key that the converter leaves
-    out for Mistral."""
+    out for Mistral; `kind`: of the matrices whose rows are whole blocks."""
     config = json.loads((folder / "config.json").read_text())
     name = ARCHITECTURES[config["architectures"][0]]
     writer = gguf.GGUFWriter(path, name)
@@ -64,7 +71,11 @@ def write(folder: Path, path: Path, *, stacked: bool = True, window: bool = Fals
             value = _regroup(value, heads, kv_heads, head_dim)
         found = table.get_name(key, try_suffixes=(".weight", ".bias")) or _old_expert(key)
         assert found is not None, key
-        writer.add_tensor(found, np.ascontiguousarray(value.numpy()))
+        array = np.ascontiguousarray(value.numpy())
+        if kind is None or array.ndim == 1 or array.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+            writer.add_tensor(found, array)
+        else:
+            writer.add_tensor(found, gguf.quants.quantize(array, kind), raw_dtype=kind)
     for key, values in _factors(config, head_dim).items():
         writer.add_tensor(key, np.array(values, np.float32))
     writer.write_header_to_file()
