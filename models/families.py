@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from models import config_gguf
+from weights.gguf_names import ARCHITECTURES as GGUF_ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Family:
     @property
     def read_gguf(self) -> str:
         """The name in GGUF files if such files are read, else ""."""
-        return self.gguf if self.gguf in config_gguf.ARCHITECTURES else ""
+        return self.gguf if self.gguf in GGUF_ARCHITECTURES else ""
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -39,7 +39,7 @@ FAMILIES: tuple[Family, ...] = (
         "every fourth layer has no rotary embeddings",
     ),
     Family("Mistral", "llama", "MistralForCausalLM", "llama", ("mistral-",), "sliding window"),
-    Family("Mixtral", "llama", "MixtralForCausalLM", "", ("mixtral-",), "experts"),
+    Family("Mixtral", "llama", "MixtralForCausalLM", "llama", ("mixtral-",), "experts"),
     Family("Qwen2", "llama", "Qwen2ForCausalLM", "qwen2", ("qwen2.5-",), "biases; 2 and 2.5"),
     Family("Qwen3", "llama", "Qwen3ForCausalLM", "qwen3", ("qwen3-",), "norms of queries and keys"),
     Family(

@@ -173,7 +173,7 @@ def wanted(model: torch.nn.Module) -> torch.Tensor:
 
 
 @torch.no_grad()
-def run(model: Any, rows: slice = slice(None)) -> torch.Tensor:
+def run(model: Any, rows: slice = slice(None), steps: int = STEPS) -> torch.Tensor:
     """The same of our model: the prompts in one padded batch, then token by token over the padding,
     each row at its own position."""
     texts, lengths = tokens()[rows], torch.tensor(LENGTHS[rows])
@@ -181,7 +181,7 @@ def run(model: Any, rows: slice = slice(None)) -> torch.Tensor:
     prompt = texts[:, :16].clone()
     prompt[torch.arange(16) >= lengths[:, None]] = 0
     logits = [model(prompt, torch.arange(16), lengths - 1)]
-    for i in range(STEPS):
+    for i in range(steps):
         positions = (lengths + i)[:, None]
         logits.append(model(texts.gather(1, positions), positions))
     return torch.stack(logits, dim=1)
