@@ -20,7 +20,7 @@ from launcher.cgroup import read_cgroup
 from launcher.draw import draw, plan_to_json, render_plain
 from launcher.elastic import agent_command, become_agent, check_nodes
 from launcher.errors import LaunchError
-from launcher.fit import Fit, check_fit, require_fit, require_space
+from launcher.fit import Fit, check_fit, machine_memory, require_fit, require_space
 from launcher.flags import Flags, help_text, parse_flags
 from launcher.join import join, local_plan
 from launcher.manager import find_manager
@@ -63,6 +63,8 @@ def run(flags: Flags) -> int:
 
         request = replace(flags.request, bind_cores=True)
         return doctor(_topology(flags), flags.json, CHECKOUT, request, here=flags.sysfs is None)
+    if flags.command == "models":
+        return _models(flags)
     if flags.sysfs is None:
         require_backend(flags.request.comm)
     if flags.command == "plan":
@@ -145,6 +147,26 @@ def _plan(flags: Flags) -> int:
         draw(topology, plan, fits)
     else:
         print(render_plain(topology, plan, fits), flush=True)
+    return 0
+
+
+def _models(flags: Flags) -> int:
+    from engine.catalog import WORLD_SIZES, catalog
+    from launcher import models_view
+
+    ranks = flags.request.ranks
+    if ranks is not None and ranks < 1:
+        raise LaunchError(f"--ranks {ranks}: must be at least 1")
+    limit = read_cgroup(flags.sysfs or Path("/")).memory_limit_bytes
+    memory = machine_memory(_topology(flags), limit) or None
+    sizes = WORLD_SIZES if ranks is None else (ranks,)
+    report = catalog(flags.names, flags.words, sizes, memory)
+    if flags.json:
+        print(json.dumps(report), flush=True)
+    elif sys.stdout.isatty():
+        models_view.draw(report)
+    else:
+        print(models_view.render(report), flush=True)
     return 0
 
 

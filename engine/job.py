@@ -17,6 +17,7 @@ from pathlib import Path
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from models import hf_config
 from models.config import OVERRIDES, ModelConfig, from_dict, override
 from models.presets import PRESETS
 from tp.heads import check_world_size
@@ -31,6 +32,7 @@ class Job:
     model: str = MISSING
     prompt: str = MISSING
     weights: str = "auto"
+    engine: str = "auto"
     max_new_tokens: int = 64
     max_seq_len: int = 1024
     dtype: str = "auto"
@@ -54,6 +56,7 @@ HELP: dict[str, str] = {
     "model": "a preset, a .gguf file, a folder of safetensors, or OWNER/NAME in the hub cache",
     "prompt": "the text to continue",
     "weights": "auto (find them) or random (the shape of a preset, without weights)",
+    "engine": "auto or yoke (our models), hf (any with a plan in the transformers library)",
     "max_new_tokens": "how many tokens to make at most",
     "max_seq_len": "room for prompt and answer together, in tokens",
     "dtype": "auto, float32, bfloat16 or float16",
@@ -76,13 +79,14 @@ def help_lines() -> list[str]:
         default = getattr(Job, key)
         shown = "" if default in (None, "???") else f" [{default}]"
         lines.append(f"  {key + '=':<18}{text}{shown}")
-    lines.insert(1, f"  {'':<18}presets: {', '.join(PRESETS)}")
+    lines.insert(1, f"  {'':<18}presets: tiny, smollm2-135m, ...; python launch.py models lists them")
     return lines
 
 
-_TEXTS = ("model", "prompt", "weights", "dtype", "output")
+_TEXTS = ("model", "prompt", "weights", "engine", "dtype", "output")
 _CHOICES = {
     "weights": ("auto", "random"),
+    "engine": ("auto", "yoke", "hf"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "output": ("text", "json"),
 }
@@ -176,6 +180,10 @@ def resolve(job: Job) -> ResolvedJob:
     """Find the model's dimensions and weights. Raises InputError that says the ways to get them."""
     overrides = {key: getattr(job, key) for key in OVERRIDES if getattr(job, key) is not None}
     preset = PRESETS.get(job.model)
+    if job.engine == "hf":
+        hf_config.require_transformers()
+        if job.weights == "random":
+            raise InputError("engine=hf has no presets: weights=random goes with engine=yoke")
     if job.weights == "random":
         if preset is None:
             raise InputError(
@@ -188,7 +196,11 @@ def resolve(job: Job) -> ResolvedJob:
             f"{next(iter(overrides))}= changes the shape of the model, which has weights of one "
             "shape only; add weights=random"
         )
-    return ResolvedJob(job, _find_weights(job.model), preset)
+    found = _find_weights(job.model)
+    if job.engine == "hf":
+        hf_config.check_folder(found)
+        return ResolvedJob(job, found, None)
+    return ResolvedJob(job, found, preset)
 
 
 def _find_weights(model: str) -> Path:
@@ -253,6 +265,8 @@ def check_ranks(resolved: ResolvedJob, world_size: int) -> None:
     """Raise InputError if the model cannot be split over so many ranks, where that is known."""
     if resolved.config is not None:
         check_world_size(resolved.config.num_heads, world_size)
+    elif resolved.job.engine == "hf" and resolved.checkpoint is not None:
+        hf_config.check_ranks(resolved.checkpoint, world_size)
 
 
 def to_json(resolved: ResolvedJob) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +24,10 @@ from models.decoder import Decoder
 from models.sampling import Sampling, sample
 from weights.errors import InputError
 
+if TYPE_CHECKING:  # transformers is loaded for engine=hf alone
+    from models.hf import HfModel
+
+AnyModel: TypeAlias = "Decoder | HfModel"
 PrefillStep = Callable[[Tensor, Tensor, Tensor], Tensor]
 DecodeStep = Callable[[Tensor, Tensor], Tensor]
 
@@ -31,8 +36,8 @@ DecodeStep = Callable[[Tensor, Tensor], Tensor]
 class Runner:
     """A model with its cache allocated, and its two steps, compiled or not.
 
-    `prefill(tokens [1, CHUNK], positions [CHUNK], last [1])` and `decode(token [1, 1], position [1])`
-    both return float32 logits [1, vocab_size].
+    `prefill(tokens [1, CHUNK], positions [1, CHUNK], last [1])` and `decode(token [1, 1], position
+    [1, 1])` both return float32 logits [1, vocab_size].
     """
 
     group: Group
@@ -51,7 +56,7 @@ class Result:
     tpot_s: float
 
 
-def make_runner(model: Decoder, group: Group, max_seq_len: int, compiled: bool) -> Runner:
+def make_runner(model: AnyModel, group: Group, max_seq_len: int, compiled: bool) -> Runner:
     """Allocate the cache for `max_seq_len` tokens and wrap the steps. Nothing is compiled yet."""
     # Whole chunks, so that the padding of the last one has a place to go.
     model.setup(1, -(-max_seq_len // CHUNK) * CHUNK)
@@ -82,9 +87,10 @@ def warm_up(runner: Runner) -> float:
     The cache keeps what these steps wrote; generation overwrites it before it is read.
     """
     start = time.perf_counter()
-    positions = torch.arange(CHUNK)
+    positions = torch.arange(CHUNK).unsqueeze(0)
     runner.prefill(torch.zeros(1, CHUNK, dtype=torch.int64), positions, torch.tensor([0]))
-    runner.decode(torch.zeros(1, 1, dtype=torch.int64), positions[:1].clone())
+    # Made as `generate` makes them: a compiled step also remembers strides.
+    runner.decode(torch.tensor([[0]]), torch.tensor([[0]]))
     return time.perf_counter() - start
 
 
@@ -121,7 +127,7 @@ def generate(
         on_token(token)
         if len(tokens) == max_new_tokens:
             break
-        position = torch.tensor([len(prompt) + len(tokens) - 1])
+        position = torch.tensor([[len(prompt) + len(tokens) - 1]])
         logits = runner.decode(torch.tensor([[token]]), position)
         steps += 1
     return Result(tokens, first - start, (last - first) / steps if steps else 0.0)
@@ -143,7 +149,7 @@ def _prefill(runner: Runner, prompt: list[int]) -> Tensor:
     for begin in range(0, len(prompt), CHUNK):
         chunk = prompt[begin : begin + CHUNK]
         padded = torch.tensor([chunk + [0] * (CHUNK - len(chunk))])
-        positions = torch.arange(begin, begin + CHUNK)
+        positions = torch.arange(begin, begin + CHUNK).unsqueeze(0)
         logits = runner.prefill(padded, positions, torch.tensor([len(chunk) - 1]))
     return logits
 

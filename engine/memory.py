@@ -12,9 +12,11 @@ from math import prod
 from pathlib import Path
 
 from engine.job import ResolvedJob
-from models.config import ModelConfig, expected_shapes
+from models.config import ModelConfig
 from models.config_hf import from_hf
+from models.sizes import weight_kinds
 from tp.shard import plan_layout, slices_of
+from weights.errors import InputError
 
 # The interpreter, torch, the compiled code and what compiling leaves behind; measured as a rank's peak
 # resident memory less its weights and cache (docs/log.md).
@@ -52,8 +54,8 @@ def rank_needs(
         world_size=world_size,
     )
     weights = sum(
-        prod(part.stop - part.start for part in slices_of(name, shape, layout))
-        for name, shape in expected_shapes(config).items()
+        kind.count * prod(part.stop - part.start for part in slices_of(kind.name, kind.shape, layout))
+        for kind in weight_kinds(config)
     )
     cache_len = -(-max_seq_len // CHUNK) * CHUNK
     kv_cache = 2 * config.num_layers * layout.heads.num_kv * config.head_dim * cache_len
@@ -70,7 +72,7 @@ def rank_needs(
 def job_needs(resolved: ResolvedJob, world_size: int, thorough: bool) -> list[dict[str, int]]:
     """What each rank of a job needs; [] where the dimensions cannot be told without opening the
     weights and `thorough` does not ask for that (it loads torch, which takes seconds)."""
-    config = resolved.config or _declared(resolved.checkpoint, thorough)
+    config = resolved.config or _declared(resolved, thorough)
     if config is None:
         return []
     job = resolved.job
@@ -79,7 +81,8 @@ def job_needs(resolved: ResolvedJob, world_size: int, thorough: bool) -> list[di
     ]
 
 
-def _declared(checkpoint: Path | None, thorough: bool) -> ModelConfig | None:
+def _declared(resolved: ResolvedJob, thorough: bool) -> ModelConfig | None:
+    checkpoint = resolved.checkpoint
     if checkpoint is None:
         return None
     file = checkpoint / "config.json"
@@ -88,6 +91,10 @@ def _declared(checkpoint: Path | None, thorough: bool) -> ModelConfig | None:
             return from_hf(json.loads(file.read_text()), str(file))
         except json.JSONDecodeError:
             return None  # the rank that opens it says what is wrong
+        except InputError:
+            if resolved.job.engine != "hf":
+                raise
+            return None  # a family that only transformers knows: there is no estimate
     if not thorough:
         return None
     from models.load import config_of

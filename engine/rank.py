@@ -11,8 +11,9 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,18 @@ import torch
 from comm import ops
 from comm.group import Group, Rendezvous, open_group, set_timeout
 from engine.job import Job, ResolvedJob, check_ranks, from_json
-from engine.loop import check_prompt, generate, make_runner, warm_up
+from engine.loop import AnyModel, check_prompt, generate, make_runner, warm_up
 from engine.memory import dtype_name
 from engine.report import Report, progress_bar, say, write_json, write_summary
+from models.chat import apply_chat_template
 from models.config import expected_shapes
 from models.load import config_of, load_model
 from models.sampling import Sampling
-from models.tokenizer import TextCodec, apply_chat_template, byte_codec, load_codec
+from models.tokenizer import TextCodec, byte_codec, load_codec
 from weights.checkpoint import Checkpoint, open_checkpoint
 from weights.errors import InputError
 from weights.random_io import random_checkpoint
+from weights.safetensors_io import open_safetensors
 
 # Ranks reach their first collective when each has loaded and compiled its own part, which can be
 # minutes apart where ranks share cores. A rank that dies meanwhile is the launcher's to notice.
@@ -47,15 +50,17 @@ def main(env: Any, payload: str) -> int:
     rendezvous = Rendezvous(
         env.session, env.master_addr, env.master_port, env.store_fd, env.agent_store, env.node
     )
-    with (
-        ExitStack() as unpinned,
-        open_group(
+    with ExitStack() as unpinned:
+        opened = open_group(
             env.rank, env.world_size, env.backend, rendezvous, START_TIMEOUT_S, on_fallback=say
-        ) as group,
-    ):
+        )
+        # Left open on an error: the others would report that this rank is gone before it has said why.
+        # It goes with the process.
+        group = opened.__enter__()
         if env.bind_cores:
             unpinned.enter_context(all_cores(env.plan.cpus))
         _run(env, resolved, group, unpinned)
+        opened.__exit__(None, None, None)
     return 0
 
 
@@ -76,19 +81,16 @@ def all_cores(cpus: Collection[int]) -> Iterator[None]:
 
 def _run(env: Any, resolved: ResolvedJob, group: Group, unpinned: ExitStack) -> None:
     job = resolved.job
-    checkpoint = _open(resolved)
-    config = resolved.config if resolved.checkpoint is None else config_of(checkpoint)
-    assert config is not None
-    check_ranks(ResolvedJob(job, resolved.checkpoint, config), group.size)
-    if job.max_seq_len > config.max_seq_len:
+    source = _open_hf(resolved, group) if job.engine == "hf" else _open_own(resolved, group)
+    if source.max_seq_len is not None and job.max_seq_len > source.max_seq_len:
         raise InputError(
-            f"max_seq_len={job.max_seq_len}: this model was trained for {config.max_seq_len} at most"
+            f"max_seq_len={job.max_seq_len}: this model was trained for {source.max_seq_len} at most"
         )
-    codec, prompt = _prompt(job, checkpoint, config.vocab_size, group)
+    codec, prompt = _prompt(job, source, group)
 
     started = time.perf_counter()
     with progress_bar("loading weights", enabled=group.rank == 0) as progress:
-        model = load_model(config, checkpoint, group, _dtype(job.dtype), progress)
+        model = source.load(progress)
     load_s = time.perf_counter() - started
     runner = make_runner(model, group, job.max_seq_len, job.compile)
     if group.rank == 0:
@@ -135,22 +137,60 @@ def _run(env: Any, resolved: ResolvedJob, group: Group, unpinned: ExitStack) -> 
         write_summary(report, env.placement)
 
 
-def _open(resolved: ResolvedJob) -> Checkpoint:
+@dataclass(frozen=True)
+class _Source:
+    """Where a job's model comes from. `load(progress)` builds and fills this rank's part of it."""
+
+    checkpoint: Checkpoint
+    vocab_size: int
+    max_seq_len: int | None
+    load: Callable[[Callable[[int, int], None]], AnyModel]
+
+
+def _open_own(resolved: ResolvedJob, group: Group) -> _Source:
+    """A model that `models` has code for, from any checkpoint or of random weights."""
+    job = resolved.job
     if resolved.checkpoint is not None:
-        return open_checkpoint(Path(resolved.checkpoint))
-    assert resolved.config is not None
-    return random_checkpoint(expected_shapes(resolved.config), resolved.job.seed)
+        checkpoint = open_checkpoint(Path(resolved.checkpoint))
+        config = config_of(checkpoint)
+    else:
+        assert resolved.config is not None
+        config = resolved.config
+        checkpoint = random_checkpoint(expected_shapes(config), job.seed)
+    check_ranks(ResolvedJob(job, resolved.checkpoint, config), group.size)
+    return _Source(
+        checkpoint,
+        config.vocab_size,
+        config.max_seq_len,
+        lambda progress: load_model(config, checkpoint, group, _dtype(job.dtype), progress),
+    )
 
 
-def _prompt(
-    job: Job, checkpoint: Checkpoint, vocab_size: int, group: Group
-) -> tuple[TextCodec | None, list[int]]:
+def _open_hf(resolved: ResolvedJob, group: Group) -> _Source:
+    """A model whose code is that of the transformers library."""
+    from models.hf import build_model, fill_model  # transformers is needed here alone
+
+    assert resolved.checkpoint is not None
+    checkpoint = open_safetensors(resolved.checkpoint, translated=False)
+    model, weights = build_model(checkpoint.folder, group, _dtype(resolved.job.dtype))
+    return _Source(
+        checkpoint,
+        model.vocab_size,
+        model.max_seq_len,
+        lambda progress: fill_model(model, weights, checkpoint, group, progress),
+    )
+
+
+def _prompt(job: Job, source: _Source, group: Group) -> tuple[TextCodec | None, list[int]]:
     """The codec on rank 0 (None elsewhere), and the prompt's tokens on every rank."""
     codec = None
     tokens: list[int] = []
     if group.rank == 0:
-        codec = byte_codec(vocab_size) if job.weights == "random" else load_codec(checkpoint)
-        text = apply_chat_template(codec, job.prompt) if job.chat else job.prompt
+        random = job.weights == "random"
+        codec = byte_codec(source.vocab_size) if random else load_codec(source.checkpoint)
+        text = job.prompt
+        if job.chat:
+            text = apply_chat_template(codec, [{"role": "user", "content": job.prompt}])
         tokens = codec.encode(text, not job.chat)
         check_prompt(len(tokens), job.max_new_tokens, job.max_seq_len)
     length = ops.broadcast(torch.tensor([len(tokens)]), 0, group)

@@ -46,9 +46,7 @@ def check_fit(
     ("none", "preferred") can overflow to others, and is held against the machine's memory.
     """
     memory = {node.id: node.memory_bytes for node in topology.nodes}
-    machine = sum(memory[node] for node in topology.allowed_nodes if node in memory)
-    if limit_bytes is not None:
-        machine = min(machine, limit_bytes)
+    machine = machine_memory(topology, limit_bytes)
     totals = [sum(need.values()) for need in needs]
     fits = []
     for rank in plan.ranks:
@@ -59,6 +57,12 @@ def check_fit(
             available = min(available, _share(local, totals[rank.rank], group))
         fits.append(Fit(rank.rank, dict(needs[rank.rank]), available))
     return tuple(fits)
+
+
+def machine_memory(topology: Topology, limit_bytes: int | None = None) -> int:
+    """Bytes that all ranks together can have; 0 where the nodes do not tell."""
+    memory = sum(n.memory_bytes for n in topology.nodes if n.id in topology.allowed_nodes)
+    return memory if limit_bytes is None else min(memory, limit_bytes)
 
 
 def _share(total: int, need: int, needs: Sequence[int]) -> int:

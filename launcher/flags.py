@@ -23,6 +23,7 @@ COMMANDS = {
     "run": "start a program of yours on every rank: run [flags] script.py args... | -m module",
     "plan": "draw the machine and the ranks on it, with the reasons; start nothing",
     "doctor": "what this machine has, what will be used, what to change",
+    "models": "families and presets: sizes, what a rank of 1 to 8 needs: models [NAME...] [dtype=...]",
 }
 
 EXAMPLES = """
@@ -37,13 +38,14 @@ examples:
 
 @dataclass(frozen=True)
 class Flags:
-    """The command line, read. `words` are the `key=value` words; `program` is what follows `run`;
-    `head` is the command line before the program."""
+    """The command line, read. `words` are the `key=value` words; `names` what follows `models`;
+    `program` what follows `run`; `head` is the command line before the program."""
 
     command: str
     request: LaunchRequest
     options: RunOptions
     words: list[str]
+    names: list[str]
     program: list[str]
     head: list[str]
     sysfs: Path | None
@@ -108,7 +110,7 @@ def _make_parser(words: str) -> _Parser:
         flag(name, type=float, default=default, metavar="S", help=f"{text} [{default:g}]")
     flag("--log-dir", type=Path, metavar="DIR", help="each rank's output also in DIR/rank-N.log")
     flag("--verify-placement", action="store_true", help="say where pages and threads really were")
-    flag = section("of plan and doctor")
+    flag = section("of plan, doctor and models")
     flag("--sysfs", type=Path, metavar="DIR", help="the recorded machine in DIR, not this one")
     flag("--json", action="store_true", help="for programs")
     parser.add_argument("-h", "--help", action="store_true", help=argparse.SUPPRESS)
@@ -130,7 +132,7 @@ def parse_flags(argv: Sequence[str]) -> Flags:
     early = _make_parser(argparse.REMAINDER).parse_args(argv)
     if early.words[:1] == ["run"]:
         found = _make_parser(argparse.REMAINDER).parse_args(early.words[1:], early)
-        command, words = "run", []
+        command, words, names = "run", [], []
         program = ["-m", *found.module] if found.module is not None else found.words
         if found.module is not None and found.words:
             raise LaunchError(f"{found.words[0]!r} before -m: run takes one program; see --help")
@@ -141,20 +143,19 @@ def parse_flags(argv: Sequence[str]) -> Flags:
         commands = [word for word in found.words if "=" not in word]
         words = [word for word in found.words if "=" in word]
         command, program = commands[0] if commands else "generate", []
-        if len(commands) > 1 or command not in COMMANDS:
-            names = ", ".join(COMMANDS)
-            raise LaunchError(f"{commands[-1]!r} is not a command ({names}), not key=value; see --help")
-    for name, value, fitting in (
-        ("--sysfs", found.sysfs, ("plan", "doctor")),
-        ("--json", found.json, ("plan", "doctor")),
-    ):
-        if value and command not in fitting:
-            raise LaunchError(f"{name} goes with the commands {' and '.join(fitting)} only")
+        names = commands[1:]
+        if command not in COMMANDS or (names and command != "models"):
+            known = ", ".join(COMMANDS)
+            raise LaunchError(f"{commands[-1]!r} is not a command ({known}), not key=value; see --help")
+    for flag, value in (("--sysfs", found.sysfs), ("--json", found.json)):
+        if value and command not in ("plan", "doctor", "models"):
+            raise LaunchError(f"{flag} goes with the commands plan, doctor and models only")
     return Flags(
         command=command,
         request=_request(found),
         options=_options(found),
         words=words,
+        names=names,
         program=program,
         head=list(argv[: len(argv) - len(program)]),
         sysfs=found.sysfs,

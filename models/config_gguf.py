@@ -1,54 +1,264 @@
-"""GGUF metadata in the terms of `ModelConfig`. Pure; free of torch."""
+"""GGUF metadata in the terms of `ModelConfig`. Pure; free of torch.
+
+A key that would change what the model computes, and is not understood, is refused by name. Some of what
+a model is stands in no key: whether there are biases, a head of its own, which layers have experts are
+told by the tensors that there are.
+
+Sources: the keys of the `gguf` package's `constants.py`; what they mean, and what holds without them,
+is llama.cpp's (`llama-model.cpp`: hyperparameters and graphs; `rope_yarn` of ggml).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import struct
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from models.config import ModelConfig, Rope, check, head_dim_of
+from models.config import HEAD, ModelConfig, Rope, check, head_dim_of
 from models.config_hf import Keys
 from weights.errors import InputError
+from weights.gguf_names import ARCHITECTURES, same_for_all_layers
 
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {"attention_bias": True},
+_GEMMA = {"block": "gemma", "norm": "rms1p", "activation": "gelu_tanh"}
+# What is the same in all models of an architecture and differs from Llama.
+_FIXED: dict[str, dict[str, Any]] = {
     "qwen3": {"qk_norm": True},
+    "qwen3moe": {"qk_norm": True},
+    "gemma2": _GEMMA,
+    "gemma3": _GEMMA | {"qk_norm": True},
+    "falcon": {"block": "parallel", "norm": "layer", "activation": "gelu", "gated": False},
 }
+# Layers of one period: all but the last have the window. Softcaps and windows of files without the key.
+_PERIODS = {"gemma2": 2, "gemma3": 6}
+_DEFAULTS = {
+    "gemma2.attention.sliding_window": 4096,
+    "gemma2.attn_logit_softcapping": 50.0,
+    "gemma2.final_logit_softcapping": 30.0,
+}
+# By number of layers, the largest Gemmas, whose queries are scaled by dim / heads and not by head size.
+_GEMMA_27B = {("gemma2", 46), ("gemma3", 62)}
+# Keys of other architectures that would change the result, and the values that change nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "expert_gating_func": (0, 1),
+    "expert_shared_count": (0,),
+    "expert_weights_scale": (0, 1),
+    "rope.scaling.yarn_ext_factor": (1,),
+    "rope.scaling.yarn_log_multiplier": (0,),
+    "use_parallel_residual": (True,),
+}
+_GRANITE = ("embedding_scale", "residual_scale", "logit_scale")
+_MAX_LAYERS = 10_000
+_MAX_EXPERTS = 1 << 14
 
 
-def from_gguf(config: Mapping[str, Any], tie_embeddings: bool, source: str) -> ModelConfig:
-    """Read the metadata of a GGUF file. Raises InputError for what is not supported."""
+class _Metadata(Keys):
+    """The keys of one architecture, without its name before them."""
+
+    def __init__(self, values: Mapping[str, Any], architecture: str, source: str) -> None:
+        found = {}
+        for key in values:
+            if key.startswith(architecture + "."):
+                # A list would be one value for each layer; nothing here wants that but `windows`.
+                short = key[len(architecture) + 1 :]
+                keep = short == "attention.sliding_window_pattern"
+                found[short] = values[key] if keep else same_for_all_layers(values, key, source)
+        for key, default in _DEFAULTS.items():
+            if key.startswith(architecture + "."):
+                found.setdefault(key[len(architecture) + 1 :], default)
+        super().__init__(found, f"{source}, {architecture}")
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Numbers are stored as float32: 9.99999975e-06 was written as 1e-5, which is what is meant."""
+        value = super().number(key, default)
+        for digits in range(1, 10):
+            short = float(f"{value:.{digits}g}")
+            if _float32(short) == value:
+                return short
+        return value
+
+    def number_or_zero(self, key: str) -> float:
+        """A number for which 0 is as good as none."""
+        value = self.values.get(key)
+        return 0.0 if value is None or value == 0 else self.number(key)
+
+    def size(self, key: str, most: int, default: int | None = None) -> int:
+        value = self.integer(key, default)
+        if not 0 <= value <= most:
+            raise InputError(f"{self.source}: {key}={value}: must be from 0 to {most}")
+        return value
+
+
+def _float32(value: float) -> float:
+    try:
+        rounded: float = struct.unpack("<f", struct.pack("<f", value))[0]
+    except OverflowError:
+        return math.inf
+    return rounded
+
+
+def from_gguf(config: Mapping[str, Any], names: Collection[str], source: str) -> ModelConfig:
+    """Read the metadata of a GGUF file that holds weights of these canonical names. `config` has the
+    file's key-values, and the tensors of `weights.gguf_names.FACTORS`. Raises InputError for what is
+    not supported."""
     name = config.get("general.architecture", "llama")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise InputError(
             f"{source}: architecture {name!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
-    keys = Keys(config, source)
-    scaling = config.get(f"{name}.rope.scaling.type", "none")
-    if scaling != "none":
-        raise InputError(f"{source}: rotary scaling {scaling!r} is not supported; supported: none")
-    dim = keys.integer(f"{name}.embedding_length")
-    num_heads = keys.integer(f"{name}.attention.head_count")
-    head_dim = keys.integer(f"{name}.attention.key_length", 0) or head_dim_of(dim, num_heads)
-    rotary = keys.integer(f"{name}.rope.dimension_count", head_dim)
-    eps = keys.number(f"{name}.attention.layer_norm_rms_epsilon", 1e-5)
-    return check(
-        ModelConfig(
-            dim=dim,
-            num_layers=keys.integer(f"{name}.block_count"),
-            num_heads=num_heads,
-            num_kv_heads=keys.integer(f"{name}.attention.head_count_kv", num_heads),
-            head_dim=head_dim,
-            ffn_dim=keys.integer(f"{name}.feed_forward_length"),
-            vocab_size=len(config.get("tokenizer.ggml.tokens", ()))
-            or keys.integer(f"{name}.vocab_size"),
-            max_seq_len=keys.integer(f"{name}.context_length"),
-            rope=Rope(
-                keys.number(f"{name}.rope.freq_base", 10000.0), 0 if rotary == head_dim else rotary
+    keys = _Metadata(config, name, source)
+    try:
+        return check(ModelConfig(**_fields(keys, name, config, names)))
+    except InputError as error:
+        if str(error).startswith(source):
+            raise
+        raise InputError(f"{source}: {error}") from error
+
+
+def _fields(
+    keys: _Metadata, name: str, config: Mapping[str, Any], names: Collection[str]
+) -> dict[str, Any]:
+    dim, num_heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
+    head_dim = keys.integer("attention.key_length", 0) or head_dim_of(dim, num_heads)
+    keys.only("attention.value_length", (head_dim,), head_dim)
+    for key, allowed in _NEUTRAL.items():
+        keys.only(key, allowed, allowed[-1])
+    if name != "granite":
+        for key in _GRANITE:
+            keys.only(key, (1,), 1)
+    num_layers = keys.size("block_count", _MAX_LAYERS)
+    ffn_dim = keys.integer("feed_forward_length")
+    fixed = _FIXED.get(name, {})
+    norm = "layer_norm_epsilon" if fixed.get("norm") == "layer" else "layer_norm_rms_epsilon"
+    context = keys.integer("context_length")
+
+    def has(weight: str) -> bool:
+        return f"model.layers.0.{weight}" in names
+
+    fields = fixed | {
+        "dim": dim,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": keys.integer("attention.head_count_kv", num_heads),
+        "head_dim": head_dim,
+        "ffn_dim": ffn_dim,
+        "vocab_size": _vocab_size(keys, config),
+        "max_seq_len": context,
+        "rope": _rope(keys, config, head_dim, context, 1e6 if name == "gemma3" else 10000.0),
+        "norm_eps": keys.number(f"attention.{norm}", 1e-5),
+        "tie_embeddings": HEAD not in names,
+        "head_bias": "lm_head.bias" in names,
+        "attention_bias": has("self_attn.q_proj.bias"),
+        "attention_out_bias": has("self_attn.o_proj.bias"),
+        "mlp_bias": has("mlp.down_proj.bias"),
+        "two_norms": has("mlp_layernorm.weight"),
+        "attention_scale": keys.number_or_zero("attention.scale"),
+        "attention_cap": keys.number_or_zero("attn_logit_softcapping"),
+        "logits_cap": keys.number_or_zero("final_logit_softcapping"),
+    }
+    fields |= _windows(keys, num_layers, _PERIODS.get(name, 0))
+    num_experts = keys.size("expert_count", _MAX_EXPERTS, 0)
+    if num_experts:
+        fields |= {
+            "num_experts": num_experts,
+            "experts_per_token": keys.integer("expert_used_count"),
+            "expert_dim": keys.integer("expert_feed_forward_length", ffn_dim),
+            "norm_topk": keys.flag("expert_weights_norm", True),
+            "dense_layers": tuple(
+                i for i in range(num_layers) if f"model.layers.{i}.mlp.gate.weight" not in names
             ),
-            # Stored as float32: 1e-5 comes back as 9.99999975e-06, which is not what was meant.
-            norm_eps=float(f"{eps:.6g}"),
-            tie_embeddings=tie_embeddings,
-            **ARCHITECTURES[name],
+        }
+    if name == "granite":
+        fields["embedding_scale"] = keys.number("embedding_scale", 1.0)
+        fields["residual_scale"] = keys.number("residual_scale", 1.0)
+        fields["logits_scale"] = 1 / keys.number("logit_scale", 1.0)
+    if name == "smollm3":  # no key tells: every fourth layer
+        fields["no_rope"] = tuple(range(3, num_layers, 4))
+    if name in ("gemma2", "gemma3"):
+        fields["embedding_scale"] = math.sqrt(max(dim, 0))
+        scale = head_dim_of(dim, num_heads) if (name, num_layers) in _GEMMA_27B else head_dim
+        fields["attention_scale"] = fields["attention_scale"] or max(scale, 1) ** -0.5
+    if name == "gemma3":
+        base = keys.number("rope.freq_base_swa", 10000.0)
+        fields["local_rope"] = Rope(base, fields["rope"].dim)
+    return fields
+
+
+def _vocab_size(keys: _Metadata, config: Mapping[str, Any]) -> int:
+    tokens = config.get("tokenizer.ggml.tokens")
+    if tokens is not None and not isinstance(tokens, list):
+        raise InputError(f"{keys.source}: tokenizer.ggml.tokens must be a list of texts")
+    return len(tokens) if tokens else keys.integer("vocab_size")
+
+
+def _windows(keys: _Metadata, num_layers: int, period: int) -> dict[str, Any]:
+    """The sliding window and which layers have it: all but the last of a period, or as a list says."""
+    window = keys.size("attention.sliding_window", 1 << 32, 0)
+    key = "attention.sliding_window_pattern"
+    pattern = keys.values.get(key)
+    if isinstance(pattern, list):
+        if len(pattern) < num_layers or not all(isinstance(has, bool | int) for has in pattern):
+            raise InputError(f"{keys.source}: {key} must tell for each of {num_layers} layers")
+        windowed = tuple(i for i in range(num_layers) if pattern[i])
+    else:
+        period = keys.size(key, _MAX_LAYERS, period)
+        windowed = tuple(i for i in range(num_layers) if period and (i + 1) % period)
+        if not period:
+            return {"window": window}  # all layers
+    return {"window": window, "windowed": windowed} if window and windowed else {}
+
+
+def _rope(
+    keys: _Metadata, config: Mapping[str, Any], head_dim: int, context: int, theta: float
+) -> Rope:
+    """llama.cpp divides positions by the factor, except for "none", and then each frequency by its
+    own. Llama 3.1's own factors hold for all lengths: those of short and long texts are the same."""
+    kind = keys.values.get("rope.scaling.type") or "linear"  # what a factor means without a type
+    factor = keys.number_or_zero("rope.scaling.factor") or keys.number_or_zero("rope.scale_linear") or 1
+    rotary = keys.integer("rope.dimension_count", head_dim)
+    attention = keys.number_or_zero("rope.scaling.attn_factor") or 1.0
+    original = keys.integer("rope.scaling.original_context_length", context)
+    more: dict[str, Any] = {}
+    tensors = Keys(config, keys.source)
+    equal, short, long = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        raise InputError(
+            f"{keys.source}: rotary scaling {kind!r} is not supported; supported: none, linear, yarn, "
+            "longrope"
         )
+    has_factors = any(name in config for name in (equal, short, long))
+    if kind == "none":
+        factor = 1.0
+    if has_factors or kind == "longrope":
+        if factor != 1 or kind == "yarn":
+            raise InputError(
+                f"{keys.source}: rotary scaling {kind!r} by {factor:g} together with a factor for each "
+                "frequency is not supported"
+            )
+        if not has_factors:
+            raise InputError(f"{keys.source}: rotary scaling 'longrope' needs the tensor {long}")
+        if equal in config:
+            short = long = equal
+            original = context
+        kind = "longrope"
+        more = {"short_factors": tensors.numbers(short), "long_factors": tensors.numbers(long)}
+    elif kind == "yarn":
+        # The temperature of the paper is always there; what the keys say comes on top of it.
+        attention *= keys.number_or_zero("rope.scaling.yarn_attn_factor") or 1.0
+        attention *= 1 + 0.1 * math.log(factor) if factor > 1 else 1
+        more["beta_fast"] = keys.number_or_zero("rope.scaling.yarn_beta_fast") or 32.0
+        more["beta_slow"] = keys.number_or_zero("rope.scaling.yarn_beta_slow") or 1.0
+    elif kind == "none" or factor == 1:
+        kind = "default"
+    return Rope(
+        theta=keys.number("rope.freq_base", theta),
+        dim=0 if rotary == head_dim else rotary,
+        kind=kind,
+        factor=factor,
+        original_max_seq_len=original if kind in ("yarn", "longrope") else 0,
+        attention_factor=attention,
+        **more,
     )

@@ -57,6 +57,9 @@ class Keys:
             raise InputError(f"{self.source}: {key}={value!r} is not supported; supported: {names}")
 
 
+_OTHERS = "; engine=hf runs any that has a tensor-parallel plan in the transformers library"
+
+
 def from_hf(config: Mapping[str, Any], source: str) -> ModelConfig:
     """Read the keys of a Hugging Face `config.json`. Raises InputError for what is not supported."""
     architectures = config.get("architectures")
@@ -65,6 +68,7 @@ def from_hf(config: Mapping[str, Any], source: str) -> ModelConfig:
         raise InputError(
             f"{source}: architecture {name or architectures!r} is not supported; supported: "
             + ", ".join(ARCHITECTURES)
+            + (_OTHERS if isinstance(config.get("model_type"), str) else "")
         )
     keys = Keys(config, source)
     try:
@@ -303,8 +307,10 @@ def _gemma3(keys: Keys) -> dict[str, Any]:
     if keys.values.get("layer_types") is None:  # five local layers, then a global one
         every = keys.integer("sliding_window_pattern", 6)
         config["windowed"] = tuple(i for i in range(num_layers) if (i + 1) % every)
-    local = _rope_keys(keys, "sliding_attention")
-    if local is _rope_keys(keys, "full_attention"):  # older files: the scaling is the global layers'
+    settings = keys.values.get("rope_parameters")
+    if isinstance(settings, Mapping) and isinstance(settings.get("sliding_attention"), Mapping):
+        local = settings["sliding_attention"]
+    else:  # older files: the scaling is the global layers'
         local = {"rope_theta": keys.number("rope_local_base_freq", 10000.0)}
         config["rope"] = _rope(keys, _rope_keys(keys, "full_attention"), head_dim, 1e6)
     return config | {"local_rope": _rope(keys, local, head_dim)}

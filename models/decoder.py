@@ -88,8 +88,22 @@ class Decoder(nn.Module):
         after `last` may be padding: what they leave in the cache is overwritten before anything
         attends to it.
         """
-        positions = positions.expand(tokens.shape)
-        step = self._step(positions)
+        normed = self._run(tokens, positions)
+        if last is not None:
+            index = last.expand(tokens.shape[0])[:, None, None].expand(-1, 1, normed.shape[-1])
+            normed = normed.gather(1, index)
+        return self._logits(normed).squeeze(1)
+
+    def logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Logits of every token: as `forward`, but float32 [B, T, vocab_size], on all ranks.
+
+        For measures that want them all; generation wants one a row, and a vocabulary is wide.
+        """
+        return self._logits(self._run(tokens, positions))
+
+    def _run(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Embedding and blocks, and the last norm: [B, T, D]."""
+        step = self._step(positions.expand(tokens.shape))
         x = self.embed(tokens)  # [B, T, D]
         if self.embedding_scale != 1:
             x = x * self.embedding_scale
@@ -97,10 +111,10 @@ class Decoder(nn.Module):
         normed = norms[0](x)
         for block, following in zip(self.layers, norms[1:], strict=True):
             normed, x = block(normed, x, following, step)
-        if last is not None:
-            index = last.expand(tokens.shape[0])[:, None, None].expand(-1, 1, x.shape[-1])
-            normed = normed.gather(1, index)
-        logits = self.head(normed).squeeze(1).float()
+        return normed
+
+    def _logits(self, normed: Tensor) -> Tensor:
+        logits: Tensor = self.head(normed).float()
         if self.config.logits_scale != 1:
             logits = logits * self.config.logits_scale
         if self.config.logits_cap:

@@ -30,7 +30,7 @@ def config_of(checkpoint: Checkpoint) -> ModelConfig:
     """The dimensions that a checkpoint's own metadata declares. Raises InputError."""
     source = str(checkpoint.path)
     if checkpoint.format == "gguf":
-        return from_gguf(checkpoint.config, HEAD not in checkpoint.entries, source)
+        return from_gguf(checkpoint.config, checkpoint.entries, source)
     return from_hf(checkpoint.config, source)
 
 

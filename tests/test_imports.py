@@ -42,14 +42,17 @@ def test_a_package_imports_only_those_below_it(room: str) -> None:
 def test_the_launcher_needs_only_the_standard_library_and_psutil() -> None:
     for file in (CHECKOUT / "launcher").glob("*.py"):
         foreign = imported(file) - set(sys.stdlib_module_names) - {"launcher", "psutil", "__future__"}
-        if file.name in ("draw.py", "doctor_view.py"):
+        if file.name in ("draw.py", "doctor_view.py", "models_view.py"):
             foreign.discard("rich")  # what is drawn for people
         if file.name == "probe_torch.py":
             foreign.discard("torch")  # runs in a process of its own
         assert not foreign, f"{file} imports {foreign}"
 
 
-@pytest.mark.parametrize("words", [["plan"], ["plan", "model=tiny", "weights=random"], ["--help"]])
+@pytest.mark.parametrize(
+    "words",
+    [["plan"], ["plan", "model=tiny", "weights=random"], ["--help"], ["models"], ["models", "--json"]],
+)
 def test_the_command_does_not_import_torch(words: list[str]) -> None:
     code = (
         f"import sys; sys.argv[1:] = {words!r}; import launch; launch.main(sys.argv[1:])\n"

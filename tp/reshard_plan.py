@@ -21,6 +21,7 @@ from typing import Any
 from tp.shard import FFN_UNIT, Layout, find_spec, plan_layout, slices_of, split_units
 from weights.checkpoint import Checkpoint, Entry
 from weights.errors import InputError
+from weights.gguf_names import same_for_all_layers
 from weights.names import translate
 from weights.writer import DTYPES, Tensors, num_bytes
 from weights.yoke_manifest import (
@@ -107,7 +108,7 @@ def make_plan(
         for name, entry in checkpoint.entries.items()
     )
     if form == "hf":
-        outputs = _hf_outputs(tensors, checkpoint.format)
+        outputs = _hf_outputs(tensors, checkpoint.format, dims)
     else:
         outputs = tuple(
             Output(
@@ -214,7 +215,7 @@ def _find_num_heads(checkpoint: Checkpoint) -> int:
     architecture = config.get("general.architecture")
     for key in (*_NUM_HEADS, f"{architecture}.attention.head_count"):
         if key in config:
-            value = config[key]
+            value = same_for_all_layers(config, key, checkpoint.path)
             if type(value) is not int or value < 1:
                 raise InputError(f"{checkpoint.path}: {key} must be a positive integer, not {value!r}")
             return int(value)
@@ -310,9 +311,12 @@ def _storage(name: str, entry: Entry, dequantize: bool) -> tuple[str, Blocks | N
     return "U8", Blocks(entry.stored_as, *sizes)
 
 
-def _hf_outputs(tensors: tuple[StoredTensor, ...], source_format: str) -> tuple[Output, ...]:
+def _hf_outputs(
+    tensors: tuple[StoredTensor, ...], source_format: str, dims: Dims
+) -> tuple[Output, ...]:
     """The tensors under the names that Hugging Face's files had. Several tensors of one such name were
-    one fused tensor, and are put together again, in their order."""
+    one fused tensor, and are put together again, in their order: one after the other, or (Falcon) the
+    rows of one KV head after another's, each with its query heads before it."""
     # Names under which the rows are in another order (Meta's) would lie about what is written.
     stored = {tensor.stored_name for tensor in tensors}
     known = source_format != "gguf" and not any(
@@ -326,10 +330,17 @@ def _hf_outputs(tensors: tuple[StoredTensor, ...], source_format: str) -> tuple[
             raise InputError(
                 f"{name} was made of tensors that do not go together: {parts[0].name}, ..."
             )
-    return tuple(
-        Output("", name, tuple(Piece(part, 0, part.extent) for part in parts))
-        for name, parts in together.items()
-    )
+
+    def pieces(name: str, parts: list[StoredTensor]) -> tuple[Piece, ...]:
+        grouped = known and any(piece.grouped for piece in translate(name))
+        groups = dims.num_kv_heads if grouped else 1
+        return tuple(
+            Piece(part, part.extent * i // groups, part.extent * (i + 1) // groups)
+            for i in range(groups)
+            for part in parts
+        )
+
+    return tuple(Output("", name, pieces(name, parts)) for name, parts in together.items())
 
 
 def _hf_files(outputs: tuple[Output, ...]) -> dict[str, Tensors]:
@@ -340,7 +351,8 @@ def _hf_files(outputs: tuple[Output, ...]) -> dict[str, Tensors]:
         first = output.pieces[0].tensor
         shape = first.shape
         if len(output.pieces) > 1:
-            shape = (sum(piece.tensor.shape[0] for piece in output.pieces), *shape[1:])
+            rows = sum(piece.stop - piece.start for piece in output.pieces)
+            shape = (rows, *shape[1:])
         size = num_bytes(first.dtype, shape)
         if not shards or filled + size > SHARD_BYTES:
             shards.append({})

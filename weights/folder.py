@@ -10,7 +10,7 @@ from typing import Any
 from weights.checkpoint import Checkpoint, Entry
 from weights.errors import InputError
 from weights.files import read_json
-from weights.names import translate
+from weights.names import Piece, translate
 from weights.params import hf_config
 from weights.views import present
 
@@ -43,11 +43,17 @@ def gather(
     return entries
 
 
-def assemble(path: Path, form: str, stored: Mapping[str, Entry], world_size: int = 1) -> Checkpoint:
+def assemble(
+    path: Path,
+    form: str,
+    stored: Mapping[str, Entry],
+    world_size: int = 1,
+    names: Callable[[str], tuple[Piece, ...]] = translate,
+) -> Checkpoint:
     """The checkpoint of what `path` stores, with the config beside it. Raises InputError."""
     folder = path if path.is_dir() else path.parent
     config = config_beside(folder, {name: entry.shape for name, entry in stored.items()})
-    return present(path, form, stored, translate, config, lambda: _heads(config, path), world_size)
+    return present(path, form, stored, names, config, lambda: _heads(config, path), world_size)
 
 
 def config_beside(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class TensorInfo:
 class Header:
     """Metadata (converted on access), tensors, and where in the file the data starts."""
 
-    values: Mapping[str, Any]
+    values: LazyValues
     tensors: tuple[TensorInfo, ...]
     data_start: int
 
@@ -62,6 +62,10 @@ class LazyValues(Mapping[str, Any]):
         self._path = path
         self._pending = pending
         self._values: dict[str, Any] = {}
+
+    def plus(self, more: Mapping[str, Callable[[], Any]]) -> LazyValues:
+        """With further key-values."""
+        return LazyValues(self._path, {**self._pending, **more})
 
     def __getitem__(self, key: str) -> Any:
         if key not in self._values:

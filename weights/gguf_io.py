@@ -1,19 +1,22 @@
 """GGUF files (the format of llama.cpp): lazy, mapped, dequantised as slices are read.
 
 The header is read by weights.gguf_header; what the block formats mean is the `gguf` package's
-knowledge: any quantisation that it can dequantise is read. Two things that llama.cpp's converter
-changes are undone: dimensions are stored in reverse, and the rows of the query and key projections of
-some architectures are reordered within each head for interleaved rotary embeddings.
+knowledge: any quantisation that it can dequantise is read. What llama.cpp's converter changes is
+undone: dimensions are stored in reverse, experts are stacked, the rows of some architectures' query and
+key projections are reordered for interleaved rotary embeddings, and Gemma's norms have 1 added
+(`weights.gguf_names`). Tensors that are settings, not weights, become values of `config`, under their
+names: the factors by which rotary frequencies are divided.
 
 What is not here: files split in several (`-00001-of-00003.gguf`); they are refused with the way out.
 
-Source: the GGUF specification, and `permute` in llama.cpp's `convert_hf_to_gguf.py`.
+Source: the GGUF specification, and llama.cpp's `convert_hf_to_gguf.py`.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +30,19 @@ from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
 from weights.errors import InputError
 from weights.files import DAMAGE, check_overlaps, damaged, regular_file
 from weights.gguf_header import FORM, Header, TensorInfo, read_header
+from weights.gguf_names import (
+    ARCHITECTURES,
+    FACTORS,
+    naming_of,
+    same_for_all_layers,
+    translate_gguf,
+)
 from weights.mapped import Bytes, map_file, plain_entry
-from weights.names import Piece, translate_gguf
+from weights.names import Piece
 from weights.views import present
 
-# Whether the converter interleaves the rows of query and key projections, by architecture.
-_INTERLEAVED = {"llama": True, "qwen2": False, "qwen3": False}
-ARCHITECTURES = tuple(_INTERLEAVED)
+_MAX_FACTORS = 1 << 12  # half of a head's size; what is longer cannot be rotary factors
+_MAX_EXPERTS = 1 << 14
 _PLAIN = ("F64", "F32", "F16", "BF16")  # numbers as they are; everything else comes in blocks
 
 
@@ -44,7 +53,7 @@ def open_gguf(path: Path) -> Checkpoint:
         header = read_header(path)
         config = header.values
         architecture = config.get("general.architecture")
-        if not isinstance(architecture, str) or architecture not in _INTERLEAVED:
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             raise InputError(
                 f"{path} holds a model of architecture {architecture!r}; supported: "
                 + ", ".join(ARCHITECTURES)
@@ -55,10 +64,15 @@ def open_gguf(path: Path) -> Checkpoint:
                 "llama.cpp's llama-gguf-split --merge, and give the joined file"
             )
         stored = _stored_entries(path, size, header)
-        interleaved = _INTERLEAVED[architecture]
+        factors = {name: _factors(path, name, stored.pop(name)) for name in FACTORS if name in stored}
+        config = header.values.plus(factors)
+        naming = naming_of(architecture, stored)
 
         def canonical(name: str) -> tuple[Piece, ...]:
-            pieces = translate_gguf(name, interleaved)
+            num_experts = 0
+            if "_exps." in name:
+                num_experts = _num_experts(path, config, architecture, name, stored[name])
+            pieces = translate_gguf(name, naming, num_experts)
             if not pieces:
                 raise InputError(f"{path} holds a tensor {name!r} that Yoke does not know")
             return pieces
@@ -73,9 +87,38 @@ def open_gguf(path: Path) -> Checkpoint:
         raise damaged(path, FORM, error) from error
 
 
-def _heads(path: Path, config: Any, prefix: str) -> tuple[int, int]:
-    num_q = config.get(prefix + "head_count")
-    num_kv = config.get(prefix + "head_count_kv", num_q)
+def _factors(path: Path, name: str, entry: Entry) -> Callable[[], list[float]]:
+    """How to read the factors of rotary frequencies."""
+    if len(entry.shape) != 1 or entry.shape[0] > _MAX_FACTORS:
+        raise InputError(f"{path}: {name!r} has shape {entry.shape}; it must be a list of factors")
+
+    def values() -> list[float]:
+        found: list[float] = entry.read((slice(0, entry.shape[0]),)).tolist()
+        return found
+
+    return values
+
+
+def _num_experts(
+    path: Path, config: Mapping[str, Any], architecture: str, name: str, entry: Entry
+) -> int:
+    """How many experts a tensor stacks: as many as the metadata say."""
+    key = f"{architecture}.expert_count"
+    count = config.get(key)
+    if type(count) is not int or not 1 <= count <= _MAX_EXPERTS:
+        raise InputError(f"{path}: {key} must be from 1 to {_MAX_EXPERTS}, not {str(count)[:100]}")
+    if len(entry.shape) != 3 or entry.shape[0] != count:
+        raise InputError(
+            f"{path}: {name!r} has shape {entry.shape}; it must be the matrices of {count} experts, as "
+            f"{key} says"
+        )
+    return count
+
+
+def _heads(path: Path, config: Mapping[str, Any], prefix: str) -> tuple[int, int]:
+    num_q = same_for_all_layers(config, prefix + "head_count", path)
+    num_kv = same_for_all_layers(config, prefix + "head_count_kv", path)
+    num_kv = num_q if num_kv is None else num_kv
     for value in (num_q, num_kv):
         if type(value) is not int or not 1 <= value < 1 << 20:
             raise InputError(

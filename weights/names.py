@@ -1,8 +1,9 @@
 """What a stored tensor is called canonically, and which rows of it are meant. Pure; free of torch.
 
 Canonical names are those of Hugging Face's Llama. Most families have them already; GPT-J, Falcon,
-Mixtral's experts, Meta's releases, gpt-fast, fused projections (Phi-3) and GGUF are translated. A name
-that no family has keeps itself, so that the loader can name it where it refuses it.
+Mixtral's experts, Meta's releases, gpt-fast and fused projections (Phi-3) are translated. A name that
+no family has keeps itself, so that the loader can name it where it refuses it. GGUF's names:
+`weights.gguf_names`.
 
 Two families store the rows of the query and key projections interleaved, for rotary embeddings over
 neighbours (2i, 2i+1) where the canonical order has halves (i, i + half a head): Meta with gpt-fast,
@@ -20,12 +21,15 @@ class Piece:
     """One canonical tensor within a stored one: all of it (`part` ""), or the rows of "q", "k", "v",
     "gate" or "up" in a fused one. `interleaved`: its rows are not in canonical order yet. `grouped`:
     the fused rows are those of one KV head after another, each with its query heads before it
-    (Falcon)."""
+    (Falcon). `expert`: it is the matrix of this index in a stack of them. `plus_one`: it is stored
+    with 1 added."""
 
     name: str
     part: str = ""
     interleaved: bool = False
     grouped: bool = False
+    expert: int | None = None
+    plus_one: bool = False
 
 
 # Buffers that some releases store although they are computed; never weights.
@@ -70,38 +74,16 @@ _META = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-_QKV = (("q", "self_attn.q_proj"), ("k", "self_attn.k_proj"), ("v", "self_attn.v_proj"))
-_GATE_UP = (("gate", "mlp.gate_proj"), ("up", "mlp.up_proj"))
+QKV = (("q", "self_attn.q_proj"), ("k", "self_attn.k_proj"), ("v", "self_attn.v_proj"))
+GATE_UP = (("gate", "mlp.gate_proj"), ("up", "mlp.up_proj"))
 # (prefix of a layer, its names, those of them that are fused, are query and key rows interleaved)
-_Parts = tuple[tuple[str, str], ...]
-_FAMILIES: tuple[tuple[str, dict[str, str], dict[str, _Parts], bool], ...] = (
-    (r"transformer\.h", _GPTJ | _FALCON, {"self_attention.query_key_value": _QKV}, False),
-    (r"layers", _META, {"attention.wqkv": _QKV}, True),
-    (r"model\.layers", {}, {"self_attn.qkv_proj": _QKV, "mlp.gate_up_proj": _GATE_UP}, False),
+Parts = tuple[tuple[str, str], ...]
+_FAMILIES: tuple[tuple[str, dict[str, str], dict[str, Parts], bool], ...] = (
+    (r"transformer\.h", _GPTJ | _FALCON, {"self_attention.query_key_value": QKV}, False),
+    (r"layers", _META, {"attention.wqkv": QKV}, True),
+    (r"model\.layers", {}, {"self_attn.qkv_proj": QKV, "mlp.gate_up_proj": GATE_UP}, False),
 )
-_ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
-
-_GGUF_SHARED = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-    "output.bias": "lm_head.bias",
-    # The factors of Llama 3.1's long context. No weight; the loader says so where it is not used.
-    "rope_freqs.weight": "rope_freqs.weight",
-}
-_GGUF = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
 
 
 def translate(stored: str) -> tuple[Piece, ...]:
@@ -123,7 +105,7 @@ def translate(stored: str) -> tuple[Piece, ...]:
                 Piece(
                     f"model.layers.{int(layer)}.{name}.{kind}",
                     part,
-                    interleaved and name in _ROTATED,
+                    interleaved and name in ROTATED,
                     grouped,
                 )
                 for part, name in found
@@ -140,15 +122,6 @@ def translate(stored: str) -> tuple[Piece, ...]:
     return (Piece(stored),)
 
 
-def translate_gguf(stored: str, interleaved: bool) -> tuple[Piece, ...]:
-    """The same for GGUF's names; none at all for a name that GGUF's Llama family does not have.
-    `interleaved`: whether files of this architecture have interleaved query and key rows."""
-    if stored in _GGUF_SHARED:
-        return (Piece(_GGUF_SHARED[stored]),)
-    match = re.fullmatch(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)", stored, re.ASCII)
-    if match is None or match[2] not in _GGUF:
-        return ()
-    name = _GGUF[match[2]]
-    return (
-        Piece(f"model.layers.{int(match[1])}.{name}.{match[3]}", "", interleaved and name in _ROTATED),
-    )
+def as_stored(stored: str) -> tuple[Piece, ...]:
+    """The tensor under its own name, for a model that has the same names."""
+    return (Piece(stored),)

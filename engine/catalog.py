@@ -1,0 +1,121 @@
+"""The models that are known by name, and what each needs on 1, 2, 4, 8 ranks: `launch.py models`.
+
+Facts alone, as a dictionary that programs can read; `launcher.models_view` draws it. What is not here:
+where ranks would go on a machine (`launch.py plan model=...` tells that of one model).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from engine.job import parse_job
+from engine.memory import dtype_name, rank_needs
+from models.config import ModelConfig
+from models.families import FAMILIES, Family, family_of
+from models.presets import PRESETS
+from models.sizes import num_active_parameters, num_parameters
+from weights.errors import InputError
+
+WORLD_SIZES = (1, 2, 4, 8)
+KEYS = ("max_seq_len", "dtype")
+
+
+def catalog(
+    names: Sequence[str] = (),
+    words: Sequence[str] = (),
+    world_sizes: Sequence[int] = WORLD_SIZES,
+    machine_bytes: int | None = None,
+) -> dict[str, Any]:
+    """Families, and their presets with sizes and needs, all in bytes.
+
+    `names` narrow the list (names, their beginnings, or patterns with *); `words` may set `max_seq_len`
+    and `dtype`, as for a job. Raises InputError for a name that no preset has.
+
+    For each model and world size: `largest_rank`, what its largest rank holds by purpose, `total_bytes`
+    of all ranks, and whether they fit `machine_bytes` (None: not told); or `refused`, the reason why
+    it cannot be run so.
+    """
+    for word in words:
+        key = word.partition("=")[0]
+        if key not in KEYS:
+            raise InputError(f"models takes {'= and '.join(KEYS)}=, not {word!r}")
+    # Read as a job's words are; the model and the length of the answer stand for any.
+    job = parse_job(["model=tiny", "max_new_tokens=1", *words], need_prompt=False)
+    chosen = select(names)
+    models = [
+        _describe(name, job.dtype, job.max_seq_len, world_sizes, machine_bytes) for name in chosen
+    ]
+    families = [family for family in FAMILIES if any(family_of(name) is family for name in chosen)]
+    return {
+        "max_seq_len": job.max_seq_len,
+        "dtype": dtype_name(job.dtype),
+        "machine_bytes": machine_bytes,
+        "families": [_describe_family(family) for family in families],
+        "models": models,
+    }
+
+
+def select(names: Sequence[str]) -> list[str]:
+    """The presets that `names` mean (all, if there are none), family by family."""
+    found: set[str] = set()
+    for name in names:
+        wanted = name.lower()
+        if wanted in PRESETS:
+            found.add(wanted)
+            continue
+        pattern = wanted if any(c in wanted for c in "*?[") else f"{wanted}*"
+        matching = [preset for preset in PRESETS if fnmatchcase(preset, pattern)]
+        if not matching:
+            close = difflib.get_close_matches(wanted, PRESETS, n=3, cutoff=0.4)
+            hint = f"the nearest: {', '.join(close)}; " if close else ""
+            raise InputError(f"no model is called {name!r}; {hint}all: python launch.py models")
+        found.update(matching)
+    chosen = [preset for preset in PRESETS if preset in found or not names]
+    return sorted(chosen, key=lambda preset: FAMILIES.index(family_of(preset)))
+
+
+def _describe(
+    name: str, dtype: str, max_seq_len: int, world_sizes: Sequence[int], machine_bytes: int | None
+) -> dict[str, Any]:
+    config, parameters = PRESETS[name], num_parameters(PRESETS[name])
+    return {
+        "name": name,
+        "family": family_of(name).name,
+        "parameters": parameters,
+        "active_parameters": num_active_parameters(config),
+        "bfloat16_bytes": 2 * parameters,
+        "max_seq_len": config.max_seq_len,
+        "ranks": {
+            str(size): _needs(config, dtype, max_seq_len, size, machine_bytes) for size in world_sizes
+        },
+    }
+
+
+def _needs(
+    config: ModelConfig, dtype: str, max_seq_len: int, world_size: int, machine_bytes: int | None
+) -> dict[str, Any]:
+    if max_seq_len > config.max_seq_len:
+        return {"refused": f"trained for {config.max_seq_len} tokens at most; lower max_seq_len"}
+    try:
+        needs = [rank_needs(config, dtype, max_seq_len, r, world_size) for r in range(world_size)]
+    except InputError as error:
+        return {"refused": str(error)}
+    total = sum(sum(need.values()) for need in needs)
+    return {
+        "largest_rank": max(needs, key=lambda need: sum(need.values())),
+        "total_bytes": total,
+        "fits": None if machine_bytes is None else total <= machine_bytes,
+    }
+
+
+def _describe_family(family: Family) -> dict[str, Any]:
+    return {
+        "name": family.name,
+        "block": family.block,
+        "config_json": family.hf,
+        "gguf": family.read_gguf or None,
+        "what": family.what,
+    }

@@ -1,0 +1,55 @@
+"""How many weights a model has, counted by kinds: exact, and quick for thousands of experts too.
+
+The slow reference is `expected_shapes`, which names every weight; layers that are alike, and the
+experts of a layer, are counted here under the name of one of them. Free of torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cache
+from math import prod
+
+from models.config import ModelConfig, expected_shapes
+
+
+@dataclass(frozen=True)
+class WeightKind:
+    """`count` weights of one shape, which are divided alike: `name` is that of one of them."""
+
+    name: str
+    shape: tuple[int, ...]
+    count: int
+
+
+@cache
+def weight_kinds(config: ModelConfig) -> tuple[WeightKind, ...]:
+    """All weights of a model. Layers differ in shape by having experts or not, and in nothing else."""
+    with_experts = sum(config.has_experts(layer) for layer in range(config.num_layers))
+    # Two layers stand for all: layer 0 for those without experts, layer 1 for those with.
+    two = replace(config, num_layers=2, dense_layers=(0,))
+    times = {"0": config.num_layers - with_experts, "1": with_experts}
+    counts: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    for name, shape in expected_shapes(two).items():
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        one = re.sub(r"\.experts\.\d+\.", ".experts.0.", name)
+        counts[one, shape] += times[layer[1]] if layer else 1
+    return tuple(WeightKind(name, shape, n) for (name, shape), n in counts.items() if n)
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Parameters of a model; a head that is the embedding's own counts once."""
+    return sum(kind.count * prod(kind.shape) for kind in weight_kinds(config))
+
+
+def num_active_parameters(config: ModelConfig) -> int:
+    """Those that one token meets: of a mixture, the experts that are chosen and all that is shared."""
+    idle = sum(
+        kind.count // config.num_experts * (config.num_experts - config.experts_per_token)
+        * prod(kind.shape)
+        for kind in weight_kinds(config)
+        if ".experts." in kind.name
+    )  # fmt: skip
+    return num_parameters(config) - idle
