@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.attention import attend, can_attend
 from models.config import ModelConfig
 from models.norms import norm_of
 from models.rope import rotate
@@ -51,11 +52,15 @@ class Attention(nn.Module):
         self.qkv = ColumnLinear(config.dim, (q, kv, kv), config.attention_bias)
         self.q_norm = norm_of(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = norm_of(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.is_windowed = config.is_windowed(layer)
         self.inner = CachedAttention(
-            heads, config.head_dim, config.attention_scale, config.attention_cap
+            heads,
+            config.head_dim,
+            config.attention_scale,
+            config.attention_cap,
+            config.window if self.is_windowed else 0,
         )
         self.out = RowLinear(q, config.dim, config.attention_out_bias)
-        self.is_windowed = config.is_windowed(layer)
         self.has_rope = layer not in config.no_rope
         self.interleaved = config.rope.interleaved
 
@@ -72,18 +77,22 @@ class Attention(nn.Module):
 
 class CachedAttention(nn.Module):
     """Softmax attention of this rank's query heads over the cache of its KV heads. Scores are
-    multiplied by `scale` (0: h ** -0.5) and, with a `cap`, bent to cap * tanh(score / cap)."""
+    multiplied by `scale` (0: h ** -0.5) and, with a `cap`, bent to cap * tanh(score / cap). A `window`
+    is what a token sees of the cache at most (0: all); the mask says the same."""
 
     # Buffers of `setup`: [B, K, S, h].
     k_cache: Tensor
     v_cache: Tensor
 
-    def __init__(self, heads: Heads, head_dim: int, scale: float = 0.0, cap: float = 0.0) -> None:
+    def __init__(
+        self, heads: Heads, head_dim: int, scale: float = 0.0, cap: float = 0.0, window: int = 0
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.head_dim = head_dim
         self.scale = scale or head_dim**-0.5
         self.cap = cap
+        self.window = window
 
     def setup(self, batch_size: int, cache_len: int, like: Tensor) -> None:
         shape = (batch_size, self.heads.num_kv, cache_len, self.head_dim)
@@ -95,9 +104,16 @@ class CachedAttention(nn.Module):
     ) -> Tensor:
         """q [B, T, H, h], k and v [B, T, K, h] -> [B, T, H * h]; `mask` [B, 1, T, S] is added."""
         batch, length = q.shape[:2]
-        q = q.transpose(1, 2)
         self.k_cache[rows, :, positions] = k
         self.v_cache[rows, :, positions] = v
+        if length == 1 and can_attend(q):
+            runs = [(run.q_start, run.q_stop, run.kv_start, run.kv_stop) for run in self.heads.runs]
+            attended = attend(
+                q.squeeze(1), self.k_cache, self.v_cache, positions.squeeze(1), runs,
+                self.scale, self.cap, self.window,
+            )  # fmt: skip
+            return attended.reshape(batch, 1, -1)
+        q = q.transpose(1, 2)
         parts = []
         for run in self.heads.runs:
             keys = self.k_cache[:, run.kv_start : run.kv_stop]  # [B, k, S, h]

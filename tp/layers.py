@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from comm import ops
 from comm.group import Group
+from kernels.linear import linear
 
 
 def _parameter(*shape: int) -> nn.Parameter:
@@ -32,7 +33,7 @@ class ColumnLinear(nn.Module):
         self.bias = _parameter(sum(parts)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """The pieces of `forward(x)`."""
@@ -53,7 +54,7 @@ class RowLinear(nn.Module):
         self.bias = _parameter(out_features) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class VocabEmbedding(nn.Module):
@@ -97,7 +98,7 @@ class LMHead(nn.Module):
         self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
-        local = F.linear(x, self.weight, self.bias)
+        local = linear(x, self.weight, self.bias)
         if self.group.size == 1:
             return local
         blocks = ops.all_gather(local, self.group)  # [size, ..., block]
