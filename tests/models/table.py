@@ -47,10 +47,10 @@ tests (`tests/models/test_families.py`) fail where this list is not theirs.
 
 Each variant is a small random model with odd head counts, saved by transformers and read by Yoke in
 float32. The figures are the largest absolute logit, and the largest absolute differences of logits
-against transformers with each text by itself: over prompts of {", ".join(map(str, LENGTHS))} tokens in
-a padded batch, or the second alone, and {STEPS} tokens after each. *Whole graphs*: prompt and token step
-each pass `torch.compile(fullgraph=True)`, with the collectives of their block in the graph, and give the
-logits of the model as it is. Figures vary a little with processor and torch.
+against transformers with each text by itself: over prompts of {", ".join(map(str, LENGTHS))} tokens
+in a padded batch, or the second alone, and {STEPS} tokens after each. *Whole graphs*: prompt and token
+step each pass `torch.compile(fullgraph=True)`, with the collectives of their block in the graph, and
+give the logits of the model as it is. Figures vary a little with processor and torch.
 """
 
 
