@@ -90,9 +90,7 @@ def open_gguf(path: Path) -> Checkpoint:
 def _factors(path: Path, name: str, entry: Entry) -> Callable[[], list[float]]:
     """How to read the factors of rotary frequencies."""
     if len(entry.shape) != 1 or entry.shape[0] > _MAX_FACTORS:
-        raise InputError(
-            f"{path}: {name!r} has shape {entry.shape}; it must be a list of factors"
-        )
+        raise InputError(f"{path}: {name!r} has shape {entry.shape}; it must be a list of factors")
 
     def values() -> list[float]:
         found: list[float] = entry.read((slice(0, entry.shape[0]),)).tolist()
