@@ -16,6 +16,8 @@ from weights.errors import InputError
 
 HEAD = "lm_head.weight"  # absent where the embedding serves as the head
 OVERRIDES = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size")
+# More than any model has: what a file says is not believed before it is looped over or computed with.
+MAX_LAYERS, MAX_EXPERTS, MAX_FACTOR = 10_000, 1 << 14, 1e6
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
@@ -159,6 +161,14 @@ def _check_rope(rope: Rope, head_dim: int) -> None:
         raise InputError(
             f"rotary scaling {rope.kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}"
         )
+    if rope.theta <= 1:
+        raise InputError(f"a rotary base of {rope.theta:g}: it must be above 1")
+    for name in ("factor", "attention_factor", "beta_fast", "beta_slow"):
+        if not 1 / MAX_FACTOR <= getattr(rope, name) <= MAX_FACTOR:
+            raise InputError(
+                f"rotary scaling {rope.kind!r} with {name}={getattr(rope, name):g}: it must be between "
+                f"{1 / MAX_FACTOR:g} and {MAX_FACTOR:g}"
+            )
     half = (rope.dim or head_dim) // 2
     for name, factors in (("short", rope.short_factors), ("long", rope.long_factors)):
         if rope.kind == "longrope" and len(factors) != half:

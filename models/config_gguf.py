@@ -15,7 +15,7 @@ import struct
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from models.config import HEAD, ModelConfig, Rope, check, head_dim_of
+from models.config import HEAD, MAX_EXPERTS, MAX_LAYERS, ModelConfig, Rope, check, head_dim_of
 from models.config_hf import Keys
 from weights.errors import InputError
 from weights.gguf_names import ARCHITECTURES, same_for_all_layers
@@ -51,8 +51,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_parallel_residual": (True,),
 }
 _GRANITE = ("embedding_scale", "residual_scale", "logit_scale")
-_MAX_LAYERS = 10_000
-_MAX_EXPERTS = 1 << 14
 
 
 class _Metadata(Keys):
@@ -84,12 +82,6 @@ class _Metadata(Keys):
         """A number for which 0 is as good as none."""
         value = self.values.get(key)
         return 0.0 if value is None or value == 0 else self.number(key)
-
-    def size(self, key: str, most: int, default: int | None = None) -> int:
-        value = self.integer(key, default)
-        if not 0 <= value <= most:
-            raise InputError(f"{self.source}: {key}={value}: must be from 0 to {most}")
-        return value
 
 
 def _float32(value: float) -> float:
@@ -129,7 +121,7 @@ def _fields(
     if name != "granite":
         for key in _GRANITE:
             keys.only(key, (1,), 1)
-    num_layers = keys.size("block_count", _MAX_LAYERS)
+    num_layers = keys.size("block_count", MAX_LAYERS)
     ffn_dim = keys.integer("feed_forward_length")
     fixed = _FIXED.get(name, {})
     norm = "layer_norm_epsilon" if fixed.get("norm") == "layer" else "layer_norm_rms_epsilon"
@@ -160,7 +152,7 @@ def _fields(
         "logits_cap": keys.number_or_zero("final_logit_softcapping"),
     }
     fields |= _windows(keys, num_layers, _PERIODS.get(name, 0))
-    num_experts = keys.size("expert_count", _MAX_EXPERTS, 0)
+    num_experts = keys.size("expert_count", MAX_EXPERTS, 0)
     if num_experts:
         fields |= {
             "num_experts": num_experts,
@@ -196,7 +188,7 @@ def _vocab_size(keys: _Metadata, config: Mapping[str, Any]) -> int:
 
 def _windows(keys: _Metadata, num_layers: int, period: int) -> dict[str, Any]:
     """The sliding window and which layers have it: all but the last of a period, or as a list says."""
-    window = keys.size("attention.sliding_window", 1 << 32, 0)
+    window = keys.size("attention.sliding_window", 1 << 40, 0)
     key = "attention.sliding_window_pattern"
     pattern = keys.values.get(key)
     if isinstance(pattern, list):
@@ -204,7 +196,7 @@ def _windows(keys: _Metadata, num_layers: int, period: int) -> dict[str, Any]:
             raise InputError(f"{keys.source}: {key} must tell for each of {num_layers} layers")
         windowed = tuple(i for i in range(num_layers) if pattern[i])
     else:
-        period = keys.size(key, _MAX_LAYERS, period)
+        period = keys.size(key, MAX_LAYERS, period)
         windowed = tuple(i for i in range(num_layers) if period and (i + 1) % period)
         if not period:
             return {"window": window}  # all layers

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from models.config import ModelConfig, Rope, check, head_dim_of
+from models.config import MAX_EXPERTS, MAX_LAYERS, ModelConfig, Rope, check, head_dim_of
 from weights.errors import InputError
 
 
@@ -27,6 +27,15 @@ class Keys:
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool):
             raise InputError(f"{self.source}: {key} must be an integer, not {value!r}")
+        if abs(value) >= 1 << 48:  # no size of anything, and too large to be computed with
+            raise InputError(f"{self.source}: {key} must be below 2^48, not {str(value)[:100]}")
+        return value
+
+    def size(self, key: str, most: int, default: int | None = None) -> int:
+        """An integer from 0 to `most`."""
+        value = self.integer(key, default)
+        if not 0 <= value <= most:
+            raise InputError(f"{self.source}: {key}={value}: must be from 0 to {most}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -86,7 +95,7 @@ def _llama(keys: Keys) -> dict[str, Any]:
     bias = keys.flag("attention_bias")  # gives all four projections a bias
     activation = "hidden_activation" if "hidden_activation" in keys.values else "hidden_act"
     keys.only(activation, tuple(_ACTIVATIONS), "silu")
-    num_layers, max_seq_len = keys.integer("num_hidden_layers"), _length(keys)
+    num_layers, max_seq_len = keys.size("num_hidden_layers", MAX_LAYERS), _length(keys)
     return {
         "dim": dim,
         "num_layers": num_layers,
@@ -232,7 +241,7 @@ def _qwen3_moe(keys: Keys) -> dict[str, Any]:
         raise InputError(f"{keys.source}: decoder_sparse_step={step}, mlp_only_layers={dense!r}")
     experts = "num_experts" if "num_experts" in keys.values else "num_local_experts"
     return config | {
-        "num_experts": keys.integer(experts),
+        "num_experts": keys.size(experts, MAX_EXPERTS),
         "experts_per_token": keys.integer("num_experts_per_tok"),
         "expert_dim": keys.integer("moe_intermediate_size"),
         "norm_topk": keys.flag("norm_topk_prob"),
@@ -244,7 +253,7 @@ def _mixtral(keys: Keys) -> dict[str, Any]:
     config = _llama(keys) | _windows(keys)
     return config | {
         "norm_eps": keys.number("rms_norm_eps", 1e-5),
-        "num_experts": keys.integer("num_local_experts"),
+        "num_experts": keys.size("num_local_experts", MAX_EXPERTS),
         "experts_per_token": keys.integer("num_experts_per_tok"),
         "expert_dim": config["ffn_dim"],
     }
@@ -326,7 +335,7 @@ def _gptj(keys: Keys) -> dict[str, Any]:
     head_dim = head_dim_of(dim, num_heads)
     return {
         "dim": dim,
-        "num_layers": keys.integer("n_layer"),
+        "num_layers": keys.size("n_layer", MAX_LAYERS),
         "num_heads": num_heads,
         "num_kv_heads": num_heads,
         "head_dim": head_dim,
@@ -358,7 +367,7 @@ def _falcon(keys: Keys) -> dict[str, Any]:
     many = num_heads if not keys.flag("multi_query", True) else 1
     return {
         "dim": dim,
-        "num_layers": keys.integer("num_hidden_layers"),
+        "num_layers": keys.size("num_hidden_layers", MAX_LAYERS),
         "num_heads": num_heads,
         "num_kv_heads": keys.integer("num_kv_heads", num_heads) if new else many,
         "head_dim": head_dim,

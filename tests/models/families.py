@@ -185,3 +185,8 @@ def run(model: Any, rows: slice = slice(None), steps: int = STEPS) -> torch.Tens
         positions = (lengths + i)[:, None]
         logits.append(model(texts.gather(1, positions), positions))
     return torch.stack(logits, dim=1)
+
+
+def largest_difference(logits: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest absolute difference."""
+    return (logits - wanted).abs().max().item()

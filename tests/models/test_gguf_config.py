@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import pytest
 from models.config import HEAD, ModelConfig, Rope
 from models.config_gguf import from_gguf
 from models.presets import PRESETS
+from models.rope import frequencies
 from weights.errors import InputError
+from weights.gguf_names import ARCHITECTURES
 
 SIZES = {
     "block_count": 4,
@@ -142,7 +145,8 @@ def test_experts() -> None:
         ({"general.architecture": "gptj"}, "'gptj' is not supported; supported: llama, "),
         ({"general.architecture": ["llama"]}, "is not supported"),
         ({"block_count": "two"}, "block_count must be an integer"),
-        ({"block_count": 1 << 62}, "block_count=.* must be from 0 to"),
+        ({"block_count": 1 << 62}, r"block_count must be below 2\^48"),
+        ({"block_count": 1 << 40}, "block_count=.* must be from 0 to"),
         ({"block_count": 0}, "num_layers=0"),
         ({"embedding_length": None}, "embedding_length must be an integer"),
         ({"attention__head_count": 0}, "num_heads=0"),
@@ -161,6 +165,11 @@ def test_experts() -> None:
         ({"rope__dimension_count": 7}, "rotary dim=7"),
         ({"rope__freq_base": "big"}, "rope.freq_base must be a number"),
         ({"rope__freq_base": float("inf")}, "rope.freq_base must be a number"),
+        ({"rope__freq_base": 1.0}, "a rotary base of 1: it must be above 1"),
+        (
+            {"rope__scaling__type": "yarn", "rope__scaling__factor": 1e9},
+            "factor=1e.09: it must be betw",
+        ),
         ({"rope__scaling__type": "dynamic"}, "'dynamic' is not supported; supported: none, linear"),
         ({"rope__scaling__type": 3}, "rotary scaling 3"),
         ({"rope__scaling__type": "longrope"}, "needs the tensor rope_factors_long.weight"),
@@ -184,3 +193,33 @@ def test_experts() -> None:
 def test_refused_by_name(keys: dict[str, Any], match: str) -> None:
     with pytest.raises(InputError, match=f"^here.*{match}"):
         read(**keys)
+
+
+ODD = (
+    None, True, False, -1, 0, 1, 3, 1 << 40, 1 << 63, 0.0, -2.5, 1e-320, 1e308, float("nan"),
+    float("inf"), "", "yarn", [], [1], [1, 2], ["x"], [[1]], [float("nan")] * 8, [1e308] * 8, {},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_any_value_of_any_key(name: str) -> None:
+    """A model, or a message."""
+    keys = {
+        *SIZES, "attention.key_length", "attention.value_length", "attention.scale", "vocab_size",
+        "attention.sliding_window", "attention.sliding_window_pattern", "attn_logit_softcapping",
+        "final_logit_softcapping", "expert_count", "expert_used_count", "expert_weights_norm",
+        "expert_feed_forward_length", "rope.dimension_count", "rope.freq_base", "rope.scaling.type",
+        "rope.scaling.factor", "rope.scaling.attn_factor", "rope.scaling.original_context_length",
+        "rope.scaling.yarn_beta_fast", "rope.freq_base_swa", "embedding_scale", "logit_scale",
+    }  # fmt: skip
+    base: dict[str, Any] = {"general.architecture": name, f"{name}.rope.scaling.factor": 2.0}
+    base |= {f"{name}.{key}": value for key, value in SIZES.items()}
+    base |= {f"{name}.expert_used_count": 1, f"{name}.attention.sliding_window": 4}
+    for key in {f"{name}.{key}" for key in keys} | set(OTHERS):
+        for kind in ("linear", "yarn"):
+            for value in ODD:
+                values = base | {f"{name}.rope.scaling.type": kind, key: value}
+                with contextlib.suppress(InputError):
+                    config = from_gguf(values, NAMES, "here")
+                    if config.head_dim < 1 << 12:  # others do not fit the weights' shapes
+                        frequencies(config.rope, config.head_dim, 4)

@@ -1,4 +1,7 @@
-"""A rank's part of each family's model: logits against transformers, and the same bits everywhere."""
+"""A rank's part of each family's model: logits against transformers, and the same bits everywhere.
+
+With `figures` in the payload rank 0 leaves the differences in that file (for `tests/models/table.py`).
+"""
 
 from __future__ import annotations
 
@@ -11,26 +14,35 @@ import torch
 from comm import ops
 from comm.group import Rendezvous, open_group
 from models.load import config_of, load_model
-from tests.models.families import STEPS, run
+from tests.models.families import STEPS, largest_difference, run
 from weights.checkpoint import open_checkpoint
 
 
 @torch.no_grad()
 def main(env: Any, payload: str) -> int:
+    job = json.loads(payload)
+    figures: dict[str, list[float]] = {}
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 120.0) as group:
-        for name, folder in json.loads(payload)["folders"].items():
+        for name, folder in job["folders"].items():
             checkpoint = open_checkpoint(Path(folder))
             model = load_model(config_of(checkpoint), checkpoint, group, torch.float32)
             wanted = torch.load(Path(folder) / "wanted.pt")
             steps = STEPS if group.size == 2 else 5  # many ranks share few cores
             logits = run(model, steps=steps)
-            torch.testing.assert_close(logits, wanted[:, : steps + 1], rtol=1e-4, atol=1e-4, msg=name)
+            wanted = wanted[:, : steps + 1]
+            torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4, msg=name)
             if group.size == 2:
                 one = run(model, slice(1, 2))
                 torch.testing.assert_close(one, wanted[1:2], rtol=1e-4, atol=1e-4, msg=name)
+                figures[name] = [
+                    largest_difference(logits, wanted),
+                    largest_difference(one, wanted[1:2]),
+                ]
             for other in ops.all_gather(logits, group):
                 assert torch.equal(other, logits), f"{name}: ranks hold different bits"
             if group.rank == 0:
                 print(name, flush=True)
+        if group.rank == 0 and "figures" in job:
+            Path(job["figures"]).write_text(json.dumps(figures))
     return 0

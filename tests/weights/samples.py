@@ -162,12 +162,20 @@ def write_gpt_fast(folder: Path, tensors: dict[str, Tensor]) -> Path:
 
 
 def write_gguf(
-    path: Path, arrays: dict[str, np.ndarray], kinds: dict[str, int] | None = None, name: str = "llama"
+    path: Path,
+    arrays: dict[str, np.ndarray],
+    kinds: dict[str, int] | None = None,
+    name: str = "llama",
+    expert_count: object = None,
 ) -> Path:
     """A file of these arrays; `kinds` gives the type of those that are stored in blocks."""
     writer = gguf_package.GGUFWriter(path, name)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
+    if isinstance(expert_count, int):
+        writer.add_expert_count(expert_count)
+    elif expert_count is not None:
+        writer.add_array(f"{name}.expert_count", expert_count)
     writer.add_array("tokenizer.ggml.tokens", ["a", "", "\u00e9\u20ac", "d"])
     writer.add_array("tokenizer.ggml.scores", [0.5, -1.0])
     writer.add_array("tokenizer.ggml.token_type", [1, 2, 3, 4])

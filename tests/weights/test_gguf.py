@@ -50,10 +50,11 @@ def test_slices_of_every_quantisation(name: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(raw, stored[3:9, block_bytes : 3 * block_bytes])
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "granite", "smollm3", "qwen2", "qwen3", "gemma2"])
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0])
 def test_rows_of_query_and_key(name: str, kind: Kind, tmp_path: Path) -> None:
-    """Interleaved by the converter for one architecture alone; any rows can be asked for, also raw."""
+    """Interleaved by the converter for Llama and what is derived from it. Any rows can be asked for,
+    also raw."""
     wanted, arrays, kinds = {}, {}, {}
     for letter, heads in (("q", HEADS), ("k", KV_HEADS)):
         values = torch.randn(heads * 16, 64)
@@ -61,7 +62,7 @@ def test_rows_of_query_and_key(name: str, kind: Kind, tmp_path: Path) -> None:
             values = torch.from_numpy(dequantize(quantize(values.numpy(), kind), kind))
         bias = torch.randn(heads * 16)
         wanted[f"{letter}_proj.weight"], wanted[f"{letter}_proj.bias"] = values, bias
-        if name == "llama":
+        if name in ("llama", "granite", "smollm3"):
             values, bias = interleave(values, heads), interleave(bias, heads)
         key = f"blk.3.attn_{letter}.weight"
         arrays[key] = values.numpy() if kind == Kind.F32 else quantize(values.numpy(), kind)
@@ -112,3 +113,43 @@ def test_split_files_are_refused_with_the_way_out(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(InputError, match="one of 3 files; join them"):
         open_checkpoint(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "match"),
+    [
+        ("rope_freqs.weight", (2, 4), r"'rope_freqs.weight' has shape \(2, 4\)"),
+        ("rope_factors_long.weight", (5000,), "must be a list of factors"),
+        ("blk.0.ffn_up_exps.weight", (3, 4, 4), r"shape \(3, 4, 4\); .* 2 experts"),
+        ("blk.0.ffn_up_exps.weight", (2, 4), "the matrices of 2 experts"),
+        ("blk.0.attn_up_exps.weight", (2, 4, 4), "does not know"),
+        ("blk.0.attn_q.1.weight", (4, 4), "does not know"),
+        ("blk.0.post_ffw_norm.weight", (4,), "does not know"),
+        ("blk.0.attn_norm_2.weight", (4,), "does not know"),
+    ],
+)
+def test_tensors_that_no_model_has(
+    name: str, array: tuple[int, ...], match: str, tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", {name: np.ones(array, np.float32)}, expert_count=2)
+    with pytest.raises(InputError, match=match):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("count", [None, 0, 1 << 20, [2, 3]])
+def test_experts_that_are_not_counted(count: object, tmp_path: Path) -> None:
+    arrays = {"blk.0.ffn_up_exps.weight": np.ones((2, 4, 4), np.float32)}
+    path = write_gguf(tmp_path / "m.gguf", arrays, expert_count=count)
+    with pytest.raises(InputError, match=r"llama\.expert_count must be from 1 to"):
+        open_checkpoint(path)
+
+
+def test_fused_rows_that_are_not_heads(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", {"blk.0.attn_qkv.weight": np.ones((9, 4), np.float32)},
+                      name="falcon")  # fmt: skip
+    with pytest.raises(InputError, match=r"'blk.0.attn_qkv.weight' has 9 rows, which are not 8 heads"):
+        open_checkpoint(path)
+    path = write_gguf(tmp_path / "n.gguf", {"blk.0.ffn_up.weight": np.ones((9, 4), np.float32)},
+                      name="phi3")  # fmt: skip
+    with pytest.raises(InputError, match=r"'blk.0.ffn_up.weight' has 9 rows; gate and up need"):
+        open_checkpoint(path)
