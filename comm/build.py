@@ -1,7 +1,8 @@
 """Compile an extension of torch once, and find it again.
 
-What: one shared library from a folder of sources, kept in the user's cache under a name made of everything that
-it depends on (sources, torch version, compiler, machine), so that a stale library is never loaded.
+What: one shared library from a folder of sources, kept in the user's cache under a name made of
+everything that it depends on (sources, torch version, compiler, machine), so that a stale library is
+never loaded.
 Why not torch's own extension builder: it brings setuptools and ninja and several seconds of imports
 for what is one compiler call. What is not here: SIMD variants (the source carries them itself).
 

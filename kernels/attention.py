@@ -29,9 +29,10 @@ def attend(
 ) -> Tensor:
     """q [B, H, h] at `positions` int64 [B], caches [B, K, S, h] -> [B, H, h].
 
-    Of each of `runs`, (first query head, end, first KV head, end), the query heads share the KV heads in
-    equal groups. A query sees the cache up to its position, of that the last `window` (0: all). Scores
-    are multiplied by `scale` and, with a `cap`, bent to cap * tanh(score / cap); sums are in float32.
+    Of each of `runs`, (first query head, end, first KV head, end), the query heads share the KV heads
+    in equal groups. A query sees the cache up to its position, of that the last `window` (0: all).
+    Scores are multiplied by `scale` and, with a `cap`, bent to cap * tanh(score / cap); sums are in
+    float32.
     """
     flat = [number for run in runs for number in run]
     return torch.ops.yoke_kernels.attend(q, k_cache, v_cache, positions, flat, scale, cap, window)

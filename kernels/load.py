@@ -36,7 +36,7 @@ def load_kernels() -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_kernels() -> bool:
     """`load_kernels`, of which the answer is a constant of compiled code."""
     return load_kernels()

@@ -1,4 +1,4 @@
-"""Imports point one way: server -> engine -> models -> tp -> {comm, weights} -> torch."""
+"""Imports point one way: server -> engine -> models -> tp -> {kernels, comm, weights} -> torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 ROOMS = {
     "launcher": set(),
     "comm": set(),
+    "kernels": {"comm"},
     "weights": set(),
-    "tp": {"comm", "weights"},
-    "models": {"tp", "comm", "weights"},
-    "engine": {"models", "tp", "comm", "weights"},
+    "tp": {"kernels", "comm", "weights"},
+    "models": {"tp", "kernels", "comm", "weights"},
+    "engine": {"models", "tp", "kernels", "comm", "weights"},
 }
 
 

@@ -1,0 +1,118 @@
+"""Products with few rows, on every instruction set that runs here, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.linear import FEW_ROWS, linear
+from kernels.load import load_kernels
+
+assert load_kernels()
+SETS = torch.ops.yoke_kernels.instruction_sets()
+
+
+@pytest.fixture(autouse=True)
+def best_afterwards() -> Iterator[None]:
+    yield
+    torch.ops.yoke_kernels.use_instruction_set(SETS[-1])
+
+
+def bound(x: torch.Tensor, weight: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Half a unit in the last place of bfloat16's 8 bits, and float32 sums in any order."""
+    terms = x.double().abs() @ weight.double().abs().T
+    return wanted.abs() * 2**-8 + terms * 2**-23 * (x.shape[-1] + 8) + 1e-30
+
+
+def check(m: int, n: int, k: int, with_bias: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, k, generator=generator).bfloat16()
+    weight = torch.randn(n, k, generator=generator).bfloat16()
+    bias = torch.randn(n, generator=generator).bfloat16() if with_bias else None
+    got = torch.ops.yoke_kernels.linear(x, weight, bias)
+    wanted = x.double() @ weight.double().T
+    allowed = bound(x, weight, wanted)
+    if bias is not None:
+        wanted += bias.double()
+        allowed += bias.double().abs() * 2**-8
+    assert ((got.double() - wanted).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("name", SETS)
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(1, 9),
+    n=st.integers(1, 70),
+    k=st.integers(1, 200),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(name: str, m: int, n: int, k: int, with_bias: bool, seed: int) -> None:
+    torch.ops.yoke_kernels.use_instruction_set(name)
+    check(m, n, k, with_bias, seed)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_many_threads_make_the_same(name: str) -> None:
+    torch.ops.yoke_kernels.use_instruction_set(name)
+    x, weight = torch.randn(2, 640).bfloat16(), torch.randn(1003, 640).bfloat16()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = torch.ops.yoke_kernels.linear(x, weight, None)
+        torch.set_num_threads(3)
+        assert torch.equal(torch.ops.yoke_kernels.linear(x, weight, None), one)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_rows_do_not_depend_on_each_other(name: str) -> None:
+    torch.ops.yoke_kernels.use_instruction_set(name)
+    x, weight = torch.randn(7, 96).bfloat16(), torch.randn(40, 96).bfloat16()
+    together = torch.ops.yoke_kernels.linear(x, weight, None)
+    for row, alone in zip(x, together, strict=True):
+        torch.testing.assert_close(
+            torch.ops.yoke_kernels.linear(row, weight, None), alone, rtol=2**-7, atol=1e-5
+        )
+
+
+def test_it_is_an_operator_that_torch_can_trace() -> None:
+    x, weight, bias = torch.randn(1, 1, 64).bfloat16(), torch.randn(48, 64).bfloat16(), None
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.yoke_kernels.linear.default, (x, weight, bias), test_utils=tests)
+    compiled = torch.compile(linear, fullgraph=True, dynamic=False)
+    assert torch.equal(compiled(x, weight), linear(x, weight))
+
+
+def test_many_rows_and_other_dtypes_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(24, 32)
+    for rows in (1, FEW_ROWS + 1):
+        x = torch.randn(rows, 32)
+        assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
+    x, weight = torch.randn(FEW_ROWS + 1, 32).bfloat16(), weight.bfloat16()
+    assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "message"),
+    [
+        (torch.zeros(1, 8), torch.zeros(4, 8).bfloat16(), "takes bfloat16"),
+        (torch.zeros(1, 8).bfloat16(), torch.zeros(4, 9).bfloat16(), "does not go with"),
+        (torch.zeros(1, 4).bfloat16(), torch.zeros(4, 9).bfloat16()[:, :4], "must be contiguous"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    x: torch.Tensor, weight: torch.Tensor, message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.yoke_kernels.linear(x, weight, None)
+
+
+def test_nothing_times_something_is_zero() -> None:
+    x, weight = torch.zeros(2, 0).bfloat16(), torch.zeros(3, 0).bfloat16()
+    assert torch.equal(torch.ops.yoke_kernels.linear(x, weight, None), torch.zeros(2, 3).bfloat16())
