@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -43,8 +44,22 @@ def load_extension() -> None:
     # Compiled code on disk is only good for operators with these effects and shapes.
     meaning = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     torch.compiler.config.cache_key_tag += f"yoke-{meaning}"
+    _keep_compiled()
     for name in ("all_reduce", "broadcast", "all_gather", "reduce_scatter"):
         torch.library.register_fake(f"yoke::{name}.out", lambda *args, out: None)
+
+
+def _keep_compiled() -> None:
+    """Let torch keep graphs with ordered operators on disk. It refuses by default, because what an
+    effect does is not in the graph; what ours do is in the key, and their handles are plain numbers.
+
+    `torch._inductor.config.unsafe_marked_cacheable_functions` would say the same, and takes the
+    better part of a second to import where nothing is compiled.
+    """
+    with suppress(ImportError):  # torch without effects
+        from torch._higher_order_ops.effects import with_effects
+
+        with_effects._cacheable = True
 
 
 def _keep_order(name: str) -> None:
