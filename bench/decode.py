@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from launcher.plan import LaunchRequest, make_plan
 from launcher.spawn import RunOptions, launch, new_session
 from launcher.topology import read_topology
