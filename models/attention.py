@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.attention import attend, can_attend
+from kernels.attention import attend, attend_in_groups
 from models.config import ModelConfig
 from models.norms import norm_of
 from models.rope import rotate
@@ -24,11 +22,11 @@ from tp.shard import Layout
 
 class View(NamedTuple):
     """How the layers of one kind see the tokens of a call: cos and sin [B, T, r/2], and what is added
-    to the scores, [B, 1, T, S]."""
+    to the scores, [B, 1, T, S], where attention goes over the whole cache."""
 
     cos: Tensor
     sin: Tensor
-    mask: Tensor
+    mask: Tensor | None
 
 
 class Step(NamedTuple):
@@ -93,6 +91,7 @@ class CachedAttention(nn.Module):
         self.scale = scale or head_dim**-0.5
         self.cap = cap
         self.window = window
+        self.runs = [(run.q_start, run.q_stop, run.kv_start, run.kv_stop) for run in heads.runs]
 
     def setup(self, batch_size: int, cache_len: int, like: Tensor) -> None:
         shape = (batch_size, self.heads.num_kv, cache_len, self.head_dim)
@@ -100,48 +99,18 @@ class CachedAttention(nn.Module):
         self.register_buffer("v_cache", like.new_zeros(shape), persistent=False)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, positions: Tensor, mask: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, positions: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """q [B, T, H, h], k and v [B, T, K, h] -> [B, T, H * h]; `mask` [B, 1, T, S] is added."""
-        batch, length = q.shape[:2]
+        """q [B, T, H, h], k and v [B, T, K, h] -> [B, T, H * h]. `mask` [B, 1, T, S] is added to the
+        scores of the whole cache; without one, the part in use is attended to."""
         self.k_cache[rows, :, positions] = k
         self.v_cache[rows, :, positions] = v
-        if length == 1 and can_attend(q):
-            runs = [(run.q_start, run.q_stop, run.kv_start, run.kv_stop) for run in self.heads.runs]
+        if mask is None:
             attended = attend(
-                q.squeeze(1), self.k_cache, self.v_cache, positions.squeeze(1), runs,
-                self.scale, self.cap, self.window,
-            )  # fmt: skip
-            return attended.reshape(batch, 1, -1)
-        q = q.transpose(1, 2)
-        parts = []
-        for run in self.heads.runs:
-            keys = self.k_cache[:, run.kv_start : run.kv_stop]  # [B, k, S, h]
-            values = self.v_cache[:, run.kv_start : run.kv_stop]
-            # The query heads that share a KV head become further rows of its queries, so that the
-            # cache is read once and never repeated: [B, k * g, T, h] -> [B, k, g * T, h].
-            count = run.kv_stop - run.kv_start
-            group = (run.q_stop - run.q_start) // count
-            queries = q[:, run.q_start : run.q_stop].reshape(
-                batch, count, group * length, self.head_dim
+                q, self.k_cache, self.v_cache, positions, self.runs, self.scale, self.cap, self.window
             )
-            attended = self._attend(queries, keys, values, mask.repeat(1, 1, group, 1))
-            parts.append(attended.reshape(batch, count * group, length, self.head_dim))
-        return torch.cat(parts, dim=1).transpose(1, 2).reshape(batch, length, -1)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        if not self.cap:
-            return F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale)
-        scores = self.cap * torch.tanh((q @ k.transpose(2, 3)).float() * (self.scale / self.cap))
-        return torch.softmax(scores + mask.float(), dim=-1).to(v.dtype) @ v
-
-
-def causal_mask(positions: Tensor, cache_len: int, dtype: torch.dtype, window: int = 0) -> Tensor:
-    """[B, 1, T, S] of 0 and -inf: a query at positions [B, T] sees the cache up to its own position,
-    and of that the last `window` tokens, itself among them (0: all)."""
-    cache = torch.arange(cache_len, device=positions.device)
-    unseen = cache > positions.unsqueeze(-1)
-    if window:
-        unseen |= cache <= positions.unsqueeze(-1) - window
-    mask = torch.zeros(unseen.shape, dtype=dtype, device=positions.device)
-    return mask.masked_fill(unseen, float("-inf")).unsqueeze(1)
+        else:
+            attended = attend_in_groups(
+                q, self.k_cache, self.v_cache, mask, self.runs, self.scale, self.cap
+            )
+        return attended.flatten(2)

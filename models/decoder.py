@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from comm.group import Group
+from kernels.attention import can_attend, causal_mask
 from models import gemma, llama, parallel
-from models.attention import CachedAttention, Step, View, causal_mask
+from models.attention import CachedAttention, Step, View
 from models.config import ModelConfig
 from models.norms import Norm, norm_of
 from models.rope import rope_tables
@@ -124,10 +125,13 @@ class Decoder(nn.Module):
     def _step(self, positions: Tensor) -> Step:
         config, cache_len, dtype = self.config, self.cos.shape[0], self.norm.weight.dtype
         cos, sin = self.cos[positions], self.sin[positions]  # [B, T, r/2]
-        full = windowed = View(cos, sin, causal_mask(positions, cache_len, dtype))
+        own = can_attend(positions.device, dtype)
+        mask = None if own else causal_mask(positions, cache_len, dtype)
+        full = windowed = View(cos, sin, mask)
         if config.window:
             if config.local_rope is not None:
                 cos, sin = self.local_cos[positions], self.local_sin[positions]
-            windowed = View(cos, sin, causal_mask(positions, cache_len, dtype, config.window))
+            mask = None if own else causal_mask(positions, cache_len, dtype, config.window)
+            windowed = View(cos, sin, mask)
         rows = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
         return Step(rows, positions, full, windowed)

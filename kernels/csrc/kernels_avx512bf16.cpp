@@ -16,8 +16,9 @@ inline __mmask32 first_of(std::int64_t count) {
   return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
 }
 
-// R rows of w at a time: as many streams as the prefetchers follow read memory faster than one does, and each
-// piece of x is loaded once for all of them.
+// R rows of w at a time: several streams read memory faster than one does, and each piece of x is loaded once
+// for all of them. What is asked for ahead are the R rows that come next: short rows end before a distance
+// within them would help.
 template <int M, int R>
 inline void rows(const LinearArgs& a, std::int64_t m0, std::int64_t n) {
   const bf16* x = a.x + m0 * a.k;
@@ -30,7 +31,7 @@ inline void rows(const LinearArgs& a, std::int64_t m0, std::int64_t n) {
     __m512bh xs[M];
     for (int m = 0; m < M; ++m) xs[m] = load(x + m * a.k + k);
     for (int r = 0; r < R; ++r) {
-      _mm_prefetch(reinterpret_cast<const char*>(w + r * a.k + k) + 1024, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(w + (r + R) * a.k + k), _MM_HINT_T0);
       const __m512bh row = load(w + r * a.k + k);
       for (int m = 0; m < M; ++m) sums[m][r] = _mm512_dpbf16_ps(sums[m][r], row, xs[m]);
     }
