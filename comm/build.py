@@ -37,6 +37,7 @@ X86_FLAGS: dict[str, tuple[str, ...]] = {
     "kernels_avx2.cpp": _AVX2,
     "kernels_avx512.cpp": _AVX512,
     "kernels_avx512bf16.cpp": (*_AVX512, "-mavx512bf16"),
+    "kernels_amx.cpp": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
 
 

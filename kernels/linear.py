@@ -6,18 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.load import has_kernels
+from kernels.load import load_kernels
 
-# Rows up to which reading W once, at the speed of memory, is all there is to do. Above, torch's
-# products (oneDNN) are faster: they use the matrix units.
-FEW_ROWS = 3
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def few_rows() -> int:
+    """Rows up to which reading W once, at the speed of memory, is all there is to do: 3, or 32 with matrix
+    units (AMX). Above, torch's products (oneDNN) are faster. A constant of compiled code."""
+    return int(torch.ops.yoke_kernels.few_rows()) if load_kernels() else 0
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """[..., k] x [n, k] -> [..., n]. With bfloat16 on a CPU and few rows, products are of bfloat16
     pairs and sums in float32, rounded once."""
-    rows = x.numel() // x.shape[-1]
-    few = rows <= FEW_ROWS and x.dtype == torch.bfloat16 and x.device.type == "cpu"
-    if few and has_kernels():
+    own = x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    if own and x.numel() <= few_rows() * x.shape[-1]:
         return torch.ops.yoke_kernels.linear(x, weight, bias)
     return F.linear(x, weight, bias)

@@ -7,14 +7,15 @@ namespace yoke::kernels {
 
 using bf16 = std::uint16_t;  // the upper half of a float
 
-// Rows [first, last) of y = x W^T + bias, for a few rows of x. x [m, k], w [n, k], bias [n] or null,
-// y [m, n]; sums in float.
+// Rows [first, last) of w in y = x W^T + bias, for a few rows of x. x [m, k], w [n, k], bias [n] or null,
+// y [m, n]; sums in float. `packed`: x once more as `pack` has laid it out, or null.
 struct LinearArgs {
   const bf16* x;
   const bf16* w;
   const bf16* bias;
   bf16* y;
   std::int64_t m, n, k;
+  const std::uint32_t* packed = nullptr;
 };
 using Linear = void (*)(const LinearArgs&, std::int64_t first, std::int64_t last);
 
@@ -34,11 +35,17 @@ struct AttendArgs {
 template <typename T>
 using Attend = void (*)(const AttendArgs<T>&);
 
+// Lays x out in `packed`, of m and k rounded up to 16 and 32.
+using Pack = void (*)(const LinearArgs&, std::uint32_t* packed);
+
 struct Kernels {
   const char* name;
   Linear linear;
   Attend<bf16> attend_bf16;
   Attend<float> attend_f32;
+  Pack pack = nullptr;            // for products from `pack_from` rows of x on
+  std::int64_t pack_from = 0;
+  std::int64_t few_rows = 3;      // up to which `linear` is the fastest there is
 };
 
 extern const Kernels base_kernels;
@@ -46,6 +53,7 @@ extern const Kernels base_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 extern const Kernels avx512bf16_kernels;
+extern const Kernels amx_kernels;
 #endif
 
 }  // namespace yoke::kernels

@@ -1,3 +1,4 @@
+#if defined(__x86_64__)
 #define YOKE_ISA isa_avx2
 #include "impl.h"
 
@@ -6,3 +7,5 @@ namespace yoke::kernels {
 const Kernels avx2_kernels{"avx2", isa_avx2::linear, isa_avx2::attend<bf16>, isa_avx2::attend<float>};
 
 }  // namespace yoke::kernels
+
+#endif

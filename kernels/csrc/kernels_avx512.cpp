@@ -1,3 +1,4 @@
+#if defined(__x86_64__)
 #define YOKE_ISA isa_avx512
 #include "impl.h"
 
@@ -6,3 +7,5 @@ namespace yoke::kernels {
 const Kernels avx512_kernels{"avx512", isa_avx512::linear, isa_avx512::attend<bf16>, isa_avx512::attend<float>};
 
 }  // namespace yoke::kernels
+
+#endif

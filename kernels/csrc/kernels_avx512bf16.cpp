@@ -1,4 +1,5 @@
 // AVX-512 with products of bf16 pairs (Cooper Lake, Sapphire Rapids, Zen 4 and later).
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #define YOKE_ISA isa_avx512bf16
@@ -82,3 +83,5 @@ const Kernels avx512bf16_kernels{"avx512bf16", isa_avx512bf16::linear_bf16, isa_
                                  isa_avx512bf16::attend<float>};
 
 }  // namespace yoke::kernels
+
+#endif

@@ -1,4 +1,10 @@
 // torch.ops.yoke_kernels.*: checks, the division among threads, and the choice of an instruction set.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -13,6 +19,19 @@
 namespace yoke::kernels {
 namespace {
 
+#if defined(__x86_64__)
+// Whether the processor has AMX for bf16, and Linux lets this process have the registers (they are large, and
+// not given without being asked for).
+bool may_use_tiles() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if ((d & kBf16) == 0 || (d & kTile) == 0) return false;
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#endif
+
 std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> found{&base_kernels};
 #if defined(__x86_64__)
@@ -21,7 +40,10 @@ std::vector<const Kernels*> runnable() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx512) found.push_back(&avx512_kernels);
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16_kernels);
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+    found.push_back(&avx512bf16_kernels);
+    if (may_use_tiles()) found.push_back(&amx_kernels);
+  }
 #endif
   return found;
 }
@@ -66,7 +88,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
                 "linear: the bias must be bfloat16 [", weight.size(0), "]");
     own_bias = bias->contiguous();
   }
-  const LinearArgs args{data(rows),
+  LinearArgs args{data(rows),
                         data(weight),
                         own_bias.defined() ? data(own_bias) : nullptr,
                         reinterpret_cast<bf16*>(y.mutable_data_ptr<at::BFloat16>()),
@@ -75,7 +97,14 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
                         weight.size(1)};
   if (weight.size(1) == 0 || y.numel() == 0) return y.zero_();
   const Linear run = chosen()->linear;
-  constexpr std::int64_t kUnit = 8;  // rows of w that are read side by side
+  at::Tensor packed;
+  if (chosen()->pack != nullptr && args.m >= chosen()->pack_from) {
+    packed = at::empty({(args.m + 15) / 16 * 16 * ((args.k + 31) / 32 * 16)}, at::kInt);
+    auto* room = reinterpret_cast<std::uint32_t*>(packed.mutable_data_ptr<std::int32_t>());
+    chosen()->pack(args, room);
+    args.packed = room;
+  }
+  constexpr std::int64_t kUnit = 32;  // rows of w: all kernels take them in whole parts of that
   const std::int64_t units = (args.n + kUnit - 1) / kUnit;
   const std::int64_t grain = std::max<std::int64_t>(1, 16384 / (kUnit * args.k + 1));
   at::parallel_for(0, units, grain, [&](std::int64_t first, std::int64_t last) {
@@ -181,6 +210,7 @@ std::int64_t read(const at::Tensor& x) {
 TORCH_LIBRARY(yoke_kernels, library) {
   library.def("read(Tensor x) -> int");
   library.def("instruction_sets() -> str[]", instruction_sets);
+  library.def("few_rows() -> int", [] { return chosen()->few_rows; });
   library.def("use_instruction_set(str name) -> ()", use_instruction_set);
   library.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   library.def(
