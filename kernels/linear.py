@@ -11,8 +11,8 @@ from kernels.load import load_kernels
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def few_rows() -> int:
-    """Rows up to which reading W once, at the speed of memory, is all there is to do: 3, or 32 with matrix
-    units (AMX). Above, torch's products (oneDNN) are faster. A constant of compiled code."""
+    """Rows up to which reading W once, at the speed of memory, is all there is to do: 3, or 32 with
+    matrix units (AMX). Above, torch's products (oneDNN) are faster. A constant of compiled code."""
     return int(torch.ops.yoke_kernels.few_rows()) if load_kernels() else 0
 
 
