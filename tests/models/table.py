@@ -90,7 +90,11 @@ def measure(folder: Path) -> dict[str, list[str]]:
             cells[name] = [f"{logits.abs().max():.1f}", *(f"{batch:.1e}" for batch in batches)]
             model = load_model(config_of(checkpoint), checkpoint, one, torch.float32)
             assert trace(model) == [expected(model.config)] * 2, name
-    payload = {"folders": {name: str(folder / name) for name in NAMES}, "figures": str(folder / "two")}
+    payload = {
+        "folders": {name: str(folder / name) for name in NAMES},
+        "sizes": [2],
+        "figures": str(folder / "two"),
+    }
     plan = make_plan(read_topology(), LaunchRequest(ranks=2, bind_cores=True, comm="shm"))
     code = launch(
         plan, RunOptions(grace_s=20.0), new_session(), "tests.targets.families", json.dumps(payload)
