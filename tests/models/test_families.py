@@ -6,7 +6,7 @@ logits of the order of one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,8 @@ from comm.group import Group
 from models.config import expected_shapes
 from models.decoder import Decoder
 from models.load import config_of, destinations, load_model
+from tests.models.table import TITLES, described
+from tests.models.traces import expected, group_of_one, trace
 from tp.shard import find_spec, plan_layout, slices_of
 from weights.checkpoint import open_checkpoint
 from weights.errors import InputError
@@ -57,6 +59,34 @@ def test_ranks(
     code, out, err = run_ranks("families", max(sizes), "shm", folders=folders, sizes=sizes)
     assert code == 0, err
     assert out.splitlines() == [f"{size} {name}" for size in sizes for name in names]
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[Group]:
+    with group_of_one() as group:
+        yield group
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_are_whole_graphs(name: str, saved: Callable[[str], Path], one: Group) -> None:
+    """With their collectives in them, and the logits of the model as it is."""
+    checkpoint = open_checkpoint(saved(name))
+    model = load_model(config_of(checkpoint), checkpoint, one, torch.float32)
+    assert trace(model) == [expected(model.config)] * 2
+
+
+def test_the_table_lists_these_families() -> None:
+    """docs/families.md is made by `python -m tests.models.table`; its figures vary with the machine."""
+    text = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    found = [row for row in rows if row[0] in NAMES]
+    assert [tuple(row[: len(TITLES)]) for row in found] == [described(name) for name in NAMES]
+    for row in found:
+        _, *differences, graphs = row[len(TITLES) :]
+        assert len(differences) == 4 and all(0 < float(cell) < 1e-3 for cell in differences), row
+        assert graphs == "yes", row
+    named = [row[0] for row in rows if len(row) > len(TITLES) and not row[0].startswith("-")]
+    assert named == ["variant", *NAMES], "a family in the table that is not tested"
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 8, 16, 32, 64])

@@ -20,7 +20,7 @@ from weights.checkpoint import open_checkpoint
 
 @torch.no_grad()
 def main(env: Any, payload: str) -> int:
-    """Run the families in groups of the payload's sizes, one after the other: the first ranks of all."""
+    """Run the families in groups of the payload's sizes, one after the other, of the first ranks."""
     job = json.loads(payload)
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
     for size in job["sizes"]:
