@@ -14,8 +14,8 @@ from pathlib import Path
 from engine.job import ResolvedJob
 from models.config import ModelConfig
 from models.config_hf import from_hf
-from models.sizes import weight_kinds
-from tp.shard import plan_layout, slices_of
+from models.sizes import layout_of, weight_kinds
+from tp.shard import slices_of
 from weights.errors import InputError
 
 # The interpreter, torch, the compiled code and what compiling leaves behind; measured as a rank's peak
@@ -43,16 +43,7 @@ def rank_needs(
 ) -> dict[str, int]:
     """Bytes that one rank holds, by purpose. Raises InputError where the model cannot be split so."""
     item = _BYTES[dtype_name(dtype)]
-    layout = plan_layout(
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        ffn_dim=config.ffn_dim,
-        vocab_size=config.vocab_size,
-        expert_dim=config.expert_dim,
-        rank=rank,
-        world_size=world_size,
-    )
+    layout = layout_of(config, rank, world_size)
     weights = sum(
         kind.count * prod(part.stop - part.start for part in slices_of(kind.name, kind.shape, layout))
         for kind in weight_kinds(config)

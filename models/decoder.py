@@ -20,28 +20,14 @@ from models.attention import CachedAttention, Step, View
 from models.config import ModelConfig
 from models.norms import Norm, norm_of
 from models.rope import rope_tables
+from models.sizes import layout_of
 from tp.layers import LMHead, VocabEmbedding
-from tp.shard import Layout, plan_layout
 
 BLOCKS: dict[str, type[nn.Module]] = {
     "llama": llama.Block,
     "gemma": gemma.Block,
     "parallel": parallel.Block,
 }
-
-
-def layout_of(config: ModelConfig, rank: int, world_size: int) -> Layout:
-    """Which part of a model of this config a rank holds. Raises InputError."""
-    return plan_layout(
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        ffn_dim=config.ffn_dim,
-        vocab_size=config.vocab_size,
-        expert_dim=config.expert_dim,
-        rank=rank,
-        world_size=world_size,
-    )
 
 
 class Decoder(nn.Module):
@@ -61,9 +47,9 @@ class Decoder(nn.Module):
         block = BLOCKS[config.block]
         self.layers = nn.ModuleList(block(config, layout, group, i) for i in range(config.num_layers))
         self.norm = norm_of(config)
-        shape = (layout.vocab_block, config.dim)
-        own = nn.Parameter(torch.empty(shape), requires_grad=False)
-        head = self.embed.weight if config.tie_embeddings else own
+        head = self.embed.weight
+        if not config.tie_embeddings:
+            head = nn.Parameter(torch.empty(head.shape), requires_grad=False)
         self.head = LMHead(layout.vocab_block, config.vocab_size, head, group, config.head_bias)
         self.embedding_scale = config.embedding_scale
 

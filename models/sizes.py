@@ -1,4 +1,5 @@
-"""How many weights a model has, counted by kinds: exact, and quick for thousands of experts too.
+"""Which part of a model a rank holds, and how many weights there are: exact, and quick for thousands
+of experts too.
 
 The slow reference is `expected_shapes`, which names every weight; layers that are alike, and the
 experts of a layer, are counted here under the name of one of them. Free of torch.
@@ -13,6 +14,21 @@ from functools import cache
 from math import prod
 
 from models.config import ModelConfig, expected_shapes
+from tp.shard import Layout, plan_layout
+
+
+def layout_of(config: ModelConfig, rank: int, world_size: int) -> Layout:
+    """Which part of a model of this config a rank holds. Raises InputError."""
+    return plan_layout(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        ffn_dim=config.ffn_dim,
+        vocab_size=config.vocab_size,
+        expert_dim=config.expert_dim,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from engine.memory import rank_needs
 from launcher.models_view import format_count, model_rows, notes, render
 from models import config_gguf, config_hf
 from models.config import ModelConfig, expected_shapes
-from models.decoder import BLOCKS, layout_of
+from models.decoder import BLOCKS
 from models.families import FAMILIES, family_of
 from models.presets import PRESETS
-from models.sizes import num_active_parameters, num_parameters
+from models.sizes import layout_of, num_active_parameters, num_parameters
 from tp.shard import slices_of
 from weights.errors import InputError
 
