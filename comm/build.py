@@ -28,8 +28,9 @@ import torch
 from comm.errors import BuildError
 
 SOURCE_DIR = Path(__file__).parent / "csrc"
+COMMON_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-pthread", "-Wall", "-Wextra")
 # Products and sums are not contracted: every instruction set must give the same bits.
-FLAGS = ("-O3", "-std=c++20", "-fPIC", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra")
+FLAGS = (*COMMON_FLAGS, "-ffp-contract=off")
 # Files for one instruction set; they are run only where the processor has it.
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")

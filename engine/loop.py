@@ -4,7 +4,7 @@ A prompt is run in chunks of a fixed size, the last one padded, so a prompt of a
 same two graphs and compiles nothing new. Positions are tensors, not Python numbers, for the same
 reason. Rank 0 samples and tells the others, so ranks need no equal random states.
 
-What is not here: batches, speculation, attention that costs less than the whole cache.
+What is not here: batches, speculation.
 """
 
 from __future__ import annotations

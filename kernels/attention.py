@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.load import has_kernels
+from kernels.load import fake_attend, has_kernels
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -111,15 +111,4 @@ def _attend_chunk(
     return attend_in_groups(q, keys, values, mask, quads, scale, cap).contiguous()
 
 
-@_attend_chunk.register_fake
-def _(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions: Tensor,
-    runs: list[int],
-    scale: float,
-    cap: float,
-    window: int,
-) -> Tensor:
-    return q.new_empty(q.shape)
+_attend_chunk.register_fake(fake_attend)

@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from comm.build import Extension, build_extension
+from comm.build import COMMON_FLAGS, Extension, build_extension
 from comm.errors import BuildError
 
-_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-pthread", "-Wall", "-Wextra")
 # Loops marked `omp simd` may be summed in any order; nothing looks at errno or floating-point traps.
 _MATH = ("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
-KERNELS = Extension("yoke_kernels", Path(__file__).parent / "csrc", (*_FLAGS, *_MATH))
+KERNELS = Extension("yoke_kernels", Path(__file__).parent / "csrc", (*COMMON_FLAGS, *_MATH))
 
 
 @functools.cache
@@ -32,7 +31,7 @@ def load_kernels() -> bool:
         warnings.warn(f"Yoke's own kernels are not used: {error}", stacklevel=2)
         return False
     torch.library.register_fake("yoke_kernels::linear", _fake_linear)
-    torch.library.register_fake("yoke_kernels::attend", _fake_attend)
+    torch.library.register_fake("yoke_kernels::attend", fake_attend)
     return True
 
 
@@ -46,7 +45,7 @@ def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _fake_attend(
+def fake_attend(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
