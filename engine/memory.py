@@ -7,11 +7,12 @@ not here: what the machine has (`launcher.fit` compares).
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from math import prod
 from pathlib import Path
 
-from engine.job import ResolvedJob
+from engine.resolve import ResolvedJob
 from models.config import ModelConfig
 from models.config_hf import from_hf
 from models.sizes import layout_of, weight_kinds
@@ -21,8 +22,20 @@ from weights.errors import InputError
 # The interpreter, torch, the compiled code and what compiling leaves behind; measured as a rank's peak
 # resident memory less its weights and cache (docs/log.md).
 BASE_BYTES = 600 << 20
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-CHUNK = 128  # tokens of a prompt that are run at once
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+CHUNK = 512  # tokens of prompts that are run at once: below that, products wait for the weights
+PADDED_CHUNK = 128  # the same where each call has this length
+MAX_BATCH = 8  # rows, where nobody asks for another number
+
+
+def cache_length(max_seq_len: int, padded: bool) -> int:
+    """Positions that a cache row needs: padding of a last chunk has a place to go."""
+    return max_seq_len + PADDED_CHUNK if padded else max_seq_len
+
+
+def kv_dtype_name(kv_dtype: str, dtype: str) -> str:
+    """`auto` is what the weights have."""
+    return dtype_name(dtype) if kv_dtype == "auto" else kv_dtype
 
 
 @cache
@@ -39,37 +52,68 @@ def dtype_name(name: str) -> str:
 
 
 def rank_needs(
-    config: ModelConfig, dtype: str, max_seq_len: int, rank: int, world_size: int
+    config: ModelConfig,
+    dtype: str,
+    max_seq_len: int,
+    rank: int,
+    world_size: int,
+    num_rows: int = 1,
+    kv_dtype: str = "auto",
 ) -> dict[str, int]:
-    """Bytes that one rank holds, by purpose. Raises InputError where the model cannot be split so."""
+    """Bytes that one rank holds, by purpose, with a cache of `num_rows` texts. Raises InputError where
+    the model cannot be split so."""
     item = _BYTES[dtype_name(dtype)]
     layout = layout_of(config, rank, world_size)
     weights = sum(
         kind.count * prod(part.stop - part.start for part in slices_of(kind.name, kind.shape, layout))
         for kind in weight_kinds(config)
     )
-    cache_len = -(-max_seq_len // CHUNK) * CHUNK
-    kv_cache = 2 * config.num_layers * layout.heads.num_kv * config.head_dim * cache_len
+    name = kv_dtype_name(kv_dtype, dtype)
+    # int8 has a scale, float32, for each token and head.
+    head_bytes = config.head_dim * _BYTES[name] + (4 if name == "int8" else 0)
+    kv_cache = 2 * config.num_layers * layout.heads.num_kv * head_bytes * max_seq_len * num_rows
     # A chunk's widest activations, twice (in and out), and the rows of logits of all ranks.
     activations = 2 * CHUNK * max(layout.ffn_stop - layout.ffn_start, layout.expert_stop) * 2 * item
-    logits = 2 * layout.vocab_block * world_size * 4
+    logits = 2 * max(num_rows, 2) * layout.vocab_block * world_size * 4
     return {
         "weights": weights * item,
-        "kv_cache": kv_cache * item,
+        "kv_cache": kv_cache,
         "workspace": BASE_BYTES + activations + logits,
     }
 
 
+def with_batch(resolved: ResolvedJob) -> ResolvedJob:
+    """The job with the number of texts that it makes at once: as asked for, or up to MAX_BATCH."""
+    job = resolved.job
+    batch = job.batch or max(1, min(MAX_BATCH, len(resolved.prompts)))
+    if job.num_beams > 1:
+        batch = job.num_beams
+    return replace(resolved, job=replace(job, batch=batch))
+
+
+def smaller_batch(asked: ResolvedJob, tried: ResolvedJob) -> ResolvedJob | None:
+    """`tried` with half as many texts at once; None where the job asked for that number."""
+    if asked.job.batch or asked.job.num_beams > 1 or tried.job.batch == 1:
+        return None
+    return replace(tried, job=replace(tried.job, batch=tried.job.batch // 2))
+
+
 def job_needs(resolved: ResolvedJob, world_size: int, thorough: bool) -> list[dict[str, int]]:
-    """What each rank of a job needs; [] where the dimensions cannot be told without opening the
-    weights and `thorough` does not ask for that (it loads torch, which takes seconds)."""
+    """What each rank of a job `with_batch` needs; [] where the dimensions cannot be told without
+    opening the weights and `thorough` does not ask for that (it loads torch, which takes seconds)."""
     config = resolved.config or _declared(resolved, thorough)
     if config is None:
         return []
     job = resolved.job
-    return [
-        rank_needs(config, job.dtype, job.max_seq_len, rank, world_size) for rank in range(world_size)
-    ]
+    kind = (job.dtype, job.max_seq_len)
+    cache = (max(job.batch, 1), job.kv_dtype)
+    needs = [rank_needs(config, *kind, rank, world_size, *cache) for rank in range(world_size)]
+    if resolved.draft is not None:
+        small = replace(resolved.draft, job=replace(resolved.draft.job, batch=job.batch))
+        draft = job_needs(small, world_size, thorough)
+        for need, more in zip(needs, draft, strict=False):
+            need["draft"] = more["weights"] + more["kv_cache"]
+    return needs
 
 
 def _declared(resolved: ResolvedJob, thorough: bool) -> ModelConfig | None:

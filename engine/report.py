@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from engine.prompts import Prompt
+
 
 @dataclass(frozen=True)
-class Report:
-    """Figures of one generation. Times in seconds; `peak_rss_bytes` and `plan` by rank."""
+class Result:
+    """One answer. Times in seconds; of `drafted` tokens that were guessed, `accepted` were right;
+    `id` is what the prompt's line in a file said."""
 
     text: str
+    finish: str
     prompt_tokens: int
     tokens: int
     token_ids: list[int]
     ttft_s: float
     tpot_s: float
+    drafted: int
+    accepted: int
+    logprobs: list[dict[str, Any]]
+    id: Any
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Figures of a run. Times in seconds; `peak_rss_bytes` and `plan` by rank."""
+
     load_s: float
     compile_s: float
     peak_rss_bytes: list[int]
@@ -33,20 +47,45 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def write_json(report: Report) -> None:
+def write_json(result: Result, facts: Facts) -> None:
     """One JSON object on stdout."""
-    print(json.dumps(asdict(report), ensure_ascii=False), flush=True)
+    print(json.dumps(asdict(result) | asdict(facts), ensure_ascii=False), flush=True)
 
 
-def write_summary(report: Report, placement: str) -> None:
+def write_answer(index: int, result: Result, prompt: Prompt, output: str) -> None:
+    """One of many answers: a JSON object on a line, or the text below its prompt."""
+    if output == "json":
+        print(json.dumps({"index": index, **asdict(result)}, ensure_ascii=False), flush=True)
+        return
+    asked = prompt.text or prompt.messages[-1]["content"]
+    print(f"[{index + 1}] {asked}\n{result.text.strip()}\n", flush=True)
+
+
+def write_summary(result: Result, facts: Facts, placement: str) -> None:
     """End the streamed text, and one line of figures on stderr."""
-    if not report.text.endswith("\n"):
+    if not result.text.endswith("\n"):
         print(flush=True)
-    rate = f"{1 / report.tpot_s:.1f} tokens/s" if report.tpot_s else "no rate"
+    rate = f"{1 / result.tpot_s:.1f} tokens/s" if result.tpot_s else "no rate"
+    guessed = ""
+    if result.drafted:
+        share = 100 * result.accepted / result.drafted
+        guessed = f"{result.accepted} of {result.drafted} guesses right, {share:.0f} % | "
     say(
-        f"[{report.prompt_tokens} + {report.tokens} tokens | TTFT {report.ttft_s * 1e3:.0f} ms | "
-        f"TPOT {report.tpot_s * 1e3:.1f} ms | {rate} | compile {report.compile_s:.1f} s | "
-        f"{report.dtype} over {report.comm} | {placement}]"
+        f"[{result.prompt_tokens} + {result.tokens} tokens | TTFT {result.ttft_s * 1e3:.0f} ms | "
+        f"TPOT {result.tpot_s * 1e3:.1f} ms | {rate} | {guessed}compile {facts.compile_s:.1f} s | "
+        f"{facts.dtype} over {facts.comm} | {placement}]"
+    )
+
+
+def write_batch_summary(
+    results: Sequence[Result], facts: Facts, seconds: float, placement: str
+) -> None:
+    """One line of figures on stderr, of all answers."""
+    asked, made = (sum(getattr(r, name) for r in results) for name in ("prompt_tokens", "tokens"))
+    say(
+        f"[{len(results)} prompts | {asked} + {made} tokens | {seconds:.1f} s | "
+        f"{made / seconds:.1f} tokens/s | compile {facts.compile_s:.1f} s | "
+        f"{facts.dtype} over {facts.comm} | {placement}]"
     )
 
 
@@ -63,3 +102,37 @@ def progress_bar(title: str, enabled: bool) -> Iterator[Callable[[int, int], Non
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def count_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr (a terminal's; elsewhere nothing) fed with how many of `total` are done."""
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+@contextmanager
+def compile_progress(compiled: bool, enabled: bool) -> Iterator[Callable[[str], None]]:
+    """Tells which step is being compiled: on a terminal with the seconds it has taken, elsewhere a line
+    for each."""
+    verb = "compiling" if compiled else "running once"
+    if not enabled:
+        yield lambda name: None
+    elif not sys.stderr.isatty():
+        yield lambda name: say(f"{verb}: {name} ...")
+    else:
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(verb)
+            yield lambda name: bar.update(task, description=f"{verb}: {name}")

@@ -1,17 +1,18 @@
 """What the families' attention has in common: projections, rotary embeddings, a static cache, grouped
 heads, sliding windows.
 
-Shapes: B batch, T tokens of this call, S cache length, D dim, H query heads of this rank, K its KV
-heads, h head size. What is not here: the sum over the ranks, which the blocks do.
+Shapes: N tokens of this call, R rows of the cache, S their length, D dim, H query heads of this rank, K
+its KV heads, h head size. What is not here: the sum over the ranks, which the blocks do.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from kernels.attention import attend, attend_in_groups
+from kernels.attention import KVCache, attend, new_cache, write
 from models.config import ModelConfig
 from models.norms import norm_of
 from models.rope import rotate
@@ -21,20 +22,19 @@ from tp.shard import Layout
 
 
 class View(NamedTuple):
-    """How the layers of one kind see the tokens of a call: cos and sin [B, T, r/2], and what is added
-    to the scores, [B, 1, T, S], where attention goes over the whole cache."""
+    """The angles that the layers of one kind turn a call's tokens by: cos and sin [N, r/2]."""
 
     cos: Tensor
     sin: Tensor
-    mask: Tensor | None
 
 
 class Step(NamedTuple):
-    """What all layers of a call share: the cache's rows [B, 1] and positions [B, T] that it writes,
-    and the two kinds of view."""
+    """What all layers of a call share: the tokens' cache rows [N] (None: token i has row i) and
+    positions [N], where a token's keys lie if not in its row ([N, S]), and the two kinds of view."""
 
-    rows: Tensor
+    rows: Tensor | None
     positions: Tensor
+    sources: Tensor | None
     full: View
     windowed: View
 
@@ -63,24 +63,26 @@ class Attention(nn.Module):
         self.interleaved = config.rope.interleaved
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        """x [B, T, D] -> this rank's part of the result, [B, T, D]."""
+        """x [N, D] -> this rank's part of the result, [N, D]."""
         view = step.windowed if self.is_windowed else step.full
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv.split(x))
         q, k = self.q_norm(q), self.k_norm(k)
         if self.has_rope:
             q = rotate(q, view.cos, view.sin, self.interleaved)
             k = rotate(k, view.cos, view.sin, self.interleaved)
-        return self.out(self.inner(q, k, v, step.rows, step.positions, view.mask))
+        return self.out(self.inner(q, k, v, step))
 
 
 class CachedAttention(nn.Module):
     """Softmax attention of this rank's query heads over the cache of its KV heads. Scores are
     multiplied by `scale` (0: h ** -0.5) and, with a `cap`, bent to cap * tanh(score / cap). A `window`
-    is what a token sees of the cache at most (0: all); the mask says the same."""
+    is what a token sees of the cache at most (0: all)."""
 
-    # Buffers of `setup`: [B, K, S, h].
+    # Buffers of `setup`: [R, K, S, h], and float32 [R, K, S] of an int8 cache.
     k_cache: Tensor
     v_cache: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
 
     def __init__(
         self, heads: Heads, head_dim: int, scale: float = 0.0, cap: float = 0.0, window: int = 0
@@ -93,24 +95,21 @@ class CachedAttention(nn.Module):
         self.window = window
         self.runs = [(run.q_start, run.q_stop, run.kv_start, run.kv_stop) for run in heads.runs]
 
-    def setup(self, batch_size: int, cache_len: int, like: Tensor) -> None:
-        shape = (batch_size, self.heads.num_kv, cache_len, self.head_dim)
-        self.register_buffer("k_cache", like.new_zeros(shape), persistent=False)
-        self.register_buffer("v_cache", like.new_zeros(shape), persistent=False)
+    def setup(
+        self, num_rows: int, cache_len: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        cache = new_cache(num_rows, self.heads.num_kv, cache_len, self.head_dim, dtype, device)
+        self.register_buffer("k_cache", cache.k, persistent=False)
+        self.register_buffer("v_cache", cache.v, persistent=False)
+        self.register_buffer("k_scale", cache.k_scale, persistent=False)
+        self.register_buffer("v_scale", cache.v_scale, persistent=False)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, positions: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """q [B, T, H, h], k and v [B, T, K, h] -> [B, T, H * h]. `mask` [B, 1, T, S] is added to the
-        scores of the whole cache; without one, the part in use is attended to."""
-        self.k_cache[rows, :, positions] = k
-        self.v_cache[rows, :, positions] = v
-        if mask is None:
-            attended = attend(
-                q, self.k_cache, self.v_cache, positions, self.runs, self.scale, self.cap, self.window
-            )
-        else:
-            attended = attend_in_groups(
-                q, self.k_cache, self.v_cache, mask, self.runs, self.scale, self.cap
-            )
-        return attended.flatten(2)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """q [N, H, h], k and v [N, K, h] -> [N, H * h]."""
+        cache = KVCache(self.k_cache, self.v_cache, self.k_scale, self.v_scale)
+        write(cache, k, v, step.rows, step.positions)
+        attended = attend(
+            q, cache, step.rows, step.positions, self.runs, self.scale, self.cap, self.window,
+            step.sources,
+        )  # fmt: skip
+        return attended.flatten(1)

@@ -5,7 +5,8 @@ Activations between the layers are whole and the same on every rank; the only co
 at the end of attention and MLP, the embedding and the head. What a block is, is told by the families'
 files: `models.llama`, `models.gemma`, `models.parallel`.
 
-Shapes: B batch, T tokens of this call, S cache length, D dim.
+Shapes: N tokens of this call, of any mixture of texts; R cache rows (a text each), S their
+length, D dim. Where texts of a batch go in step, [B, T] stands for their tokens.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from comm import ops
 from comm.group import Group
-from kernels.attention import can_attend, causal_mask
 from models import gemma, llama, parallel
 from models.attention import CachedAttention, Step, View
 from models.config import ModelConfig
@@ -31,7 +32,11 @@ BLOCKS: dict[str, type[nn.Module]] = {
 
 
 class Decoder(nn.Module):
-    """A decoder whose KV cache is static: `setup` allocates it, `forward` writes and reads it."""
+    """A decoder whose KV cache is static: `setup` allocates it, all others write and read it.
+
+    `extend`, `decode` and `decode_greedy` are what an engine runs; `forward` and `all_logits` are the
+    same for texts that go in step.
+    """
 
     # Buffers of `setup`: cos and sin, of the layers with a window where they have their own.
     cos: Tensor
@@ -42,6 +47,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, group: Group) -> None:
         super().__init__()
         self.config = config
+        self.group = group
         self.layout = layout = layout_of(config, group.rank, group.size)
         self.embed = VocabEmbedding(layout.vocab_block, layout.vocab_start, config.dim, group)
         block = BLOCKS[config.block]
@@ -53,8 +59,9 @@ class Decoder(nn.Module):
         self.head = LMHead(layout.vocab_block, config.vocab_size, head, group, config.head_bias)
         self.embedding_scale = config.embedding_scale
 
-    def setup(self, batch_size: int, cache_len: int) -> None:
-        """Allocate the KV caches and the rotary tables for positions 0..cache_len-1."""
+    def setup(self, num_rows: int, cache_len: int, kv_dtype: torch.dtype | None = None) -> None:
+        """Allocate KV caches of `num_rows` texts (in `kv_dtype`: the weights' own, or one that
+        `kernels.attention.new_cache` takes) and the rotary tables for positions 0..cache_len-1."""
         weight, config = self.norm.weight, self.config
         for name, rope in (("", config.rope), ("local_", config.local_rope)):
             if rope is not None:
@@ -63,35 +70,68 @@ class Decoder(nn.Module):
                 self.register_buffer(f"{name}sin", sin.to(weight.device), persistent=False)
         for module in self.modules():
             if isinstance(module, CachedAttention):
-                module.setup(batch_size, cache_len, weight)
+                module.setup(num_rows, cache_len, kv_dtype or weight.dtype, weight.device)
         # Rounded as the weights are: the models were trained with it so.
         self.embedding_scale = float(torch.tensor(config.embedding_scale, dtype=weight.dtype))
 
     def forward(self, tokens: Tensor, positions: Tensor, last: Tensor | None = None) -> Tensor:
-        """Logits of one token per row: float32 [B, vocab_size].
+        """Logits of one token per row: float32 [B, vocab_size]; row i of the batch is cache row i.
 
         tokens: int64 [B, T] at `positions`: int64 [B, T], or [T] for all rows, ascending. `last`: int64
         [B] or [1], the index in 0..T-1 whose logits are wanted; None means the only one (T = 1). Tokens
         after `last` may be padding: what they leave in the cache is overwritten before anything
         attends to it.
         """
-        normed = self._run(tokens, positions)
+        batch, length = tokens.shape
+        hidden = self._batch(tokens, positions)
         if last is not None:
-            index = last.expand(tokens.shape[0])[:, None, None].expand(-1, 1, normed.shape[-1])
-            normed = normed.gather(1, index)
-        return self._logits(normed).squeeze(1)
+            starts = torch.arange(0, batch * length, length, device=tokens.device)
+            hidden = hidden[starts + last]
+        return self.logits(hidden)
 
-    def logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def all_logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits of every token: as `forward`, but float32 [B, T, vocab_size], on all ranks.
 
         For measures that want them all; generation wants one a row, and a vocabulary is wide.
         """
-        return self._logits(self._run(tokens, positions))
+        return self.logits(self._batch(tokens, positions)).unflatten(0, tokens.shape)
 
-    def _run(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Embedding and blocks, and the last norm: [B, T, D]."""
-        step = self._step(positions.expand(tokens.shape))
-        x = self.embed(tokens)  # [B, T, D]
+    def extend(self, tokens: Tensor, positions: Tensor, rows: Tensor, wanted: Tensor) -> Tensor:
+        """Logits of the `wanted` of N tokens: float32 [M, vocab_size].
+
+        tokens, positions, rows: int64 [N]; the tokens are those of any mixture of texts, each in its
+        cache row, in ascending positions per row. `wanted`: int64 [M], indices in 0..N-1.
+        """
+        return self.logits(self.hidden(tokens, positions, rows)[wanted])
+
+    def decode(self, tokens: Tensor, positions: Tensor, sources: Tensor | None = None) -> Tensor:
+        """Logits after one token for each cache row: int64 [R] at int64 [R] -> float32
+        [R, vocab_size]. `sources`: int32 [R, S], see `kernels.attention.attend`."""
+        return self.logits(self.hidden(tokens, positions, None, sources))
+
+    def decode_greedy(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The likeliest token after one token for each cache row: int64 [R]. Of equal ones the lowest,
+        the same on every rank, which exchange a candidate each and not their logits."""
+        local = self.head.local(self.hidden(tokens, positions, None))
+        start, stop = self.layout.vocab_start, self.layout.vocab_stop
+        return ops.argmax(local[:, : stop - start], start, self.group)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[M, D] of `hidden` -> float32 [M, vocab_size] on all ranks."""
+        logits: Tensor = self.head(hidden).float()
+        if self.config.logits_scale != 1:
+            logits = logits * self.config.logits_scale
+        if self.config.logits_cap:
+            logits = self.config.logits_cap * torch.tanh(logits / self.config.logits_cap)
+        return logits
+
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, rows: Tensor | None, sources: Tensor | None = None
+    ) -> Tensor:
+        """Embedding, blocks and the last norm of N tokens: [N, D]. `rows` None: token i is of cache row
+        i, of all."""
+        step = self._step(positions, rows, sources)
+        x = self.embed(tokens)  # [N, D]
         if self.embedding_scale != 1:
             x = x * self.embedding_scale
         norms: list[Norm] = [*(block.norm for block in self.layers), self.norm]  # type: ignore[list-item]
@@ -100,24 +140,16 @@ class Decoder(nn.Module):
             normed, x = block(normed, x, following, step)
         return normed
 
-    def _logits(self, normed: Tensor) -> Tensor:
-        logits: Tensor = self.head(normed).float()
-        if self.config.logits_scale != 1:
-            logits = logits * self.config.logits_scale
-        if self.config.logits_cap:
-            logits = self.config.logits_cap * torch.tanh(logits / self.config.logits_cap)
-        return logits
+    def _batch(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """`hidden` of [B, T] tokens: [B * T, D]."""
+        batch, length = tokens.shape
+        rows = None
+        if length > 1:
+            rows = torch.arange(batch, device=tokens.device).repeat_interleave(length)
+        return self.hidden(tokens.flatten(), positions.expand(batch, length).flatten(), rows)
 
-    def _step(self, positions: Tensor) -> Step:
-        config, cache_len, dtype = self.config, self.cos.shape[0], self.norm.weight.dtype
-        cos, sin = self.cos[positions], self.sin[positions]  # [B, T, r/2]
-        own = can_attend(positions.device, dtype)
-        mask = None if own else causal_mask(positions, cache_len, dtype)
-        full = windowed = View(cos, sin, mask)
-        if config.window:
-            if config.local_rope is not None:
-                cos, sin = self.local_cos[positions], self.local_sin[positions]
-            mask = None if own else causal_mask(positions, cache_len, dtype, config.window)
-            windowed = View(cos, sin, mask)
-        rows = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
-        return Step(rows, positions, full, windowed)
+    def _step(self, positions: Tensor, rows: Tensor | None, sources: Tensor | None) -> Step:
+        full = windowed = View(self.cos[positions], self.sin[positions])  # [N, r/2]
+        if self.config.local_rope is not None:
+            windowed = View(self.local_cos[positions], self.local_sin[positions])
+        return Step(rows, positions, sources, full, windowed)

@@ -48,29 +48,48 @@ class HfModel(nn.Module):
         self.ends = ends  # embedding and head; in a tuple, since they are registered in `inner`
         self.caches = nn.ModuleList(caches)
 
-    def setup(self, batch_size: int, cache_len: int) -> None:
-        """Allocate the KV caches for positions 0..cache_len-1."""
+    def setup(self, num_rows: int, cache_len: int) -> None:
+        """Allocate the KV caches of `num_rows` texts for positions 0..cache_len-1."""
         like = next(self.inner.parameters())
         for cache in self.caches:
             assert isinstance(cache, LayerCache)
-            cache.setup(batch_size, cache_len, like)
+            cache.setup(num_rows, cache_len, like)
 
-    def forward(self, tokens: Tensor, positions: Tensor, last: Tensor | None = None) -> Tensor:
-        """Logits of one token per row: float32 [B, vocab_size].
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        wanted: Tensor | None = None,
+        row: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the `wanted` tokens: float32 [M, vocab_size].
 
-        tokens: int64 [B, T] at `positions`: int64 [B, T]. `last`: int64 [B], the index in 0..T-1 of
-        each row whose logits are wanted; None means the only one (T = 1). Tokens after `last` may be
-        padding: what they leave in the cache is overwritten before anything attends to it.
+        tokens: int64 [B, T] at `positions`: int64 [B, T]; row i of the batch is cache row i, or `row`
+        (int64 [1]) that of all (B = 1). `wanted`: int64 [M], indices into the B * T tokens; None means
+        all, of which there is one a row (T = 1). What padding leaves in the cache is overwritten before
+        anything attends to it.
         """
-        cache = StepCache(positions, self.caches)  # type: ignore[arg-type]
+        cache = StepCache(positions, self.caches, row)  # type: ignore[arg-type]
         outputs = self.inner(
             input_ids=tokens,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            select=last,
+            select=wanted,
         )
-        return outputs.logits[:, -1].float()
+        return outputs.logits.flatten(0, 1).float()
+
+    def extend(self, tokens: Tensor, positions: Tensor, rows: Tensor, wanted: Tensor) -> Tensor:
+        """As `Decoder.extend`, but all tokens are of one row."""
+        return self(tokens.unsqueeze(0), positions.unsqueeze(0), wanted, rows[:1])
+
+    def decode(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """As `Decoder.decode`."""
+        return self(tokens.unsqueeze(1), positions.unsqueeze(1))
+
+    def decode_greedy(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """As `Decoder.decode_greedy`; every rank has all logits."""
+        return self.decode(tokens, positions).argmax(-1)
 
 
 def build_model(folder: Path, group: Group, dtype: torch.dtype) -> tuple[HfModel, dict[str, Weight]]:

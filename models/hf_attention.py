@@ -98,12 +98,15 @@ class LayerCache(nn.Module):
     def length(self) -> int:
         return self.k.shape[2]
 
-    def write(self, key: Tensor, value: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Put [B, K, T, h] at `positions` [B, T]; the whole cache."""
-        rows = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
-        self.k[rows, :, positions] = key.transpose(1, 2).to(self.k.dtype)
-        self.v[rows, :, positions] = value.transpose(1, 2).to(self.v.dtype)
-        return self.k, self.v
+    def write(
+        self, key: Tensor, value: Tensor, positions: Tensor, row: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Put [B, K, T, h] at `positions` [B, T]; the whole cache of these rows."""
+        rows = torch.arange(positions.shape[0], device=positions.device) if row is None else row
+        where = rows.unsqueeze(1)
+        self.k[where, :, positions] = key.transpose(1, 2).to(self.k.dtype)
+        self.v[where, :, positions] = value.transpose(1, 2).to(self.v.dtype)
+        return (self.k, self.v) if row is None else (self.k[row], self.v[row])
 
 
 class Probe:
@@ -114,27 +117,33 @@ class Probe:
         self.length = length
         self.seen: list[tuple[tuple[int, int], tuple[int, int]]] = []
 
-    def write(self, key: Tensor, value: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def write(
+        self, key: Tensor, value: Tensor, positions: Tensor, row: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         sizes = [(part.shape[1], part.shape[3]) for part in (key, value)]
         self.seen.append((sizes[0], sizes[1]))
         return key, value
 
 
 class StepCache:
-    """The cache as a model sees it during one call, whose tokens stand at `positions`: int64 [B, T]."""
+    """The cache as a model sees it during one call, whose tokens stand at `positions`: int64 [B, T], in
+    the cache rows 0..B-1 or all in `row`: int64 [1]."""
 
     is_compileable = True  # no mask may be left out on the ground that a call begins at position 0
 
-    def __init__(self, positions: Tensor, layers: Sequence[LayerCache | Probe]) -> None:
+    def __init__(
+        self, positions: Tensor, layers: Sequence[LayerCache | Probe], row: Tensor | None = None
+    ) -> None:
         self.positions = positions
         self.layers = layers
+        self.row = row
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         layer = self.layers[layer_idx]
         own = layer.split.own(key, kv=True), layer.split.own(value, kv=True)
-        return layer.write(*own, self.positions)
+        return layer.write(*own, self.positions, self.row)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.layers[0].length, 0

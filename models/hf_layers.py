@@ -37,10 +37,10 @@ class SummedRowLinear(nn.Module):
 
 
 class Selected(nn.Module):
-    """The body of a model (everything below its head), handing on one position of each row.
+    """The body of a model (everything below its head), handing on some tokens of a call.
 
-    The head and what a family does to its logits then see [B, 1, D] and not the whole prompt.
-    `select`: int64 [B], the index in 0..T-1 of each row; None hands on all.
+    The head and what a family does to its logits then see [1, M, D] and not the whole prompt.
+    `select`: int64 [M], indices into the B * T tokens; None hands on all.
     """
 
     def __init__(self, body: nn.Module) -> None:
@@ -51,6 +51,5 @@ class Selected(nn.Module):
         outputs = self.body(*args, **kwargs)
         if select is not None:
             hidden = outputs.last_hidden_state
-            index = select.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
-            outputs.last_hidden_state = hidden.gather(1, index)
+            outputs.last_hidden_state = hidden.flatten(0, 1)[select].unsqueeze(0)
         return outputs

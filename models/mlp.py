@@ -86,18 +86,11 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         probabilities = torch.softmax(self.router(x).float(), dim=-1)
-        weights, experts = torch.topk(probabilities, self.count, dim=-1)  # [B, T, n]
+        weights, experts = torch.topk(probabilities, self.count, dim=-1)  # [N, n]
         if self.norm_topk:
             weights = weights / weights.sum(-1, keepdim=True)
-        flat = run_experts(
-            x.flatten(0, 1),
-            weights.flatten(0, 1).to(x.dtype),
-            experts.flatten(0, 1),
-            self.gate_up,
-            self.down,
-            self.activation,
-        )
-        return flat.view_as(x)
+        own = weights.to(x.dtype)
+        return run_experts(x, own, experts, self.gate_up, self.down, self.activation)
 
 
 @torch.library.custom_op("yoke_models::run_experts", mutates_args=(), device_types="cpu")

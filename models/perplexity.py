@@ -22,6 +22,6 @@ def perplexity(model: Decoder, tokens: Tensor) -> float:
     batch, length = tokens.shape
     assert length > 1, "a single token has nothing before it"
     model.setup(batch, length)
-    logits = model.logits(tokens, torch.arange(length, device=tokens.device))
+    logits = model.all_logits(tokens, torch.arange(length, device=tokens.device))
     surprise = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     return surprise.double().mean().exp().item()

@@ -72,10 +72,10 @@ def _yarn(rope: Rope, plain: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Turn the first r numbers of each head: x [B, T, heads, h], cos and sin [B, T, r / 2]."""
+    """Turn the first r numbers of each head: x [..., heads, h], cos and sin [..., r / 2]."""
     size = 2 * cos.shape[-1]
     turned, kept = x[..., :size].float(), x[..., size:]
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     if interleaved:
         first, second = turned[..., 0::2], turned[..., 1::2]
         pairs = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)

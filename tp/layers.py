@@ -97,8 +97,12 @@ class LMHead(nn.Module):
         self.group = group
         self.weight = weight
 
+    def local(self, x: Tensor) -> Tensor:
+        """This rank's logits alone: [..., block], those past the vocabulary among them."""
+        return linear(x, self.weight, self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
-        local = linear(x, self.weight, self.bias)
+        local = self.local(x)
         if self.group.size == 1:
             return local
         blocks = ops.all_gather(local, self.group)  # [size, ..., block]

@@ -37,13 +37,13 @@ def tiny() -> Decoder:
 def test_logits_of_every_token_are_those_of_each(tiny: Decoder) -> None:
     tokens = torch.randint(0, 512, (2, 9), generator=torch.Generator().manual_seed(1))
     tiny.setup(2, 16)
-    every = tiny.logits(tokens, torch.arange(9))
+    every = tiny.all_logits(tokens, torch.arange(9))
     assert every.shape == (2, 9, 512) and every.dtype == torch.float32
     for i in range(9):
         torch.testing.assert_close(tiny(tokens, torch.arange(9), torch.tensor([i])), every[:, i])
     # The cache is written, too: the next token goes on from there.
     following = tiny(tokens[:, :1], torch.tensor([9]))
-    again = tiny.logits(torch.cat([tokens, tokens[:, :1]], dim=1), torch.arange(10))[:, 9]
+    again = tiny.all_logits(torch.cat([tokens, tokens[:, :1]], dim=1), torch.arange(10))[:, 9]
     torch.testing.assert_close(following, again)
 
 

@@ -9,10 +9,11 @@ import torch
 from torch._dynamo.utils import counters
 
 from comm.group import Rendezvous, open_group
-from engine.loop import generate, make_runner, warm_up
+from engine.loop import generate
+from engine.requests import Request
+from engine.steps import EXTEND, GREEDY, make_runner, warm_up
 from models.load import expected_shapes, load_model
 from models.presets import PRESETS
-from models.sampling import Sampling
 from weights.random_io import random_checkpoint
 
 COLLECTIVES = {
@@ -21,6 +22,7 @@ COLLECTIVES = {
     "yoke::all_gather",
     "_c10d_functional::all_reduce",
     "_c10d_functional::all_gather_into_tensor",
+    "yoke::argmax",
 }
 
 
@@ -41,13 +43,13 @@ def main(env: Any, payload: str) -> int:
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 300.0) as group:
         weights = random_checkpoint(expected_shapes(config), seed=1)
         model = load_model(config, weights, group, torch.float32)
-        runner = make_runner(model, group, 640, compiled=True)
-        warm_up(runner)
+        runner = make_runner(model, group, 1024, compiled=True, num_rows=2)
+        warm_up(runner, (EXTEND, GREEDY))
         compiled = dict(counters["stats"])
-        # One chunk, several, and the border between them.
+        # One call, several, and the borders between them; one prompt, two and three for two rows.
         with torch.compiler.set_stance("fail_on_recompile"):
-            for length in (3, 50, 128, 129, 500):
-                generate(runner, [7] * length, 5, frozenset(), Sampling(), 0)
+            for lengths in ((1,), (2,), (3, 50), (128, 1, 129), (511,), (512, 2), (513,), (1000, 3)):
+                generate(runner, [Request((7,) * length, 5) for length in lengths])
         if env.rank == 0:
             print(
                 json.dumps(

@@ -22,10 +22,11 @@ def run(model: Any, tokens: torch.Tensor, rows: list[int]) -> torch.Tensor:
     lengths = torch.tensor([LENGTHS[row] for row in rows])
     tokens, each = tokens[rows], torch.arange(len(rows))
     model.setup(len(rows), 32)
-    model.forward(tokens[:, :3], torch.arange(3).expand(len(rows), 3), lengths * 0)  # leftovers
+    model.forward(tokens[:, :3], torch.arange(3).expand(len(rows), 3), None)  # leftovers
     padded = tokens[:, :12].clone()
     padded[torch.arange(12) >= lengths.unsqueeze(1)] = 0
-    made = [model(padded, torch.arange(12).expand(len(rows), 12), lengths - 1)]
+    wanted = torch.arange(len(rows)) * 12 + lengths - 1
+    made = [model(padded, torch.arange(12).expand(len(rows), 12), wanted)]
     for step in range(STEPS):
         positions = lengths + step
         made.append(model(tokens[each, positions].unsqueeze(1), positions.unsqueeze(1)))

@@ -1,0 +1,213 @@
+"""What every rank does before it makes a token: join the group, load its part, compile.
+
+`env` is the launcher's `RankEnv` (duck-typed, so that nothing here depends on the launcher).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from comm import ops
+from comm.group import Group, Rendezvous, open_group, set_timeout
+from engine.compiling import warm_up_or_again
+from engine.job import Job
+from engine.memory import dtype_name, kv_dtype_name
+from engine.report import compile_progress, progress_bar, say
+from engine.resolve import ResolvedJob, check_draft, check_ranks
+from engine.steps import BEAMS, DECODE, EXTEND, GREEDY, AnyModel, Runner, make_runner
+from models.config import expected_shapes
+from models.load import config_of, load_model
+from models.tokenizer import TextCodec, byte_codec, load_codec
+from weights.checkpoint import Checkpoint, open_checkpoint
+from weights.errors import InputError
+from weights.random_io import random_checkpoint
+from weights.safetensors_io import open_safetensors
+
+# Ranks reach their first collective when each has loaded and compiled its own part, which can be
+# minutes apart where ranks share cores. A rank that dies meanwhile is the launcher's to notice.
+START_TIMEOUT_S = 1800.0
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An engine that is ready. `codec` is rank 0's; `draft` runs the draft model, where there is one.
+    Times in seconds."""
+
+    group: Group
+    runner: Runner
+    draft: Runner | None
+    codec: TextCodec | None
+    dtype: str
+    load_s: float
+    compile_s: float
+
+
+@contextmanager
+def joined(env: Any) -> Iterator[Group]:
+    """The group of all ranks of this run."""
+    # The launcher has chosen; torch may have counted the cores of the machine.
+    torch.set_num_threads(env.plan.num_threads)
+    rendezvous = Rendezvous(
+        env.session, env.master_addr, env.master_port, env.store_fd, env.agent_store, env.node
+    )
+    opened = open_group(
+        env.rank, env.world_size, env.backend, rendezvous, START_TIMEOUT_S,
+        on_fallback=say, device=env.plan.device,
+    )  # fmt: skip
+    group = opened.__enter__()
+    yield group
+    # Left open on an error: the others would report that this rank is gone before it has said why.
+    # It goes with the process.
+    opened.__exit__(None, None, None)
+
+
+@contextmanager
+def all_cores(cpus: Collection[int]) -> Iterator[None]:
+    """Let this thread run on all cores of its rank for a while.
+
+    GNU's OpenMP pins the main thread to one core as torch is loaded, which is right for computing. But
+    what the thread starts inherits that: all compilers would share that core.
+    """
+    pinned = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, pinned)
+
+
+def open_engine(env: Any, resolved: ResolvedJob, group: Group, names: Sequence[str]) -> Opened:
+    """Load the job's model (and its draft), allocate caches for `job.batch` rows and compile the steps
+    `names`. Raises InputError."""
+    job = resolved.job
+    with ExitStack() as unpinned:
+        if env.bind_cores:
+            unpinned.enter_context(all_cores(env.plan.cpus))
+        source = _open(resolved, group)
+        if source.max_seq_len is not None and job.max_seq_len > source.max_seq_len:
+            raise InputError(
+                f"max_seq_len={job.max_seq_len}: this model was trained for {source.max_seq_len} "
+                "at most"
+            )
+        codec = None
+        if group.rank == 0:
+            random = job.weights == "random"
+            codec = byte_codec(source.vocab_size) if random else load_codec(source.checkpoint)
+        started = time.perf_counter()
+        with progress_bar("loading weights", enabled=group.rank == 0) as progress:
+            model = source.load(progress)
+            draft = _load_draft(resolved, source, group)
+        load_s = time.perf_counter() - started
+        runners = [_runner(job, part, group) for part in (model, draft) if part is not None]
+        with compile_progress(job.compile, enabled=group.rank == 0) as told:
+            compile_s = warm_up_or_again(runners[0], names, told)
+            for runner in runners[1:]:
+                compile_s += warm_up_or_again(runner, (EXTEND, GREEDY), told)
+    ops.barrier(group)
+    set_timeout(group, env.comm_timeout_s)
+    return Opened(
+        group=group,
+        runner=runners[0],
+        draft=runners[1] if len(runners) > 1 else None,
+        codec=codec,
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        load_s=load_s,
+        compile_s=compile_s if job.compile else 0.0,
+    )
+
+
+def step_names(job: Job, plain: bool) -> tuple[str, ...]:
+    """The steps that a job may run. `plain`: every request takes the likeliest token, as it is."""
+    if job.num_beams > 1:
+        return EXTEND, BEAMS
+    if job.draft:
+        return (EXTEND,)
+    return EXTEND, GREEDY if plain else DECODE
+
+
+def _runner(job: Job, model: AnyModel, group: Group) -> Runner:
+    kv_dtype = None
+    if job.kv_dtype != "auto":
+        kv_dtype = getattr(torch, kv_dtype_name(job.kv_dtype, job.dtype))
+    return make_runner(model, group, job.max_seq_len, job.compile, max(job.batch, 1), kv_dtype)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a job's model comes from. `load(progress)` builds and fills this rank's part of it."""
+
+    checkpoint: Checkpoint
+    vocab_size: int
+    max_seq_len: int | None
+    load: Callable[[Callable[[int, int], None]], AnyModel]
+
+
+def _open(resolved: ResolvedJob, group: Group) -> _Source:
+    return _open_hf(resolved, group) if resolved.job.engine == "hf" else _open_own(resolved, group)
+
+
+def _open_own(resolved: ResolvedJob, group: Group) -> _Source:
+    """A model that `models` has code for, from any checkpoint or of random weights."""
+    job = resolved.job
+    if resolved.checkpoint is not None:
+        checkpoint = open_checkpoint(Path(resolved.checkpoint))
+        config = config_of(checkpoint)
+    else:
+        assert resolved.config is not None
+        config = resolved.config
+        checkpoint = random_checkpoint(expected_shapes(config), job.seed)
+    check_ranks(ResolvedJob(job, resolved.checkpoint, config), group.size)
+    return _Source(
+        checkpoint,
+        config.vocab_size,
+        config.max_seq_len,
+        lambda progress: load_model(config, checkpoint, group, _dtype(job.dtype), progress),
+    )
+
+
+def _open_hf(resolved: ResolvedJob, group: Group) -> _Source:
+    """A model whose code is that of the transformers library."""
+    from models.hf import build_model, fill_model  # transformers is needed here alone
+
+    assert resolved.checkpoint is not None
+    checkpoint = open_safetensors(resolved.checkpoint, translated=False)
+    model, weights = build_model(checkpoint.folder, group, _dtype(resolved.job.dtype))
+    return _Source(
+        checkpoint,
+        model.vocab_size,
+        model.max_seq_len,
+        lambda progress: fill_model(model, weights, checkpoint, group, progress),
+    )
+
+
+def _load_draft(resolved: ResolvedJob, source: _Source, group: Group) -> AnyModel | None:
+    if resolved.draft is None:
+        return None
+    own = _open_own(resolved.draft, group)
+    check_draft(source.vocab_size, own.vocab_size, resolved.job.draft)
+    return own.load(lambda done, total: None)
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, dtype_name(name))
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def share(value: Any, group: Group, device: torch.device | str = "cpu") -> Any:
+    """Rank 0's `value`, anything that JSON can hold, on every rank."""
+    data = json.dumps(value).encode() if group.rank == 0 else b""
+    length = int(ops.broadcast(torch.tensor([len(data)], device=device), 0, group))
+    buffer = torch.zeros(length, dtype=torch.uint8, device=device)
+    if group.rank == 0:
+        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+    return json.loads(bytes(ops.broadcast(buffer, 0, group).tolist()))

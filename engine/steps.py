@@ -1,0 +1,165 @@
+"""A model's steps, compiled: the prompt step for any number of tokens, the token step for every row.
+
+The prompt step is compiled once for a number of tokens that may differ from call to call, so a prompt
+needs no padding and no other prompt compiles anything. The token step has one shape. Where a model's
+code or a device wants fixed shapes, prompts go in padded chunks.
+
+What is not here: when which step is run (`engine.loop` and its companions).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from comm.group import Group
+from engine.memory import CHUNK, PADDED_CHUNK, cache_length
+from models.decoder import Decoder
+
+if TYPE_CHECKING:  # transformers is loaded for engine=hf alone
+    from models.hf import HfModel
+
+AnyModel: TypeAlias = "Decoder | HfModel"
+Step = Callable[..., Tensor]
+EXTEND, DECODE, GREEDY, BEAMS = "extend", "decode", "decode_greedy", "decode_beams"
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A model with a cache of `num_rows` texts of up to `max_seq_len` tokens, and its steps, compiled
+    or not:
+
+    extend(where int64 [3, N], wanted int64 [M]) -> float32 [M, vocab_size]: tokens, positions and rows
+    decode(tokens int64 [R], positions int64 [R]) -> float32 [R, vocab_size]
+    decode_greedy(tokens, positions) -> int64 [R]
+    decode_beams(tokens, positions, sources int32 [R, S]) -> float32 [R, vocab_size]
+
+    `chunk`: tokens that `extend` takes at most; `padded`: it takes no other number. `mixed`: they may
+    be of several rows.
+    """
+
+    group: Group
+    device: torch.device
+    num_rows: int
+    max_seq_len: int
+    cache_len: int
+    vocab_size: int
+    chunk: int
+    padded: bool
+    mixed: bool
+    steps: dict[str, Step]
+
+
+def make_runner(
+    model: AnyModel,
+    group: Group,
+    max_seq_len: int,
+    compiled: bool,
+    num_rows: int = 1,
+    kv_dtype: torch.dtype | None = None,
+) -> Runner:
+    """Allocate the cache and wrap the steps. Nothing is compiled yet."""
+    own = isinstance(model, Decoder)
+    cache_len = cache_length(max_seq_len, padded=not own)
+    if isinstance(model, Decoder):
+        model.setup(num_rows, cache_len, kv_dtype)
+        vocab_size = model.config.vocab_size
+    else:
+        model.setup(num_rows, cache_len)
+        vocab_size = model.vocab_size
+    return Runner(
+        group=group,
+        device=next(model.parameters()).device,
+        num_rows=num_rows,
+        max_seq_len=max_seq_len,
+        cache_len=cache_len,
+        vocab_size=vocab_size,
+        chunk=CHUNK if own else PADDED_CHUNK,
+        padded=not own,
+        mixed=own,
+        steps=_steps(model, compiled),
+    )
+
+
+def _steps(model: AnyModel, compiled: bool) -> dict[str, Step]:
+    # A function each, because the compiler keeps its results by function.
+    def extend(where: Tensor, wanted: Tensor) -> Tensor:
+        return model.extend(where[0], where[1], where[2], wanted)
+
+    def decode(tokens: Tensor, positions: Tensor) -> Tensor:
+        return model.decode(tokens, positions)
+
+    def decode_greedy(tokens: Tensor, positions: Tensor) -> Tensor:
+        return model.decode_greedy(tokens, positions)
+
+    def decode_beams(tokens: Tensor, positions: Tensor, sources: Tensor) -> Tensor:
+        assert isinstance(model, Decoder)
+        return model.decode(tokens, positions, sources)
+
+    steps: dict[str, Step] = {
+        EXTEND: extend, DECODE: decode, GREEDY: decode_greedy, BEAMS: decode_beams,
+    }  # fmt: skip
+    if not compiled:
+        return steps
+    return {
+        name: torch.compile(step, fullgraph=True, dynamic=None if name == EXTEND else False)
+        for name, step in steps.items()
+    }
+
+
+@torch.no_grad()
+def extend(
+    runner: Runner,
+    tokens: Sequence[int],
+    positions: Sequence[int],
+    rows: Sequence[int],
+    wanted: Sequence[int],
+) -> Tensor:
+    """Run 1 to `runner.chunk` tokens; the logits after those at the indices `wanted`, of which there
+    may be none: float32 [len(wanted), vocab_size]."""
+    where = [list(tokens), list(positions), list(rows)]
+    # Padding repeats the last token, at its place, so the cache is as without it; with padded chunks it
+    # goes behind it, where it is overwritten before anything attends to it. Numbers of tokens begin at
+    # two: one would be another graph.
+    missing = (runner.chunk if runner.padded else 2) - len(tokens)
+    for i in range(missing):
+        where[0].append(tokens[-1])
+        where[1].append(positions[-1] + (i + 1 if runner.padded else 0))
+        where[2].append(rows[-1])
+    chosen = [*wanted, *[0] * max(0, 2 - len(wanted))]
+    places = torch.tensor(where, device=runner.device)
+    index = torch.tensor(chosen, device=runner.device)
+    if not runner.padded:
+        torch._dynamo.maybe_mark_dynamic(places, 1)
+    torch._dynamo.maybe_mark_dynamic(index, 0)
+    return runner.steps[EXTEND](places, index)[: len(wanted)]
+
+
+@torch.no_grad()
+def warm_up(
+    runner: Runner, names: Sequence[str], progress: Callable[[str], Any] = lambda name: None
+) -> float:
+    """Run each of the steps `names`, which compiles it; returns the seconds it took.
+
+    The cache keeps what these steps wrote; generation overwrites it before it is read.
+    """
+    start = time.perf_counter()
+    zeros = torch.zeros(runner.num_rows, dtype=torch.int64, device=runner.device)
+    for name in names:
+        progress(name)
+        if name == EXTEND:
+            count = min(5, runner.chunk)
+            extend(runner, [0] * count, range(count), [0] * count, [0, 1, 2])
+        elif name == BEAMS:
+            shape = (runner.num_rows, runner.cache_len)
+            sources = torch.zeros(shape, dtype=torch.int32, device=runner.device)
+            runner.steps[name](zeros, zeros.clone(), sources)
+        else:
+            # Tensors of their own, as in the loop: one for both would be another graph.
+            runner.steps[name](zeros, zeros.clone())
+    return time.perf_counter() - start
