@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -21,7 +21,7 @@ from comm import ops
 from comm.group import Group
 from engine.memory import CHUNK
 from models.decoder import Decoder
-from models.sampling import Sampling, sample
+from models.sampling import Sampler, Sampling, choose, make_sampler, start_row
 from weights.errors import InputError
 
 if TYPE_CHECKING:  # transformers is loaded for engine=hf alone
@@ -111,14 +111,15 @@ def generate(
     or does not fit `max_seq_len`.
     """
     check_prompt(len(prompt), max_new_tokens, runner.max_seq_len)
-    generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
     logits = _prefill(runner, prompt)
+    sampler = make_sampler(1, logits.shape[1])
+    start_row(sampler, 0, replace(sampling, seed=seed), prompt)
     tokens: list[int] = []
     first = last = start
     steps = 0
     while True:
-        token, stop = _agree(runner.group, logits, sampling, generator, stop_tokens)
+        token, stop = _agree(runner.group, logits, sampler, steps, stop_tokens)
         last = time.perf_counter()
         first = last if steps == 0 else first
         if stop:
@@ -157,14 +158,14 @@ def _prefill(runner: Runner, prompt: list[int]) -> Tensor:
 def _agree(
     group: Group,
     logits: Tensor,
-    sampling: Sampling,
-    generator: torch.Generator,
+    sampler: Sampler,
+    made: int,
     stop_tokens: frozenset[int],
 ) -> tuple[int, bool]:
     """Rank 0 samples a token and decides whether it is the last; all ranks return its decision."""
     decision = torch.zeros(2, dtype=torch.int64)
     if group.rank == 0:
-        token = int(sample(logits, sampling, generator))
+        token = int(choose(sampler, logits, torch.tensor([made])).tokens)
         decision = torch.tensor([token, token in stop_tokens])
     token, stop = ops.broadcast(decision, 0, group).tolist()
     return token, bool(stop)

@@ -7,7 +7,7 @@ import torch
 from comm import ops
 from comm.group import Group
 from models.decoder import Decoder
-from models.sampling import Sampling, sample
+from models.sampling import Sampling, choose, make_sampler, start_row
 
 
 @torch.no_grad()
@@ -18,18 +18,18 @@ def generate(
     max_new_tokens: int,
     stop_tokens: frozenset[int] = frozenset(),
     sampling: Sampling | None = None,
-    seed: int = 0,
 ) -> list[int]:
     """The tokens that follow `prompt`, at most `max_new_tokens`, the stop token not among them."""
-    sampling = sampling or Sampling()
-    generator = torch.Generator().manual_seed(seed)
+    sampler = make_sampler(1, model.config.vocab_size)
+    start_row(sampler, 0, sampling or Sampling(), prompt)
     model.setup(1, len(prompt) + max_new_tokens)
     tokens = torch.tensor([prompt])
     positions = torch.arange(len(prompt))
     made: list[int] = []
     while len(made) < max_new_tokens:
         logits = model(tokens, positions, last=torch.tensor([tokens.shape[1] - 1]))
-        token = ops.broadcast(sample(logits, sampling, generator), 0, group)
+        choice = choose(sampler, logits, torch.tensor([len(made)]))
+        token = ops.broadcast(choice.tokens, 0, group)
         if int(token) in stop_tokens:
             break
         made.append(int(token))
