@@ -16,7 +16,6 @@ from models.config_hf import from_hf
 from models.generate import generate
 from models.load import config_of, expected_shapes, load_model
 from models.presets import PRESETS
-from models.sampling import Sampling, sample
 from weights.checkpoint import open_checkpoint
 from weights.errors import InputError
 from weights.random_io import random_checkpoint
@@ -141,27 +140,6 @@ def test_a_rank_holds_its_share_only() -> None:
     whole = sum(p.numel() for p in load_model(config, weights, Group(0, 1), torch.float32).parameters())
     part = sum(p.numel() for p in load_model(config, weights, Group(1, 2), torch.float32).parameters())
     assert part < 0.52 * whole
-
-
-def test_sampling_follows_its_limits() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
-
-    def frequencies(**limits: float) -> torch.Tensor:
-        sampling = Sampling(**limits)  # type: ignore[arg-type]
-        drawn = sample(logits.expand(20000, 4), sampling, generator)
-        return torch.bincount(drawn, minlength=4) / 20000
-
-    p = logits.softmax(-1)[0]
-    torch.testing.assert_close(frequencies(temperature=1.0), p, atol=0.015, rtol=0)
-    two = torch.tensor([p[0], p[1], 0, 0]) / p[:2].sum()
-    torch.testing.assert_close(frequencies(temperature=1.0, top_k=2), two, atol=0.015, rtol=0)
-    # 0.644 + 0.237 reach 0.7 with the second token.
-    torch.testing.assert_close(frequencies(temperature=1.0, top_p=0.7), two, atol=0.015, rtol=0)
-    hot = (logits / 5).softmax(-1)[0]
-    torch.testing.assert_close(frequencies(temperature=5.0), hot, atol=0.015, rtol=0)
-    assert frequencies(temperature=0.0)[0] == 1
-    assert frequencies(temperature=1.0, top_p=1e-6)[0] == 1
 
 
 def test_config_json_of_saved_model_is_read(tmp_path: Path) -> None:
