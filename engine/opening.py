@@ -18,12 +18,12 @@ import torch
 
 from comm import ops
 from comm.group import Group, Rendezvous, open_group, set_timeout
-from engine.compiling import warm_up_or_again
+from engine.compiling import drop_if_damaged, seal, use_cache_folder
 from engine.job import Job
 from engine.memory import dtype_name, kv_dtype_name
 from engine.report import compile_progress, progress_bar, say
 from engine.resolve import ResolvedJob, check_draft, check_ranks
-from engine.steps import BEAMS, DECODE, EXTEND, GREEDY, AnyModel, Runner, make_runner
+from engine.steps import BEAMS, DECODE, EXTEND, GREEDY, AnyModel, Runner, make_runner, warm_up
 from models.config import expected_shapes
 from models.load import config_of, load_model
 from models.tokenizer import TextCodec, byte_codec, load_codec
@@ -108,11 +108,17 @@ def open_engine(env: Any, resolved: ResolvedJob, group: Group, names: Sequence[s
             draft = _load_draft(resolved, source, group)
         load_s = time.perf_counter() - started
         runners = [_runner(job, part, group) for part in (model, draft) if part is not None]
+        folder, keeps = use_cache_folder(), env.local_rank == 0 and job.compile
+        if keeps and drop_if_damaged(folder):
+            say(f"the compiled code in {folder} was damaged and is dropped")
+        ops.barrier(group)
         with compile_progress(job.compile, enabled=group.rank == 0) as told:
-            compile_s = warm_up_or_again(runners[0], names, told)
+            compile_s = warm_up(runners[0], names, told)
             for runner in runners[1:]:
-                compile_s += warm_up_or_again(runner, (EXTEND, GREEDY), told)
+                compile_s += warm_up(runner, (EXTEND, GREEDY), told)
     ops.barrier(group)
+    if keeps:
+        seal(folder)
     set_timeout(group, env.comm_timeout_s)
     return Opened(
         group=group,

@@ -1,8 +1,8 @@
 """What each rank runs for `chat`: one conversation after another, over a channel to the terminal.
 
-Rank 0 reads requests from the channel, JSON objects on lines (`launcher.console` has the protocol), and
-hands them to the other ranks. While nothing is asked all ranks meet a few times a second, so that a wait
-for a person never looks like a rank that hangs. The keys of earlier turns stay in the cache: of a
+Rank 0 reads requests from the channel, JSON objects on lines (`launcher.console` has the protocol),
+and hands them to the other ranks. While nothing is asked all ranks meet many times a second, so that a
+wait for a person never looks like a rank that hangs. The keys of earlier turns stay in the cache: of a
 conversation that goes on only what is new is run.
 """
 
@@ -54,8 +54,8 @@ def main(env: Any, payload: str) -> int:
 
 @dataclass(frozen=True)
 class Channel:
-    """Rank 0's end of the channel, and what has come that is not dealt with: bytes of an unfinished line,
-    and messages. None in `messages` is the channel's end."""
+    """Rank 0's end of the channel, and what has come that is not dealt with: bytes of an unfinished
+    line, and messages. None in `messages` is the channel's end."""
 
     socket: socket.socket
     rest: bytearray
@@ -148,15 +148,14 @@ def _next_task(
         room = job.max_seq_len - len(tokens)
         if room < 1:
             raise InputError(
-                f"the conversation has {len(tokens)} tokens and max_seq_len={job.max_seq_len} leaves no "
-                "room for an answer; /reset begins anew, a larger max_seq_len= holds more"
+                f"the conversation has {len(tokens)} tokens and max_seq_len={job.max_seq_len} leaves "
+                "no room for an answer; /reset begins anew, a larger max_seq_len= holds more"
             )
     except InputError as error:
         send(channel, {"id": number, "error": str(error)})
         return None
-    same = next(
-        (i for i, (a, b) in enumerate(zip(kept, tokens)) if a != b), min(len(kept), len(tokens))
-    )
+    pairs = enumerate(zip(kept, tokens, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(kept), len(tokens)))
     return {
         "id": number,
         "tokens": tokens,

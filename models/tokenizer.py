@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from weights.checkpoint import Checkpoint
 from weights.errors import InputError
 
+_PLAIN_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -75,6 +76,7 @@ def byte_codec(vocab_size: int) -> TextCodec:
         encode=lambda text, whole: [byte % vocab_size for byte in _utf8(text)],
         decode=lambda tokens: "".join(map(show, tokens)),
         stream=lambda: show,
+        chat_templates={"default": _PLAIN_TEMPLATE},
     )
 
 
