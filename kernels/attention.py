@@ -1,50 +1,152 @@
 """Attention over a static cache at a cost that grows with the tokens in use, not with the cache.
 
 How much is in use is known only as a step runs, and its graph is compiled for one shape: so this is an
-operator. A token has loops of its own; of a chunk of a prompt, torch attends to the part in use.
+operator, and so is writing the cache. Tokens come in any mixture: each with the cache row that it belongs
+to and its position there. Consecutive tokens of a row are a chunk (of a prompt, or what a draft proposed)
+and share the reading of keys and values; a token that is alone has loops of its own.
+
+`attend_reference` and `write_reference` are the same in torch, over the whole cache: what operators are
+tested against, and what any device and compiler takes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.load import fake_attend, has_kernels
+from kernels.load import has_kernels
 
-DTYPES = (torch.bfloat16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+Runs = Sequence[tuple[int, int, int, int]]
+
+
+class KVCache(NamedTuple):
+    """Keys and values [R, K, S, h] of R rows, K KV heads and S positions; int8 ones are multiplied by
+    scales, float32 [R, K, S], one per token and head."""
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+
+
+def new_cache(
+    num_rows: int,
+    num_kv: int,
+    cache_len: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> KVCache:
+    """An empty cache of float32, bfloat16, float16 or int8."""
+    shape = (num_rows, num_kv, cache_len, head_dim)
+    k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+    if dtype != torch.int8:
+        return KVCache(k, v, None, None)
+    k_scale, v_scale = (torch.zeros(shape[:3], device=device) for _ in range(2))
+    return KVCache(k, v, k_scale, v_scale)
 
 
 def can_attend(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `attend` works here; else attention is torch's, over the whole cache."""
+    """Whether there are operators for tokens of `dtype`; else attention is torch's, over the whole
+    cache."""
     return device.type == "cpu" and dtype in DTYPES and has_kernels()
+
+
+def write(cache: KVCache, k: Tensor, v: Tensor, rows: Tensor | None, positions: Tensor) -> None:
+    """Put k and v [N, K, h] of N tokens into the cache, in place, at `rows` and `positions`, both int64
+    [N] (rows None: token i in row i).
+
+    int8 is symmetric: the largest of a head's numbers becomes 127. Where two tokens name the same place,
+    the last one is what stays; with torch's operators (`can_attend`) it is one of the two.
+    """
+    if can_attend(k.device, k.dtype):
+        torch.ops.yoke_kernels.write_kv(*cache, k, v, rows, positions)
+    else:
+        write_reference(cache, k, v, rows, positions)
 
 
 def attend(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KVCache,
+    rows: Tensor | None,
     positions: Tensor,
-    runs: Sequence[tuple[int, int, int, int]],
+    runs: Runs,
     scale: float,
     cap: float = 0.0,
     window: int = 0,
+    sources: Tensor | None = None,
 ) -> Tensor:
-    """q [B, T, H, h] at `positions` int64 [B, T], caches [B, K, S, h] -> [B, T, H, h].
+    """q [N, H, h] of N tokens -> [N, H, h]. Token i sees the cache of row rows[i] up to positions[i],
+    both int64 [N] (rows None: token i in row i, of as many rows), of that the last `window` (0: all).
 
-    Of each of `runs`, (first query head, end, first KV head, end), the query heads share the KV heads
-    in equal groups. A query sees the cache up to its position, of that the last `window` (0: all).
-    Scores are multiplied by `scale` and, with a `cap`, bent to cap * tanh(score / cap).
+    The cache is of q's dtype, float16 or int8. Of each of `runs`, (first query head, end, first KV head,
+    end), the query heads share the KV heads in equal groups. Scores are multiplied by `scale` and, with a
+    `cap`, bent to cap * tanh(score / cap). With `sources`, int32 [N, S], what token i sees at position t
+    lies in row sources[i, t], and `rows` is ignored. Raises RuntimeError for positions, rows or shapes
+    that do not go together.
     """
+    if not can_attend(q.device, q.dtype):
+        return attend_reference(q, cache, rows, positions, runs, scale, cap, window, sources)
     flat = [number for run in runs for number in run]
-    if q.shape[1] > 1:
-        return _attend_chunk(q, k_cache, v_cache, positions, flat, scale, cap, window)
-    one = torch.ops.yoke_kernels.attend(
-        q.squeeze(1), k_cache, v_cache, positions.squeeze(1), flat, scale, cap, window
+    return torch.ops.yoke_kernels.attend(
+        q, *cache, rows, positions, flat, scale, cap, window, sources
     )
-    return one.unsqueeze(1)
+
+
+def write_reference(
+    cache: KVCache, k: Tensor, v: Tensor, rows: Tensor | None, positions: Tensor
+) -> None:
+    """As `write`, on any device."""
+    if rows is None:
+        rows = torch.arange(k.shape[0], device=k.device)
+    for new, into, scales in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):
+        if scales is None:
+            into[rows, :, positions] = new.to(into.dtype)
+            continue
+        largest = new.float().abs().amax(-1)
+        scales[rows, :, positions] = largest / 127
+        factor = torch.where(largest > 2.0**-100, 127 / largest, 0.0)
+        into[rows, :, positions] = (new.float() * factor.unsqueeze(-1)).round().to(torch.int8)
+
+
+def attend_reference(
+    q: Tensor,
+    cache: KVCache,
+    rows: Tensor | None,
+    positions: Tensor,
+    runs: Runs,
+    scale: float,
+    cap: float = 0.0,
+    window: int = 0,
+    sources: Tensor | None = None,
+) -> Tensor:
+    """As `attend`, on any device: static shapes, over the whole cache. Only with rows=None, or one row,
+    and a cache of q's dtype is the cache not copied."""
+    num_rows, _, cache_len, _ = cache.k.shape
+    keys, values = (_numbers(*part, q.dtype) for part in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)))
+    mask = causal_mask(positions.unsqueeze(1), cache_len, q.dtype, window)  # [N, 1, 1, S]
+    if sources is not None:
+        at = torch.arange(sources.shape[1], device=q.device)
+        keys, values = (x[sources, :, at].transpose(1, 2) for x in (keys, values))  # [N, K, S, h]
+        mask = mask[..., : sources.shape[1]]
+    elif rows is not None:
+        # All tokens over all rows as one long one, of which each sees its own part.
+        keys, values = (x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (keys, values))
+        other = rows.unsqueeze(1) != torch.arange(num_rows, device=q.device)  # [N, R]
+        mask = mask.squeeze(1).masked_fill(other.unsqueeze(2), float("-inf"))  # [N, R, S]
+        return attend_in_groups(q.unsqueeze(0), keys, values, mask.flatten(1)[None, None], runs, scale, cap)[0]
+    return attend_in_groups(q.unsqueeze(1), keys, values, mask, runs, scale, cap).squeeze(1)
+
+
+def _numbers(cached: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if scales is None:
+        return cached.to(dtype)
+    return (cached * scales.unsqueeze(-1)).to(dtype)
 
 
 def attend_in_groups(
@@ -52,7 +154,7 @@ def attend_in_groups(
     keys: Tensor,
     values: Tensor,
     mask: Tensor,
-    runs: Sequence[tuple[int, int, int, int]],
+    runs: Runs,
     scale: float,
     cap: float,
 ) -> Tensor:
@@ -91,24 +193,3 @@ def causal_mask(positions: Tensor, cache_len: int, dtype: torch.dtype, window: i
         unseen |= cache <= positions.unsqueeze(-1) - window
     mask = torch.zeros(unseen.shape, dtype=dtype, device=positions.device)
     return mask.masked_fill(unseen, float("-inf")).unsqueeze(1)
-
-
-@torch.library.custom_op("yoke_chunks::attend", mutates_args=(), device_types="cpu")
-def _attend_chunk(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions: Tensor,
-    runs: list[int],
-    scale: float,
-    cap: float,
-    window: int,
-) -> Tensor:
-    used = int(positions.max()) + 1
-    keys, values = k_cache[:, :, :used], v_cache[:, :, :used]
-    mask = causal_mask(positions, used, q.dtype, window)
-    quads = [(runs[i], runs[i + 1], runs[i + 2], runs[i + 3]) for i in range(0, len(runs), 4)]
-    return attend_in_groups(q, keys, values, mask, quads, scale, cap).contiguous()
-
-
-_attend_chunk.register_fake(fake_attend)

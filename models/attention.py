@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from kernels.attention import attend, attend_in_groups
+from kernels.attention import KVCache, attend, attend_in_groups, new_cache, write
 from models.config import ModelConfig
 from models.norms import norm_of
 from models.rope import rotate
@@ -78,9 +78,11 @@ class CachedAttention(nn.Module):
     multiplied by `scale` (0: h ** -0.5) and, with a `cap`, bent to cap * tanh(score / cap). A `window`
     is what a token sees of the cache at most (0: all); the mask says the same."""
 
-    # Buffers of `setup`: [B, K, S, h].
+    # Buffers of `setup`, what KVCache is made of: [B, K, S, h].
     k_cache: Tensor
     v_cache: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
 
     def __init__(
         self, heads: Heads, head_dim: int, scale: float = 0.0, cap: float = 0.0, window: int = 0
@@ -94,23 +96,31 @@ class CachedAttention(nn.Module):
         self.runs = [(run.q_start, run.q_stop, run.kv_start, run.kv_stop) for run in heads.runs]
 
     def setup(self, batch_size: int, cache_len: int, like: Tensor) -> None:
-        shape = (batch_size, self.heads.num_kv, cache_len, self.head_dim)
-        self.register_buffer("k_cache", like.new_zeros(shape), persistent=False)
-        self.register_buffer("v_cache", like.new_zeros(shape), persistent=False)
+        cache = new_cache(
+            batch_size, self.heads.num_kv, cache_len, self.head_dim, like.dtype, like.device
+        )
+        for name, part in zip(("k_cache", "v_cache", "k_scale", "v_scale"), cache, strict=True):
+            self.register_buffer(name, part, persistent=False)
+
+    @property
+    def cache(self) -> KVCache:
+        return KVCache(self.k_cache, self.v_cache, self.k_scale, self.v_scale)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, positions: Tensor, mask: Tensor | None
     ) -> Tensor:
         """q [B, T, H, h], k and v [B, T, K, h] -> [B, T, H * h]. `mask` [B, 1, T, S] is added to the
         scores of the whole cache; without one, the part in use is attended to."""
-        self.k_cache[rows, :, positions] = k
-        self.v_cache[rows, :, positions] = v
-        if mask is None:
-            attended = attend(
-                q, self.k_cache, self.v_cache, positions, self.runs, self.scale, self.cap, self.window
-            )
-        else:
+        if mask is not None:
+            self.k_cache[rows, :, positions] = k
+            self.v_cache[rows, :, positions] = v
             attended = attend_in_groups(
                 q, self.k_cache, self.v_cache, mask, self.runs, self.scale, self.cap
             )
-        return attended.flatten(2)
+            return attended.flatten(2)
+        own, where = rows.expand(positions.shape).flatten(), positions.flatten()
+        write(self.cache, k.flatten(0, 1), v.flatten(0, 1), own, where)
+        attended = attend(
+            q.flatten(0, 1), self.cache, own, where, self.runs, self.scale, self.cap, self.window
+        )
+        return attended.view(*q.shape[:2], -1)
