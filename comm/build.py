@@ -39,6 +39,9 @@ X86_FLAGS: dict[str, tuple[str, ...]] = {
     "kernels_avx512.cpp": _AVX512,
     "kernels_avx512bf16.cpp": (*_AVX512, "-mavx512bf16"),
     "kernels_amx.cpp": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "attend_avx2.cpp": _AVX2,
+    "attend_avx512.cpp": _AVX512,
+    "attend_amx.cpp": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
 
 
@@ -50,7 +53,7 @@ def cache_dir() -> Path:
 
 @dataclass(frozen=True)
 class Extension:
-    """A folder of C++ sources. `ops.cpp` alone sees torch; the files of `X86_FLAGS` get theirs."""
+    """A folder of C++ sources. `ops*.cpp` alone see torch; the files of `X86_FLAGS` get theirs."""
 
     name: str
     source_dir: Path
@@ -135,7 +138,7 @@ def _compile(compiler: str, library: Path, extension: Extension) -> None:
         objects = []
         commands = []
         sources = extension.source_dir.glob("*.cpp")
-        for source in sorted(sources, key=lambda path: path.name != "ops.cpp"):
+        for source in sorted(sources, key=lambda path: not path.name.startswith("ops")):
             objects.append(str(Path(folder) / f"{source.stem}.o"))
             flags = source_flags(source, extension)
             commands.append([compiler, *flags, "-c", str(source), "-o", objects[-1]])
@@ -150,7 +153,7 @@ def _compile(compiler: str, library: Path, extension: Extension) -> None:
 def source_flags(source: Path, extension: Extension = COMM) -> list[str]:
     """The compiler's flags for one file of `csrc/`, but for those of torch where it needs none."""
     own = X86_FLAGS.get(source.name, ()) if platform.machine() == "x86_64" else ()
-    return [*extension.flags, *own, *(_torch_flags() if source.name == "ops.cpp" else ())]
+    return [*extension.flags, *own, *(_torch_flags() if source.name.startswith("ops") else ())]
 
 
 def _run(command: list[str]) -> None:

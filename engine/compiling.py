@@ -1,10 +1,10 @@
 """Where compiled code is kept from one start to the next, and what to do about damage there.
 
-torch keeps compiled code on disk by everything it depends on: the graph with all shapes and dtypes, so
-the model and the rank's layout, torch's version, the processor. The second start of a job compiles nothing.
-But it believes what it finds: a file that was cut short (a full disk, a crash) would end every later
-start. So after compiling, the sizes and checksums of all files are written down, and before the next
-compiling they are compared; what does not agree is dropped, and compiled again.
+torch keeps compiled code on disk by everything it depends on: the graph with all shapes and dtypes,
+so the model and the rank's layout, torch's version, the processor. The second start of a job compiles
+nothing. But it believes what it finds: a file that was cut short (a full disk, a crash) would end
+every later start. So after compiling, the sizes and checksums of all files are written down, and
+before the next compiling they are compared; what does not agree is dropped, and compiled again.
 
 Not here: how long that takes (docs/log.md).
 """

@@ -99,10 +99,8 @@ class CachedAttention(nn.Module):
         self, num_rows: int, cache_len: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         cache = new_cache(num_rows, self.heads.num_kv, cache_len, self.head_dim, dtype, device)
-        self.register_buffer("k_cache", cache.k, persistent=False)
-        self.register_buffer("v_cache", cache.v, persistent=False)
-        self.register_buffer("k_scale", cache.k_scale, persistent=False)
-        self.register_buffer("v_scale", cache.v_scale, persistent=False)
+        for name, part in zip(("k_cache", "v_cache", "k_scale", "v_scale"), cache, strict=True):
+            self.register_buffer(name, part, persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """q [N, H, h], k and v [N, K, h] -> [N, H * h]."""

@@ -19,34 +19,19 @@ struct LinearArgs {
 };
 using Linear = void (*)(const LinearArgs&, std::int64_t first, std::int64_t last);
 
-// One token's attention: `group` query heads that share a KV head, over `length` cached tokens.
-// q [group, h] with heads `q_stride` apart, k and v [length, h], out [group, h]. Scores are multiplied by
-// `scale`; with a cap they become cap * tanh(score / cap). `scratch`: group * (length + h) floats.
-template <typename T>
-struct AttendArgs {
-  const T* q;
-  const T* k;
-  const T* v;
-  T* out;
-  float* scratch;
-  std::int64_t q_stride, group, length, h;
-  float scale, cap;
-};
-template <typename T>
-using Attend = void (*)(const AttendArgs<T>&);
-
 // Lays x out in `packed`, of m and k rounded up to 16 and 32.
 using Pack = void (*)(const LinearArgs&, std::uint32_t* packed);
 
 struct Kernels {
   const char* name;
   Linear linear;
-  Attend<bf16> attend_bf16;
-  Attend<float> attend_f32;
   Pack pack = nullptr;            // for products from `pack_from` rows of x on
   std::int64_t pack_from = 0;
   std::int64_t few_rows = 3;      // up to which `linear` is the fastest there is
 };
+
+// Those in use: see `use_instruction_set`.
+const Kernels& current();
 
 extern const Kernels base_kernels;
 #if defined(__x86_64__)

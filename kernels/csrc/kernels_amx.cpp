@@ -132,8 +132,7 @@ void linear_tiles(const LinearArgs& a, std::int64_t first, std::int64_t last) {
 }  // namespace isa_amx
 
 // From four rows of x on; up to 32, the weights are read once.
-const Kernels amx_kernels{"amx", isa_amx::linear_tiles, isa_amx::attend<bf16>, isa_amx::attend<float>,
-                          isa_amx::pack, 4, 32};
+const Kernels amx_kernels{"amx", isa_amx::linear_tiles, isa_amx::pack, 4, 32};
 
 }  // namespace yoke::kernels
 

@@ -4,7 +4,7 @@
 
 namespace yoke::kernels {
 
-const Kernels avx2_kernels{"avx2", isa_avx2::linear, isa_avx2::attend<bf16>, isa_avx2::attend<float>};
+const Kernels avx2_kernels{"avx2", isa_avx2::linear};
 
 }  // namespace yoke::kernels
 

@@ -4,7 +4,7 @@
 
 namespace yoke::kernels {
 
-const Kernels avx512_kernels{"avx512", isa_avx512::linear, isa_avx512::attend<bf16>, isa_avx512::attend<float>};
+const Kernels avx512_kernels{"avx512", isa_avx512::linear};
 
 }  // namespace yoke::kernels
 

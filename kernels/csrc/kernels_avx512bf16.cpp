@@ -79,8 +79,7 @@ void linear_bf16(const LinearArgs& a, std::int64_t first, std::int64_t last) {
 }  // namespace
 }  // namespace isa_avx512bf16
 
-const Kernels avx512bf16_kernels{"avx512bf16", isa_avx512bf16::linear_bf16, isa_avx512bf16::attend<bf16>,
-                                 isa_avx512bf16::attend<float>};
+const Kernels avx512bf16_kernels{"avx512bf16", isa_avx512bf16::linear_bf16};
 
 }  // namespace yoke::kernels
 

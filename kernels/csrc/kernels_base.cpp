@@ -3,6 +3,6 @@
 
 namespace yoke::kernels {
 
-const Kernels base_kernels{"base", isa_base::linear, isa_base::attend<bf16>, isa_base::attend<float>};
+const Kernels base_kernels{"base", isa_base::linear};
 
 }  // namespace yoke::kernels

@@ -1,4 +1,5 @@
-// torch.ops.yoke_kernels.*: checks, the division among threads, and the choice of an instruction set.
+// torch.ops.yoke_kernels.*: the choice of an instruction set; products: checks and the division among threads.
+// (Attention: ops_attend.cpp.)
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -113,77 +114,6 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
   return y;
 }
 
-template <typename T, typename Run>
-void attend_rows(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor& out,
-                 const std::int64_t* positions, at::IntArrayRef runs, double scale, double cap, std::int64_t window,
-                 const T* (*pointer)(const at::Tensor&), Run run) {
-  const std::int64_t batch = q.size(0), heads = q.size(1), h = q.size(2);
-  const std::int64_t num_kv = k.size(1), cache_len = k.size(2);
-  struct Work {
-    std::int64_t row, kv, q_start, group;
-  };
-  std::vector<Work> works;
-  for (std::int64_t b = 0; b < batch; ++b) {
-    for (std::size_t i = 0; i + 3 < runs.size(); i += 4) {
-      const std::int64_t count = runs[i + 3] - runs[i + 2], group = (runs[i + 1] - runs[i]) / count;
-      for (std::int64_t j = 0; j < count; ++j) works.push_back({b, runs[i + 2] + j, runs[i] + j * group, group});
-    }
-  }
-  const T* qs = pointer(q);
-  const T* ks = pointer(k);
-  const T* vs = pointer(v);
-  T* outs = const_cast<T*>(pointer(out));
-  at::parallel_for(0, static_cast<std::int64_t>(works.size()), 1, [&](std::int64_t first, std::int64_t last) {
-    std::vector<float> scratch;
-    for (std::int64_t i = first; i < last; ++i) {
-      const Work& work = works[static_cast<std::size_t>(i)];
-      const std::int64_t stop = positions[work.row] + 1;
-      const std::int64_t start = window > 0 ? std::max<std::int64_t>(0, stop - window) : 0;
-      const std::int64_t cached = (work.row * num_kv + work.kv) * cache_len + start;
-      scratch.resize(static_cast<std::size_t>(work.group * (stop - start + h)));
-      const std::int64_t offset = (work.row * heads + work.q_start) * h;
-      run(AttendArgs<T>{qs + offset, ks + cached * h, vs + cached * h, outs + offset, scratch.data(), h, work.group,
-                        stop - start, h, static_cast<float>(scale), static_cast<float>(cap)});
-    }
-  });
-}
-
-// A token per row: q [B, H, h], caches [B, K, S, h], positions [B] -> [B, H, h].
-at::Tensor attend(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
-                  const at::Tensor& positions, at::IntArrayRef runs, double scale, double cap, std::int64_t window) {
-  TORCH_CHECK(q.dim() == 3 && k_cache.dim() == 4 && v_cache.sizes() == k_cache.sizes() &&
-                  q.size(0) == k_cache.size(0) && q.size(2) == k_cache.size(3),
-              "attend: q ", q.sizes(), " does not go with caches of ", k_cache.sizes(), " and ", v_cache.sizes());
-  TORCH_CHECK(k_cache.is_contiguous() && v_cache.is_contiguous(), "attend: the caches must be contiguous");
-  TORCH_CHECK(q.scalar_type() == k_cache.scalar_type() && q.scalar_type() == v_cache.scalar_type(),
-              "attend: q is ", q.scalar_type(), " and the caches are ", k_cache.scalar_type());
-  TORCH_CHECK(positions.scalar_type() == at::kLong && positions.dim() == 1 && positions.size(0) == q.size(0),
-              "attend: positions must be int64 [", q.size(0), "]");
-  for (std::size_t i = 0; i + 3 < runs.size(); i += 4) {
-    TORCH_CHECK(0 <= runs[i] && runs[i] < runs[i + 1] && runs[i + 1] <= q.size(1) && 0 <= runs[i + 2] &&
-                    runs[i + 2] < runs[i + 3] && runs[i + 3] <= k_cache.size(1) &&
-                    (runs[i + 1] - runs[i]) % (runs[i + 3] - runs[i + 2]) == 0,
-                "attend: runs of heads that are not those of q and the caches");
-  }
-  const at::Tensor where = positions.contiguous();
-  const std::int64_t* at_row = where.const_data_ptr<std::int64_t>();
-  for (std::int64_t b = 0; b < q.size(0); ++b) {
-    TORCH_CHECK(0 <= at_row[b] && at_row[b] < k_cache.size(2), "attend: position ", at_row[b], " in a cache of ",
-                k_cache.size(2));
-  }
-  const at::Tensor own = q.contiguous();
-  at::Tensor out = at::empty(q.sizes(), q.options());
-  if (q.scalar_type() == at::kBFloat16) {
-    attend_rows<bf16>(own, k_cache, v_cache, out, at_row, runs, scale, cap, window, data, chosen()->attend_bf16);
-  } else {
-    TORCH_CHECK(q.scalar_type() == at::kFloat, "attend: takes bfloat16 and float32, not ", q.scalar_type());
-    attend_rows<float>(
-        own, k_cache, v_cache, out, at_row, runs, scale, cap, window,
-        +[](const at::Tensor& x) { return x.const_data_ptr<float>(); }, chosen()->attend_f32);
-  }
-  return out;
-}
-
 // What reading costs at best: the exclusive or of all 64-bit words, in as many streams as `linear` has.
 std::int64_t read(const at::Tensor& x) {
   TORCH_CHECK(x.is_contiguous(), "read: the tensor must be contiguous");
@@ -213,16 +143,15 @@ TORCH_LIBRARY(yoke_kernels, library) {
   library.def("few_rows() -> int", [] { return chosen()->few_rows; });
   library.def("use_instruction_set(str name) -> ()", use_instruction_set);
   library.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  library.def(
-      "attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor positions, int[] runs, float scale, float cap, "
-      "int window) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(yoke_kernels, CPU, library) {
   library.impl("linear", linear);
-  library.impl("attend", attend);
   library.impl("read", read);
 }
 
 }  // namespace
+
+const Kernels& current() { return *chosen(); }
+
 }  // namespace yoke::kernels

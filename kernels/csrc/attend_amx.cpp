@@ -1,0 +1,212 @@
+// AMX (Sapphire Rapids and later): a chunk's products of bfloat16 in tiles, where its queries are bfloat16. Keys
+// and values of other types become bfloat16 block by block; int8 loses nothing by it.
+//
+// Keys are the left-hand side as they lie, 16 of them by 32 numbers; queries are the right-hand side, turned
+// once. For the results (transposed, [number][query]) the values are the left-hand side, turned per block.
+// Source: Intel, Architecture Instruction Set Extensions Programming Reference, TDPBF16PS.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define YOKE_ISA isa_amx
+#include "attend_chunk.h"
+
+namespace yoke::kernels {
+namespace isa_amx {
+namespace {
+
+constexpr int64_t kDepth = 32;  // numbers of a tile's row
+constexpr int64_t kTile = 256;  // floats or pairs of a tile
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Two rows of numbers to pairs (a, b).
+inline Ints pairs(Lanes a, Lanes b) {
+  alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  return (Ints)_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), (__m512i)both);
+}
+
+// Thirty-two numbers as bfloat16; of the last of a row, `count`.
+template <class T>
+inline Ints brains(const T* from, int64_t count) {
+  const auto part = [&](int64_t i) {
+    const int64_t left = count - i;
+    return left >= kLanes ? load(from + i) : left > 0 ? load(from + i, left) : Lanes{};
+  };
+  return (Ints)_mm512_cvtne2ps_pbh((__m512)part(kLanes), (__m512)part(0));
+}
+
+inline Ints brains(const brain* from, int64_t count) {
+  return (Ints)_mm512_maskz_loadu_epi16(count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1, from);
+}
+
+struct Tiles {
+  static constexpr int64_t kStep = 32;  // keys
+
+  // Tiles [tile][wide / 32] of [pair][query].
+  static void queries(const ChunkArgs& a, const Room& room, int64_t wide) {
+    const brain* q = static_cast<const brain*>(a.q);
+    float* to = room.queries;
+    for (int64_t row = 0; row < a.tokens * a.group; row += kLanes) {
+      for (int64_t d = 0; d < wide; d += kDepth, to += kTile) {
+        Ints x[kLanes] = {};
+        for (int64_t r = row; r < row + kLanes && r < a.tokens * a.group; ++r) {
+          x[r - row] = brains(q + r / a.group * a.token_stride + r % a.group * a.q_stride + d, a.h - d);
+        }
+        transpose(x);
+        memcpy(to, x, sizeof x);
+      }
+    }
+  }
+
+  // The keys themselves where they can be read as they lie; else a copy, [key][wide].
+  template <class T>
+  static const brain* keys(const T* k, int64_t count, int64_t h, int64_t wide, const Room& room) {
+    if constexpr (sizeof(T) == 2 && __is_same(T, brain)) {
+      if (count % kStep == 0 && h == wide) return k;
+    }
+    brain* const to = reinterpret_cast<brain*>(room.keys);
+    for (int64_t t = 0; t < round_up(count, kStep); ++t) {
+      for (int64_t d = 0; d < wide; d += kDepth) {
+        const Ints x = t < count && d < h ? brains(k + t * h + d, h - d) : Ints{};
+        memcpy(to + t * wide + d, &x, sizeof x);
+      }
+    }
+    return to;
+  }
+
+  // Tiles [key / 32][wide / 16] of [number][key].
+  template <class T>
+  static void values(const T* v, int64_t count, int64_t h, int64_t wide, const Room& room) {
+    float* to = room.values;
+    constexpr int32_t kUpper = static_cast<int32_t>(0xffff0000u);
+    for (int64_t t = 0; t < count; t += kStep) {
+      for (int64_t d = 0; d < wide; d += kDepth, to += 2 * kTile) {
+        Ints even[kLanes], odd[kLanes];  // pairs of keys at even and odd numbers
+        for (int64_t i = 0; i < kLanes; ++i) {
+          const int64_t key = t + 2 * i;
+          const Ints a = key < count && d < h ? brains(v + key * h + d, h - d) : Ints{};
+          const Ints b = key + 1 < count && d < h ? brains(v + (key + 1) * h + d, h - d) : Ints{};
+          even[i] = (a & 0xffff) | (b << 16);
+          odd[i] = ((a >> 16) & 0xffff) | (b & kUpper);
+        }
+        transpose(even);
+        transpose(odd);
+        for (int64_t i = 0; i < kLanes; ++i) {
+          memcpy(to + 2 * i * kLanes, &even[i], sizeof even[i]);
+          memcpy(to + (2 * i + 1) * kLanes, &odd[i], sizeof odd[i]);
+        }
+      }
+    }
+  }
+
+  // Tiles [j][key / 32] of [pair][query].
+  static void put(const Room& room, int j, int64_t t, Lanes a, Lanes b) {
+    const Ints x = pairs(a, b);
+    memcpy(room.weights + (j * kKeyBlock + t) / 2 * kLanes, &x, sizeof x);
+  }
+
+  static void scores(const Room& room, const brain* k, int64_t, int64_t tile, int64_t num, int64_t from, int64_t to,
+                     int64_t wide) {
+    const float* q = room.queries + tile * wide / kDepth * kTile;
+    if (num == 2) {
+      multiply<2>(q, k, from, to, room.scores, wide);
+    } else {
+      multiply<1>(q, k, from, to, room.scores, wide);
+    }
+  }
+
+  template <int W>
+  static void multiply(const float* q, const brain* k, int64_t from, int64_t to, float* scores, int64_t wide) {
+    const float* more = q + wide / kDepth * kTile;
+    for (int64_t t = from; t < to; t += kStep) {
+      _tile_zero(0);
+      _tile_zero(1);
+      if constexpr (W > 1) _tile_zero(2);
+      if constexpr (W > 1) _tile_zero(3);
+      for (int64_t d = 0; d < wide; d += kDepth) {
+        _tile_loadd(4, k + t * wide + d, wide * 2);
+        _tile_loadd(5, k + (t + 16) * wide + d, wide * 2);
+        _tile_loadd(6, q + d / kDepth * kTile, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        if constexpr (W > 1) {
+          _tile_loadd(7, more + d / kDepth * kTile, 64);
+          _tile_dpbf16ps(2, 4, 7);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+      _tile_stored(0, scores + t * kRow, kRow * 4);
+      _tile_stored(1, scores + (t + 16) * kRow, kRow * 4);
+      if constexpr (W > 1) {
+        _tile_stored(2, scores + t * kRow + kLanes, kRow * 4);
+        _tile_stored(3, scores + (t + 16) * kRow + kLanes, kRow * 4);
+      }
+    }
+  }
+
+  static void add(const Room& room, int64_t tile, int64_t num, int64_t from, int64_t to, int64_t wide) {
+    float* sums = room.sums + tile * wide * kLanes;
+    if (num == 2) {
+      weigh<2>(room, from, to, sums, wide);
+    } else {
+      weigh<1>(room, from, to, sums, wide);
+    }
+  }
+
+  template <int W>
+  static void weigh(const Room& room, int64_t from, int64_t to, float* into, int64_t wide) {
+    for (int64_t d = 0; d < wide; d += kDepth) {
+      float* const first = into + d * kLanes;
+      float* const second = first + wide * kLanes;
+      _tile_loadd(0, first, 64);
+      _tile_loadd(1, first + kTile, 64);
+      if constexpr (W > 1) _tile_loadd(2, second, 64);
+      if constexpr (W > 1) _tile_loadd(3, second + kTile, 64);
+      for (int64_t t = from; t < to; t += kStep) {
+        const float* value = room.values + (t / kStep * wide + d) / kLanes * kTile;
+        _tile_loadd(4, value, 64);
+        _tile_loadd(5, value + kTile, 64);
+        _tile_loadd(6, room.weights + t / 2 * kLanes, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        if constexpr (W > 1) {
+          _tile_loadd(7, room.weights + (kKeyBlock + t) / 2 * kLanes, 64);
+          _tile_dpbf16ps(2, 4, 7);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+      _tile_stored(0, first, 64);
+      _tile_stored(1, first + kTile, 64);
+      if constexpr (W > 1) _tile_stored(2, second, 64);
+      if constexpr (W > 1) _tile_stored(3, second + kTile, 64);
+    }
+  }
+};
+
+void chunk_in_tiles(const ChunkArgs& a) {
+  if (a.q_type != Type::bf16) return chunk(a);
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  switch (a.cache_type) {
+    case Type::bf16: attend_chunk<Tiles, brain>(a); break;
+    case Type::f16: attend_chunk<Tiles, half>(a); break;
+    case Type::i8: attend_chunk<Tiles, int8_t>(a); break;
+    case Type::f32: break;  // refused before
+  }
+  _tile_release();
+}
+
+}  // namespace
+}  // namespace isa_amx
+
+const Attention amx_attention{isa_amx::token, isa_amx::chunk_in_tiles, isa_amx::write};
+
+}  // namespace yoke::kernels
+
+#endif

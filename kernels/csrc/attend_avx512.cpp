@@ -1,0 +1,11 @@
+#if defined(__x86_64__)
+#define YOKE_ISA isa_avx512
+#include "attend_chunk.h"
+
+namespace yoke::kernels {
+
+const Attention avx512_attention{isa_avx512::token, isa_avx512::chunk, isa_avx512::write};
+
+}  // namespace yoke::kernels
+
+#endif

@@ -1,0 +1,8 @@
+#define YOKE_ISA isa_base
+#include "attend_chunk.h"
+
+namespace yoke::kernels {
+
+const Attention base_attention{isa_base::token, isa_base::chunk, isa_base::write};
+
+}  // namespace yoke::kernels

@@ -1,0 +1,305 @@
+// A chunk of one row's tokens over its cache, block by block of keys with the softmax carried along
+// (FlashAttention: Dao et al., 2022; the running maximum: Milakov and Gimelshein, 2018).
+//
+// Everything is transposed: a lane is a query. The query heads that share a KV head are queries like others, so
+// the rows are (token, head of the group), kLanes to a tile. Scores come as [key][query], so the softmax needs
+// nothing across lanes; keys and values stay as they lie, and queries and results are turned, once each.
+// Products are an `Engine`'s; the one here is in floats, on any instruction set.
+#pragma once
+
+#include "attend_token.h"
+
+namespace yoke::kernels::YOKE_ISA {
+namespace {
+
+constexpr int kTiles = 2;                     // of queries at a time
+constexpr int64_t kRow = kTiles * kLanes;     // scores [key][kRow]
+
+// Scratch, cut up.
+struct Room {
+  float* queries;  // [tile][wide][kLanes], or what the engine makes of them
+  float* sums;     // [tile][wide][kLanes]
+  float* largest;  // [row], and so on
+  float* total;
+  int32_t* first;  // seen by the row
+  int32_t* last;   // inclusive
+  float* keys;     // [kKeyBlock][wide], or what the engine makes of them
+  float* values;
+  float* scores;   // [kKeyBlock][kRow]
+  float* weights;  // the same, where an engine wants another form than the scores'
+  float* k_factor;  // [kKeyBlock]
+  float* v_factor;
+
+  Room(float* at, int64_t rows, int64_t wide) {
+    const int64_t tiled = round_up(rows, kRow), block = kKeyBlock;
+    const auto take = [&at](int64_t count) {
+      float* const found = at;
+      at += count;
+      return found;
+    };
+    queries = take(tiled * wide), sums = take(tiled * wide);
+    largest = take(tiled), total = take(tiled);
+    first = reinterpret_cast<int32_t*>(take(tiled)), last = reinterpret_cast<int32_t*>(take(tiled));
+    keys = take(block * wide), values = take(block * wide);
+    scores = take(block * kRow), weights = take(block * kRow);
+    k_factor = take(block), v_factor = take(block);
+  }
+};
+
+inline Ints load(const int32_t* from) {
+  Ints x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+
+// Scores of a tile's queries and the keys [from, to) of the block at `base`, to weights; sums so far are made
+// relative to the new maximum.
+template <class Engine, bool kScaled>
+inline void softmax(const Room& room, int64_t tile, int j, int64_t base, int64_t from, int64_t to, int64_t wide,
+                    float cap, bool masked) {
+  float* scores = room.scores + j * kLanes;
+  float* const at_largest = room.largest + tile * kLanes;
+  float* const at_total = room.total + tile * kLanes;
+  const Lanes before = load(at_largest);
+  Lanes now = before;
+  const auto prepare = [&](auto is_capped, auto is_masked) {
+    const Ints first = load(room.first + tile * kLanes) - static_cast<int32_t>(base);
+    const Ints last = load(room.last + tile * kLanes) - static_cast<int32_t>(base);
+    for (int64_t t = from; t < to; ++t) {
+      Lanes score = load(scores + t * kRow) * room.k_factor[t];
+      if constexpr (is_capped) score = tanh(score) * (cap * kLog2E);
+      if constexpr (is_masked) {
+        const int32_t key = static_cast<int32_t>(t);
+        score = ((first <= key) & (last >= key)) ? score : all(-INFINITY);
+      }
+      store(score, scores + t * kRow);
+      now = larger(score, now);
+    }
+  };
+  struct Yes { constexpr operator bool() const { return true; } };
+  struct No { constexpr operator bool() const { return false; } };
+  if (cap != 0) {
+    prepare(Yes{}, Yes{});
+  } else if (masked) {
+    prepare(No{}, Yes{});
+  } else {
+    prepare(No{}, No{});
+  }
+  Lanes even = {}, odd = {};
+  for (int64_t t = from; t < to; t += 2) {
+    Lanes a = exp2(load(scores + t * kRow) - now), b = exp2(load(scores + (t + 1) * kRow) - now);
+    even += a;
+    odd += b;
+    if constexpr (kScaled) {
+      a *= room.v_factor[t];
+      b *= room.v_factor[t + 1];
+    }
+    Engine::put(room, j, t, a, b);
+  }
+  const Lanes kept = exp2(before - now);  // 0 at first, when `before` is minus infinity
+  store(load(at_total) * kept + (even + odd), at_total);
+  if (memcmp(&before, &now, sizeof now) != 0) {
+    store(now, at_largest);
+    float* sums = room.sums + tile * wide * kLanes;
+    for (int64_t d = 0; d < wide * kLanes; d += kLanes) store(load(sums + d) * kept, sums + d);
+  }
+}
+
+// A tile's queries from column d on, turned.
+template <class Q>
+inline void turned_queries(const ChunkArgs& a, int64_t row, int64_t d, Ints (&x)[kLanes]) {
+  const Q* q = static_cast<const Q*>(a.q);
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const int64_t r = row + i, left = a.h - d;
+    x[i] = Ints{};
+    if (r >= a.tokens * a.group || left <= 0) continue;
+    const Q* from = q + r / a.group * a.token_stride + r % a.group * a.q_stride + d;
+    x[i] = as<Ints>(left >= kLanes ? load(from) : load(from, left));
+  }
+  transpose(x);
+}
+
+template <class Q>
+inline void finish(const ChunkArgs& a, const Room& room, int64_t wide) {
+  const int64_t rows = a.tokens * a.group;
+  Q* out = static_cast<Q*>(a.out);
+  for (int64_t row = 0; row < rows; row += kLanes) {
+    const Lanes inverse = 1.0f / load(room.total + row);
+    for (int64_t d = 0; d < a.h; d += kLanes) {
+      Ints x[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) x[i] = as<Ints>(load(room.sums + row * wide + (d + i) * kLanes) * inverse);
+      transpose(x);
+      const int64_t left = a.h - d;
+      for (int64_t r = row; r < rows && r < row + kLanes; ++r) {
+        Q* to = out + r / a.group * a.out_stride + r % a.group * a.h + d;
+        if (left >= kLanes) {
+          store(as<Lanes>(x[r - row]), to);
+        } else {
+          store(as<Lanes>(x[r - row]), to, left);
+        }
+      }
+    }
+  }
+}
+
+template <class Engine, class T>
+void attend_chunk(const ChunkArgs& a) {
+  const int64_t rows = a.tokens * a.group, tiles = round_up(rows, kLanes) / kLanes, wide = round_up(a.h, 32);
+  const Room room(a.scratch, rows, wide);
+  for (int64_t row = 0; row < tiles * kLanes; ++row) {
+    const int64_t position = a.positions[row < rows ? row / a.group : a.tokens - 1];
+    const int64_t first = a.window > 0 && position >= a.window ? position + 1 - a.window : 0;
+    room.first[row] = static_cast<int32_t>(first);
+    room.last[row] = static_cast<int32_t>(position);
+    room.largest[row] = -INFINITY;
+    room.total[row] = 0;
+  }
+  memset(room.sums, 0, sizeof(float) * static_cast<size_t>(tiles * kLanes * wide));
+  Engine::queries(a, room, wide);
+  constexpr bool kScaled = sizeof(T) == 1;
+  const float factor = a.cap != 0 ? a.scale / a.cap : a.scale * kLog2E;
+  const int64_t end = room.last[rows - 1] + 1;
+  for (int64_t base = room.first[0] / kKeyBlock * kKeyBlock; base < end; base += kKeyBlock) {
+    const int64_t count = end - base < kKeyBlock ? end - base : kKeyBlock;
+    const auto* k = Engine::keys(static_cast<const T*>(a.k) + base * a.h, count, a.h, wide, room);
+    Engine::values(static_cast<const T*>(a.v) + base * a.h, count, a.h, wide, room);
+    for (int64_t t = 0; t < kKeyBlock; ++t) {
+      room.k_factor[t] = kScaled && t < count ? factor * a.k_scale[base + t] : factor;
+      room.v_factor[t] = kScaled && t < count ? a.v_scale[base + t] : 0;
+    }
+    for (int64_t tile = 0; tile < tiles; tile += kTiles) {
+      const int64_t num = tiles - tile < kTiles ? tiles - tile : kTiles;
+      const int64_t top = tile * kLanes, bottom = (tile + num) * kLanes - 1;
+      int64_t to = room.last[bottom] + 1 - base, from = room.first[top] - base;
+      to = round_up(to < count ? to : count, Engine::kStep);
+      from = from > 0 ? from / Engine::kStep * Engine::kStep : 0;
+      if (from >= to) continue;
+      const bool masked = base + to - 1 > room.last[top] || base + from < room.first[bottom];
+      Engine::scores(room, k, a.h, tile, num, from, to, wide);
+      for (int j = 0; j < num; ++j) softmax<Engine, kScaled>(room, tile + j, j, base, from, to, wide, a.cap, masked);
+      Engine::add(room, tile, num, from, to, wide);
+    }
+  }
+  switch (a.q_type) {
+    case Type::bf16: return finish<brain>(a, room, wide);
+    case Type::f16: return finish<half>(a, room, wide);
+    default: return finish<float>(a, room, wide);
+  }
+}
+
+constexpr int kDeep = 4;  // sums [kDeep][kTiles] fit the registers
+
+struct Floats {
+  static constexpr int64_t kStep = 4;  // keys
+
+  static void queries(const ChunkArgs& a, const Room& room, int64_t wide) {
+    switch (a.q_type) {
+      case Type::bf16: return queries_of<brain>(a, room, wide);
+      case Type::f16: return queries_of<half>(a, room, wide);
+      default: return queries_of<float>(a, room, wide);
+    }
+  }
+
+  template <class Q>
+  static void queries_of(const ChunkArgs& a, const Room& room, int64_t wide) {
+    for (int64_t row = 0; row < a.tokens * a.group; row += kLanes) {
+      for (int64_t d = 0; d < wide; d += kLanes) {
+        Ints x[kLanes];
+        turned_queries<Q>(a, row, d, x);
+        memcpy(room.queries + row * wide + d * kLanes, x, sizeof x);
+      }
+    }
+  }
+
+  template <class T>
+  static const float* keys(const T* k, int64_t count, int64_t h, int64_t wide, const Room& room) {
+    copy(k, count, h, wide, room.keys);
+    return room.keys;
+  }
+
+  template <class T>
+  static void values(const T* v, int64_t count, int64_t h, int64_t wide, const Room& room) {
+    copy(v, count, h, wide, room.values);
+  }
+
+  template <class T>
+  static void copy(const T* from, int64_t count, int64_t h, int64_t wide, float* to) {
+    const int64_t size = sizeof(float) * static_cast<size_t>(wide);
+    for (int64_t t = 0; t < round_up(count, kStep); ++t) {
+      memset(to + t * wide, 0, static_cast<size_t>(size));
+      if (t < count) to_floats(from + t * h, to + t * wide, h);
+    }
+  }
+
+  static void put(const Room& room, int j, int64_t t, Lanes a, Lanes b) {
+    store(a, room.scores + t * kRow + j * kLanes);
+    store(b, room.scores + (t + 1) * kRow + j * kLanes);
+  }
+
+  static void scores(const Room& room, const float* k, int64_t h, int64_t tile, int64_t num, int64_t from, int64_t to,
+                     int64_t wide) {
+    const float* q = room.queries + tile * wide * kLanes;
+    if (num == 2) {
+      multiply<2>(q, k, h, from, to, room.scores, wide);
+    } else {
+      multiply<1>(q, k, h, from, to, room.scores, wide);
+    }
+  }
+
+  template <int W>
+  static void multiply(const float* q, const float* k, int64_t h, int64_t from, int64_t to, float* scores,
+                       int64_t wide) {
+    for (int64_t t = from; t < to; t += kDeep) {
+      Lanes sums[kDeep][W] = {};
+      for (int64_t d = 0; d < h; ++d) {
+        for (int w = 0; w < W; ++w) {
+          const Lanes query = load(q + (w * wide + d) * kLanes);
+          for (int i = 0; i < kDeep; ++i) sums[i][w] += query * k[(t + i) * wide + d];
+        }
+      }
+      for (int i = 0; i < kDeep; ++i) {
+        for (int w = 0; w < W; ++w) store(sums[i][w], scores + (t + i) * kRow + w * kLanes);
+      }
+    }
+  }
+
+  static void add(const Room& room, int64_t tile, int64_t num, int64_t from, int64_t to, int64_t wide) {
+    float* sums = room.sums + tile * wide * kLanes;
+    if (num == 2) {
+      weigh<2>(room.values, room.scores, from, to, sums, wide);
+    } else {
+      weigh<1>(room.values, room.scores, from, to, sums, wide);
+    }
+  }
+
+  template <int W>
+  static void weigh(const float* values, const float* weights, int64_t from, int64_t to, float* into, int64_t wide) {
+    for (int64_t d = 0; d < wide; d += kDeep) {
+      Lanes sums[kDeep][W];
+      for (int i = 0; i < kDeep; ++i) {
+        for (int w = 0; w < W; ++w) sums[i][w] = load(into + (w * wide + d + i) * kLanes);
+      }
+      for (int64_t t = from; t < to; ++t) {
+        for (int w = 0; w < W; ++w) {
+          const Lanes weight = load(weights + t * kRow + w * kLanes);
+          for (int i = 0; i < kDeep; ++i) sums[i][w] += weight * values[t * wide + d + i];
+        }
+      }
+      for (int i = 0; i < kDeep; ++i) {
+        for (int w = 0; w < W; ++w) store(sums[i][w], into + (w * wide + d + i) * kLanes);
+      }
+    }
+  }
+};
+
+void chunk(const ChunkArgs& a) {
+  switch (a.cache_type) {
+    case Type::f32: return attend_chunk<Floats, float>(a);
+    case Type::bf16: return attend_chunk<Floats, brain>(a);
+    case Type::f16: return attend_chunk<Floats, half>(a);
+    case Type::i8: return attend_chunk<Floats, int8_t>(a);
+  }
+}
+
+}  // namespace
+}  // namespace yoke::kernels::YOKE_ISA

@@ -1,0 +1,222 @@
+// A register of floats, in the compiler's own vectors: written once, compiled per instruction set (YOKE_ISA).
+// Wider ones than the machine has would live in memory. No function of the standard library is instantiated
+// here: see impl.h.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between functions of one file only
+
+namespace yoke::kernels::YOKE_ISA {
+namespace {
+
+struct brain {  // bfloat16: the upper half of a float
+  uint16_t bits;
+};
+struct half {  // float16
+  uint16_t bits;
+};
+
+#if defined(__AVX512F__)
+constexpr int64_t kLanes = 16;
+#elif defined(__AVX__)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
+typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+
+template <class To, class From>
+inline To as(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+// One number at a time.
+
+inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return x; }
+inline float to_float(brain x) { return as<float>(static_cast<uint32_t>(x.bits) << 16); }
+
+// The exponent is moved by a product, which is right for numbers below the normal ones too.
+inline float to_float(half x) {
+  const uint32_t rest = x.bits & 0x7fffu;
+  const float value = as<float>(rest << 13) * 0x1p112f;
+  const uint32_t bits = as<uint32_t>(value) | (rest >= 0x7c00u ? 0x7f800000u : 0u);
+  return as<float>(bits | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
+}
+
+// To the nearest, ties to even; a NaN stays one.
+inline void store(float x, float* to) { *to = x; }
+
+inline void store(float x, brain* to) {
+  const uint32_t bits = as<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+}
+
+inline void store(float x, half* to) {
+  const uint32_t bits = as<uint32_t>(x), rest = bits & 0x7fffffffu;
+  const uint32_t normal = (rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13;
+  const uint32_t small = as<uint32_t>(as<float>(rest) + 0.5f) - 0x3f000000u;  // added, so rounded, in units of 2^-24
+  uint32_t found = rest < 0x38800000u ? small : normal;
+  found = rest >= 0x477ff000u ? 0x7c00u : found;  // from 65520 on
+  found = rest > 0x7f800000u ? 0x7e00u : found;
+  to->bits = static_cast<uint16_t>(found | ((bits >> 16) & 0x8000u));
+}
+
+// A register at a time.
+
+inline Lanes all(float x) { return x - Lanes{}; }
+
+inline Lanes load(const float* from) {
+  Lanes x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline Lanes load(const brain* from) {
+  Shorts x;
+  memcpy(&x, from, sizeof x);
+  return as<Lanes>(__builtin_convertvector(x, Ints) << 16);
+}
+
+inline Lanes load(const int8_t* from) {
+  Bytes x;
+  memcpy(&x, from, sizeof x);
+  return __builtin_convertvector(__builtin_convertvector(x, Ints), Lanes);
+}
+
+inline Lanes load(const half* from) {
+  Lanes x;
+#if defined(__AVX512F__)
+  x = (Lanes)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+  x = (Lanes)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = to_float(from[i]);
+#endif
+  return x;
+}
+
+template <class T>
+inline Lanes load(const T* from, int64_t count) {  // and zeros
+  T some[kLanes] = {};
+  memcpy(some, from, sizeof(T) * static_cast<size_t>(count));
+  return load(some);
+}
+
+inline void store(Lanes x, float* to) { memcpy(to, &x, sizeof x); }
+
+template <class T>
+inline void store(Lanes x, T* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) store(x[i], to + i);
+}
+
+inline void store(Lanes x, brain* to) {
+  const Ints bits = as<Ints>(x);
+  const Ints rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const Ints found = x != x ? as<Ints>(all(NAN)) : rounded;
+  const Shorts upper = __builtin_convertvector((found >> 16) & 0xffff, Shorts);
+  memcpy(to, &upper, sizeof upper);
+}
+
+inline void store(Lanes x, half* to) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  store(x, to, kLanes);
+#endif
+}
+
+inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }  // b where either is a NaN
+
+inline float sum(Lanes x) {
+  float part[kLanes];
+  memcpy(part, &x, sizeof x);
+  for (int64_t step = kLanes / 2; step > 0; step /= 2) {
+    for (int64_t i = 0; i < step; ++i) part[i] += part[i + step];
+  }
+  return part[0];
+}
+
+inline float largest_of(Lanes x) {
+  float found = x[0];
+  for (int i = 1; i < kLanes; ++i) found = x[i] > found ? x[i] : found;
+  return found;
+}
+
+// 2^x for x < 127, to within 2 units in the last place; exactly 0 from -127 down, and for a NaN. Rounding to
+// whole numbers by adding 1.5 * 2^23 leaves them in the low bits, from where they go to the exponent.
+// Coefficients: Cephes' exp2f (Moshier).
+inline Lanes exp2(Lanes x) {
+  x = larger(x, all(-127.0f));
+  const Lanes shifted = x + 0x1.8p23f;
+  const Lanes r = x - (shifted - 0x1.8p23f);
+  Lanes p = r * 1.535336188e-4f + 1.339887440e-3f;
+  p = p * r + 9.618437358e-3f;
+  p = p * r + 5.550332471e-2f;
+  p = p * r + 2.402264791e-1f;
+  p = p * r + 6.931472029e-1f;
+  p = p * r + 1.0f;
+  return as<Lanes>(as<Ints>(p) + (as<Ints>(shifted) << 23));
+}
+
+constexpr float kLog2E = 1.44269504f;
+
+inline Lanes tanh(Lanes x) {
+  x = larger(x, all(-16.0f));
+  x = x < 16.0f ? x : all(16.0f);
+  return 1.0f - 2.0f / (exp2(x * (2 * kLog2E)) + 1.0f);
+}
+
+// Rows to columns; with 16 of them in four rounds that exchange halves, quarters and so on.
+inline void transpose(Ints (&x)[kLanes]) {
+#if defined(__AVX512F__)
+  for (int i = 0; i < 8; ++i) {
+    const Ints a = x[i], b = x[i + 8];
+    x[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    x[i + 8] = __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+  for (int j = 0; j < 8; ++j) {
+    const int i = j / 4 * 8 + j % 4;
+    const Ints a = x[i], b = x[i + 4];
+    x[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+    x[i + 4] = __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  }
+  for (int j = 0; j < 8; ++j) {
+    const int i = j / 2 * 4 + j % 2;
+    const Ints a = x[i], b = x[i + 2];
+    x[i] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+    x[i + 2] = __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+  for (int i = 0; i < kLanes; i += 2) {
+    const Ints a = x[i], b = x[i + 1];
+    x[i] = __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+    x[i + 1] = __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+  }
+#else
+  for (int i = 1; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const int32_t kept = x[i][j];
+      x[i][j] = x[j][i];
+      x[j][i] = kept;
+    }
+  }
+#endif
+}
+
+}  // namespace
+}  // namespace yoke::kernels::YOKE_ISA
