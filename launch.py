@@ -17,6 +17,7 @@ from pathlib import Path
 from comm.sizes import segment_bytes
 from launcher.backends import require_backend
 from launcher.cgroup import read_cgroup
+from launcher.console import CHAT
 from launcher.draw import draw, plan_to_json, render_plain
 from launcher.elastic import agent_command, become_agent, check_nodes
 from launcher.errors import LaunchError
@@ -70,6 +71,11 @@ def run(flags: Flags) -> int:
     if flags.command == "plan":
         return _plan(flags)
     place = find_manager(os.environ, os.getppid())
+    if flags.command == "chat" and (place is not None or flags.nnodes > 1):
+        raise LaunchError(
+            "chat needs a terminal of its own and ranks on one machine: start it without torchrun, "
+            "srun, mpirun and --nnodes; generate works with all of them"
+        )
     if place is not None:
         target, payload = _target(flags, place.world_size)
         plan = local_plan(place, flags.request)
@@ -85,11 +91,12 @@ def run(flags: Flags) -> int:
                 flags.rdzv_endpoint, len(plan.ranks),
             )
         )  # fmt: skip
-    if flags.command == "generate":
+    if flags.command != "run":
         require_fit(_fits(flags, topology, plan))
         if plan.backend == "shm" and len(plan.ranks) > 1:
             require_space(Path("/dev/shm"), segment_bytes(len(plan.ranks)))
-    return launch(plan, flags.options, new_session(), target, payload)
+    console = CHAT if flags.command == "chat" else None
+    return launch(plan, flags.options, new_session(), target, payload, console)
 
 
 def _make_plan(flags: Flags) -> tuple[Topology, LaunchPlan]:
@@ -116,10 +123,18 @@ def _target(flags: Flags, world_size: int) -> tuple[str, str]:
     from engine import job as jobs
 
     if flags.request.rank_per == "gpu":
-        raise LaunchError("generate works on cpus so far; --rank-per gpu goes with run and plan")
-    resolved = jobs.resolve(jobs.parse_job(flags.words))
+        raise LaunchError(
+            f"{flags.command} works on cpus so far; --rank-per gpu goes with run and plan"
+        )
+    chat = flags.command == "chat"
+    for key in ("prompt", "chat", "output"):
+        if chat and any(word.startswith(f"{key}=") for word in flags.words):
+            raise LaunchError(
+                f"{key}= goes with generate; leave it out: chat asks for the words itself"
+            )
+    resolved = jobs.resolve(jobs.parse_job(flags.words, need_prompt=not chat))
     jobs.check_ranks(resolved, world_size)
-    return "engine.rank", jobs.to_json(resolved)
+    return "engine.session" if chat else "engine.rank", jobs.to_json(resolved)
 
 
 def _fits(
