@@ -27,7 +27,8 @@ PROMPT, MORE, SENT = "\x1b[?2004h> ", "\x1b[?2004h... ", "\x1b[?2004l\r"
 
 
 def command(folder: Path, **options: Any) -> list[str]:
-    (folder / "end").unlink(missing_ok=True)
+    for file in (folder / "end", *folder.glob("pid-*")):
+        file.unlink(missing_ok=True)
     return [sys.executable, "-m", MODULE, json.dumps({"folder": str(folder), **options})]
 
 
