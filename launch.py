@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from comm.sizes import segment_bytes
 from launcher.backends import require_backend
 from launcher.cgroup import read_cgroup
+from launcher.console import CHAT
 from launcher.draw import draw, plan_to_json, render_plain
 from launcher.elastic import agent_command, become_agent, check_nodes
 from launcher.errors import LaunchError
@@ -74,6 +75,11 @@ def run(flags: Flags) -> int:
     if flags.command == "plan":
         return _plan(flags)
     place = find_manager(os.environ, os.getppid())
+    if flags.command == "chat" and (place is not None or flags.nnodes > 1):
+        raise LaunchError(
+            "chat needs a terminal of its own and ranks on one machine: start it without torchrun, "
+            "srun, mpirun and --nnodes; generate works with all of them"
+        )
     if place is not None:
         job = _job(flags, place.world_size)
         plan = local_plan(place, flags.request)
@@ -94,7 +100,8 @@ def run(flags: Flags) -> int:
         require_fit(fits)
         if plan.backend == "shm" and len(plan.ranks) > 1:
             require_space(Path("/dev/shm"), segment_bytes(len(plan.ranks)))
-    return launch(plan, flags.options, new_session(), *_target(flags, job))
+    console = CHAT if flags.command == "chat" else None
+    return launch(plan, flags.options, new_session(), *_target(flags, job), console)
 
 
 def _make_plan(flags: Flags) -> tuple[Topology, LaunchPlan]:
@@ -121,7 +128,17 @@ def _job(flags: Flags, world_size: int) -> ResolvedJob | None:
     from engine.job import parse_job
     from engine.resolve import check_ranks, resolve
 
-    resolved = resolve(parse_job(flags.words, need_prompt=flags.command == "generate"))
+    chat = flags.command == "chat"
+    for key in ("prompt", "prompts", "chat", "output", "num_beams", "batch") if chat else ():
+        if any(word.startswith(f"{key}=") for word in flags.words):
+            raise LaunchError(
+                f"{key}= goes with generate; leave it out: chat asks for the words itself"
+            )
+    job = parse_job(flags.words, need_prompt=flags.command == "generate")
+    if chat and not any(word.startswith("max_new_tokens=") for word in flags.words):
+        # An answer ends by itself, or where the conversation's room does.
+        job = replace(job, max_new_tokens=job.max_seq_len - 1)
+    resolved = resolve(job)
     check_ranks(resolved, world_size)
     return resolved
 
@@ -133,7 +150,7 @@ def _target(flags: Flags, job: ResolvedJob | None) -> tuple[str, str]:
     from engine.memory import with_batch
     from engine.resolve import to_json
 
-    return "engine.rank", to_json(with_batch(job))
+    return "engine.session" if flags.command == "chat" else "engine.rank", to_json(with_batch(job))
 
 
 def _fits(

@@ -14,7 +14,6 @@ import signal
 import socket
 import time
 from collections import deque
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,27 +53,42 @@ def main(env: Any, payload: str) -> int:
 
 @dataclass(frozen=True)
 class Channel:
-    """Rank 0's end of the channel, and what has come that is not dealt with: bytes of an unfinished
-    line, and messages. None in `messages` is the channel's end."""
+    """Rank 0's end of the channel: bytes of an unfinished line and messages that have come and are not
+    dealt with (None is the channel's end), and bytes that are still to go: a terminal that is stopped
+    does not read, and the other ranks would not wait for it."""
 
     socket: socket.socket
     rest: bytearray
     messages: deque[dict[str, Any] | None]
+    unsent: bytearray
 
 
 def open_channel(fd: int) -> Channel:
     """The channel behind a descriptor."""
-    return Channel(socket.socket(fileno=fd), bytearray(), deque())
+    end = socket.socket(fileno=fd)
+    end.setblocking(False)
+    return Channel(end, bytearray(), deque(), bytearray())
 
 
 def send(channel: Channel, message: dict[str, Any]) -> None:
-    """Write one message; nothing if nobody reads any more, which the next `receive` tells."""
-    with suppress(BrokenPipeError, ConnectionResetError):
-        channel.socket.sendall(json.dumps(message, ensure_ascii=False).encode() + b"\n")
+    """Write one message, or as much of it as is taken now."""
+    channel.unsent.extend(json.dumps(message, ensure_ascii=False).encode() + b"\n")
+    _flush(channel)
+
+
+def _flush(channel: Channel) -> None:
+    try:
+        while channel.unsent:
+            del channel.unsent[: channel.socket.send(channel.unsent)]
+    except BlockingIOError:
+        pass
+    except (BrokenPipeError, ConnectionResetError):
+        channel.unsent.clear()  # nobody reads any more: `receive` tells
 
 
 def receive(channel: Channel, wait_s: float) -> None:
     """Take in what has come, waiting so long at most for the first of it."""
+    _flush(channel)
     while select.select([channel.socket], [], [], wait_s)[0]:
         try:
             data = channel.socket.recv(1 << 16)

@@ -14,6 +14,7 @@ import errno
 import importlib.util
 import os
 import platform
+import signal
 import sys
 from collections.abc import Collection, Mapping, MutableMapping
 from pathlib import Path
@@ -136,8 +137,8 @@ def set_mempolicy(policy: str, nodes: Collection[int]) -> int:
     return 0 if libc.syscall(number, _MPOL[policy], bits, size) == 0 else ctypes.get_errno()
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when the launcher dies, even of SIGKILL."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, 9, 0, 0, 0)
+def die_with_parent(parent_pid: int, number: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when the launcher dies, even of SIGKILL."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
     if os.getppid() != parent_pid:  # it died before the call above
         os._exit(1)

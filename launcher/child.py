@@ -32,9 +32,9 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 @dataclass(frozen=True)
 class RankEnv:
     """What a rank is told. `store_fd` is a listening socket, for rank 0 of our own launcher;
-    `agent_store` says that torch's elastic agent serves the store at the master address; `node`
-    tells the run's machines apart. `plans` are
-    those of this machine's ranks, as plain dicts; `notes` say what could not be bound."""
+    `channel_fd` its end of the channel to a console, if there is one; `agent_store` says that torch's
+    elastic agent serves the store at the master address; `node` tells the run's machines apart. `plans`
+    are those of this machine's ranks, as plain dicts; `notes` say what could not be bound."""
 
     rank: int
     world_size: int
@@ -49,6 +49,7 @@ class RankEnv:
     plans: list[dict[str, Any]]
     bind_cores: bool
     store_fd: int | None = None
+    channel_fd: int | None = None
     agent_store: bool = False
     node: int = 0
     verify_placement: bool = False
@@ -91,6 +92,8 @@ def main(spec_fd: int) -> int:
     # Ctrl-\ shows where every rank is; the launcher asks the same of a rank that hangs.
     faulthandler.register(signal.SIGQUIT, all_threads=True)
     env = env_from_json(spec["env"])
+    if env.channel_fd is not None:
+        os.set_inheritable(env.channel_fd, False)
 
     def report(kind: str, **facts: Any) -> None:
         data = json.dumps({"kind": kind, **facts}).encode() + b"\n"

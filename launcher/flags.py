@@ -20,6 +20,7 @@ from launcher.topology import parse_cpu_list
 
 COMMANDS = {
     "generate": "continue a prompt (the default)",
+    "chat": "talk with a model at the terminal; /help there lists what it understands",
     "run": "start a program of yours on every rank: run [flags] script.py args... | -m module",
     "plan": "draw the machine and the ranks on it, with the reasons; start nothing",
     "doctor": "what this machine has, what will be used, what to change",
@@ -29,7 +30,7 @@ COMMANDS = {
 EXAMPLES = """
 examples:
   python launch.py --bind-cores-to-rank model=smollm2-135m prompt="The capital of France is"
-  python launch.py --ranks 2 model=smollm2-135m chat=true prompt="Why is the sky blue?"
+  python launch.py --ranks 2 chat model=smollm2-135m                       a conversation
   python launch.py plan --rank-per node model=llama-70b weights=random     does it fit, and where
   python launch.py run --bind-cores-to-rank train.py --epochs 3            any torch.distributed script
   torchrun --nproc-per-node 2 launch.py --bind-cores-to-rank model=... prompt=...    srun, mpirun too

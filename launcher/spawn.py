@@ -16,13 +16,14 @@ import selectors
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from launcher.child import CHECKOUT, RankEnv, env_to_json
+from launcher.console import start_console
 from launcher.errors import LaunchError
 from launcher.guard import remove_segments
 from launcher.output import open_channel, open_log, untouched, whole_lines
@@ -52,27 +53,41 @@ def new_session() -> str:
     return secrets.token_hex(8)
 
 
-def launch(plan: LaunchPlan, options: RunOptions, session: str, target: str, payload: str) -> int:
+def launch(
+    plan: LaunchPlan,
+    options: RunOptions,
+    session: str,
+    target: str,
+    payload: str,
+    console: Sequence[str] | None = None,
+) -> int:
     """Run `target`'s `main` in every rank of the plan and return the exit code of the whole.
 
     0 if all ranks returned 0; the code of the first rank that failed; 128 + n for a rank that signal
     n killed, or for a signal n to this process. One message on stderr says what happened. Raises
-    LaunchError if a rank cannot be started.
+    LaunchError if a rank cannot be started. `console` is the command of a process that has the terminal
+    and a channel to rank 0 (`launcher.console`), whose end ends the run.
     """
     with ExitStack() as stack:
         stack.callback(remove_segments, session)
         wakeup = stack.enter_context(signal_pipe())
         selector = stack.enter_context(selectors.DefaultSelector())
         guard, pipe = _start_guard(session, stack)
+        started, channel = None, None
+        if console is not None:
+            started, channel = start_console(console, stack)
         ranks: list[Rank] = []
         stack.callback(kill_groups, ranks)
-        _start(plan, options, session, target, payload, ranks, pipe, selector, stack)
+        _start(plan, options, session, target, payload, channel, ranks, pipe, selector, stack)
+        if channel is not None:
+            channel.close()  # rank 0 alone has it, so that its end is noticed
         guard.wait()  # it has detached itself while the ranks started
         selector.register(wakeup, selectors.EVENT_READ, None)
         return watch(
             ranks,
             selector,
             wakeup,
+            started,
             grace_s=options.grace_s,
             start_timeout_s=options.start_timeout_s,
             hang_timeout_s=options.hang_timeout_s,
@@ -109,6 +124,7 @@ def _start(
     session: str,
     target: str,
     payload: str,
+    channel: socket.socket | None,
     ranks: list[Rank],
     guard: IO[bytes],
     selector: selectors.BaseSelector,
@@ -140,6 +156,7 @@ def _start(
                 local_rank=place.rank,
                 plan=place,
                 store_fd=store.fileno() if first else None,
+                channel_fd=channel.fileno() if first and channel is not None else None,
             )
             log = None
             if options.log_dir is not None:
@@ -169,14 +186,14 @@ def _start_rank(
         }
     )
     ours, theirs = _channels(env.rank, log)
-    handed = [spec_fd, write_end] + ([] if env.store_fd is None else [env.store_fd])
+    sockets = [fd for fd in (env.store_fd, env.channel_fd) if fd is not None]
     try:
         process = subprocess.Popen(
             [sys.executable, str(CHECKOUT / "launcher" / "rank.py"), str(spec_fd)],
             env={**os.environ, **rank_variables(env)},
-            pass_fds=handed,
+            pass_fds=[spec_fd, write_end, *sockets],
             process_group=0,
-            stdin=None if env.rank == 0 else subprocess.DEVNULL,
+            stdin=None if env.rank == 0 and env.channel_fd is None else subprocess.DEVNULL,
             stdout=theirs[0] if theirs else None,
             stderr=theirs[1] if theirs else None,
         )

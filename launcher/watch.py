@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from launcher.console import Console, end_console
+
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Passed on, and nothing else: programs save checkpoints on these, ranks show their stacks on QUIT.
 _PASSED_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
@@ -65,6 +67,7 @@ def watch(
     ranks: Sequence[Rank],
     selector: selectors.BaseSelector,
     wakeup: int,
+    console: Console | None = None,
     *,
     grace_s: float,
     start_timeout_s: float,
@@ -73,10 +76,10 @@ def watch(
     """Until all ranks have ended; the exit code of the whole, after its message on stderr.
 
     Rank pipes are registered in `selector` with a function that takes each chunk, `wakeup` (of
-    `signal_pipe`) with None. The two timeouts are off at 0.
+    `signal_pipe`) with None. The two timeouts are off at 0. The end of the console ends the run.
     """
     running = list(ranks)
-    ended_well: list[Rank] = []
+    ended_well: list[str] = []
     verdict: _Verdict | None = None
     stop_at: float | None = None  # when the ranks that go on are stopped; once asked, killed
 
@@ -86,6 +89,8 @@ def watch(
         stop_at = time.monotonic() + grace_s
         if ask is not None:
             signal_groups(running, ask)
+        if console is not None and console.process.poll() is None:
+            console.process.terminate()
 
     def due_at(rank: Rank) -> float:
         """When this rank counts as stuck."""
@@ -99,16 +104,25 @@ def watch(
         for number in _wait(selector, wakeup, min(deadlines, default=math.inf)):
             if number in _PASSED_SIGNALS:
                 _signal_ranks(running, number)
+            elif number == signal.SIGINT and console is not None and console.answers_interrupts:
+                pass
             elif number in _STOP_SIGNALS and verdict is None:
                 decide(128 + number, f"stopped by {signal.Signals(number).name}", number)
             elif number in _STOP_SIGNALS:  # asked twice: at once
                 signal_groups(running, signal.SIGKILL)
+        if console is not None and verdict is None and not ended_well:
+            code = console.process.poll()
+            if code:
+                decide(*console.failure())
+            elif code == 0:  # rank 0 hears of it, and ends the run
+                ended_well.append("the chat")
+                stop_at = time.monotonic() + grace_s
         ended = [rank for rank in running if rank.process.poll() is not None]
         # Of those that ended together, one that was killed is the cause; the others missed it.
         for rank in sorted(ended, key=lambda rank: rank.process.returncode >= 0):
             running.remove(rank)
             if rank.process.returncode == 0:
-                ended_well.append(rank)
+                ended_well.append(rank.name)
                 stop_at = stop_at or time.monotonic() + grace_s
             elif verdict is None:
                 decide(*_failure(rank))
@@ -121,11 +135,13 @@ def watch(
         elif running and stop_at is not None and now >= stop_at:
             if verdict is None:
                 names = ", ".join(rank.name for rank in running)
-                decide(1, f"{ended_well[0].name} ended, but after {grace_s:g} s not: {names}")
+                decide(1, f"{ended_well[0]} ended, but after {grace_s:g} s not: {names}")
             else:
                 signal_groups(running, signal.SIGKILL)
                 stop_at = math.inf
     kill_groups(ranks)
+    if console is not None:
+        end_console(console)
     _drain(selector)
     if verdict is None:
         return 0

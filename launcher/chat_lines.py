@@ -1,0 +1,164 @@
+"""What a person types: turns of one line or several, and the history of all of them on disk.
+
+A line that ends with a backslash goes on in the next; three quotation marks open a turn that ends where
+there are three again. Lines are edited by readline, where Python has it. The history is a file of our
+own (a JSON string on each line), since readline's holds no turn of several lines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+try:
+    import readline
+except ImportError:  # a Python that was built without: lines come as the terminal edits them
+    readline = None  # type: ignore[assignment]
+
+_FENCE = '"""'
+_MAX_HISTORY = 1000
+
+
+@dataclass(frozen=True)
+class Turn:
+    """`command`: it began with a slash."""
+
+    text: str
+    command: bool
+
+
+class AbandonedError(Exception):
+    """Ctrl-C at the prompt. `empty`: there was nothing to abandon."""
+
+    def __init__(self, empty: bool) -> None:
+        self.empty = empty
+
+
+class ResumedError(Exception):
+    """Back from Ctrl-Z at the prompt: it must be drawn again, with what was typed."""
+
+    def __init__(self, typed: str) -> None:
+        self.typed = typed
+
+
+def read_turn(next_line: Callable[[bool], str]) -> Turn:
+    """One turn from `next_line(goes_on)`, which raises EOFError at the end of the input: at once, that
+    is raised; in the middle of a turn, it ends the turn."""
+    first = next_line(False)
+    if first.lstrip().startswith(_FENCE):
+        lines = [first.lstrip()[len(_FENCE) :]]
+        while not lines[-1].rstrip().endswith(_FENCE):
+            try:
+                lines.append(_more(next_line))
+            except EOFError:
+                break
+        return Turn("\n".join(lines).rstrip().removesuffix(_FENCE).strip(), False)
+    lines = [first]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        with suppress(EOFError):
+            lines.append(_more(next_line))
+    return Turn("\n".join(lines).strip(), first.startswith("/"))
+
+
+def _more(next_line: Callable[[bool], str]) -> str:
+    try:
+        return next_line(True)
+    except AbandonedError:
+        raise AbandonedError(empty=False) from None
+
+
+def line_from_pipe(_: bool) -> str:
+    """The next line of stdin. Raises EOFError."""
+    line = sys.stdin.readline() if sys.stdin is not None else ""
+    if not line:
+        raise EOFError
+    return line.rstrip("\r\n")
+
+
+def line_from_person(prompt: str) -> str:
+    """A line, edited; drawn again after Ctrl-Z. Raises EOFError, AbandonedError."""
+    typed = ""
+    while True:
+        try:
+            if readline is not None:
+                readline.set_startup_hook(partial(readline.insert_text, typed))
+            return input(prompt)
+        except ResumedError as resumed:
+            typed = resumed.typed
+
+
+def typed_so_far() -> str:
+    """What stands at the prompt, not yet sent."""
+    return "" if readline is None else readline.get_line_buffer()
+
+
+def marks_escapes() -> bool:
+    """Whether the prompt may have colours: the editor must be told that they take no room."""
+    return readline is not None and "libedit" not in (readline.__doc__ or "")
+
+
+def history_path(environ: Mapping[str, str]) -> Path | None:
+    """Where the history is kept, by the XDG base directory specification; None without a home."""
+    state = environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(state):  # the specification has such a value ignored
+        try:
+            state = str(Path.home() / ".local" / "state")
+        except RuntimeError:
+            return None
+    return Path(state) / "yoke" / "history"
+
+
+def open_editor(path: Path | None) -> None:
+    """Set readline up, with the turns of earlier chats."""
+    if readline is None:
+        return
+    readline.set_auto_history(False)  # turns, not lines
+    if "libedit" not in (readline.__doc__ or ""):
+        # A pasted text is one turn, whatever lines it has.
+        readline.parse_and_bind("set enable-bracketed-paste on")
+    for turn in [] if path is None else load_history(path):
+        readline.add_history(turn)
+
+
+def load_history(path: Path) -> list[str]:
+    """The last turns, oldest first. Lines that are not ours are left out."""
+    turns = []
+    with suppress(OSError):
+        for line in path.read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                turn = json.loads(line)
+                if isinstance(turn, str) and "\0" not in turn:
+                    turns.append(turn)
+        if len(turns) > 2 * _MAX_HISTORY:
+            new = path.with_suffix(f".{os.getpid()}")
+            with _open_private(new) as file:
+                file.writelines(json.dumps(turn) + "\n" for turn in turns[-_MAX_HISTORY:])
+            new.replace(path)
+    return turns[-_MAX_HISTORY:]
+
+
+def remember(turn: Turn, path: Path | None) -> None:
+    """For the arrow keys, now and in later chats. A disk that cannot be written is not the chat's
+    trouble."""
+    # A text in quotation marks may begin with a slash, and must not be a command when it comes back.
+    text = turn.text if turn.command or not turn.text.startswith("/") else f" {turn.text}"
+    if readline is not None and "\0" not in text:
+        readline.add_history(text)
+    if path is not None:
+        with suppress(OSError):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with _open_private(path) as file:
+                file.write(json.dumps(text) + "\n")
+
+
+def _open_private(path: Path) -> IO[str]:
+    """To append; what people write to a model is nobody else's business."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a")
