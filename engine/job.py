@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from engine.dtypes import kv_dtype_name
 from models.sampling_params import Sampling, check_sampling
 from weights.errors import InputError
 
@@ -208,6 +209,7 @@ def _check_modes(job: Job) -> None:
                 )
     if job.draft and job.engine == "hf":
         raise InputError(f"draft={job.draft} does not go with engine=hf; leave one of the two out")
+    kv_dtype_name(job.kv_dtype, job.dtype)
     if job.kv_dtype != "auto" and job.engine == "hf":
         raise InputError(f"kv_dtype={job.kv_dtype} does not go with engine=hf, which keeps dtype=")
 

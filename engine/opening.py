@@ -19,8 +19,8 @@ import torch
 from comm import ops
 from comm.group import Group, Rendezvous, open_group, set_timeout
 from engine.compiling import drop_if_damaged, seal, use_cache_folder
+from engine.dtypes import dtype_name, kv_dtype_name
 from engine.job import Job
-from engine.memory import dtype_name, kv_dtype_name
 from engine.report import compile_progress, progress_bar, say
 from engine.resolve import ResolvedJob, check_draft, check_ranks
 from engine.steps import BEAMS, DECODE, EXTEND, GREEDY, AnyModel, Runner, make_runner, warm_up
@@ -141,9 +141,7 @@ def step_names(job: Job, plain: bool) -> tuple[str, ...]:
 
 
 def _runner(job: Job, model: AnyModel, group: Group) -> Runner:
-    kv_dtype = None
-    if job.kv_dtype != "auto":
-        kv_dtype = getattr(torch, kv_dtype_name(job.kv_dtype, job.dtype))
+    kv_dtype: torch.dtype = getattr(torch, kv_dtype_name(job.kv_dtype, job.dtype))
     return make_runner(model, group, job.max_seq_len, job.compile, max(job.batch, 1), kv_dtype)
 
 
