@@ -139,9 +139,9 @@ def _run_prompt(runner: Runner, prompt: Sequence[int]) -> Tensor:
 
 
 def likeliest(search: Search, beams: Beams, logits: Tensor) -> list[Candidate]:
-    """The continuations that `advance` wants, without impossible ones. Row i of logits float32 [1 or W, V]
-    follows running text i; rows behind these are left alone. Sums are float32, as in transformers.
-    Raises InputError where the best is not finite."""
+    """The continuations that `advance` wants, without impossible ones. Row i of `logits`, float32
+    [1 or W, V], follows running text i; rows behind these are left alone. Sums are float32, as in
+    transformers. Raises InputError where the best is not finite."""
     logprobs = torch.tensor([beam.logprob for beam in beams.running], device=logits.device)
     sums = logits[: len(logprobs)].log_softmax(-1).add_(logprobs[:, None])
     best = sums.flatten().topk(min(search.num_candidates, sums.numel()))

@@ -82,7 +82,7 @@ HELP: dict[str, str] = {
     "seed": "of the sampling, and of random weights",
     "stop": 'a text that ends the answer, or a JSON list of them: ["a", "b"]',
     "check_every": "steps from one look for ended texts to the next",
-    "num_beams": "width of a beam search; 1 is none. length_penalty= [1]: above 0 favours long texts",
+    "num_beams": "width of a beam search; 1 is none. length_penalty= [1]",
     "draft": "guess tokens: lookup (in the text so far) or a small model; draft_tokens= [4]",
     "compile": "compile the steps (slower start, faster tokens)",
     "chat": "wrap the prompt in the model's chat template",

@@ -180,6 +180,11 @@ def _next(text: list[int]) -> Tensor:
     return torch.randn(4, generator=random) * 2
 
 
+def _logprob(prompt: list[int], text: tuple[int, ...]) -> float:
+    chances = [_next([*prompt, *text[:i]]).log_softmax(-1) for i in range(len(text))]
+    return sum(float(chance[token]) for chance, token in zip(chances, text, strict=True))
+
+
 def _table_runner(width: int) -> tuple[Runner, Tensor]:
     """A runner whose logits depend on every token of a text, as `sources` find them; its cache."""
     cache = torch.full((width, 16), -99)
@@ -187,18 +192,15 @@ def _table_runner(width: int) -> tuple[Runner, Tensor]:
     def run(where: Tensor, wanted: Tensor) -> Tensor:
         tokens, positions, rows = where
         cache[rows, positions] = tokens
-        return torch.stack(
-            [_next(cache[rows[i], : positions[i] + 1].tolist()) for i in wanted.tolist()]
-        )
+        texts = [cache[rows[i], : positions[i] + 1].tolist() for i in wanted.tolist()]
+        return torch.stack([_next(text) for text in texts])
 
     def beams(tokens: Tensor, positions: Tensor, sources: Tensor) -> Tensor:
         rows = torch.arange(width)
         assert (cache[rows, positions] == -99).all(), "what another beam may read is overwritten"
         cache[rows, positions] = tokens
-        texts = cache[sources.long(), torch.arange(16)]
-        return torch.stack(
-            [_next(text[: p + 1].tolist()) for text, p in zip(texts, positions, strict=True)]
-        )
+        texts = cache[sources.long(), torch.arange(16)][:, : positions[0] + 1]
+        return torch.stack([_next(text) for text in texts.tolist()])
 
     steps = {EXTEND: run, BEAMS: beams}
     return Runner(Group(0, 1), torch.device("cpu"), width, 16, 16, 4, 8, False, True, steps), cache
@@ -212,11 +214,7 @@ def test_a_wide_search_finds_what_trying_all_texts_finds(penalty: float) -> None
         for text in product(range(4), repeat=size):
             if stop in text[:-1] or (size < length and text[-1] != stop):
                 continue
-            logprob = sum(
-                float(_next([*prompt, *text[:i]]).log_softmax(-1)[token])
-                for i, token in enumerate(text)
-            )
-            scores[text] = logprob / size**penalty
+            scores[text] = _logprob(prompt, text) / size**penalty
     runner, _ = _table_runner(len(scores) + 1)
     found = find(runner, prompt, Search(len(scores) + 1, penalty, length, frozenset({stop})))
     assert {h.tokens: pytest.approx(h.score, rel=1e-5) for h in found.hypotheses} == scores
@@ -229,11 +227,7 @@ def test_beams_read_the_tokens_of_their_own_texts() -> None:
     prompt = [2, 0, 1, 1, 3, 2, 2, 0, 1]
     found = find(replace(runner, chunk=4), prompt, Search(3, 0.0, 7)).hypotheses
     for hypothesis in found:
-        text, logprob = list(prompt), 0.0
-        for token in hypothesis.tokens:
-            logprob += float(_next(text).log_softmax(-1)[token])
-            text.append(token)
-        assert hypothesis.score == pytest.approx(logprob, rel=1e-5)
+        assert hypothesis.score == pytest.approx(_logprob(prompt, hypothesis.tokens), rel=1e-5)
     assert cache[0, :9].tolist() == prompt
     assert (cache[1:, :9] == -99).all()
 
