@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from comm import ops
+from engine.beams import generate_beams
 from engine.job import stop_texts
 from engine.loop import Watcher, generate
 from engine.opening import Opened, joined, open_engine, share, step_names
@@ -117,6 +118,8 @@ def run_requests(
 ) -> list[Answer]:
     """The answers, by the way that the job asks for."""
     job = resolved.job
+    if job.num_beams > 1:
+        return generate_beams(engine.runner, requests, stops, job.length_penalty, watcher)
     return generate(engine.runner, requests, stops, watcher, job.check_every)
 
 
