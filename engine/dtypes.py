@@ -30,7 +30,7 @@ def kv_dtype_name(kv_dtype: str, dtype: str) -> str:
         return own
     if kv_dtype not in (own, "float16", "int8"):
         raise InputError(
-            f"kv_dtype={kv_dtype} does not go with dtype={own}: the cache is in the same, or in float16 "
-            "or int8"
+            f"kv_dtype={kv_dtype} does not go with dtype={own}: the cache is in the same, or in "
+            "float16 or int8"
         )
     return kv_dtype

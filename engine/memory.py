@@ -20,7 +20,7 @@ from weights.errors import InputError
 
 # The interpreter, torch, the compiled code and what compiling leaves behind; measured as a rank's peak
 # resident memory less its weights and cache (docs/log.md).
-BASEBYTES = 600 << 20
+BASE_BYTES = 600 << 20
 CHUNK = 512  # tokens of prompts that are run at once: below that, products wait for the weights
 PADDED_CHUNK = 128  # the same where each call has this length
 MAX_BATCH = 8  # rows, where nobody asks for another number
@@ -58,7 +58,7 @@ def rank_needs(
     return {
         "weights": weights * item,
         "kv_cache": kv_cache,
-        "workspace": BASEBYTES + activations + logits,
+        "workspace": BASE_BYTES + activations + logits,
     }
 
 

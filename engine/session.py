@@ -44,11 +44,23 @@ def main(env: Any, payload: str) -> int:
         names = step_names(resolved.job, sampling.is_plain)
         engine = open_engine(env, resolved, group, names)
         check_sampling(sampling, engine.runner.vocab_size)
-        channel = None if engine.codec is None else open_channel(env.channel_fd)
+        channel = None
+        if engine.codec is not None:
+            check_chat(engine.codec, resolved.job.model)
+            channel = open_channel(env.channel_fd)
         if channel is not None:
             send(channel, {"ready": _facts(env, resolved, engine)})
         _serve(resolved, engine, channel)
     return 0
+
+
+def check_chat(codec: TextCodec, model: str) -> None:
+    """Raise InputError for a model that was not made for conversations."""
+    if not codec.chat_templates:
+        raise InputError(
+            f"model={model} has no chat template: it continues texts; use generate, or a model whose name "
+            "ends in -instruct, -chat or -it"
+        )
 
 
 @dataclass(frozen=True)
