@@ -1,10 +1,12 @@
 #if defined(__x86_64__)
 #define YOKE_ISA isa_avx2
 #include "impl.h"
+#include "peak.h"
 
 namespace yoke::kernels {
 
-const Kernels avx2_kernels{"avx2", isa_avx2::linear, isa_avx2::attend<bf16>, isa_avx2::attend<float>};
+const Kernels avx2_kernels{"avx2", isa_avx2::linear, isa_avx2::attend<bf16>, isa_avx2::attend<float>,
+                           nullptr, 0, 3, isa_avx2::vector_peak};
 
 }  // namespace yoke::kernels
 
