@@ -58,8 +58,8 @@ def check_chat(codec: TextCodec, model: str) -> None:
     """Raise InputError for a model that was not made for conversations."""
     if not codec.chat_templates:
         raise InputError(
-            f"model={model} has no chat template: it continues texts; use generate, or a model whose name "
-            "ends in -instruct, -chat or -it"
+            f"model={model} has no chat template: it continues texts; use generate, or a model whose "
+            "name ends in -instruct, -chat or -it"
         )
 
 
