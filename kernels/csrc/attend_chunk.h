@@ -67,8 +67,8 @@ inline void softmax(const Room& room, int64_t tile, int j, int64_t base, int64_t
     const Ints last = load(room.last + tile * kLanes) - static_cast<int32_t>(base);
     for (int64_t t = from; t < to; ++t) {
       Lanes score = load(scores + t * kRow) * room.k_factor[t];
-      if constexpr (is_capped) score = tanh(score) * (cap * kLog2E);
-      if constexpr (is_masked) {
+      if constexpr (is_capped != 0) score = tanh(score) * (cap * kLog2E);
+      if constexpr (is_masked != 0) {
         const int32_t key = static_cast<int32_t>(t);
         score = ((first <= key) & (last >= key)) ? score : all(-INFINITY);
       }
@@ -76,8 +76,8 @@ inline void softmax(const Room& room, int64_t tile, int j, int64_t base, int64_t
       now = larger(score, now);
     }
   };
-  struct Yes { constexpr operator bool() const { return true; } };
-  struct No { constexpr operator bool() const { return false; } };
+  using Yes = Number<1>;
+  using No = Number<0>;
   if (cap != 0) {
     prepare(Yes{}, Yes{});
   } else if (masked) {
