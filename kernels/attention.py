@@ -93,9 +93,7 @@ def attend(
     if not can_attend(q.device, q.dtype):
         return attend_reference(q, cache, rows, positions, runs, scale, cap, window, sources)
     flat = [number for run in runs for number in run]
-    return torch.ops.yoke_kernels.attend(
-        q, *cache, rows, positions, flat, scale, cap, window, sources
-    )
+    return torch.ops.yoke_kernels.attend(q, *cache, rows, positions, flat, scale, cap, window, sources)
 
 
 def write_reference(
@@ -110,7 +108,8 @@ def write_reference(
             continue
         largest = new.float().abs().amax(-1)
         scales[rows, :, positions] = largest / 127
-        factor = torch.where(largest > 2.0**-100, 127 / largest, 0.0)
+        # Divided, as `127 / largest` is not: that is the reciprocal's product.
+        factor = torch.where(largest > 2.0**-100, torch.full_like(largest, 127) / largest, 0.0)
         into[rows, :, positions] = (new.float() * factor.unsqueeze(-1)).round().to(torch.int8)
 
 
@@ -128,7 +127,9 @@ def attend_reference(
     """As `attend`, on any device: static shapes, over the whole cache. Only with rows=None, or one row,
     and a cache of q's dtype is the cache not copied."""
     num_rows, _, cache_len, _ = cache.k.shape
-    keys, values = (_numbers(*part, q.dtype) for part in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)))
+    keys, values = (
+        _numbers(*part, q.dtype) for part in ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
+    )
     mask = causal_mask(positions.unsqueeze(1), cache_len, q.dtype, window)  # [N, 1, 1, S]
     if sources is not None:
         at = torch.arange(sources.shape[1], device=q.device)
@@ -139,7 +140,9 @@ def attend_reference(
         keys, values = (x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (keys, values))
         other = rows.unsqueeze(1) != torch.arange(num_rows, device=q.device)  # [N, R]
         mask = mask.squeeze(1).masked_fill(other.unsqueeze(2), float("-inf"))  # [N, R, S]
-        return attend_in_groups(q.unsqueeze(0), keys, values, mask.flatten(1)[None, None], runs, scale, cap)[0]
+        return attend_in_groups(
+            q.unsqueeze(0), keys, values, mask.flatten(1)[None, None], runs, scale, cap
+        )[0]
     return attend_in_groups(q.unsqueeze(1), keys, values, mask, runs, scale, cap).squeeze(1)
 
 

@@ -136,11 +136,11 @@ void values_of(const TokenArgs& a, int64_t t, int64_t count, const float* weight
 // Scores, of which whole lanes are there, to weights before they are divided by their sum, which it returns.
 inline float softmax(float* scores, int64_t count, float scale, float cap) {
   const int64_t length = round_up(count, kLanes);
-  const float factor = cap != 0 ? scale / cap : scale * kLog2E;
+  const float factor = cap != 0 ? scale / cap : scale;
   Lanes largest = all(-INFINITY);
   for (int64_t t = 0; t < length; t += kLanes) {
     Lanes score = load(scores + t) * factor;
-    if (cap != 0) score = tanh(score) * (cap * kLog2E);
+    if (cap != 0) score = tanh(score) * cap;
     store(score, scores + t);
     if (t + kLanes > count) {
       for (int64_t i = count; i < length; ++i) scores[i] = -INFINITY;
@@ -151,7 +151,7 @@ inline float softmax(float* scores, int64_t count, float scale, float cap) {
   const Lanes top = all(largest_of(largest));
   Lanes total = {};
   for (int64_t t = 0; t < length; t += kLanes) {
-    const Lanes weight = exp2(load(scores + t) - top);
+    const Lanes weight = exp(load(scores + t) - top);
     store(weight, scores + t);
     total += weight;
   }
@@ -236,8 +236,7 @@ void quantise(const From* from, int8_t* to, float* scale, int64_t h) {
   *scale = largest / 127;
   const float inverse = largest > 0x1p-100f ? 127 / largest : 0;
   for (int64_t i = 0; i < h; ++i) {
-    const float x = to_float(from[i]) * inverse + 0x1.8p23f;  // rounded to a whole number, in the low bits
-    to[i] = static_cast<int8_t>(as<uint32_t>(x) & 0xff);
+    to[i] = static_cast<int8_t>(static_cast<int32_t>(rintf(to_float(from[i]) * inverse)));
   }
 }
 

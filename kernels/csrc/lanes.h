@@ -210,6 +210,9 @@ inline Lanes exp2(Lanes x) {
 
 constexpr float kLog2E = 1.44269504f;
 
+// e^x for x <= 0: differences of scores are exact where scores times log2(e) would be rounded.
+inline Lanes exp(Lanes x) { return exp2(x * kLog2E); }
+
 inline Lanes tanh(Lanes x) {
   x = larger(x, all(-16.0f));
   x = x < 16.0f ? x : all(16.0f);
