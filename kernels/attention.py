@@ -1,9 +1,9 @@
 """Attention over a static cache at a cost that grows with the tokens in use, not with the cache.
 
 How much is in use is known only as a step runs, and its graph is compiled for one shape: so this is an
-operator, and so is writing the cache. Tokens come in any mixture: each with the cache row that it belongs
-to and its position there. Consecutive tokens of a row are a chunk (of a prompt, or what a draft proposed)
-and share the reading of keys and values; a token that is alone has loops of its own.
+operator, and so is writing the cache. Tokens come in any mixture, each with the cache row that it
+belongs to and its position there. Consecutive tokens of a row are a chunk (of a prompt, or what a draft
+proposed) and share the reading of keys and values; a token that is alone has loops of its own.
 
 `attend_reference` and `write_reference` are the same in torch, over the whole cache: what operators are
 tested against, and what any device and compiler takes.
@@ -61,8 +61,8 @@ def write(cache: KVCache, k: Tensor, v: Tensor, rows: Tensor | None, positions: 
     """Put k and v [N, K, h] of N tokens into the cache, in place, at `rows` and `positions`, both int64
     [N] (rows None: token i in row i).
 
-    int8 is symmetric: the largest of a head's numbers becomes 127. Where two tokens name the same place,
-    the last one is what stays; with torch's operators (`can_attend`) it is one of the two.
+    int8 is symmetric: the largest of a head's numbers becomes 127. Where two tokens name the same
+    place, the last one is what stays; where torch writes (see `can_attend`) it is one of the two.
     """
     if can_attend(k.device, k.dtype):
         torch.ops.yoke_kernels.write_kv(*cache, k, v, rows, positions)
@@ -84,11 +84,11 @@ def attend(
     """q [N, H, h] of N tokens -> [N, H, h]. Token i sees the cache of row rows[i] up to positions[i],
     both int64 [N] (rows None: token i in row i, of as many rows), of that the last `window` (0: all).
 
-    The cache is of q's dtype, float16 or int8. Of each of `runs`, (first query head, end, first KV head,
-    end), the query heads share the KV heads in equal groups. Scores are multiplied by `scale` and, with a
-    `cap`, bent to cap * tanh(score / cap). With `sources`, int32 [N, S], what token i sees at position t
-    lies in row sources[i, t], and `rows` is ignored. Raises RuntimeError for positions, rows or shapes
-    that do not go together.
+    The cache is of q's dtype, float16 or int8. Of each of `runs`, (first query head, end, first KV
+    head, end), the query heads share the KV heads in equal groups. Scores are multiplied by `scale`
+    and, with a `cap`, bent to cap * tanh(score / cap). With `sources`, int32 [N, S], what token i sees
+    at position t lies in row sources[i, t], and `rows` is ignored. Raises RuntimeError for positions,
+    rows or shapes that do not go together.
     """
     if not can_attend(q.device, q.dtype):
         return attend_reference(q, cache, rows, positions, runs, scale, cap, window, sources)
