@@ -122,7 +122,7 @@ def test_any_heads_tokens_and_dtypes(
     num_heads, num_kv = heads[0] * heads[1], heads[0]
     world = min(world, num_heads)
     generator = torch.Generator().manual_seed(seed)
-    cache_len = 50 + 110 * (seed % 2)  # in one block of keys, and in two
+    cache_len = 50 + 260 * (seed % 2)  # in one block of keys, and in two
     segments = [(0, 3, 1)]
     for row, count in shape:
         first = int(torch.randint(0, cache_len + 1 - count, (), generator=generator))
