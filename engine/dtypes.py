@@ -11,10 +11,12 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
 @cache
-def dtype_name(name: str) -> str:
-    """`auto` is bfloat16 where the processor multiplies it in hardware, else float32."""
+def dtype_name(name: str, device: str = "cpu") -> str:
+    """`auto` is bfloat16 on a GPU and where the processor multiplies it in hardware, else float32."""
     if name != "auto":
         return name
+    if device.startswith("cuda"):
+        return "bfloat16"
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -23,9 +25,9 @@ def dtype_name(name: str) -> str:
     return "bfloat16" if "bf16" in flags else "float32"
 
 
-def kv_dtype_name(kv_dtype: str, dtype: str) -> str:
+def kv_dtype_name(kv_dtype: str, dtype: str, device: str = "cpu") -> str:
     """`auto` is what the weights have. Raises InputError for what attention has no loops for."""
-    own = dtype_name(dtype)
+    own = dtype_name(dtype, device)
     if kv_dtype == "auto":
         return own
     if kv_dtype not in (own, "float16", "int8"):

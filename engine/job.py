@@ -206,7 +206,7 @@ def _check_modes(job: Job) -> None:
                 raise InputError(_not_with_beams(job, key, getattr(job, key)))
     if job.draft and job.engine == "hf":
         raise InputError(f"draft={job.draft} does not go with engine=hf; leave one of the two out")
-    kv_dtype_name(job.kv_dtype, job.dtype)
+    kv_dtype_name(job.kv_dtype, job.dtype, job.device)
     if job.kv_dtype != "auto" and job.engine == "hf":
         raise InputError(f"kv_dtype={job.kv_dtype} does not go with engine=hf, which keeps dtype=")
 

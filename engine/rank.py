@@ -54,7 +54,7 @@ def main(env: Any, payload: str) -> int:
 
 def _run(env: Any, resolved: ResolvedJob, engine: Opened) -> None:
     requests = share_requests(resolved, engine)
-    stops = frozenset(share(sorted(engine.codec.stop_tokens if engine.codec else ()), engine.group))
+    stops = shared_stops(engine)
     started = time.perf_counter()
     if engine.codec is None:
         run_requests(resolved, engine, requests, stops, Watcher())
@@ -94,6 +94,12 @@ def share_requests(resolved: ResolvedJob, engine: Opened) -> list[Request]:
         Request(tuple(tokens), count, sampling_from_dict(sampling))
         for tokens, count, sampling in share(wire, engine.group, engine.runner.device)
     ]
+
+
+def shared_stops(engine: Opened) -> frozenset[int]:
+    """The tokens that end an answer, which the tokenizer of rank 0 knows, on every rank."""
+    own = sorted(engine.codec.stop_tokens) if engine.codec is not None else []
+    return frozenset(share(own, engine.group, engine.runner.device))
 
 
 def encode_prompt(codec: TextCodec, prompt: Prompt) -> list[int]:

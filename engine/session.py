@@ -24,7 +24,7 @@ from engine.job import sampling_of, stop_texts
 from engine.loop import Watcher
 from engine.opening import Opened, joined, open_engine, share, step_names
 from engine.prompts import Prompt
-from engine.rank import encode_prompt, run_requests
+from engine.rank import encode_prompt, run_requests, shared_stops
 from engine.requests import Answer, Request
 from engine.resolve import ResolvedJob, from_json
 from engine.texts import text_stream
@@ -118,7 +118,7 @@ def receive(channel: Channel, wait_s: float) -> None:
 
 def _serve(resolved: ResolvedJob, engine: Opened, channel: Channel | None) -> None:
     kept: tuple[int, ...] = ()  # the tokens whose keys are in the cache
-    stops = frozenset(share(sorted(engine.codec.stop_tokens if engine.codec else ()), engine.group))
+    stops = shared_stops(engine)
     while True:
         task: dict[str, Any] | None = None
         if channel is not None and engine.codec is not None:
@@ -135,7 +135,9 @@ def _serve(resolved: ResolvedJob, engine: Opened, channel: Channel | None) -> No
             answer = run_requests(resolved, engine, [request], stops, Watcher())[0]
         else:
             answer = _answer(resolved, engine, engine.codec, channel, request, task["id"], stops)
-        made = share(answer.tokens[:-1], engine.group)  # the last one was never fed
+        made = share(
+            answer.tokens[:-1], engine.group, engine.runner.device
+        )  # the last one was never fed
         kept = request.prompt + tuple(made)
 
 

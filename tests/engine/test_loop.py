@@ -61,6 +61,14 @@ def test_every_row_is_as_if_alone(num_rows: int, check_every: int) -> None:
     assert all(answer.ttft_s > 0 for answer in answers)
 
 
+def test_it_is_the_same_with_torchs_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GPUs have, and machines without a compiler."""
+    wanted = [alone(request) for request in REQUESTS]
+    monkeypatch.setattr("kernels.attention.can_attend", lambda device, dtype: False)
+    answers = generate(runner(3), REQUESTS)
+    assert [answer.tokens for answer in answers] == wanted
+
+
 def test_stop_tokens_end_their_row_alone_and_are_not_shown() -> None:
     whole = [alone(request) for request in REQUESTS]
     stops = frozenset({whole[0][5], whole[2][0]})

@@ -15,12 +15,11 @@ from kernels.attention import (
     attend,
     attend_reference,
     can_attend,
-    causal_mask,
     new_cache,
     write,
 )
 from kernels.load import load_kernels
-from models.attention import CachedAttention
+from models.attention import CachedAttention, Step, View
 from tp.heads import split_heads
 
 assert load_kernels()
@@ -228,20 +227,23 @@ def test_the_reference_is_the_same(
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("length", [1, 3])
 def test_the_layer_makes_the_same_with_torchs_attention(
-    rank: int, length: int, cap: float, window: int
+    rank: int, length: int, cap: float, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SmolLM2's heads on two ranks, of which one group is cut."""
+    """SmolLM2's heads on two ranks, of which one group is cut; three tokens of two rows each."""
     part = split_heads(9, 3, rank, 2)
     layer = CachedAttention(part, 16, 0.25, cap, window)
-    layer.setup(2, 24, torch.zeros(1))
+    layer.setup(2, 24, torch.float32)
     layer.k_cache.normal_()
     layer.v_cache.normal_()
-    q, k = torch.randn(2, length, part.num_q, 16), torch.randn(2, length, part.num_kv, 16)
-    rows, positions = torch.arange(2)[:, None], torch.tensor([[3], [20]]) + torch.arange(length)
-    mask = causal_mask(positions, 24, torch.float32, window)
+    q, k = torch.randn(2 * length, part.num_q, 16), torch.randn(2 * length, part.num_kv, 16)
+    rows = torch.arange(2).repeat_interleave(length)
+    positions = torch.tensor([3, 20]).repeat_interleave(length) + torch.arange(length).repeat(2)
+    view = View(q[:, 0], q[:, 0])
+    step = Step(rows if length > 1 else None, positions, None, view, view)
     assert can_attend(q.device, q.dtype)
-    own = layer(q, k, k, rows, positions, None)
-    torch.testing.assert_close(own, layer(q, k, k, rows, positions, mask), rtol=1e-5, atol=1e-5)
+    own = layer(q, k, k, step)
+    monkeypatch.setattr("kernels.attention.can_attend", lambda device, dtype: False)
+    torch.testing.assert_close(own, layer(q, k, k, step), rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_not_in_use_is_not_read() -> None:
