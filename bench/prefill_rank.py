@@ -13,7 +13,7 @@ from torch import Tensor
 
 from comm import ops
 from comm.group import Group, Rendezvous, open_group
-from engine.rank import all_cores
+from engine.opening import all_cores
 from kernels.load import load_kernels
 from models.config import ModelConfig, expected_shapes
 from models.decoder import Decoder
