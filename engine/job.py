@@ -76,9 +76,9 @@ HELP: dict[str, str] = {
     "max_seq_len": "room for prompt and answer together, in tokens",
     "batch": "texts made at once; 0: up to 8, as there are prompts and memory",
     "dtype": "auto, float32, bfloat16 or float16; kv_dtype= of the KV cache, int8 too",
-    "temperature": "0 is greedy; then top_k= [0], top_p= [1], min_p= [0] limit the choice, and",
-    "repetition_penalty": "[1], presence_penalty= [0], frequency_penalty= [0], "
-    "logit_bias=ID:BIAS,... shift it",
+    "temperature": "0 is greedy; what limits the choice: top_k= [0], top_p= [1], min_p= [0]",
+    "logit_bias": "ID:BIAS,... is added to logits; repetition_penalty= [1], presence_penalty= and "
+    "frequency_penalty= [0]",
     "logprobs": "with output=json: log-probabilities of each token and of N others",
     "seed": "of the sampling, and of random weights",
     "stop": 'a text that ends the answer, or a JSON list of them: ["a", "b"]',

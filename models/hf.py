@@ -159,8 +159,8 @@ def fill_model(
     progress: Callable[[int, int], None] = lambda done, total: None,
     device: torch.device | str = "cpu",
 ) -> HfModel:
-    """Give the results of `build_model` memory on `device` and this rank's slices of `checkpoint`,
-    which has the names that its files store. `progress` is called with the bytes filled so far and in all.
+    """Give the results of `build_model` memory on `device` and this rank's slices of `checkpoint`. That
+    has the names that its files store. `progress` is called with the bytes filled so far and in all.
     Raises InputError."""
     entries = _entries(checkpoint, weights, model.inner)
     embed, head = model.ends
