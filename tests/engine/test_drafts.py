@@ -104,7 +104,7 @@ def test_kept_tokens_are_distributed_as_the_model_says(
         (a, b, c): float(p[0, a] * p[a, b] * p[b, c])
         for a, b, c in product(range(VOCAB), repeat=LENGTH)
     }
-    value, cells = chi_square(answers(table, sampling, 20480), wanted)
+    value, cells = chi_square(answers(table, sampling, 12288), wanted)
     assert value < limit(cells)
     # Wrong rules are found out with a tenth of the answers: one that keeps every guess, and one that
     # goes on behind a wrong guess.

@@ -31,7 +31,7 @@ from weights.random_io import random_checkpoint
 
 ALONE = Group(0, 1)
 SMALL = replace(PRESETS["tiny"], vocab_size=4, num_layers=1)
-PROMPTS = ((1, 2, 3, 1, 2), (7,), tuple(range(40)), (9, 9, 9), (5, 6) * 270, (11, 12, 13), (3, 1))
+PROMPTS = ((1, 2, 3, 1, 2), (7,), tuple(range(40)), (9, 9, 9), (5, 6) * 260, (11, 12, 13), (3, 1))
 DRAFTS = ("lookup", "same", "other")
 
 
@@ -118,8 +118,8 @@ def test_sampled_texts_and_their_logprobs_are_those_without_guesses(draft: str) 
             assert one.top_logprobs == pytest.approx(two.top_logprobs, abs=1e-4)
     if draft == "same":
         assert answers[4].accepted == answers[4].drafted  # greedy
-        # Draws that are the likeliest token, and others.
-        assert sum(a.accepted > 0 for a in answers) > 4 < sum(a.accepted < a.drafted for a in answers)
+        sampled = [answers[i] for i in (0, 1, 5, 6)]  # now and then the likeliest token
+        assert 0 < sum(a.accepted for a in sampled) < sum(a.drafted for a in sampled)
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
@@ -176,16 +176,16 @@ def test_a_text_goes_on_from_what_lies_in_the_cache(draft: str) -> None:
 
 
 def test_many_rows_share_the_guesses_that_one_call_has_room_for() -> None:
-    config = replace(SMALL, num_layers=1)
-    requests = [Request((i % 4, i // 4 % 4), 6) for i in range(300)]
-    model, _ = runners("lookup", 10, 300, config)
+    requests = [Request((i % 4, i // 4 % 4), 6) for i in range(250)]
+    model, _ = runners("lookup", 10, 200, SMALL)
     calls: list[int] = []
     step = model.steps[EXTEND]
     model.steps[EXTEND] = lambda where, wanted: (calls.append(where.shape[1]), step(where, wanted))[1]
     answers = speculation.generate(model, requests, draft_tokens=4)
     assert max(calls) <= model.chunk
-    assert texts(answers) == texts(generate(runners("", 10, 300, config)[0], requests))
-    assert sum(answer.drafted for answer in answers) > 0
+    assert len(calls) < 15  # a call a round: none was divided
+    assert texts(answers) == texts(generate(runners("", 10, 200, SMALL)[0], requests))
+    assert sum(answer.drafted for answer in answers) > 100
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
@@ -217,31 +217,35 @@ def test_sampled_texts_are_distributed_as_the_model_says(draft: str) -> None:
 def test_two_ranks_and_one_make_the_same_texts_and_nothing_is_compiled_later(
     run_ranks: Callable,
 ) -> None:
-    results = []
-    for size, compiled in ((1, True), (2, False)):
+    seen = []
+    for size, compiled in ((2, False), (1, True)):
         code, out, err = run_ranks("speculation", size, "shm", compiled=compiled)
         assert code == 0, err
-        results.append(json.loads(out))
-        assert all(made == results[-1]["plain"] for made in results[-1]["guessed"].values())
-    assert results[0] == results[1]
-    counts = results[0]["counts"]
-    assert counts["same"][1] > 0.7 * counts["same"][0] > counts["other"][1] >= 0
+        seen.append(json.loads(out))
+    eager, compiled = seen
+    for found in (eager, compiled):
+        assert found["lookup"]["tokens"] == found["small"]["tokens"] == eager["plain"]["tokens"]
+    for draft in ("lookup", "small"):
+        assert compiled[draft] == eager[draft]  # as many guesses, too
+        assert sum(eager[draft]["drafted"]) > sum(eager[draft]["accepted"])
+    assert sum(eager["lookup"]["accepted"]) > 0
 
 
 JOB = ("model=tiny", "weights=random", "prompt=abcabc", "max_new_tokens=30")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("draft", ["lookup", "tiny"])
-def test_the_command_tells_how_many_guesses_were_right(draft: str, run_yoke: Callable) -> None:
+def test_the_command_tells_how_many_guesses_were_right(run_yoke: Callable) -> None:
     words = ("compile=false", "dtype=float32", "max_seq_len=36", "output=json")
-    done = run_yoke("--ranks=2", *JOB, *words, f"draft={draft}")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["drafted"] >= report["accepted"] > 0
-    assert report["tokens"] == 30
-    tokens = run_yoke(*JOB, *words).stdout
-    assert report["token_ids"] == json.loads(tokens)["token_ids"]
+    reports = []
+    for draft, ranks in (("lookup", 2), ("tiny", 1)):
+        done = run_yoke(f"--ranks={ranks}", *JOB, *words, f"draft={draft}")
+        assert done.returncode == 0, done.stderr
+        reports.append(json.loads(done.stdout))
+    lookup, small = reports
+    assert lookup["drafted"] > lookup["accepted"] > 0
+    assert small["drafted"] == small["accepted"] > 15
+    assert lookup["token_ids"] == small["token_ids"] and len(small["token_ids"]) == 30
 
 
 def test_a_draft_is_a_model_of_the_same_vocabulary_or_look_up() -> None:
