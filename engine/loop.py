@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from comm import ops
-from engine.requests import Answer, Logprobs, Request, pack
-from engine.steps import DECODE, GREEDY, Runner, extend
+from engine.requests import Answer, Logprobs, Request
+from engine.steps import DECODE, GREEDY, Runner, Span, extend_rows
 from models.sampling import Choice, Sampler, choose, make_sampler, start_row
 
 CHECK_EVERY = 8  # steps between two looks; PyTorch/XLA's Llama 2 looked every 10
@@ -136,7 +136,7 @@ def _open(
 def _admit(loop: Loop, waiting: deque[tuple[int, Request]]) -> None:
     """Give free rows to waiting requests, run their prompts and choose their first tokens."""
     runner, rows = loop.runner, loop.rows
-    new: list[tuple[int, int, int]] = []
+    new: list[Span] = []
     for row, work in enumerate(loop.works):
         if work is not None or not waiting:
             continue
@@ -144,47 +144,27 @@ def _admit(loop: Loop, waiting: deque[tuple[int, Request]]) -> None:
         loop.works[row] = Work(index, request.prompt, request.max_new_tokens)
         if loop.sampler is not None:
             start_row(loop.sampler, row, request.sampling, request.prompt)
-        length = len(request.prompt)
-        # The last token is run again in any case: its logits are wanted.
-        new.append((row, min(request.cached, length - 1), length))
+        begin = begin_of(request)
+        new.append(Span(row, begin, request.prompt[begin:]))
+        rows.starts[row] = rows.positions[row] = len(request.prompt)
+        rows.ends[row] = len(request.prompt) + request.max_new_tokens - 1
     if not new:
         return
+    places = [span.row for span in new]
     logits = torch.zeros(runner.num_rows, runner.vocab_size, device=runner.device)
-    for call in pack(new, runner.chunk, runner.mixed):
-        tokens: list[int] = []
-        positions: list[int] = []
-        owners, wanted, ended = [], [], []
-        for piece in call:
-            prompt = _prompt(loop, piece.row)
-            tokens += prompt[piece.begin : piece.end]
-            positions += range(piece.begin, piece.end)
-            owners += [piece.row] * (piece.end - piece.begin)
-            if piece.end == len(prompt):
-                wanted.append(len(tokens) - 1)
-                ended.append(piece.row)
-        found = extend(runner, tokens, positions, owners, wanted)
-        if ended:
-            logits[ended] = found
-    fresh = torch.zeros(runner.num_rows, dtype=torch.bool)
-    for row, _, length in new:
-        fresh[row] = True
-        work = loop.works[row]
-        assert work is not None
-        rows.starts[row] = length
-        rows.positions[row] = length
-        rows.ends[row] = length + work.max_new_tokens - 1
-    fresh = fresh.to(runner.device)
-    tokens_, choice = _choose(loop, logits, fresh)
-    rows.tokens.copy_(torch.where(fresh, tokens_, rows.tokens))
+    logits[places] = extend_rows(runner, new)
+    fresh = torch.zeros(runner.num_rows, dtype=torch.bool, device=runner.device)
+    fresh[places] = True
+    tokens, choice = _choose(loop, logits, fresh)
+    rows.tokens.copy_(torch.where(fresh, tokens, rows.tokens))
     over = torch.isin(rows.tokens, rows.stops) | (rows.positions >= rows.ends)
     _post(loop, rows.tokens.clone(), ~fresh, choice)
     rows.done.copy_(torch.where(fresh, over, rows.done))
 
 
-def _prompt(loop: Loop, row: int) -> tuple[int, ...]:
-    work = loop.works[row]
-    assert work is not None
-    return work.prompt
+def begin_of(request: Request) -> int:
+    """The first token of the prompt that must be run. The last one always is: its logits are wanted."""
+    return min(request.cached, len(request.prompt) - 1)
 
 
 def _choose(loop: Loop, logits: Tensor, active: Tensor) -> tuple[Tensor, Choice | None]:
@@ -241,20 +221,37 @@ def _read(loop: Loop) -> None:
         work = loop.works[row]
         if was_done or work is None or work.finish:
             continue
-        work.times.append(now)
-        if token in loop.stop_tokens:
-            work.finish = "stop"
-            continue
-        work.tokens.append(token)
-        if choice is not None and loop.requests[work.request].sampling.logprobs >= 0:
-            work.logprobs.append(_logprobs(choice, row, loop.requests[work.request].sampling.logprobs))
-        if loop.watcher.on_token(work.request, token):
-            work.finish = "stop"
-        elif len(work.tokens) == work.max_new_tokens:
-            work.finish = "length"
+        found = logprobs_of(choice, row, loop.requests[work.request])
+        take(work, token, now, loop.stop_tokens, loop.watcher, found)
 
 
-def _logprobs(choice: Choice, row: int, count: int) -> Logprobs:
+def take(
+    work: Work,
+    token: int,
+    now: float,
+    stop_tokens: frozenset[int],
+    watcher: Watcher,
+    logprobs: Logprobs | None,
+) -> None:
+    """Take in a row's next token, on rank 0: keep and show it; `work.finish` if the text ends here."""
+    work.times.append(now)
+    if token in stop_tokens:
+        work.finish = "stop"
+        return
+    work.tokens.append(token)
+    if logprobs is not None:
+        work.logprobs.append(logprobs)
+    if watcher.on_token(work.request, token):
+        work.finish = "stop"
+    elif len(work.tokens) == work.max_new_tokens:
+        work.finish = "length"
+
+
+def logprobs_of(choice: Choice | None, row: int, request: Request) -> Logprobs | None:
+    """What the request wants to know of the token that was chosen for its row."""
+    count = request.sampling.logprobs
+    if choice is None or count < 0:
+        return None
     assert choice.logprobs is not None
     assert choice.top_tokens is not None
     assert choice.top_logprobs is not None
@@ -282,14 +279,15 @@ def _look(loop: Loop, answers: dict[int, Answer]) -> None:
             continue
         work.made = made[row]
         if ended[row]:
-            answers[work.request] = _answer(work, loop.start)
+            answers[work.request] = answer_of(work, loop.start)
             if group.rank == 0:
                 loop.watcher.on_end(work.request, answers[work.request])
             loop.works[row] = None
             rows.done[row] = True
 
 
-def _answer(work: Work, start: float) -> Answer:
+def answer_of(work: Work, start: float) -> Answer:
+    """What a row's work comes to. `start`: when the call began."""
     times = work.times or [start]
     steps = len(times) - 1
     return Answer(

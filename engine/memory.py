@@ -39,9 +39,10 @@ def rank_needs(
     world_size: int,
     num_rows: int = 1,
     kv_dtype: str = "auto",
+    guesses: int = 0,
 ) -> dict[str, int]:
-    """Bytes that one rank holds, by purpose, with a cache of `num_rows` texts. Raises InputError where
-    the model cannot be split so."""
+    """Bytes that one rank holds, by purpose, with a cache of `num_rows` texts and up to so many
+    `guesses` to be verified in each at once. Raises InputError where the model cannot be split so."""
     item = BYTES[dtype_name(dtype)]
     layout = layout_of(config, rank, world_size)
     weights = sum(
@@ -54,7 +55,8 @@ def rank_needs(
     kv_cache = 2 * config.num_layers * layout.heads.num_kv * head_bytes * max_seq_len * num_rows
     # A chunk's widest activations, twice (in and out), and the rows of logits of all ranks.
     activations = 2 * CHUNK * max(layout.ffn_stop - layout.ffn_start, layout.expert_stop) * 2 * item
-    logits = 2 * max(num_rows, 2) * layout.vocab_block * world_size * 4
+    num_logits = max(2, num_rows, min(num_rows * (1 + guesses), CHUNK))
+    logits = 2 * num_logits * layout.vocab_block * world_size * 4
     return {
         "weights": weights * item,
         "kv_cache": kv_cache,
@@ -85,9 +87,20 @@ def job_needs(resolved: ResolvedJob, world_size: int, thorough: bool) -> list[di
     if config is None:
         return []
     job = resolved.job
-    kind = (job.dtype, job.max_seq_len)
-    cache = (max(job.batch, 1), job.kv_dtype)
-    needs = [rank_needs(config, *kind, rank, world_size, *cache) for rank in range(world_size)]
+    guesses = job.draft_tokens if job.draft else 0
+    needs = [
+        rank_needs(
+            config,
+            job.dtype,
+            job.max_seq_len,
+            rank,
+            world_size,
+            max(job.batch, 1),
+            job.kv_dtype,
+            guesses,
+        )
+        for rank in range(world_size)
+    ]
     if resolved.draft is not None:
         small = replace(resolved.draft, job=replace(resolved.draft.job, batch=job.batch))
         draft = job_needs(small, world_size, thorough)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from comm import ops
+from engine import speculation
 from engine.beams import generate_beams
 from engine.job import stop_texts
 from engine.loop import Watcher, generate
@@ -85,9 +86,7 @@ def share_requests(resolved: ResolvedJob, engine: Opened) -> list[Request]:
     if codec is not None:
         for prompt in resolved.prompts:
             tokens = encode_prompt(codec, prompt)
-            name = prompt.name
-            spare = job.draft_tokens if job.draft else 0
-            check_request(len(tokens), prompt.max_new_tokens, job.max_seq_len, name, spare)
+            check_request(len(tokens), prompt.max_new_tokens, job.max_seq_len, prompt.name)
             check_sampling(prompt.sampling, engine.runner.vocab_size)
             wire.append([tokens, prompt.max_new_tokens, asdict(prompt.sampling)])
     return [
@@ -126,6 +125,10 @@ def run_requests(
     job = resolved.job
     if job.num_beams > 1:
         return generate_beams(engine.runner, requests, stops, job.length_penalty, watcher)
+    if job.draft:
+        return speculation.generate(
+            engine.runner, requests, stops, watcher, engine.draft, job.draft_tokens
+        )
     return generate(engine.runner, requests, stops, watcher, job.check_every)
 
 

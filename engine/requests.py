@@ -75,13 +75,11 @@ def pack(prompts: Sequence[tuple[int, int, int]], chunk: int, mixed: bool) -> It
         yield call
 
 
-def check_request(
-    length: int, max_new_tokens: int, max_seq_len: int, name: str = "the prompt", spare: int = 0
-) -> None:
-    """Raise InputError unless prompt and answer fit together (with `spare` tokens beside them)."""
+def check_request(length: int, max_new_tokens: int, max_seq_len: int, name: str = "the prompt") -> None:
+    """Raise InputError unless prompt and answer fit together."""
     if length == 0:
         raise InputError(f"{name} has no tokens; give at least one character")
-    needed = length + max_new_tokens + spare
+    needed = length + max_new_tokens
     if needed > max_seq_len:
         raise InputError(
             f"{name} has {length} tokens: with max_new_tokens={max_new_tokens} it needs "

