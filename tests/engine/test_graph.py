@@ -11,11 +11,11 @@ from models.presets import PRESETS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("comm", ["shm", "gloo"])
+@pytest.mark.parametrize(("comm", "dtype"), [("shm", "bfloat16"), ("gloo", "float32")])
 def test_steps_are_whole_graphs_and_later_prompts_compile_nothing(
-    comm: str, run_ranks: Callable
+    comm: str, dtype: str, run_ranks: Callable
 ) -> None:
-    code, out, err = run_ranks("graph", 2, comm)
+    code, out, err = run_ranks("graph", 2, comm, dtype=dtype)
     assert code == 0, err
     seen = json.loads(out)
     assert seen["breaks"] == {}

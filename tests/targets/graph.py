@@ -42,7 +42,7 @@ def main(env: Any, payload: str) -> int:
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 300.0) as group:
         weights = random_checkpoint(expected_shapes(config), seed=1)
-        model = load_model(config, weights, group, torch.float32)
+        model = load_model(config, weights, group, getattr(torch, json.loads(payload)["dtype"]))
         runner = make_runner(model, group, 1024, compiled=True, num_rows=2)
         warm_up(runner, (EXTEND, GREEDY))
         compiled = dict(counters["stats"])
