@@ -1,0 +1,229 @@
+"""Is Yoke faster than llama.cpp on the same file? `python bench/peers.py --python PATH [--model FILE]`
+
+A GGUF file, a prompt, greedy tokens, a batch of one, the same cores: Yoke with bound ranks, llama.cpp
+with as many threads pinned to the cores of those ranks. A sample is one request: the prompt from an
+empty cache (time to the first token) and then `--tokens` tokens (mean time of each). Samples of all
+contenders take turns in one run, each round beginning with another; whoever waits does not spin. A
+ratio is Yoke's speed over the other's in the same round.
+
+llama.cpp runs the file as it is, and the same weights in 16 bits, because Yoke holds them in 16 bits:
+there both read the same number of bytes. What can be chosen for llama.cpp (flash attention or not;
+bfloat16 or float16) is chosen by a trial before, of --trial samples each, for prompt and tokens apart.
+The 16-bit files are written into a temporary folder.
+
+llama-cpp-python is needed in an environment of its own, which `--python` names:
+
+    python -m venv /some/folder
+    CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF -DGGML_AMX_BF16=OFF
+        -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON
+        -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON" /some/folder/bin/pip install llama-cpp-python
+
+without its AMX kernels, which die of SIGILL on some virtual machines, and with no more than the
+processor has of the others (where AMX works, leave out the flags: the build then takes what there is).
+
+What is not here: batches, other programs, whether the texts are good (how many tokens agree is shown).
+The launcher's console is what alternates the samples (`bench.peers_turns`); `bench.peers_rank` is in
+Yoke's ranks and `bench/peers_llama.py` in llama.cpp's environment. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(CHECKOUT)
+
+from bench.allreduce import cpu_name, table  # noqa: E402
+from bench.peers_gguf import FILE_TYPES, write_dequantised  # noqa: E402
+from engine.job import Job  # noqa: E402
+from engine.resolve import resolve, to_json  # noqa: E402
+from launcher.plan import LaunchRequest, make_plan  # noqa: E402
+from launcher.spawn import RunOptions, launch, new_session  # noqa: E402
+from launcher.topology import read_topology  # noqa: E402
+from weights.errors import InputError  # noqa: E402
+
+YOKE = "yoke"
+TASKS = {"prompt": "ttft_s", "tokens": "tpot_s"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender in one task: tokens per second by sample, and Yoke's over it in the same rounds."""
+
+    task: str
+    name: str
+    variant: str
+    rates: list[float]
+    ratios: list[float]
+
+
+def main(argv: Sequence[str]) -> int:
+    flags = parse(argv)
+    try:
+        return compare(flags)
+    except InputError as error:
+        print(f"bench/peers.py: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench/peers.py", allow_abbrev=False)
+    parser.add_argument("--python", type=Path, required=True, help="of the one with llama-cpp-python")
+    parser.add_argument("--model", default="smollm2-135m", help="a GGUF file [that of smollm2-135m]")
+    parser.add_argument("--samples", type=int, default=9)
+    parser.add_argument("--trial", type=int, default=3, help="samples of each of llama.cpp's variants")
+    parser.add_argument("--tokens", type=int, default=64, help="made after the first")
+    parser.add_argument("--prompt", type=int, default=512, help="its length in tokens")
+    parser.add_argument("--max-seq-len", type=int, default=1024, help="room in both caches")
+    parser.add_argument("--dtype", default="bfloat16", help="of Yoke's weights")
+    parser.add_argument("--kv-dtype", default="auto", help="of Yoke's cache")
+    parser.add_argument("--ranks", type=int, default=2, help="Yoke's, of one core each")
+    parser.add_argument("--threads", type=int, default=2, help="llama.cpp's")
+    flags = parser.parse_args(argv)
+    for name in ("samples", "trial", "tokens", "prompt", "ranks", "threads"):
+        if getattr(flags, name) < 1:
+            parser.error(f"--{name} {getattr(flags, name)}: must be at least 1")
+    if flags.prompt + flags.tokens + 1 > flags.max_seq_len:
+        parser.error(f"--max-seq-len {flags.max_seq_len}: must hold --prompt, --tokens and one more")
+    return flags
+
+
+def compare(flags: argparse.Namespace) -> int:
+    """Everything; the exit code. Raises InputError."""
+    if not os.access(flags.python, os.X_OK):
+        raise InputError(f"--python {flags.python}: no such program; see the top of this file")
+    names = {"bf16": "bfloat16", "f16": "float16", "fp32": "float32"}
+    job = Job(
+        model=flags.model,
+        dtype=names.get(flags.dtype, flags.dtype),
+        kv_dtype=names.get(flags.kv_dtype, flags.kv_dtype),
+        max_seq_len=flags.max_seq_len,
+        max_new_tokens=flags.tokens + 1,
+        batch=1,
+    )
+    resolved = resolve(job)
+    file = resolved.checkpoint
+    if file is None or file.suffix != ".gguf":
+        raise InputError(f"--model {flags.model}: llama.cpp reads GGUF files only")
+    plan = make_plan(
+        read_topology(), LaunchRequest(ranks=flags.ranks, bind_cores=True, cores_per_rank=1)
+    )
+    load = round(os.getloadavg()[0], 2)  # of others, before our own
+    with tempfile.TemporaryDirectory(prefix="yoke-bench-") as folder:
+        files = {"as it is": file}
+        for name in FILE_TYPES:
+            files[name] = Path(folder) / f"{name}.gguf"
+            write_dequantised(file, files[name], name)
+        task = {
+            "python": str(flags.python),
+            "worker": str(CHECKOUT / "bench" / "peers_llama.py"),
+            "cpus": [cpu for rank in plan.ranks for cpu in rank.cpus],
+            "threads": flags.threads,
+            "max_seq_len": flags.max_seq_len,
+            "tokens": flags.tokens,
+            "trial": flags.trial,
+            "samples": flags.samples,
+            # Of the variants of one contender the fastest counts.
+            "contenders": {
+                "llama.cpp, same file": variants(files, ["as it is"]),
+                "llama.cpp, 16 bits": variants(files, list(FILE_TYPES)),
+            },
+            "result": str(Path(folder) / "result.json"),
+        }
+        spec = Path(folder) / "task.json"
+        spec.write_text(json.dumps(task))
+        turns = [sys.executable, str(CHECKOUT / "bench" / "peers_turns.py"), str(spec)]
+        payload = json.dumps({"resolved": to_json(resolved), "prompt": flags.prompt})
+        # Compiling may take minutes where others work too.
+        options = RunOptions(start_timeout_s=0, hang_timeout_s=0)
+        code = launch(plan, options, new_session(), "bench.peers_rank", payload, turns)
+        if code or not Path(task["result"]).exists():
+            return code or 1
+        found = json.loads(Path(task["result"]).read_text())
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+    report = {
+        "hardware": f"{cpu_name()}, cpus {task['cpus']}",
+        "versions": f"{versions()}, llama-cpp-python {found['llama']['version']}",
+        "llama_built_with": found["llama"]["system"],
+        "yoke": found["yoke"],
+        "load": load,
+        "file": file.name,
+        "file_bytes": sizes,
+        **{key: getattr(flags, key) for key in ("samples", "prompt", "tokens", "ranks", "threads")},
+        "trial": found["trial"],
+        "chosen": found["chosen"],
+        "same_tokens": found["same_tokens"],
+        "seconds": found["seconds"],
+    }
+    show(report)
+    print(json.dumps(report))
+    return 0
+
+
+def variants(files: dict[str, Path], names: list[str]) -> dict[str, dict[str, Any]]:
+    """{name: what the worker opens}."""
+    return {
+        f"{name}, {'flash' if flash else 'no flash'}": {"path": str(files[name]), "flash": flash}
+        for name in names
+        for flash in (True, False)
+    }
+
+
+def rows(report: dict[str, Any]) -> list[Row]:
+    """What the samples say, Yoke first in each task."""
+    found = []
+    for task, key in TASKS.items():
+        count = report["prompt"] if task == "prompt" else 1
+        own = [count / sample[key] for sample in report["seconds"][YOKE]]
+        found.append(Row(task, YOKE, report["yoke"]["dtype"], own, [1.0] * len(own)))
+        for name, chosen in report["chosen"].items():
+            rates = [count / sample[key] for sample in report["seconds"][chosen[key]]]
+            ratios = [a / b for a, b in zip(own, rates, strict=True)]
+            found.append(Row(task, name, chosen[key], rates, ratios))
+    return found
+
+
+def show(report: dict[str, Any]) -> None:
+    """Tables for people."""
+    print(f"{report['hardware']}, load {report['load']}\n{report['versions']}")
+    print(f"llama.cpp: {report['llama_built_with']}")
+    sizes = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in report["file_bytes"].items())
+    print(f"{report['file']}: {sizes}; {report['yoke']}")
+    print(f"{report['samples']} samples of each, interleaved; tokens per second, best / median; ratio:")
+    print("Yoke's speed over it, of the best samples, and the median of those of the same round")
+    lines = [["task", "contender", "variant", "best", "median", "first token", "ratio", "paired"]]
+    found = rows(report)
+    best = {row.task: max(row.rates) for row in found if row.name == YOKE}
+    for row in found:
+        first = f"{1e3 * report['prompt'] / max(row.rates):.0f} ms" if row.task == "prompt" else ""
+        lines.append([
+            f"{report[row.task]} {'in' if row.task == 'prompt' else 'out'}",
+            row.name, row.variant, f"{max(row.rates):.1f}", f"{statistics.median(row.rates):.1f}",
+            first, f"{best[row.task] / max(row.rates):.2f}", f"{statistics.median(row.ratios):.2f}",
+        ])  # fmt: skip
+    table(lines)
+    for pair, count in report["same_tokens"].items():
+        print(f"{pair}: the first {count} of {report['tokens'] + 1} tokens agree")
+    for name, samples in report["seconds"].items():
+        idle = max(one["idle_cpu_s"] for one in samples)
+        print(f"{name}: {1e3 * idle:.0f} ms of a core at most between two samples")
+
+
+def versions() -> str:
+    torch = metadata.version("torch")
+    return f"Python {platform.python_version()}, Linux {platform.release()}, torch {torch}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,70 @@
+"""Yoke's side of bench/peers.py: an engine in every rank that waits for samples to be asked for.
+
+Rank 0 hears of them on its channel: a line `{"sample": n}`, answered by times and tokens. While nothing
+is asked the ranks meet now and then, as for `chat`, and sleep in between.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from comm import ops
+from engine.loop import generate
+from engine.opening import Opened, joined, open_engine, share
+from engine.requests import Request
+from engine.resolve import from_json
+from engine.session import Channel, open_channel, receive, send
+from engine.steps import EXTEND, GREEDY
+
+IDLE_S = 0.1  # a meeting takes some microseconds: the other program does not feel it
+TEXT = Path(__file__).resolve().parent.parent / "docs" / "ARCHITECTURE.md"
+
+
+def main(env: Any, payload: str) -> int:
+    """Take samples until the channel ends; the exit code."""
+    task = json.loads(payload)
+    resolved = from_json(task["resolved"])
+    with joined(env) as group:
+        engine = open_engine(env, resolved, group, (EXTEND, GREEDY))
+        found: list[int] = []
+        if engine.codec is not None:
+            found = engine.codec.encode(TEXT.read_text(), True)
+            found = (found * (task["prompt"] // len(found) + 1))[: task["prompt"]]
+        prompt = tuple(share(found, group))
+        channel = open_channel(env.channel_fd) if group.rank == 0 else None
+        if channel is not None:
+            facts = {"dtype": engine.dtype, "comm": group.backend, "ranks": group.size}
+            send(channel, {"ready": facts | {"placement": env.placement}, "prompt": prompt})
+        waited = time.process_time()
+        while True:
+            asked = meet(engine, channel)
+            if asked == _END:
+                return 0
+            if asked == _SAMPLE:
+                idle = time.process_time() - waited
+                answer = generate(engine.runner, [Request(prompt, resolved.job.max_new_tokens)])[0]
+                if channel is not None:
+                    times = {"ttft_s": answer.ttft_s, "tpot_s": answer.tpot_s}
+                    send(channel, times | {"tokens": answer.tokens, "idle_cpu_s": idle})
+                waited = time.process_time()
+
+
+_NOTHING, _SAMPLE, _END = range(3)
+
+
+def meet(engine: Opened, channel: Channel | None) -> int:
+    """What rank 0 was asked for, on every rank."""
+    asked = _NOTHING
+    if channel is not None:
+        if not channel.messages:
+            receive(channel, IDLE_S)
+        if channel.messages:
+            asked = _SAMPLE if channel.messages.popleft() is not None else _END
+    elif engine.group.rank:
+        time.sleep(IDLE_S * 0.9)  # to wait in the collective would spin
+    return int(ops.broadcast(torch.tensor([asked]), 0, engine.group))
