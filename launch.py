@@ -72,6 +72,8 @@ def run(flags: Flags) -> int:
         return _models(flags)
     if flags.sysfs is None:
         require_backend(flags.request.comm)
+    if "device=cuda" in flags.words and flags.request.rank_per is None:
+        flags = replace(flags, request=replace(flags.request, rank_per="gpu"))
     if flags.command == "plan":
         return _plan(flags)
     place = find_manager(os.environ, os.getppid())
@@ -138,6 +140,8 @@ def _job(flags: Flags, world_size: int) -> ResolvedJob | None:
     if chat and not any(word.startswith("max_new_tokens=") for word in flags.words):
         # An answer ends by itself, or where the conversation's room does.
         job = replace(job, max_new_tokens=job.max_seq_len - 1)
+    if job.device == "cpu" and flags.request.rank_per == "gpu":
+        raise LaunchError("device=cpu does not go with --rank-per gpu: leave one of the two out")
     resolved = resolve(job)
     check_ranks(resolved, world_size)
     return resolved
@@ -164,7 +168,8 @@ def _fits(
     sized = with_batch(job)
     while True:
         needs = job_needs(sized, len(plan.ranks), thorough)
-        if not needs or not any(node.memory_bytes for node in topology.nodes):
+        on_gpus = any(rank.device != "cpu" for rank in plan.ranks)
+        if not needs or on_gpus or not any(node.memory_bytes for node in topology.nodes):
             return sized, ()
         fits = check_fit(topology, plan, needs, limit)
         smaller = smaller_batch(job, sized)

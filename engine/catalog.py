@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from engine.dtypes import dtype_name
 from engine.job import parse_job
-from engine.memory import dtype_name, rank_needs
+from engine.memory import rank_needs
 from models.config import ModelConfig
 from models.families import FAMILIES, Family, family_of
 from models.presets import PRESETS

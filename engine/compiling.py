@@ -45,7 +45,7 @@ def drop_if_damaged(folder: Path) -> bool:
         if Path(error.filename) == seal:
             return False  # nothing was finished here
         found = None
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, TypeError):
         found = None
     if found is not None and found == wanted:
         return False

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from engine.dtypes import kv_dtype_name
 from models.sampling_params import Sampling, check_sampling
 from weights.errors import InputError
 
@@ -175,7 +176,7 @@ def _check_values(job: Job) -> None:
         ("batch", 0, 1024),
         ("check_every", 1, 1 << 16),
         ("num_beams", 1, 64),
-        ("length_penalty", -100.0, 100.0),
+        ("length_penalty", -10.0, 10.0),
         ("draft_tokens", 1, 64),
     )
     for key, low, high in limits:
@@ -194,22 +195,44 @@ def _check_values(job: Job) -> None:
 
 def _check_modes(job: Job) -> None:
     """Raise InputError for keys that do not go together."""
+    check_beams(job, sampling_of(job))
     if job.num_beams > 1:
         for key, given in (
-            ("temperature", job.temperature > 0),
             ("draft", bool(job.draft)),
-            ("logprobs", job.logprobs >= 0),
+            ("stop", bool(job.stop)),
             ("engine", job.engine == "hf"),
         ):
             if given:
-                raise InputError(
-                    f"num_beams={job.num_beams} does not go with {key}={getattr(job, key)}: a beam "
-                    "search keeps the likeliest texts of our own models; leave one of the two out"
-                )
+                raise InputError(_not_with_beams(job, key, getattr(job, key)))
     if job.draft and job.engine == "hf":
         raise InputError(f"draft={job.draft} does not go with engine=hf; leave one of the two out")
+    kv_dtype_name(job.kv_dtype, job.dtype, job.device)
     if job.kv_dtype != "auto" and job.engine == "hf":
         raise InputError(f"kv_dtype={job.kv_dtype} does not go with engine=hf, which keeps dtype=")
+
+
+def check_beams(job: Job, sampling: Sampling) -> None:
+    """Raise InputError for sampling that does not go with the job's beams, if it has any."""
+    if job.num_beams == 1 or sampling.is_plain:
+        return
+    plain = Sampling()
+    for key in (
+        "temperature", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias",
+        "logprobs",
+    ):  # fmt: skip
+        value = getattr(sampling, key)
+        if value != getattr(plain, key):
+            if key == "logit_bias":
+                value = ",".join(f"{token}:{bias:g}" for token, bias in value)
+            raise InputError(_not_with_beams(job, key, value))
+
+
+def _not_with_beams(job: Job, key: str, value: object) -> str:
+    return (
+        f"num_beams={job.num_beams} does not go with {key}={value}: a beam search compares texts of "
+        "our own models by their log-probabilities as they are, up to a stop token; leave one of the "
+        "two out"
+    )
 
 
 def sampling_of(job: Job) -> Sampling:

@@ -126,7 +126,7 @@ def _open(
         stops=torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=device),
     )
     plain = all(request.sampling.is_plain for request in requests)
-    sampler = None if plain else make_sampler(count, runner.vocab_size, device)
+    sampler = None if plain else make_sampler(count, runner.vocab_size)
     works: list[Work | None] = [None] * count
     return Loop(
         runner, requests, stop_tokens, watcher, works, rows, sampler, deque(), time.perf_counter()
@@ -195,8 +195,9 @@ def _choose(loop: Loop, logits: Tensor, active: Tensor) -> tuple[Tensor, Choice 
     rows, choice = loop.rows, None
     tokens = torch.zeros_like(rows.tokens)
     if loop.runner.group.rank == 0:
-        choice = choose(loop.sampler, logits, rows.positions - rows.starts, active)
-        tokens = choice.tokens
+        made = (rows.positions - rows.starts).cpu()
+        choice = choose(loop.sampler, logits.cpu(), made, active.cpu())
+        tokens = choice.tokens.to(rows.tokens.device)
     return ops.broadcast(tokens, 0, loop.runner.group), choice
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import cache
 from math import prod
-from pathlib import Path
 
+from engine.dtypes import BYTES, dtype_name, kv_dtype_name
 from engine.resolve import ResolvedJob
 from models.config import ModelConfig
 from models.config_hf import from_hf
@@ -22,7 +21,6 @@ from weights.errors import InputError
 # The interpreter, torch, the compiled code and what compiling leaves behind; measured as a rank's peak
 # resident memory less its weights and cache (docs/log.md).
 BASE_BYTES = 600 << 20
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 CHUNK = 512  # tokens of prompts that are run at once: below that, products wait for the weights
 PADDED_CHUNK = 128  # the same where each call has this length
 MAX_BATCH = 8  # rows, where nobody asks for another number
@@ -31,24 +29,6 @@ MAX_BATCH = 8  # rows, where nobody asks for another number
 def cache_length(max_seq_len: int, padded: bool) -> int:
     """Positions that a cache row needs: padding of a last chunk has a place to go."""
     return max_seq_len + PADDED_CHUNK if padded else max_seq_len
-
-
-def kv_dtype_name(kv_dtype: str, dtype: str) -> str:
-    """`auto` is what the weights have."""
-    return dtype_name(dtype) if kv_dtype == "auto" else kv_dtype
-
-
-@cache
-def dtype_name(name: str) -> str:
-    """`auto` is bfloat16 where the processor multiplies it in hardware, else float32."""
-    if name != "auto":
-        return name
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "float32"
-    # x86 lists avx512_bf16 and amx_bf16, Arm bf16.
-    return "bfloat16" if "bf16" in flags else "float32"
 
 
 def rank_needs(
@@ -62,7 +42,7 @@ def rank_needs(
 ) -> dict[str, int]:
     """Bytes that one rank holds, by purpose, with a cache of `num_rows` texts. Raises InputError where
     the model cannot be split so."""
-    item = _BYTES[dtype_name(dtype)]
+    item = BYTES[dtype_name(dtype)]
     layout = layout_of(config, rank, world_size)
     weights = sum(
         kind.count * prod(part.stop - part.start for part in slices_of(kind.name, kind.shape, layout))
@@ -70,7 +50,7 @@ def rank_needs(
     )
     name = kv_dtype_name(kv_dtype, dtype)
     # int8 has a scale, float32, for each token and head.
-    head_bytes = config.head_dim * _BYTES[name] + (4 if name == "int8" else 0)
+    head_bytes = config.head_dim * BYTES[name] + (4 if name == "int8" else 0)
     kv_cache = 2 * config.num_layers * layout.heads.num_kv * head_bytes * max_seq_len * num_rows
     # A chunk's widest activations, twice (in and out), and the rows of logits of all ranks.
     activations = 2 * CHUNK * max(layout.ffn_stop - layout.ffn_start, layout.expert_stop) * 2 * item

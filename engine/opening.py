@@ -19,8 +19,8 @@ import torch
 from comm import ops
 from comm.group import Group, Rendezvous, open_group, set_timeout
 from engine.compiling import drop_if_damaged, seal, use_cache_folder
+from engine.dtypes import dtype_name, kv_dtype_name
 from engine.job import Job
-from engine.memory import dtype_name, kv_dtype_name
 from engine.report import compile_progress, progress_bar, say
 from engine.resolve import ResolvedJob, check_draft, check_ranks
 from engine.steps import BEAMS, DECODE, EXTEND, GREEDY, AnyModel, Runner, make_runner, warm_up
@@ -56,6 +56,8 @@ def joined(env: Any) -> Iterator[Group]:
     """The group of all ranks of this run."""
     # The launcher has chosen; torch may have counted the cores of the machine.
     torch.set_num_threads(env.plan.num_threads)
+    if env.plan.device != "cpu":
+        torch.cuda.set_device(env.plan.device)
     rendezvous = Rendezvous(
         env.session, env.master_addr, env.master_port, env.store_fd, env.agent_store, env.node
     )
@@ -92,7 +94,7 @@ def open_engine(env: Any, resolved: ResolvedJob, group: Group, names: Sequence[s
     with ExitStack() as unpinned:
         if env.bind_cores:
             unpinned.enter_context(all_cores(env.plan.cpus))
-        source = _open(resolved, group)
+        source = _open(resolved, group, env.plan.device)
         if source.max_seq_len is not None and job.max_seq_len > source.max_seq_len:
             raise InputError(
                 f"max_seq_len={job.max_seq_len}: this model was trained for {source.max_seq_len} "
@@ -105,9 +107,11 @@ def open_engine(env: Any, resolved: ResolvedJob, group: Group, names: Sequence[s
         started = time.perf_counter()
         with progress_bar("loading weights", enabled=group.rank == 0) as progress:
             model = source.load(progress)
-            draft = _load_draft(resolved, source, group)
+            draft = _load_draft(resolved, source, group, env.plan.device)
         load_s = time.perf_counter() - started
-        runners = [_runner(job, part, group) for part in (model, draft) if part is not None]
+        runners = [
+            _runner(job, part, group, env.plan.device) for part in (model, draft) if part is not None
+        ]
         folder, keeps = use_cache_folder(), env.local_rank == 0 and job.compile
         if keeps and drop_if_damaged(folder):
             say(f"the compiled code in {folder} was damaged and is dropped")
@@ -140,10 +144,8 @@ def step_names(job: Job, plain: bool) -> tuple[str, ...]:
     return EXTEND, GREEDY if plain else DECODE
 
 
-def _runner(job: Job, model: AnyModel, group: Group) -> Runner:
-    kv_dtype = None
-    if job.kv_dtype != "auto":
-        kv_dtype = getattr(torch, kv_dtype_name(job.kv_dtype, job.dtype))
+def _runner(job: Job, model: AnyModel, group: Group, device: str) -> Runner:
+    kv_dtype: torch.dtype = getattr(torch, kv_dtype_name(job.kv_dtype, job.dtype, device))
     return make_runner(model, group, job.max_seq_len, job.compile, max(job.batch, 1), kv_dtype)
 
 
@@ -157,11 +159,12 @@ class _Source:
     load: Callable[[Callable[[int, int], None]], AnyModel]
 
 
-def _open(resolved: ResolvedJob, group: Group) -> _Source:
-    return _open_hf(resolved, group) if resolved.job.engine == "hf" else _open_own(resolved, group)
+def _open(resolved: ResolvedJob, group: Group, device: str) -> _Source:
+    opener = _open_hf if resolved.job.engine == "hf" else _open_own
+    return opener(resolved, group, device)
 
 
-def _open_own(resolved: ResolvedJob, group: Group) -> _Source:
+def _open_own(resolved: ResolvedJob, group: Group, device: str) -> _Source:
     """A model that `models` has code for, from any checkpoint or of random weights."""
     job = resolved.job
     if resolved.checkpoint is not None:
@@ -176,40 +179,43 @@ def _open_own(resolved: ResolvedJob, group: Group) -> _Source:
         checkpoint,
         config.vocab_size,
         config.max_seq_len,
-        lambda progress: load_model(config, checkpoint, group, _dtype(job.dtype), progress),
+        lambda progress: load_model(
+            config, checkpoint, group, _dtype(job.dtype, device), progress, device
+        ),
     )
 
 
-def _open_hf(resolved: ResolvedJob, group: Group) -> _Source:
+def _open_hf(resolved: ResolvedJob, group: Group, device: str) -> _Source:
     """A model whose code is that of the transformers library."""
     from models.hf import build_model, fill_model  # transformers is needed here alone
 
     assert resolved.checkpoint is not None
     checkpoint = open_safetensors(resolved.checkpoint, translated=False)
-    model, weights = build_model(checkpoint.folder, group, _dtype(resolved.job.dtype))
+    dtype = _dtype(resolved.job.dtype, device)
+    model, weights = build_model(checkpoint.folder, group, dtype)
     return _Source(
         checkpoint,
         model.vocab_size,
         model.max_seq_len,
-        lambda progress: fill_model(model, weights, checkpoint, group, progress),
+        lambda progress: fill_model(model, weights, checkpoint, group, progress, device),
     )
 
 
-def _load_draft(resolved: ResolvedJob, source: _Source, group: Group) -> AnyModel | None:
+def _load_draft(resolved: ResolvedJob, source: _Source, group: Group, device: str) -> AnyModel | None:
     if resolved.draft is None:
         return None
-    own = _open_own(resolved.draft, group)
+    own = _open_own(resolved.draft, group, device)
     check_draft(source.vocab_size, own.vocab_size, resolved.job.draft)
     return own.load(lambda done, total: None)
 
 
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, dtype_name(name))
+def _dtype(name: str, device: str) -> torch.dtype:
+    dtype = getattr(torch, dtype_name(name, device))
     assert isinstance(dtype, torch.dtype)
     return dtype
 
 
-def share(value: Any, group: Group, device: torch.device | str = "cpu") -> Any:
+def share(value: Any, group: Group, device: torch.device) -> Any:
     """Rank 0's `value`, anything that JSON can hold, on every rank."""
     data = json.dumps(value).encode() if group.rank == 0 else b""
     length = int(ops.broadcast(torch.tensor([len(data)], device=device), 0, group))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from engine.job import Job, nearest, sampling_of
+from engine.job import Job, check_beams, nearest, sampling_of
 from models.sampling_params import Sampling, check_sampling
 from weights.errors import InputError
 
@@ -114,7 +114,9 @@ def _prompt(name: str, line: str, job: Job, sampling: Sampling) -> Prompt:
             f"{name}: max_new_tokens={count!r} must be a number from 1 to below max_seq_len="
             f"{job.max_seq_len}"
         )
-    return Prompt(text or "", count, _sampling(name, data, sampling), checked, data.get("id"), name)
+    return Prompt(
+        text or "", count, _sampling(name, data, job, sampling), checked, data.get("id"), name
+    )
 
 
 def _messages(name: str, messages: Any) -> tuple[dict[str, str], ...]:
@@ -129,7 +131,7 @@ def _messages(name: str, messages: Any) -> tuple[dict[str, str], ...]:
     return tuple(messages)
 
 
-def _sampling(name: str, data: dict[str, Any], default: Sampling) -> Sampling:
+def _sampling(name: str, data: dict[str, Any], job: Job, default: Sampling) -> Sampling:
     given = {key: data[key] for key in _SAMPLING if key in data}
     bias = given.get("logit_bias")
     if bias is not None:
@@ -149,6 +151,7 @@ def _sampling(name: str, data: dict[str, Any], default: Sampling) -> Sampling:
     sampling = replace(default, **given)
     try:
         check_sampling(sampling, None)
+        check_beams(job, sampling)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     return sampling

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from comm import ops
+from engine.beams import generate_beams
 from engine.job import stop_texts
 from engine.loop import Watcher, generate
 from engine.opening import Opened, joined, open_engine, share, step_names
@@ -53,7 +54,7 @@ def main(env: Any, payload: str) -> int:
 
 def _run(env: Any, resolved: ResolvedJob, engine: Opened) -> None:
     requests = share_requests(resolved, engine)
-    stops = frozenset(share(sorted(engine.codec.stop_tokens if engine.codec else ()), engine.group))
+    stops = shared_stops(engine)
     started = time.perf_counter()
     if engine.codec is None:
         run_requests(resolved, engine, requests, stops, Watcher())
@@ -95,6 +96,12 @@ def share_requests(resolved: ResolvedJob, engine: Opened) -> list[Request]:
     ]
 
 
+def shared_stops(engine: Opened) -> frozenset[int]:
+    """The tokens that end an answer, which the tokenizer of rank 0 knows, on every rank."""
+    own = sorted(engine.codec.stop_tokens) if engine.codec is not None else []
+    return frozenset(share(own, engine.group, engine.runner.device))
+
+
 def encode_prompt(codec: TextCodec, prompt: Prompt) -> list[int]:
     """A prompt's tokens: of its conversation by the model's template, or of its text as it is."""
     if prompt.messages:
@@ -117,6 +124,8 @@ def run_requests(
 ) -> list[Answer]:
     """The answers, by the way that the job asks for."""
     job = resolved.job
+    if job.num_beams > 1:
+        return generate_beams(engine.runner, requests, stops, job.length_penalty, watcher)
     return generate(engine.runner, requests, stops, watcher, job.check_every)
 
 

@@ -24,7 +24,7 @@ from engine.job import sampling_of, stop_texts
 from engine.loop import Watcher
 from engine.opening import Opened, joined, open_engine, share, step_names
 from engine.prompts import Prompt
-from engine.rank import encode_prompt, run_requests
+from engine.rank import encode_prompt, run_requests, shared_stops
 from engine.requests import Answer, Request
 from engine.resolve import ResolvedJob, from_json
 from engine.texts import text_stream
@@ -44,11 +44,23 @@ def main(env: Any, payload: str) -> int:
         names = step_names(resolved.job, sampling.is_plain)
         engine = open_engine(env, resolved, group, names)
         check_sampling(sampling, engine.runner.vocab_size)
-        channel = None if engine.codec is None else open_channel(env.channel_fd)
+        channel = None
+        if engine.codec is not None:
+            check_chat(engine.codec, resolved.job.model)
+            channel = open_channel(env.channel_fd)
         if channel is not None:
             send(channel, {"ready": _facts(env, resolved, engine)})
         _serve(resolved, engine, channel)
     return 0
+
+
+def check_chat(codec: TextCodec, model: str) -> None:
+    """Raise InputError for a model that was not made for conversations."""
+    if not codec.chat_templates:
+        raise InputError(
+            f"model={model} has no chat template: it continues texts; use generate, or a model whose "
+            "name ends in -instruct, -chat or -it"
+        )
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,7 @@ def receive(channel: Channel, wait_s: float) -> None:
 
 def _serve(resolved: ResolvedJob, engine: Opened, channel: Channel | None) -> None:
     kept: tuple[int, ...] = ()  # the tokens whose keys are in the cache
-    stops = frozenset(share(sorted(engine.codec.stop_tokens if engine.codec else ()), engine.group))
+    stops = shared_stops(engine)
     while True:
         task: dict[str, Any] | None = None
         if channel is not None and engine.codec is not None:
@@ -123,7 +135,9 @@ def _serve(resolved: ResolvedJob, engine: Opened, channel: Channel | None) -> No
             answer = run_requests(resolved, engine, [request], stops, Watcher())[0]
         else:
             answer = _answer(resolved, engine, engine.codec, channel, request, task["id"], stops)
-        made = share(answer.tokens[:-1], engine.group)  # the last one was never fed
+        made = share(
+            answer.tokens[:-1], engine.group, engine.runner.device
+        )  # the last one was never fed
         kept = request.prompt + tuple(made)
 
 

@@ -106,10 +106,24 @@ def _steps(model: AnyModel, compiled: bool) -> dict[str, Step]:
     }  # fmt: skip
     if not compiled:
         return steps
-    return {
-        name: torch.compile(step, fullgraph=True, dynamic=None if name == EXTEND else False)
-        for name, step in steps.items()
-    }
+    on_gpu = next(model.parameters()).is_cuda
+    return {name: _compiled(name, step, on_gpu) for name, step in steps.items()}
+
+
+def _compiled(name: str, step: Step, on_gpu: bool) -> Step:
+    if name == EXTEND:
+        return torch.compile(step, fullgraph=True, dynamic=None)
+    if not on_gpu:
+        return torch.compile(step, fullgraph=True, dynamic=False)
+    # A CUDA graph, collectives and all: a launch for each kernel would take longer than the kernels.
+    recorded = torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
+
+    def replay(*inputs: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # what the last step returned has been read
+        result: Tensor = recorded(*inputs)
+        return result
+
+    return replay
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 """Attention over a static cache at a cost that grows with the tokens in use, not with the cache.
 
 How much is in use is known only as a step runs, and its graph is compiled for one shape: so this is an
-operator, and so is writing the cache. Tokens come in any mixture: each with the cache row that it belongs
-to and its position there. Consecutive tokens of a row are a chunk (of a prompt, or what a draft proposed)
-and share the reading of keys and values; a token that is alone has loops of its own.
+operator, and so is writing the cache. Tokens come in any mixture, each with the cache row that it
+belongs to and its position there. Consecutive tokens of a row are a chunk (of a prompt, or what a draft
+proposed) and share the reading of keys and values; a token that is alone has loops of its own.
 
 `attend_reference` and `write_reference` are the same in torch, over the whole cache: what operators are
 tested against, and what any device and compiler takes.
@@ -61,8 +61,8 @@ def write(cache: KVCache, k: Tensor, v: Tensor, rows: Tensor | None, positions: 
     """Put k and v [N, K, h] of N tokens into the cache, in place, at `rows` and `positions`, both int64
     [N] (rows None: token i in row i).
 
-    int8 is symmetric: the largest of a head's numbers becomes 127. Where two tokens name the same place,
-    the last one is what stays; with torch's operators (`can_attend`) it is one of the two.
+    int8 is symmetric: the largest of a head's numbers becomes 127. Where two tokens name the same
+    place, the last one is what stays; where torch writes (see `can_attend`) it is one of the two.
     """
     if can_attend(k.device, k.dtype):
         torch.ops.yoke_kernels.write_kv(*cache, k, v, rows, positions)
@@ -84,18 +84,16 @@ def attend(
     """q [N, H, h] of N tokens -> [N, H, h]. Token i sees the cache of row rows[i] up to positions[i],
     both int64 [N] (rows None: token i in row i, of as many rows), of that the last `window` (0: all).
 
-    The cache is of q's dtype, float16 or int8. Of each of `runs`, (first query head, end, first KV head,
-    end), the query heads share the KV heads in equal groups. Scores are multiplied by `scale` and, with a
-    `cap`, bent to cap * tanh(score / cap). With `sources`, int32 [N, S], what token i sees at position t
-    lies in row sources[i, t], and `rows` is ignored. Raises RuntimeError for positions, rows or shapes
-    that do not go together.
+    The cache is of q's dtype, float16 or int8. Of each of `runs`, (first query head, end, first KV
+    head, end), the query heads share the KV heads in equal groups. Scores are multiplied by `scale`
+    and, with a `cap`, bent to cap * tanh(score / cap). With `sources`, int32 [N, S], what token i sees
+    at position t lies in row sources[i, t], and `rows` is ignored. Raises RuntimeError for positions,
+    rows or shapes that do not go together.
     """
     if not can_attend(q.device, q.dtype):
         return attend_reference(q, cache, rows, positions, runs, scale, cap, window, sources)
     flat = [number for run in runs for number in run]
-    return torch.ops.yoke_kernels.attend(
-        q, *cache, rows, positions, flat, scale, cap, window, sources
-    )
+    return torch.ops.yoke_kernels.attend(q, *cache, rows, positions, flat, scale, cap, window, sources)
 
 
 def write_reference(
@@ -110,7 +108,8 @@ def write_reference(
             continue
         largest = new.float().abs().amax(-1)
         scales[rows, :, positions] = largest / 127
-        factor = torch.where(largest > 2.0**-100, 127 / largest, 0.0)
+        # Divided, as `127 / largest` is not: that is the reciprocal's product.
+        factor = torch.where(largest > 2.0**-100, torch.full_like(largest, 127) / largest, 0.0)
         into[rows, :, positions] = (new.float() * factor.unsqueeze(-1)).round().to(torch.int8)
 
 
@@ -128,7 +127,9 @@ def attend_reference(
     """As `attend`, on any device: static shapes, over the whole cache. Only with rows=None, or one row,
     and a cache of q's dtype is the cache not copied."""
     num_rows, _, cache_len, _ = cache.k.shape
-    keys, values = (_numbers(*part, q.dtype) for part in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)))
+    keys, values = (
+        _numbers(*part, q.dtype) for part in ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
+    )
     mask = causal_mask(positions.unsqueeze(1), cache_len, q.dtype, window)  # [N, 1, 1, S]
     if sources is not None:
         at = torch.arange(sources.shape[1], device=q.device)
@@ -139,7 +140,9 @@ def attend_reference(
         keys, values = (x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (keys, values))
         other = rows.unsqueeze(1) != torch.arange(num_rows, device=q.device)  # [N, R]
         mask = mask.squeeze(1).masked_fill(other.unsqueeze(2), float("-inf"))  # [N, R, S]
-        return attend_in_groups(q.unsqueeze(0), keys, values, mask.flatten(1)[None, None], runs, scale, cap)[0]
+        return attend_in_groups(
+            q.unsqueeze(0), keys, values, mask.flatten(1)[None, None], runs, scale, cap
+        )[0]
     return attend_in_groups(q.unsqueeze(1), keys, values, mask, runs, scale, cap).squeeze(1)
 
 

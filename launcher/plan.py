@@ -226,6 +226,10 @@ def _gpu_places(
     """One rank per GPU, on the cores beside it; GPUs with the same cores divide them."""
     gpus = topology.gpus
     count = request.ranks if request.ranks is not None else len(gpus)
+    if gpus and request.comm == "gloo" and count > len(gpus):
+        # NCCL refuses two ranks on one GPU; gloo does not, which is for looking at correctness.
+        reasons.append(f"{count} ranks share {len(gpus)} GPUs: right, and slow")
+        gpus = tuple(gpus[rank % len(gpus)] for rank in range(count))
     if not gpus or count > len(gpus):
         raise LaunchError(
             f"--rank-per gpu: {len(gpus)} GPUs are visible"

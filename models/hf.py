@@ -157,14 +157,15 @@ def fill_model(
     checkpoint: Checkpoint,
     group: Group,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    device: torch.device | str = "cpu",
 ) -> HfModel:
-    """Give the results of `build_model` memory and this rank's slices of `checkpoint`, which has the
-    names that its files store. `progress` is called with the bytes filled so far and in all. Raises
-    InputError."""
+    """Give the results of `build_model` memory on `device` and this rank's slices of `checkpoint`,
+    which has the names that its files store. `progress` is called with the bytes filled so far and in all.
+    Raises InputError."""
     entries = _entries(checkpoint, weights, model.inner)
     embed, head = model.ends
     tied = head.weight is embed.weight
-    model.to_empty(device="cpu")
+    model.to_empty(device=device)
     if tied:
         head.weight = embed.weight  # to_empty gave each its own memory
     _compute_buffers(model.inner)

@@ -40,8 +40,9 @@ def load_model(
     group: Group,
     dtype: torch.dtype,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    device: torch.device | str = "cpu",
 ) -> Decoder:
-    """Build this rank's part of the model and fill it.
+    """Build this rank's part of the model on `device` and fill it.
 
     `progress` is called with the bytes filled so far and in all. Raises InputError.
     """
@@ -49,7 +50,7 @@ def load_model(
     check_names(checkpoint, shapes, config.tie_embeddings)
     with torch.device("meta"):
         model = Decoder(config, group)
-    model = model.to(dtype).to_empty(device="cpu")
+    model = model.to(dtype).to_empty(device=device)
     if config.tie_embeddings:
         model.head.weight = model.embed.weight  # to_empty gave each its own memory
     # Rows of the last ranks' vocabulary blocks that lie past its end must not be noise.

@@ -52,7 +52,7 @@ struct WriteArgs {
   std::int64_t h;
 };
 
-constexpr std::int64_t kKeyBlock = 128;  // positions that a chunk attends to at a time
+constexpr std::int64_t kKeyBlock = 256;  // positions that a chunk attends to at a time
 
 constexpr std::int64_t round_up(std::int64_t count, std::int64_t unit) { return (count + unit - 1) / unit * unit; }
 

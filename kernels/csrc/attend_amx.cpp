@@ -82,7 +82,7 @@ struct Tiles {
 
   // Tiles [key / 32][wide / 16] of [number][key].
   template <class T>
-  static void values(const T* v, int64_t count, int64_t h, int64_t wide, const Room& room) {
+  static void values(const T* v, int64_t unseen, int64_t count, int64_t h, int64_t wide, const Room& room) {
     float* to = room.values;
     constexpr int32_t kUpper = static_cast<int32_t>(0xffff0000u);
     for (int64_t t = 0; t < count; t += kStep) {
@@ -90,8 +90,8 @@ struct Tiles {
         Ints even[kLanes], odd[kLanes];  // pairs of keys at even and odd numbers
         for (int64_t i = 0; i < kLanes; ++i) {
           const int64_t key = t + 2 * i;
-          const Ints a = key < count && d < h ? brains(v + key * h + d, h - d) : Ints{};
-          const Ints b = key + 1 < count && d < h ? brains(v + (key + 1) * h + d, h - d) : Ints{};
+          const Ints a = key >= unseen && key < count && d < h ? brains(v + key * h + d, h - d) : Ints{};
+          const Ints b = key + 1 >= unseen && key + 1 < count && d < h ? brains(v + (key + 1) * h + d, h - d) : Ints{};
           even[i] = (a & 0xffff) | (b << 16);
           odd[i] = ((a >> 16) & 0xffff) | (b & kUpper);
         }

@@ -67,8 +67,8 @@ inline void softmax(const Room& room, int64_t tile, int j, int64_t base, int64_t
     const Ints last = load(room.last + tile * kLanes) - static_cast<int32_t>(base);
     for (int64_t t = from; t < to; ++t) {
       Lanes score = load(scores + t * kRow) * room.k_factor[t];
-      if constexpr (is_capped) score = tanh(score) * (cap * kLog2E);
-      if constexpr (is_masked) {
+      if constexpr (is_capped != 0) score = tanh(score) * cap;
+      if constexpr (is_masked != 0) {
         const int32_t key = static_cast<int32_t>(t);
         score = ((first <= key) & (last >= key)) ? score : all(-INFINITY);
       }
@@ -76,8 +76,8 @@ inline void softmax(const Room& room, int64_t tile, int j, int64_t base, int64_t
       now = larger(score, now);
     }
   };
-  struct Yes { constexpr operator bool() const { return true; } };
-  struct No { constexpr operator bool() const { return false; } };
+  using Yes = Number<1>;
+  using No = Number<0>;
   if (cap != 0) {
     prepare(Yes{}, Yes{});
   } else if (masked) {
@@ -87,7 +87,7 @@ inline void softmax(const Room& room, int64_t tile, int j, int64_t base, int64_t
   }
   Lanes even = {}, odd = {};
   for (int64_t t = from; t < to; t += 2) {
-    Lanes a = exp2(load(scores + t * kRow) - now), b = exp2(load(scores + (t + 1) * kRow) - now);
+    Lanes a = exp(load(scores + t * kRow) - now), b = exp(load(scores + (t + 1) * kRow) - now);
     even += a;
     odd += b;
     if constexpr (kScaled) {
@@ -96,7 +96,7 @@ inline void softmax(const Room& room, int64_t tile, int j, int64_t base, int64_t
     }
     Engine::put(room, j, t, a, b);
   }
-  const Lanes kept = exp2(before - now);  // 0 at first, when `before` is minus infinity
+  const Lanes kept = exp(before - now);  // 0 at first, when `before` is minus infinity
   store(load(at_total) * kept + (even + odd), at_total);
   if (memcmp(&before, &now, sizeof now) != 0) {
     store(now, at_largest);
@@ -157,12 +157,13 @@ void attend_chunk(const ChunkArgs& a) {
   memset(room.sums, 0, sizeof(float) * static_cast<size_t>(tiles * kLanes * wide));
   Engine::queries(a, room, wide);
   constexpr bool kScaled = sizeof(T) == 1;
-  const float factor = a.cap != 0 ? a.scale / a.cap : a.scale * kLog2E;
+  const float factor = a.cap != 0 ? a.scale / a.cap : a.scale;
   const int64_t end = room.last[rows - 1] + 1;
   for (int64_t base = room.first[0] / kKeyBlock * kKeyBlock; base < end; base += kKeyBlock) {
     const int64_t count = end - base < kKeyBlock ? end - base : kKeyBlock;
     const auto* k = Engine::keys(static_cast<const T*>(a.k) + base * a.h, count, a.h, wide, room);
-    Engine::values(static_cast<const T*>(a.v) + base * a.h, count, a.h, wide, room);
+    const int64_t unseen = room.first[0] - base;  // before the first token's window: weights are 0, values anything
+    Engine::values(static_cast<const T*>(a.v) + base * a.h, unseen, count, a.h, wide, room);
     for (int64_t t = 0; t < kKeyBlock; ++t) {
       room.k_factor[t] = kScaled && t < count ? factor * a.k_scale[base + t] : factor;
       room.v_factor[t] = kScaled && t < count ? a.v_scale[base + t] : 0;
@@ -213,21 +214,20 @@ struct Floats {
 
   template <class T>
   static const float* keys(const T* k, int64_t count, int64_t h, int64_t wide, const Room& room) {
-    copy(k, count, h, wide, room.keys);
+    copy(k, 0, count, h, wide, room.keys);
     return room.keys;
   }
 
   template <class T>
-  static void values(const T* v, int64_t count, int64_t h, int64_t wide, const Room& room) {
-    copy(v, count, h, wide, room.values);
+  static void values(const T* v, int64_t unseen, int64_t count, int64_t h, int64_t wide, const Room& room) {
+    copy(v, unseen, count, h, wide, room.values);
   }
 
   template <class T>
-  static void copy(const T* from, int64_t count, int64_t h, int64_t wide, float* to) {
-    const int64_t size = sizeof(float) * static_cast<size_t>(wide);
+  static void copy(const T* from, int64_t unseen, int64_t count, int64_t h, int64_t wide, float* to) {
     for (int64_t t = 0; t < round_up(count, kStep); ++t) {
-      memset(to + t * wide, 0, static_cast<size_t>(size));
-      if (t < count) to_floats(from + t * h, to + t * wide, h);
+      memset(to + t * wide, 0, sizeof(float) * static_cast<size_t>(wide));
+      if (t >= unseen && t < count) to_floats(from + t * h, to + t * wide, h);
     }
   }
 

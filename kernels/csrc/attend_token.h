@@ -8,12 +8,13 @@
 namespace yoke::kernels::YOKE_ISA {
 namespace {
 
+constexpr int kKeys = 4;  // at a time
 #if defined(__AVX512F__)
-constexpr int kKeys = 4;   // at a time: as many as there are registers for
-constexpr int kWidth = 4;  // in lanes, of the values at a time
+constexpr int kHeads = 4;  // as many sums of kKeys and kWidth lanes as there are registers for
+constexpr int kWidth = 4;
 #else
-constexpr int kKeys = 2;
-constexpr int kWidth = 2;
+constexpr int kHeads = 2;
+constexpr int kWidth = 4;
 #endif
 
 template <class T>
@@ -30,6 +31,22 @@ inline void from_floats(const float* from, T* to, int64_t count) {
   if (i < count) store(load(from + i), to + i, count - i);
 }
 
+template <int N>
+struct Number {
+  constexpr operator int() const { return N; }
+};
+
+// Calls `some` with the number of heads, kHeads at most, as a constant.
+template <class Some>
+inline void for_heads(int64_t left, const Some& some) {
+  if constexpr (kHeads > 2) {
+    if (left >= 4) return some(Number<4>{});
+    if (left == 3) return some(Number<3>{});
+  }
+  if (left >= 2) return some(Number<2>{});
+  some(Number<1>{});
+}
+
 // Where position t lies in the cache.
 template <bool kGathered>
 inline int64_t place(const TokenArgs& a, int64_t t) {
@@ -37,28 +54,37 @@ inline int64_t place(const TokenArgs& a, int64_t t) {
   return t;
 }
 
-// Products of G queries, `wide` apart, and N keys -> scores [G][N], `length` apart.
-template <class T, int G, int N>
-inline void products(const float* q, int64_t wide, const T* const* keys, int64_t h, float* scores, int64_t length) {
-  Lanes sums[G][N] = {};
-  int64_t d = 0;
-  const auto add = [&](const Lanes(&key)[N]) {
+constexpr int64_t kAhead = 32;  // positions
+
+template <class T>
+inline void ahead(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + i);
+}
+
+// Products of G queries, `wide` apart, and kKeys keys -> scores [G][kKeys], `length` apart.
+template <class T, int G>
+inline void products(const float* q, int64_t wide, const T* const (&keys)[kKeys], int64_t h, float* scores,
+                     int64_t length) {
+  Lanes found[G][kKeys] = {};
+  Lanes key[kKeys];
+  const auto add = [&](int64_t d) {
     for (int g = 0; g < G; ++g) {
       const Lanes query = load(q + g * wide + d);
-      for (int n = 0; n < N; ++n) sums[g][n] += query * key[n];
+      for (int n = 0; n < kKeys; ++n) found[g][n] += query * key[n];
     }
   };
-  Lanes key[N];
+  int64_t d = 0;
   for (; d + kLanes <= h; d += kLanes) {
-    for (int n = 0; n < N; ++n) key[n] = load(keys[n] + d);
-    add(key);
+    for (int n = 0; n < kKeys; ++n) key[n] = load(keys[n] + d);
+    add(d);
   }
   if (d < h) {
-    for (int n = 0; n < N; ++n) key[n] = load(keys[n] + d, h - d);
-    add(key);
+    for (int n = 0; n < kKeys; ++n) key[n] = load(keys[n] + d, h - d);
+    add(d);
   }
   for (int g = 0; g < G; ++g) {
-    for (int n = 0; n < N; ++n) scores[g * length + n] = sum(sums[g][n]);
+    const Four all_keys = sums(found[g]);
+    memcpy(scores + g * length, &all_keys, sizeof all_keys);
   }
 }
 
@@ -73,6 +99,7 @@ inline void weigh(const TokenArgs& a, int64_t t, int64_t count, int64_t d, const
   }
   for (int64_t i = 0; i < count; ++i) {
     const T* value = v + place<kGathered>(a, t + i) * a.h;
+    ahead(value + kAhead * a.h, W * kLanes);
     for (int w = 0; w < W; ++w) {
       const Lanes part = W > 1 || d + kLanes <= a.h ? load(value + w * kLanes) : load(value, a.h - d);
       for (int g = 0; g < G; ++g) sums[g][w] += part * weights[g * length + i];
@@ -83,19 +110,16 @@ inline void weigh(const TokenArgs& a, int64_t t, int64_t count, int64_t d, const
   }
 }
 
+// Of `count` keys from position t on; behind the last there may be more scores, without meaning.
 template <class T, bool kGathered, int G>
 void scores_of(const TokenArgs& a, const float* q, int64_t wide, int64_t t, int64_t count, float* scores,
                int64_t length) {
   const T* k = static_cast<const T*>(a.k);
   const T* keys[kKeys];
-  int64_t i = 0;
-  for (; i + kKeys <= count; i += kKeys) {
-    for (int n = 0; n < kKeys; ++n) keys[n] = k + place<kGathered>(a, t + i + n) * a.h;
-    products<T, G, kKeys>(q, wide, keys, a.h, scores + i, length);
-  }
-  for (; i < count; ++i) {
-    keys[0] = k + place<kGathered>(a, t + i) * a.h;
-    products<T, G, 1>(q, wide, keys, a.h, scores + i, length);
+  for (int64_t i = 0; i < count; i += kKeys) {
+    for (int n = 0; n < kKeys; ++n) keys[n] = k + place<kGathered>(a, t + (i + n < count ? i + n : count - 1)) * a.h;
+    for (int n = 0; n < kKeys; ++n) ahead(keys[n] + kAhead * a.h, a.h);
+    products<T, G>(q, wide, keys, a.h, scores + i, length);
   }
 }
 
@@ -110,20 +134,24 @@ void values_of(const TokenArgs& a, int64_t t, int64_t count, const float* weight
 }
 
 // Scores, of which whole lanes are there, to weights before they are divided by their sum, which it returns.
-inline float softmax(float* scores, int64_t length, float scale, float cap) {
-  const float factor = cap != 0 ? scale / cap : scale * kLog2E;
+inline float softmax(float* scores, int64_t count, float scale, float cap) {
+  const int64_t length = round_up(count, kLanes);
+  const float factor = cap != 0 ? scale / cap : scale;
   Lanes largest = all(-INFINITY);
   for (int64_t t = 0; t < length; t += kLanes) {
     Lanes score = load(scores + t) * factor;
-    if (cap != 0) score = tanh(score) * (cap * kLog2E);
-    for (int64_t i = length - t; i < kLanes; ++i) score[i] = -INFINITY;
+    if (cap != 0) score = tanh(score) * cap;
     store(score, scores + t);
+    if (t + kLanes > count) {
+      for (int64_t i = count; i < length; ++i) scores[i] = -INFINITY;
+      score = load(scores + t);
+    }
     largest = larger(score, largest);
   }
   const Lanes top = all(largest_of(largest));
   Lanes total = {};
   for (int64_t t = 0; t < length; t += kLanes) {
-    const Lanes weight = exp2(load(scores + t) - top);
+    const Lanes weight = exp(load(scores + t) - top);
     store(weight, scores + t);
     total += weight;
   }
@@ -137,15 +165,11 @@ void attend_token(const TokenArgs& a, const float* q, float* out) {
   constexpr int64_t kBlock = 64;  // keys or values that stay near for the heads of a group after the first four
   for (int64_t i = 0; i < count; i += kBlock) {
     const int64_t size = count - i < kBlock ? count - i : kBlock;
-    for (int64_t g = 0; g < a.group; g += 4) {
-      const float* heads = q + g * wide;
-      float* found = scores + g * length + i;
-      switch (a.group - g) {
-        case 1: scores_of<T, kGathered, 1>(a, heads, wide, a.first + i, size, found, length); break;
-        case 2: scores_of<T, kGathered, 2>(a, heads, wide, a.first + i, size, found, length); break;
-        case 3: scores_of<T, kGathered, 3>(a, heads, wide, a.first + i, size, found, length); break;
-        default: scores_of<T, kGathered, 4>(a, heads, wide, a.first + i, size, found, length); break;
-      }
+    for (int64_t g = 0; g < a.group; g += kHeads) {
+      const auto some = [&](auto num) {
+        scores_of<T, kGathered, num>(a, q + g * wide, wide, a.first + i, size, scores + g * length + i, length);
+      };
+      for_heads(a.group - g, some);
     }
   }
   for (int64_t g = 0; g < a.group; ++g) {
@@ -162,15 +186,11 @@ void attend_token(const TokenArgs& a, const float* q, float* out) {
   memset(out, 0, sizeof(float) * static_cast<size_t>(a.group * wide));
   for (int64_t i = 0; i < count; i += kBlock) {
     const int64_t size = count - i < kBlock ? count - i : kBlock;
-    for (int64_t g = 0; g < a.group; g += 4) {
-      const float* weights = scores + g * length + i;
-      float* into = out + g * wide;
-      switch (a.group - g) {
-        case 1: values_of<T, kGathered, 1>(a, a.first + i, size, weights, length, into, wide); break;
-        case 2: values_of<T, kGathered, 2>(a, a.first + i, size, weights, length, into, wide); break;
-        case 3: values_of<T, kGathered, 3>(a, a.first + i, size, weights, length, into, wide); break;
-        default: values_of<T, kGathered, 4>(a, a.first + i, size, weights, length, into, wide); break;
-      }
+    for (int64_t g = 0; g < a.group; g += kHeads) {
+      const auto some = [&](auto num) {
+        values_of<T, kGathered, num>(a, a.first + i, size, scores + g * length + i, length, out + g * wide, wide);
+      };
+      for_heads(a.group - g, some);
     }
   }
 }
@@ -216,8 +236,7 @@ void quantise(const From* from, int8_t* to, float* scale, int64_t h) {
   *scale = largest / 127;
   const float inverse = largest > 0x1p-100f ? 127 / largest : 0;
   for (int64_t i = 0; i < h; ++i) {
-    const float x = to_float(from[i]) * inverse + 0x1.8p23f;  // rounded to a whole number, in the low bits
-    to[i] = static_cast<int8_t>(as<uint32_t>(x) & 0xff);
+    to[i] = static_cast<int8_t>(static_cast<int32_t>(rintf(to_float(from[i]) * inverse)));
   }
 }
 

@@ -7,7 +7,7 @@ namespace yoke::kernels {
 
 using bf16 = std::uint16_t;  // the upper half of a float
 
-// Rows [first, last) of w in y = x W^T + bias, for a few rows of x. x [m, k], w [n, k], bias [n] or null,
+// Rows [first, last) of w in y = x W^T + bias. x [m, k], w [n, k], bias [n] or null,
 // y [m, n]; sums in float. `packed`: x once more as `pack` has laid it out, or null.
 struct LinearArgs {
   const bf16* x;
@@ -19,15 +19,20 @@ struct LinearArgs {
 };
 using Linear = void (*)(const LinearArgs&, std::int64_t first, std::int64_t last);
 
-// Lays x out in `packed`, of m and k rounded up to 16 and 32.
-using Pack = void (*)(const LinearArgs&, std::uint32_t* packed);
+// Lays 32 rows of x out in `packed`, and those after them: [first, last) in units of 32. Of m and k rounded up to
+// 32, two numbers a word.
+using Pack = void (*)(const LinearArgs&, std::uint32_t* packed, std::int64_t first, std::int64_t last);
+
+// Does arithmetic as fast as one core can, for a time proportional to `rounds`: floating-point operations done.
+using Peak = double (*)(std::int64_t rounds);
 
 struct Kernels {
   const char* name;
   Linear linear;
-  Pack pack = nullptr;            // for products from `pack_from` rows of x on
-  std::int64_t pack_from = 0;
-  std::int64_t few_rows = 3;      // up to which `linear` is the fastest there is
+  Pack pack;                // or null; for products from `pack_from` rows of x on
+  std::int64_t pack_from;
+  std::int64_t few_rows;    // up to which `linear` is used; torch's product is the faster one above
+  Peak peak;
 };
 
 // Those in use: see `use_instruction_set`.

@@ -1,138 +1,301 @@
-// AMX (Sapphire Rapids and later): tiles of 16 rows of w times up to 32 rows of x.
+// AMX (Sapphire Rapids and later): products from four rows of x on, blocked for the caches.
 //
 // A tile of w is 16 rows of 32 numbers as they lie in memory, so w needs no other layout: it is x, the smaller
 // one, whose pairs are put where the tile instructions want the right-hand side. The product comes out
 // transposed, 16 rows of w by 16 rows of x, and is turned as it is rounded.
-// Source: Intel, Architecture Instruction Set Extensions Programming Reference, TDPBF16PS.
+//
+// Four tiles of sums, 32 rows of w by 32 of x, need four tiles loaded for four products. The second cache can
+// deliver half of that, so the tiles of w must come from the first: k is cut into pieces of which 32 rows of w
+// fit there, and are copied there, since rows that are a power of two apart would fall into the same few places
+// of it. x is loaded as a stream that shall not push them out. The sums of a piece wait in the second cache as
+// the tiles hold them. So each number of y is one sum in one order, whatever the blocks and the rows of x.
+// Sources: Intel, Architecture Instruction Set Extensions Programming Reference, TDPBF16PS; Goto and van de
+// Geijn, Anatomy of High-Performance Matrix Multiplication (2008), for which operand belongs in which cache.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <string.h>
 
 #define YOKE_ISA isa_amx
 #include "impl.h"
+#include "peak.h"
 
 namespace yoke::kernels {
 namespace isa_amx {
 namespace {
 
-constexpr std::int64_t kRows = 16;              // of a tile
-constexpr std::int64_t kDepth = 32;             // numbers of a tile's row
-constexpr std::int64_t kPairs = kRows * kRows;  // of two numbers, in a packed tile
+constexpr std::int64_t kRows = 16;             // of a tile
+constexpr std::int64_t kDepth = 32;            // numbers of a tile's row
+constexpr std::int64_t kTile = kRows * kRows;  // floats of a tile, or pairs of numbers
+constexpr std::int64_t kPanel = 2 * kRows;     // rows of w, and of x, that are multiplied at a time
+
+constexpr std::int64_t kPiece = 512;        // numbers of k: a panel of w is 32 KiB of the first cache's 48
+constexpr std::int64_t kBlock = 512;        // rows of x: a piece of them is 512 KiB of the second cache's 2 MiB
+constexpr std::int64_t kWaiting = 1 << 18;  // sums: 1 MiB of it
+constexpr std::int64_t kResident = 1 << 20; // bytes of x that stay there whole
 
 struct alignas(64) TileConfig {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
   std::uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
+// In memory for good: compilers do not see that the instruction reads all of it.
+const TileConfig kConfig;
 
-inline __mmask16 first_pairs(std::int64_t count) {
-  return count >= 16 ? __mmask16{0xffff} : static_cast<__mmask16>((1u << (count < 0 ? 0 : count)) - 1);
+inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+inline std::int64_t parts(std::int64_t a, std::int64_t size) { return (a + size - 1) / size; }
+
+inline __mmask32 first_of(std::int64_t count) {
+  return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << (count < 0 ? 0 : count)) - 1;
 }
 
-// x [m, k] -> tiles [k / 32][m / 16] of [pair][row of x], with zeros past the ends.
-void pack(const LinearArgs& a, std::uint32_t* packed) {
-  const std::int64_t tiles = (a.m + kRows - 1) / kRows;
-  const __m512i down = _mm512_mullo_epi32(
-      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(kRows));
-  for (std::int64_t k = 0; k < a.k; k += kDepth) {
-    const std::int64_t left = a.k - k;
-    for (std::int64_t t = 0; t < tiles; ++t, packed += kPairs) {
-      for (std::int64_t j = 0; j < kRows; ++j) {
-        const std::int64_t m = t * kRows + j;
-        const __mmask32 mask = left >= kDepth ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
-        const __m512i row = m < a.m ? _mm512_maskz_loadu_epi16(mask, a.x + m * a.k + k) : _mm512_setzero_si512();
-        _mm512_i32scatter_epi32(packed + j, down, row, 4);
+// 16 rows of 16 pairs, `stride` numbers apart, become columns. Quarters of rows are put beside each other as they
+// are loaded, which leaves half of the shuffles that turning registers takes.
+inline void transpose(const bf16* from, std::int64_t stride, __m512i (&columns)[16]) {
+  const auto quarter = [&](int row, int q) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + row * stride + q * 8));
+  };
+  for (int q = 0; q < 4; ++q) {
+    __m512i rows[4];  // in quarter i, that of row 4 i + r
+    for (int r = 0; r < 4; ++r) {
+      rows[r] = _mm512_broadcast_i32x4(quarter(r, q));
+      rows[r] = _mm512_mask_broadcast_i32x4(rows[r], 0x00f0, quarter(4 + r, q));
+      rows[r] = _mm512_mask_broadcast_i32x4(rows[r], 0x0f00, quarter(8 + r, q));
+      rows[r] = _mm512_mask_broadcast_i32x4(rows[r], 0xf000, quarter(12 + r, q));
+    }
+    const __m512i low = _mm512_unpacklo_epi32(rows[0], rows[1]), low2 = _mm512_unpacklo_epi32(rows[2], rows[3]);
+    const __m512i high = _mm512_unpackhi_epi32(rows[0], rows[1]), high2 = _mm512_unpackhi_epi32(rows[2], rows[3]);
+    columns[4 * q] = _mm512_unpacklo_epi64(low, low2);
+    columns[4 * q + 1] = _mm512_unpackhi_epi64(low, low2);
+    columns[4 * q + 2] = _mm512_unpacklo_epi64(high, high2);
+    columns[4 * q + 3] = _mm512_unpackhi_epi64(high, high2);
+  }
+}
+
+// 32 columns of `rows` rows, `stride` numbers apart, copied beside each other; zeros for what is past `columns`
+// and up to `all` rows.
+inline void copy(const bf16* from, std::int64_t stride, std::int64_t rows, std::int64_t columns, std::int64_t all,
+                 bf16* to) {
+  const __mmask32 mask = first_of(columns);
+  for (std::int64_t r = 0; r < all; ++r) {
+    const __m512i row = r < rows ? _mm512_maskz_loadu_epi16(mask, from + r * stride) : _mm512_setzero_si512();
+    _mm512_store_si512(to + r * kDepth, row);
+  }
+}
+
+// A piece of k, in steps of 32 numbers: all but the last are as long.
+inline std::int64_t steps_of_piece(std::int64_t k) { return parts(parts(k, kDepth), parts(k, kPiece)); }
+
+// Where the tiles of a panel of x lie from `step` on, the first of a piece: as [piece][panel][step][2], so that
+// what is used together lies together.
+inline std::int64_t place(const LinearArgs& a, std::int64_t panel, std::int64_t step) {
+  const std::int64_t length = least(steps_of_piece(a.k), parts(a.k, kDepth) - step);
+  return (step * parts(a.m, kPanel) + panel * length) * 2 * kTile;
+}
+
+// Panels [first, last) of x -> tiles of [pair][row of x], with zeros past the ends.
+void pack(const LinearArgs& a, std::uint32_t* packed, std::int64_t first, std::int64_t last) {
+  const std::int64_t steps = parts(a.k, kDepth), piece = steps_of_piece(a.k);
+  alignas(64) bf16 rest[kRows * kDepth];
+  for (std::int64_t panel = first; panel < last; ++panel) {
+    std::uint32_t* to = packed;
+    for (std::int64_t step = 0; step < steps; ++step) {
+      if (step % piece == 0) to = packed + place(a, panel, step);
+      for (std::int64_t t = 0; t < 2; ++t, to += kTile) {
+        const std::int64_t m = panel * kPanel + t * kRows, columns = a.k - step * kDepth;
+        const bf16* from = a.x + m * a.k + step * kDepth;
+        std::int64_t stride = a.k;
+        if (m + kRows > a.m || columns < kDepth) {
+          copy(from, stride, a.m - m, columns, kRows, rest);
+          from = rest;
+          stride = kDepth;
+        }
+        __m512i pairs[16];
+        transpose(from, stride, pairs);
+        for (std::int64_t i = 0; i < kRows; ++i) _mm512_store_si512(to + i * kRows, pairs[i]);
       }
     }
   }
 }
 
-// A tile of w of which less than 32 columns are there.
-inline void load_rest(const bf16* w, std::int64_t k, std::int64_t left, bf16* rest) {
-  const __mmask32 mask = (__mmask32{1} << left) - 1;
-  for (std::int64_t r = 0; r < kRows; ++r) {
-    _mm512_storeu_si512(rest + r * kDepth, _mm512_maskz_loadu_epi16(mask, w + r * k));
-  }
-}
+// A panel of w, a piece of k long.
+struct Weights {
+  const bf16* tiles;               // of the first 16 rows,
+  std::int64_t row, step, second;  // numbers from a row to the next, a tile to the next, and to the other 16
+  std::int64_t steps;
+};
 
-// 16 A rows of w from n on, times B tiles of x from tile t on.
+// Rows of w whose next 32 numbers are asked for at each step of a product.
+struct Ahead {
+  const bf16* from;
+  std::int64_t row, count;
+};
+
+// 16 A rows of w times 16 B rows of x. The sums begin at zero or at what `sums`, [2 of x][2 of w] tiles, has, and
+// end there; those that follow it are asked for, being the next that are needed.
 template <int A, int B>
-inline void block(const LinearArgs& a, std::int64_t n, std::int64_t t, std::int64_t tiles) {
-  alignas(64) float sums[4][kPairs];
-  alignas(64) bf16 rest[2][kRows * kDepth];
-  const bf16* w = a.w + n * a.k;
+inline void multiply(const Weights& p, const std::uint32_t* x, float* sums, bool resume, Ahead ahead) {
+  __asm__ volatile("" ::: "memory");  // what is copied for the tiles is written: compilers do not see them read it
   _tile_zero(0);
   if constexpr (A > 1) _tile_zero(1);
   if constexpr (B > 1) _tile_zero(2);
   if constexpr (A > 1 && B > 1) _tile_zero(3);
-  const std::uint32_t* x = a.packed + t * kPairs;
-  const auto multiply = [&](const bf16* first, const bf16* second, std::int64_t stride) {
-    _tile_loadd(4, first, stride);
-    if constexpr (A > 1) _tile_loadd(5, second, stride);
-    _tile_loadd(6, x, 64);
+  if (resume) {
+    _tile_loadd(0, sums, 64);
+    if constexpr (A > 1) _tile_loadd(1, sums + kTile, 64);
+    if constexpr (B > 1) _tile_loadd(2, sums + 2 * kTile, 64);
+    if constexpr (A > 1 && B > 1) _tile_loadd(3, sums + 3 * kTile, 64);
+  }
+  const bf16* w = p.tiles;
+  const std::int64_t stride = p.row * 2;
+  const float* next = sums + 4 * kTile;
+  for (std::int64_t i = 0; i < p.steps; ++i) {
+    _tile_loadd(4, w, stride);
+    _tile_stream_loadd(6, x, 64);
     _tile_dpbf16ps(0, 4, 6);
-    if constexpr (A > 1) _tile_dpbf16ps(1, 5, 6);
+    if constexpr (A > 1) {
+      _tile_loadd(5, w + p.second, stride);
+      _tile_dpbf16ps(1, 5, 6);
+    }
     if constexpr (B > 1) {
-      _tile_loadd(7, x + kPairs, 64);
+      _tile_stream_loadd(7, x + kTile, 64);
       _tile_dpbf16ps(2, 4, 7);
       if constexpr (A > 1) _tile_dpbf16ps(3, 5, 7);
     }
-    x += tiles * kPairs;
-  };
-  std::int64_t k = 0;
-  for (; k + kDepth <= a.k; k += kDepth) multiply(w + k, w + kRows * a.k + k, a.k * 2);
-  if (k < a.k) {
-    load_rest(w + k, a.k, a.k - k, rest[0]);
-    if constexpr (A > 1) load_rest(w + kRows * a.k + k, a.k, a.k - k, rest[1]);
-    multiply(rest[0], rest[1], kDepth * 2);
-  }
-  _tile_stored(0, sums[0], 64);
-  if constexpr (A > 1) _tile_stored(1, sums[1], 64);
-  if constexpr (B > 1) _tile_stored(2, sums[2], 64);
-  if constexpr (A > 1 && B > 1) _tile_stored(3, sums[3], 64);
-  const __m512i down = _mm512_mullo_epi32(
-      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(kRows));
-  for (int i = 0; i < A; ++i) {
-    const std::int64_t row = n + i * kRows;
-    __m512 bias = _mm512_setzero_ps();
-    if (a.bias != nullptr) {
-      const __m256i stored = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a.bias + row));
-      bias = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(stored), 16));
+    for (std::int64_t r = 0; r < ahead.count; ++r) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead.from + r * ahead.row), _MM_HINT_T1);
     }
-    for (int j = 0; j < B; ++j) {
-      for (std::int64_t m = (t + j) * kRows; m < a.m && m < (t + j + 1) * kRows; ++m) {
-        const __m512 sum = _mm512_i32gather_ps(down, sums[j * 2 + i] + m % kRows, 4);
-        const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_add_ps(sum, bias));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(a.y + m * a.n + row), (__m256i)rounded);
-      }
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(next + line * 16, 1, 3);
+    next += 4 * 16;
+    ahead.from += kDepth;
+    w += p.step;
+    x += 2 * kTile;
+  }
+  _tile_stored(0, sums, 64);
+  if constexpr (A > 1) _tile_stored(1, sums + kTile, 64);
+  if constexpr (B > 1) _tile_stored(2, sums + 2 * kTile, 64);
+  if constexpr (A > 1 && B > 1) _tile_stored(3, sums + 3 * kTile, 64);
+}
+
+inline void multiply(std::int64_t n, std::int64_t m, const Weights& p, const std::uint32_t* x, float* sums,
+                     bool resume, const Ahead& ahead) {
+  if (n > kRows) {
+    if (m > kRows) return multiply<2, 2>(p, x, sums, resume, ahead);
+    return multiply<2, 1>(p, x, sums, resume, ahead);
+  }
+  if (m > kRows) return multiply<1, 2>(p, x, sums, resume, ahead);
+  return multiply<1, 1>(p, x, sums, resume, ahead);
+}
+
+// Sums of rows n to n + 32 of w and m to m + 32 of x, with the bias, rounded, to y.
+void finish(const LinearArgs& a, std::int64_t n, std::int64_t m, const float* sums) {
+  const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                       5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const std::int64_t count = least(kPanel, a.n - n);
+  alignas(64) float bias[kPanel] = {};
+  for (std::int64_t i = 0; a.bias != nullptr && i < count; ++i) bias[i] = to_float(a.bias[n + i]);
+  alignas(64) bf16 rounded[kRows * kDepth];
+  for (std::int64_t j = 0; j < kPanel && m + j < a.m; j += kRows, sums += 2 * kTile) {
+    bf16* y = a.y + (m + j) * a.n + n;
+    for (int i = 0; i < 16; ++i) {  // two numbers that are neighbours in y, for each row of x
+      __builtin_prefetch(y + i * a.n + kPanel, 1, 3);
+      const __m512 even = _mm512_add_ps(_mm512_load_ps(sums + 32 * i), _mm512_set1_ps(bias[2 * i]));
+      const __m512 odd = _mm512_add_ps(_mm512_load_ps(sums + 32 * i + 16), _mm512_set1_ps(bias[2 * i + 1]));
+      const __m512i pairs = _mm512_permutexvar_epi16(zip, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+      _mm512_store_si512(rounded + i * kDepth, pairs);
+    }
+    __m512i rows[16];
+    transpose(rounded, kDepth, rows);
+    for (std::int64_t i = 0; i < kRows && m + j + i < a.m; ++i) {
+      _mm512_mask_storeu_epi16(y + i * a.n, first_of(count), rows[i]);
     }
   }
 }
 
-template <int A>
-inline void rows(const LinearArgs& a, std::int64_t n) {
-  const std::int64_t tiles = (a.m + kRows - 1) / kRows;
-  std::int64_t t = 0;
-  for (; t + 2 <= tiles; t += 2) block<A, 2>(a, n, t, tiles);
-  if (t < tiles) block<A, 1>(a, n, t, tiles);
+struct Scratch {
+  alignas(4096) float waiting[kWaiting + 4 * kTile];
+  alignas(4096) bf16 w[kPanel * kPiece];
+};
+thread_local Scratch scratch;  // kept, so that it is in the caches already
+
+// Rows [n0, n1) of w, of which the sums fit `waiting`, times rows [m0, m1) of x: all panels of w for a piece of k,
+// then for the next.
+void multiply_strip(const LinearArgs& a, std::int64_t m0, std::int64_t m1, std::int64_t n0, std::int64_t n1) {
+  Scratch& own = scratch;
+  const std::int64_t steps = parts(a.k, kDepth), piece = steps_of_piece(a.k);
+  const std::int64_t across = parts(m1 - m0, kPanel), down = parts(n1 - n0, kPanel);
+  for (std::int64_t step = 0; step < steps; step += piece) {
+    const std::int64_t count = least(piece, steps - step), columns = least(count * kDepth, a.k - step * kDepth);
+    const bf16* begin = a.w + n0 * a.k + step * kDepth;
+    for (std::int64_t i = 0; i < down; ++i) {
+      const bf16* w = begin + i * kPanel * a.k;
+      const std::int64_t rows = least(kPanel, n1 - n0 - i * kPanel);
+      // Past the last strip, the rows that follow may belong to no weight: asking for them is harmless.
+      const bf16* next = i + 1 < down           ? w + kPanel * a.k
+                         : step + count < steps ? begin + count * kDepth
+                                                : a.w + n1 * a.k;
+      Weights weights{w, a.k, kDepth, kRows * a.k, count};
+      if (across > 1 || rows % kRows != 0 || columns % kDepth != 0) {
+        for (std::int64_t s = 0; s < count; ++s) {
+          copy(w + s * kDepth, a.k, rows, columns - s * kDepth, kPanel, own.w + s * kPanel * kDepth);
+        }
+        weights = {own.w, kDepth, kPanel * kDepth, kRows * kDepth, count};
+      }
+      for (std::int64_t j = 0; j < across; ++j) {
+        const std::int64_t m = m0 + j * kPanel;
+        const std::int64_t first = j * kPanel / across, end = (j + 1) * kPanel / across;
+        multiply(rows, m1 - m, weights, a.packed + place(a, m / kPanel, step),
+                 own.waiting + (i * across + j) * 4 * kTile, step > 0, {next + first * a.k, a.k, end - first});
+      }
+    }
+  }
+  for (std::int64_t j = 0; j < across; ++j) {  // along the rows of y
+    for (std::int64_t i = 0; i < down; ++i) {
+      finish(a, n0 + i * kPanel, m0 + j * kPanel, own.waiting + (i * across + j) * 4 * kTile);
+    }
+  }
 }
 
 void linear_tiles(const LinearArgs& a, std::int64_t first, std::int64_t last) {
   if (a.packed == nullptr) return avx512bf16_kernels.linear(a, first, last);
-  const TileConfig config;
-  _tile_loadconfig(&config);
-  std::int64_t n = first;
-  for (; n + 2 * kRows <= last; n += 2 * kRows) rows<2>(a, n);
-  for (; n + kRows <= last; n += kRows) rows<1>(a, n);
+  _tile_loadconfig(&kConfig);
+  for (std::int64_t m = 0; m < a.m; m += kBlock) {
+    const std::int64_t end = least(m + kBlock, a.m), across = parts(end - m, kPanel);
+    // Where all of x stays in the second cache, w is read along its rows; else x is read once a strip.
+    const bool stays = (end - m) * a.k * 2 <= kResident;
+    const std::int64_t strip = stays ? kPanel : kWaiting / (across * kPanel) / kPanel * kPanel;
+    for (std::int64_t n = first; n < last; n += strip) multiply_strip(a, m, end, n, least(n + strip, last));
+  }
   _tile_release();
-  if (n < last) avx512bf16_kernels.linear(a, n, last);
+}
+
+// As `multiply` does at best: four tiles loaded from the first cache for four products.
+double peak(std::int64_t rounds) {
+  _tile_loadconfig(&kConfig);
+  alignas(64) static const std::uint32_t tiles[4 * kTile] = {};
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (std::int64_t i = 0; i < rounds; ++i) {
+    _tile_loadd(4, tiles, 64);
+    _tile_loadd(6, tiles + kTile, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, tiles + 2 * kTile, 64);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_loadd(7, tiles + 3 * kTile, 64);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_release();
+  return static_cast<double>(rounds) * 4 * 2 * kRows * kRows * kDepth;
 }
 
 }  // namespace
 }  // namespace isa_amx
 
-// From four rows of x on; up to 32, the weights are read once.
-const Kernels amx_kernels{"amx", isa_amx::linear_tiles, isa_amx::pack, 4, 32};
+// From four rows of x on, and then for any number of them.
+const Kernels amx_kernels{"amx", isa_amx::linear_tiles, isa_amx::pack, 4, INT64_MAX, isa_amx::peak};
 
 }  // namespace yoke::kernels
 

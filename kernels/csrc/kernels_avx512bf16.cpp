@@ -4,6 +4,7 @@
 
 #define YOKE_ISA isa_avx512bf16
 #include "impl.h"
+#include "peak.h"
 
 namespace yoke::kernels {
 namespace isa_avx512bf16 {
@@ -79,7 +80,7 @@ void linear_bf16(const LinearArgs& a, std::int64_t first, std::int64_t last) {
 }  // namespace
 }  // namespace isa_avx512bf16
 
-const Kernels avx512bf16_kernels{"avx512bf16", isa_avx512bf16::linear_bf16};
+const Kernels avx512bf16_kernels{"avx512bf16", isa_avx512bf16::linear_bf16, nullptr, 0, 3, isa_avx512bf16::vector_peak};
 
 }  // namespace yoke::kernels
 

@@ -6,7 +6,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -31,8 +31,6 @@ constexpr int64_t kLanes = 4;
 #endif
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
-typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 
 template <class To, class From>
 inline To as(From x) {
@@ -85,16 +83,30 @@ inline Lanes load(const float* from) {
   return x;
 }
 
+// With the instructions for it: compilers make single numbers of a conversion between vectors.
+
 inline Lanes load(const brain* from) {
-  Shorts x;
-  memcpy(&x, from, sizeof x);
-  return as<Lanes>(__builtin_convertvector(x, Ints) << 16);
+  Ints x;
+#if defined(__AVX512F__)
+  x = (Ints)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+  x = (Ints)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = from[i].bits;
+#endif
+  return as<Lanes>(x << 16);
 }
 
 inline Lanes load(const int8_t* from) {
-  Bytes x;
-  memcpy(&x, from, sizeof x);
-  return __builtin_convertvector(__builtin_convertvector(x, Ints), Lanes);
+  Ints x;
+#if defined(__AVX512F__)
+  x = (Ints)_mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__)
+  x = (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = from[i];
+#endif
+  return __builtin_convertvector(x, Lanes);
 }
 
 inline Lanes load(const half* from) {
@@ -127,8 +139,11 @@ inline void store(Lanes x, brain* to) {
   const Ints bits = as<Ints>(x);
   const Ints rounded = bits + 0x7fff + ((bits >> 16) & 1);
   const Ints found = x != x ? as<Ints>(all(NAN)) : rounded;
-  const Shorts upper = __builtin_convertvector((found >> 16) & 0xffff, Shorts);
-  memcpy(to, &upper, sizeof upper);
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)(found >> 16)));
+#else
+  for (int i = 0; i < kLanes; ++i) to[i].bits = static_cast<uint16_t>(found[i] >> 16);
+#endif
 }
 
 inline void store(Lanes x, half* to) {
@@ -143,13 +158,32 @@ inline void store(Lanes x, half* to) {
 
 inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }  // b where either is a NaN
 
+typedef float Four __attribute__((vector_size(16)));
+
+inline Four four(Lanes x) {  // sums of every fourth
+#if defined(__AVX512F__)
+  typedef float Eight __attribute__((vector_size(32)));
+  const Eight eight = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+                      __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+  return __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+#elif defined(__AVX__)
+  return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
+#else
+  return x;
+#endif
+}
+
+// The sums of four: less work than one by one.
+inline Four sums(const Lanes (&x)[4]) {
+  const Four a = four(x[0]), b = four(x[1]), c = four(x[2]), d = four(x[3]);
+  const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+
 inline float sum(Lanes x) {
-  float part[kLanes];
-  memcpy(part, &x, sizeof x);
-  for (int64_t step = kLanes / 2; step > 0; step /= 2) {
-    for (int64_t i = 0; i < step; ++i) part[i] += part[i + step];
-  }
-  return part[0];
+  const Four part = four(x);
+  return (part[0] + part[2]) + (part[1] + part[3]);
 }
 
 inline float largest_of(Lanes x) {
@@ -175,6 +209,9 @@ inline Lanes exp2(Lanes x) {
 }
 
 constexpr float kLog2E = 1.44269504f;
+
+// e^x for x <= 0: differences of scores are exact where scores times log2(e) would be rounded.
+inline Lanes exp(Lanes x) { return exp2(x * kLog2E); }
 
 inline Lanes tanh(Lanes x) {
   x = larger(x, all(-16.0f));

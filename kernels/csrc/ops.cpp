@@ -73,43 +73,46 @@ void use_instruction_set(const std::string& name) {
 
 const bf16* data(const at::Tensor& x) { return reinterpret_cast<const bf16*>(x.const_data_ptr<at::BFloat16>()); }
 
+// Torch's own product where that is the faster one: so a caller needs not know how many rows there are.
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16,
               "linear: takes bfloat16, not ", x.scalar_type(), " and ", weight.scalar_type());
   TORCH_CHECK(weight.dim() == 2 && x.dim() >= 1 && x.size(-1) == weight.size(1), "linear: x ", x.sizes(),
               " does not go with a weight of ", weight.sizes());
   TORCH_CHECK(weight.is_contiguous(), "linear: the weight must be contiguous");
-  const at::Tensor rows = x.contiguous();
-  std::vector<std::int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = weight.size(0);
-  at::Tensor y = at::empty(shape, x.options());
   at::Tensor own_bias;
   if (bias.has_value()) {
     TORCH_CHECK(bias->scalar_type() == at::kBFloat16 && bias->dim() == 1 && bias->size(0) == weight.size(0),
                 "linear: the bias must be bfloat16 [", weight.size(0), "]");
     own_bias = bias->contiguous();
   }
-  LinearArgs args{data(rows),
-                        data(weight),
-                        own_bias.defined() ? data(own_bias) : nullptr,
-                        reinterpret_cast<bf16*>(y.mutable_data_ptr<at::BFloat16>()),
-                        weight.size(1) == 0 ? 0 : rows.numel() / weight.size(1),
-                        weight.size(0),
-                        weight.size(1)};
-  if (weight.size(1) == 0 || y.numel() == 0) return y.zero_();
-  const Linear run = chosen()->linear;
+  const Kernels& kernels = *chosen();
+  const at::Tensor rows = x.contiguous();
+  const std::int64_t n = weight.size(0), k = weight.size(1), m = k == 0 ? 0 : rows.numel() / k;
+  std::vector<std::int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = n;
+  if (m > kernels.few_rows) return at::linear(rows, weight, bias).contiguous();
+  if (m == 0 || n == 0) {
+    const at::Tensor zero = at::zeros(shape, x.options());
+    return own_bias.defined() ? zero + own_bias : zero;
+  }
+  at::Tensor y = at::empty(shape, x.options());
+  LinearArgs args{data(rows), data(weight), own_bias.defined() ? data(own_bias) : nullptr,
+                  reinterpret_cast<bf16*>(y.mutable_data_ptr<at::BFloat16>()), m, n, k};
+  constexpr std::int64_t kUnit = 32;  // rows of w: all kernels take them in whole parts of that; and rows of x
+  const auto rounded = [](std::int64_t size) { return (size + kUnit - 1) / kUnit; };
   at::Tensor packed;
-  if (chosen()->pack != nullptr && args.m >= chosen()->pack_from) {
-    packed = at::empty({(args.m + 15) / 16 * 16 * ((args.k + 31) / 32 * 16)}, at::kInt);
+  if (kernels.pack != nullptr && m >= kernels.pack_from) {
+    packed = at::empty({rounded(m) * rounded(k) * kUnit * kUnit / 2}, at::kInt);
     auto* room = reinterpret_cast<std::uint32_t*>(packed.mutable_data_ptr<std::int32_t>());
-    chosen()->pack(args, room);
+    at::parallel_for(0, rounded(m), 1, [&](std::int64_t first, std::int64_t last) {
+      kernels.pack(args, room, first, last);
+    });
     args.packed = room;
   }
-  constexpr std::int64_t kUnit = 32;  // rows of w: all kernels take them in whole parts of that
-  const std::int64_t units = (args.n + kUnit - 1) / kUnit;
-  const std::int64_t grain = std::max<std::int64_t>(1, 16384 / (kUnit * args.k + 1));
-  at::parallel_for(0, units, grain, [&](std::int64_t first, std::int64_t last) {
-    run(args, first * kUnit, std::min(last * kUnit, args.n));
+  const std::int64_t grain = std::max<std::int64_t>(1, 16384 / (kUnit * k + 1));
+  at::parallel_for(0, rounded(n), grain, [&](std::int64_t first, std::int64_t last) {
+    kernels.linear(args, first * kUnit, std::min(last * kUnit, n));
   });
   return y;
 }
@@ -137,10 +140,21 @@ std::int64_t read(const at::Tensor& x) {
   return static_cast<std::int64_t>(found.load());
 }
 
+// All threads at their best arithmetic for `rounds` rounds: the floating-point operations done. The caller has
+// the clock.
+double peak(std::int64_t rounds) {
+  std::atomic<double> done{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t i = first; i < last; ++i) done += chosen()->peak(rounds);
+  });
+  return done.load();
+}
+
 TORCH_LIBRARY(yoke_kernels, library) {
   library.def("read(Tensor x) -> int");
   library.def("instruction_sets() -> str[]", instruction_sets);
   library.def("few_rows() -> int", [] { return chosen()->few_rows; });
+  library.def("peak(int rounds) -> float", peak);
   library.def("use_instruction_set(str name) -> ()", use_instruction_set);
   library.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
 }

@@ -112,7 +112,7 @@ def test_what_cannot_run_or_does_not_fit_is_marked() -> None:
     assert "8 ranks for 4 query heads" in ranks["gemma-3-1b"]["8"]["refused"]
     assert "trained for 2048" in ranks["gpt-j-6b"]["1"]["refused"]
     rows = {row[1]: row[-2:] for row in model_rows(report)[1:]}
-    assert rows["gemma-3-1b"] == ("4.5 GiB!", "-") and rows["gpt-j-6b"] == ("-", "-")
+    assert rows["gemma-3-1b"] == ("4.6 GiB!", "-") and rows["gpt-j-6b"] == ("-", "-")
     assert not rows["smollm2-135m"][0].endswith("!")
     said = "\n".join(notes(report))
     assert "4.0 GiB" in said and "-: gemma-3-1b: 8 ranks for 4" in said

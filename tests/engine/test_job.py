@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.job import Job, check_ranks, from_json, parse_job, resolve, to_json
+from engine.job import Job, parse_job, stop_texts
+from engine.memory import job_needs, smaller_batch, with_batch
+from engine.resolve import check_ranks, from_json, resolve, to_json
 from weights.errors import InputError
 
 GOOD = ["model=tiny", "weights=random", "prompt=hi"]
@@ -33,8 +35,8 @@ def test_values_are_typed_and_texts_are_kept_as_they_are() -> None:
         (["qqq=5"], "unknown key 'qqq'; see"),
         (["max_new_tokens=ten"], "max_new_tokens=ten: must be of type int"),
         (["compile=perhaps"], "compile=perhaps: must be of type bool"),
-        (["temperature=nan"], "temperature=nan: must be between"),
-        (["top_p=0"], "top_p=0.0: must be between"),
+        (["temperature=nan"], "temperature=nan"),
+        (["top_p=0"], "top_p=0.0 must be a number above 0"),
         (["max_new_tokens=0"], "must be between 1"),
         (["max_new_tokens=2000"], "raise max_seq_len"),
         (["output=jsno"], "must be one of text, json, did you mean 'json'"),
@@ -43,6 +45,14 @@ def test_values_are_typed_and_texts_are_kept_as_they_are() -> None:
         (["num_layers=0"], "num_layers=0: it must be at least 1"),
         (["model=tinny"], "did you mean 'tiny'"),
         (["weights=auto", "num_layers=2"], "add weights=random"),
+        (["prompts=x.txt"], "prompt= and prompts= are both given"),
+        (["logit_bias=5"], "logit_bias=5: must be token numbers"),
+        (['stop=["a", ""]'], "or a JSON list of texts that are not empty"),
+        (["logprobs=99"], "logprobs=99"),
+        (["num_beams=4", "temperature=1"], "num_beams=4 does not go with temperature=1.0"),
+        (["draft=lookup", "engine=hf"], "does not go with engine=hf"),
+        (["kv_dtype=bfloat16", "dtype=float32"], "does not go with dtype=float32"),
+        (["kv_dtype=int4"], "must be one of auto, float32, bfloat16, float16, int8"),
         (["weights=auto", "model=llama-70b"], "weights=random"),
         (["weights=auto", "model=no/such-model"], "hf download OWNER/NAME"),
         (["weights=auto", "model=" + "x" * 5000 + "/y"], "no weights found"),
@@ -70,6 +80,36 @@ def test_overrides_change_a_preset() -> None:
 def test_a_job_survives_the_way_to_its_ranks() -> None:
     resolved = resolve(parse_job([*GOOD, 'prompt="é\n\U0001f600']))
     assert from_json(to_json(resolved)) == resolved
+    words = [*GOOD, "draft=tiny", "logit_bias=5:-1.5,6:2", "temperature=0.5", 'stop=["a", "b"]']
+    resolved = resolve(parse_job(words))
+    assert resolved.draft is not None
+    assert resolved.prompts[0].sampling.logit_bias == ((5, -1.5), (6, 2.0))
+    assert stop_texts(resolved.job) == ("a", "b")
+    assert from_json(to_json(resolved)) == resolved
+
+
+def test_how_many_texts_are_made_at_once(tmp_path: Path) -> None:
+    """As many as there are prompts, up to eight; as many as are asked for; never more than fit."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\n" * 20)
+    words = ["model=tiny", "weights=random", f"prompts={file}"]
+    asked = resolve(parse_job(words))
+    assert with_batch(asked).job.batch == 8
+    tried, sizes = with_batch(asked), []
+    while smaller := smaller_batch(asked, tried):
+        tried = smaller
+        sizes.append(tried.job.batch)
+    assert sizes == [4, 2, 1]
+    fixed = resolve(parse_job([*words, "batch=3"]))
+    assert with_batch(fixed).job.batch == 3
+    assert smaller_batch(fixed, with_batch(fixed)) is None
+    assert with_batch(resolve(parse_job([*GOOD, "num_beams=5"]))).job.batch == 5
+    one, three = (
+        job_needs(with_batch(resolve(parse_job([*words, f"batch={size}"]))), 2, True)[0]
+        for size in (1, 3)
+    )
+    assert three["kv_cache"] == 3 * one["kv_cache"]
+    assert three["weights"] == one["weights"]
 
 
 def test_a_model_in_the_hub_cache_is_found(tmp_path: Path, monkeypatch) -> None:

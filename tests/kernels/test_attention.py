@@ -9,160 +9,286 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.attention import attend, can_attend, causal_mask
+from kernels.attention import (
+    KVCache,
+    Runs,
+    attend,
+    attend_reference,
+    can_attend,
+    new_cache,
+    write,
+)
 from kernels.load import load_kernels
-from models.attention import CachedAttention
+from models.attention import CachedAttention, Step, View
 from tp.heads import split_heads
 
 assert load_kernels()
 SETS = torch.ops.yoke_kernels.instruction_sets()
-Runs = list[tuple[int, int, int, int]]
+BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
+PAIRS = [(q, q) for q in (BF16, FP16, FP32)] + [
+    (q, cache) for q in (BF16, FP16, FP32) for cache in (FP16, INT8) if q != cache
+]
+# Of results and weights that are rounded to q's dtype, the sum of weights being 1 and values about 1.
+TOLERANCE = {FP32: 1e-5, FP16: 2**-9, BF16: 2**-6}
 
 
 @pytest.fixture(autouse=True)
-def best_afterwards() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Threads that share their cores with others wait for each other at every small operator."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(before)
     torch.ops.yoke_kernels.use_instruction_set(SETS[-1])
 
 
-def reference(
+def numbers(cached: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    return cached.double() if scales is None else cached.double() * scales.double().unsqueeze(-1)
+
+
+def token_by_token(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    cache: KVCache,
+    rows: torch.Tensor,
     positions: torch.Tensor,
     runs: Runs,
     scale: float,
-    cap: float,
-    window: int,
+    cap: float = 0.0,
+    window: int = 0,
+    sources: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Token by token and head by head, in float64."""
+    """And head by head, in float64."""
+    k, v = numbers(cache.k, cache.k_scale), numbers(cache.v, cache.v_scale)
     out = torch.zeros(q.shape, dtype=torch.float64)
-    for row, step in ((row, step) for row in range(q.shape[0]) for step in range(q.shape[1])):
-        position = int(positions[row, step])
-        start = max(0, position + 1 - window) if window else 0
+    for token in range(q.shape[0]):
+        position = int(positions[token])
+        seen = torch.arange(max(0, position + 1 - window) if window else 0, position + 1)
+        row = rows[token].expand(seen.shape) if sources is None else sources[token, seen].long()
         for q_start, q_stop, kv_start, kv_stop in runs:
             group = (q_stop - q_start) // (kv_stop - kv_start)
             for head in range(q_start, q_stop):
                 kv = kv_start + (head - q_start) // group
-                keys = k[row, kv, start : position + 1].double()
-                scores = keys @ q[row, step, head].double() * scale
+                scores = k[row, kv, seen] @ q[token, head].double() * scale
                 scores = cap * torch.tanh(scores / cap) if cap else scores
-                out[row, step, head] = scores.softmax(0) @ v[row, kv, start : position + 1].double()
+                out[token, head] = scores.softmax(0) @ v[row, kv, seen]
     return out
 
 
+def full_cache(
+    num_rows: int, num_kv: int, cache_len: int, head_dim: int, dtype: torch.dtype, seed: int = 0
+) -> KVCache:
+    """Written through `write`, as it is in use; in float32, whatever the dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    cache = new_cache(num_rows, num_kv, cache_len, head_dim, dtype, "cpu")
+    k, v = torch.randn(2, num_rows * cache_len, num_kv, head_dim, generator=generator)
+    rows = torch.arange(num_rows).repeat_interleave(cache_len)
+    write(cache, k, v, rows, torch.arange(cache_len).repeat(num_rows))
+    return cache
+
+
+def tokens_of(segments: list[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(row, first position, count) each -> rows and positions."""
+    rows = [torch.full((count,), row) for row, _, count in segments]
+    return torch.cat(rows), torch.cat([torch.arange(at, at + count) for _, at, count in segments])
+
+
 @pytest.mark.parametrize("name", SETS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    heads=st.tuples(st.integers(1, 5), st.integers(1, 4)),
+    heads=st.tuples(st.integers(1, 4), st.integers(1, 5)),
     world=st.integers(1, 4),
     head_dim=st.sampled_from([2, 10, 16, 64, 80]),
-    batch=st.integers(1, 3),
-    length=st.sampled_from([1, 1, 5]),
+    shape=st.lists(st.tuples(st.integers(0, 2), st.sampled_from([1, 1, 1, 2, 5, 40])), max_size=4),
     cap=st.sampled_from([0.0, 2.0]),
-    window=st.integers(0, 12),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    window=st.sampled_from([0, 0, 1, 7, 140]),
+    dtypes=st.sampled_from(PAIRS),
+    sourced=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_heads_and_lengths(
+def test_any_heads_tokens_and_dtypes(
     name: str,
     heads: tuple[int, int],
     world: int,
     head_dim: int,
-    batch: int,
-    length: int,
+    shape: list[tuple[int, int]],
     cap: float,
     window: int,
-    dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    sourced: bool,
     seed: int,
 ) -> None:
     torch.ops.yoke_kernels.use_instruction_set(name)
     num_heads, num_kv = heads[0] * heads[1], heads[0]
     world = min(world, num_heads)
     generator = torch.Generator().manual_seed(seed)
-    for rank in range(world):
-        part = split_heads(num_heads, num_kv, rank, world)
-        runs = [(run.q_start, run.q_stop, run.kv_start, run.kv_stop) for run in part.runs]
-        q = torch.randn(batch, length, part.num_q, head_dim, generator=generator).to(dtype)
-        k, v = torch.randn(2, batch, part.num_kv, 40, head_dim, generator=generator).to(dtype)
-        first = torch.randint(0, 41 - length, (batch, 1), generator=generator)
-        positions = first + torch.arange(length)
-        got = attend(q, k, v, positions, runs, 0.3, cap, window).double()
-        wanted = reference(q, k, v, positions, runs, 0.3, cap, window)
-        tolerance = 1e-5 if dtype == torch.float32 else 2**-6
+    cache_len = 50 + 260 * (seed % 2)  # in one block of keys, and in two
+    segments = [(0, 3, 1)]
+    for row, count in shape:
+        first = int(torch.randint(0, cache_len + 1 - count, (), generator=generator))
+        segments.append((row, first, count))
+    rows, positions = tokens_of(segments)
+    sources = None
+    if sourced:
+        size = (len(rows), cache_len)
+        sources = torch.randint(0, 3, size, generator=generator, dtype=torch.int32)
+    rank = seed % world
+    part = split_heads(num_heads, num_kv, rank, world)
+    runs = [(run.q_start, run.q_stop, run.kv_start, run.kv_stop) for run in part.runs]
+    q = torch.randn(len(rows), part.num_q, head_dim, generator=generator).to(dtypes[0])
+    cache = full_cache(3, part.num_kv, cache_len, head_dim, dtypes[1], seed)
+    rest = (rows, positions, runs, 0.3, cap, window, sources)
+    got = attend(q, cache, *rest)
+    assert got.dtype == q.dtype
+    tolerance = TOLERANCE[dtypes[0]]
+    wanted = token_by_token(q, cache, *rest)
+    torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtypes", PAIRS)
+def test_a_prompts_chunk_over_many_blocks(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """More tokens and keys than a block of either has, in all."""
+    cache = full_cache(2, 2, 400, 32, dtypes[1])
+    rows, positions = tokens_of([(1, 90, 300), (0, 7, 2)])
+    q = torch.randn(302, 6, 32).to(dtypes[0])
+    for window in (0, 150):
+        rest = (rows, positions, [(0, 6, 0, 2)], 0.2, 0.0, window)
+        own = KVCache(numbers(cache.k, cache.k_scale), numbers(cache.v, cache.v_scale), None, None)
+        wanted = attend_reference(q.double(), own, *rest)
+        tolerance = TOLERANCE[dtypes[0]]
+        got = attend(q, cache, *rest).double()
         torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtypes", PAIRS)
+@pytest.mark.parametrize("name", SETS)
+def test_a_row_does_not_depend_on_the_others(
+    name: str, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    """Bit by bit: alone, among others, and wherever among them."""
+    torch.ops.yoke_kernels.use_instruction_set(name)
+    cache = full_cache(4, 2, 200, 16, dtypes[1])
+    runs = [(0, 6, 0, 2)]
+    segments = [(0, 13, 1), (1, 0, 150), (2, 190, 1), (3, 120, 5)]
+    parts = [torch.randn(count, 6, 16).to(dtypes[0]) for _, _, count in segments]
+    alone = [
+        attend(q, cache, *tokens_of([segment]), runs, 0.3, 0.0, 100)
+        for q, segment in zip(parts, segments, strict=True)
+    ]
+    for order in ([0, 1, 2, 3], [3, 2, 0], [1, 3]):
+        q = torch.cat([parts[i] for i in order])
+        got = attend(q, cache, *tokens_of([segments[i] for i in order]), runs, 0.3, 0.0, 100)
+        assert torch.equal(got, torch.cat([alone[i] for i in order]))
+    # Of a chunk, what comes after a token.
+    less = attend(parts[1][:77], cache, *tokens_of([(1, 0, 77)]), runs, 0.3, 0.0, 100)
+    assert torch.equal(less, alone[1][:77])
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_nothing(threads: int) -> None:
+    cache = full_cache(2, 3, 300, 32, BF16)
+    rows, positions = tokens_of([(0, 0, 250), (1, 3, 30), (1, 299, 1)])
+    q = torch.randn(281, 9, 32, generator=torch.Generator().manual_seed(1)).to(BF16)
+    call = (q, cache, rows, positions, [(0, 9, 0, 3)], 0.3)
+    alone = attend(*call)
+    torch.set_num_threads(threads)
+    assert torch.equal(attend(*call), alone)
 
 
 def test_scores_far_apart_and_very_large() -> None:
     for name in SETS:
         torch.ops.yoke_kernels.use_instruction_set(name)
-        k = torch.zeros(1, 1, 4, 2)
-        k[0, 0, :, 0] = torch.tensor([0.0, 1000.0, -1e30, 999.0])
-        v = torch.arange(8.0).view(1, 1, 4, 2)
-        q, where = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[3]])
-        got = attend(q, k, v, where, [(0, 1, 0, 1)], 1.0)
-        wanted = reference(q, k, v, where, [(0, 1, 0, 1)], 1.0, 0.0, 0)
-        torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=1e-6)
+        cache = new_cache(1, 1, 4, 2, FP32, "cpu")
+        cache.k[0, 0, :, 0] = torch.tensor([0.0, 1000.0, -1e30, 999.0])
+        cache.v.copy_(torch.arange(8.0).view(1, 1, 4, 2))
+        for positions in (torch.tensor([3]), torch.tensor([2, 3])):
+            q = torch.tensor([[[1.0, 0.0]]]).expand(len(positions), 1, 2)
+            call = (q, cache, torch.zeros_like(positions), positions, [(0, 1, 0, 1)], 1.0)
+            got, wanted = attend(*call), token_by_token(*call)
+            torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("cache_dtype", [FP32, FP16, INT8])
+@pytest.mark.parametrize("kind", ["decode", "rows", "one row", "sources"])
+@pytest.mark.parametrize(("cap", "window"), [(0.0, 0), (3.0, 5)])
+def test_the_reference_is_the_same(
+    kind: str, cache_dtype: torch.dtype, cap: float, window: int
+) -> None:
+    cache = full_cache(1 if kind == "one row" else 3, 2, 24, 16, cache_dtype)
+    positions = torch.tensor([20, 4, 23])
+    rows = {"decode": None, "one row": torch.zeros(3, dtype=torch.int64)}.get(
+        kind, torch.tensor([2, 0, 1])
+    )
+    sources = torch.randint(0, 3, (3, 24), dtype=torch.int32) if kind == "sources" else None
+    call = (torch.randn(3, 4, 16), cache, rows, positions, [(0, 4, 0, 2)], 0.3, cap, window, sources)
+    torch.testing.assert_close(attend_reference(*call), attend(*call), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("cap", "window"), [(0.0, 0), (3.0, 0), (0.0, 5)])
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("length", [1, 3])
 def test_the_layer_makes_the_same_with_torchs_attention(
-    rank: int, length: int, cap: float, window: int
+    rank: int, length: int, cap: float, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SmolLM2's heads on two ranks, of which one group is cut."""
+    """SmolLM2's heads on two ranks, of which one group is cut; three tokens of two rows each."""
     part = split_heads(9, 3, rank, 2)
     layer = CachedAttention(part, 16, 0.25, cap, window)
-    layer.setup(2, 24, torch.zeros(1))
+    layer.setup(2, 24, torch.float32)
     layer.k_cache.normal_()
     layer.v_cache.normal_()
-    q, k = torch.randn(2, length, part.num_q, 16), torch.randn(2, length, part.num_kv, 16)
-    rows, positions = torch.arange(2)[:, None], torch.tensor([[3], [20]]) + torch.arange(length)
-    mask = causal_mask(positions, 24, torch.float32, window)
+    q, k = torch.randn(2 * length, part.num_q, 16), torch.randn(2 * length, part.num_kv, 16)
+    rows = torch.arange(2).repeat_interleave(length)
+    positions = torch.tensor([3, 20]).repeat_interleave(length) + torch.arange(length).repeat(2)
+    view = View(q[:, 0], q[:, 0])
+    step = Step(rows if length > 1 else None, positions, None, view, view)
     assert can_attend(q.device, q.dtype)
-    own = layer(q, k, k, rows, positions, None)
-    torch.testing.assert_close(own, layer(q, k, k, rows, positions, mask), rtol=1e-5, atol=1e-5)
-
-
-def test_it_is_an_operator_that_torch_can_trace() -> None:
-    q, cache = torch.randn(2, 4, 16), torch.randn(2, 2, 8, 16)
-    rest = ([0, 4, 0, 2], 0.25, 0.0, 0)
-    tests = ("test_schema", "test_faketensor")
-    args = (q, cache, cache.clone(), torch.tensor([3, 7]), *rest)
-    torch.library.opcheck(torch.ops.yoke_kernels.attend.default, args, test_utils=tests)
-    chunk = (q.unsqueeze(1).expand(2, 3, 4, 16), cache, cache.clone(), torch.tensor([[1, 2, 3]] * 2))
-    torch.library.opcheck(torch.ops.yoke_chunks.attend.default, (*chunk, *rest), test_utils=tests)
+    own = layer(q, k, k, step)
+    monkeypatch.setattr("kernels.attention.can_attend", lambda device, dtype: False)
+    torch.testing.assert_close(own, layer(q, k, k, step), rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_not_in_use_is_not_read() -> None:
-    """Beyond the last position there may be anything."""
-    cache = torch.full((1, 1, 16, 8), float("nan"))
-    cache[:, :, :6] = torch.randn(6, 8)
-    for positions in (torch.tensor([[5]]), torch.arange(6)[None]):
-        q = torch.randn(1, positions.shape[1], 2, 8)
-        assert attend(q, cache, cache.clone(), positions, [(0, 2, 0, 1)], 1.0).isfinite().all()
+    """Beyond the last position there may be anything, and before the window."""
+    for dtype in (FP32, BF16):
+        cache = new_cache(1, 1, 400, 8, dtype, "cpu")
+        for part in (cache.k, cache.v):
+            part.fill_(float("nan"))
+            part[:, :, 200:206] = torch.randn(6, 8)
+        for positions in (torch.tensor([205]), torch.arange(202, 206)):
+            q = torch.randn(len(positions), 2, 8).to(dtype)
+            for name in SETS:
+                torch.ops.yoke_kernels.use_instruction_set(name)
+                rows = torch.zeros_like(positions)
+                assert attend(q, cache, rows, positions, [(0, 2, 0, 1)], 1.0, 0.0, 3).isfinite().all()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"positions": torch.tensor([[8], [0]])}, "position 8 in a cache of 8"),
-        ({"positions": torch.tensor([[-1], [0]])}, "position -1"),
-        ({"positions": torch.tensor([[1]])}, "positions must be"),
-        ({"q": torch.zeros(2, 1, 4, 8)}, "does not go with caches"),
-        ({"q": torch.zeros(2, 1, 4, 16).double()}, "the caches are Float"),
+        ({"positions": torch.tensor([8, 0])}, "position 8 in a cache of 8"),
+        ({"positions": torch.tensor([-1, 0])}, "position -1"),
+        ({"positions": torch.tensor([1])}, "positions must be"),
+        ({"rows": torch.tensor([0, 2])}, "row 2 of a cache of 2"),
+        ({"rows": torch.tensor([0, -1])}, "row -1"),
+        ({"rows": torch.tensor([0, 1], dtype=torch.int32)}, "rows must be"),
+        ({"rows": None, "cache": new_cache(3, 2, 8, 16, FP32, "cpu")}, "without rows"),
+        ({"q": torch.zeros(2, 4, 8)}, "does not go with caches"),
+        ({"q": torch.zeros(2, 4, 16).bfloat16()}, "the caches are Float"),
         ({"runs": [(0, 4, 0, 3)]}, "runs of heads"),
         ({"runs": [(0, 5, 0, 1)]}, "runs of heads"),
-        ({"k_cache": torch.zeros(2, 2, 16, 8).transpose(2, 3)}, "must be contiguous"),
+        ({"runs": [(0, 3, 0, 1)]}, "runs of heads"),
+        ({"cache": KVCache(*torch.zeros(2, 2, 2, 16, 8).transpose(3, 4), None, None)}, "contiguous"),
+        ({"cache": new_cache(2, 2, 8, 16, INT8, "cpu")._replace(k_scale=None)}, "scales go with"),
+        ({"sources": torch.full((2, 8), 2, dtype=torch.int32)}, "source 2 of a cache of 2"),
+        ({"sources": torch.zeros(2, 2, dtype=torch.int32)}, "sources for 2"),
+        ({"sources": torch.zeros(2, 8)}, "sources must be int32"),
     ],
 )
 def test_what_does_not_go_together_is_refused(change: dict, message: str) -> None:
     given = {
-        "q": torch.zeros(2, 1, 4, 16),
-        "k_cache": torch.zeros(2, 2, 8, 16),
-        "v_cache": torch.zeros(2, 2, 8, 16),
-        "positions": torch.tensor([[1], [2]]),
+        "q": torch.zeros(2, 4, 16),
+        "cache": new_cache(2, 2, 8, 16, FP32, "cpu"),
+        "rows": torch.tensor([0, 1]),
+        "positions": torch.tensor([1, 2]),
         "runs": [(0, 4, 0, 2)],
         "scale": 1.0,
     }

@@ -1,4 +1,4 @@
-"""Products with few rows, on every instruction set that runs here, against float64."""
+"""Products with any number of rows, on every instruction set that runs here, against float64."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.linear import few_rows, linear
+from kernels.linear import linear
 from kernels.load import load_kernels
 
 assert load_kernels()
@@ -56,18 +57,59 @@ def test_any_shape(name: str, m: int, n: int, k: int, with_bias: bool, seed: int
     check(m, n, k, with_bias, seed)
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_many_threads_make_the_same(name: str) -> None:
+# Past the sizes at which the blocked product changes its way: 32 and 512 rows, 512 numbers of k, x of a
+# MiB, sums of a MiB; and at each with remainders.
+@pytest.mark.parametrize("name", SETS[-2:])
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [
+        (33, 96, 512),
+        (48, 47, 1041),
+        (100, 33, 2050),
+        (512, 64, 1024),
+        (513, 600, 1100),
+        (530, 15, 65),
+        (1100, 1040, 1056),
+    ],
+)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_large_shapes(name: str, m: int, n: int, k: int, with_bias: bool) -> None:
     torch.ops.yoke_kernels.use_instruction_set(name)
-    x, weight = torch.randn(2, 640).bfloat16(), torch.randn(1003, 640).bfloat16()
+    check(m, n, k, with_bias, m)
+
+
+@pytest.mark.parametrize(("n", "k"), [(64, 1024), (75, 1111), (640, 1600)])
+def test_a_row_is_the_same_whatever_the_others_are(n: int, k: int) -> None:
+    if torch.ops.yoke_kernels.few_rows() < 600:
+        pytest.skip("many rows are torch's product here")
+    x, weight, bias = (
+        torch.randn(600, k).bfloat16(),
+        torch.randn(n, k).bfloat16(),
+        torch.randn(n).bfloat16(),
+    )
+    whole = torch.ops.yoke_kernels.linear(x, weight, bias)
+    for start, rows in ((0, 5), (7, 16), (100, 33), (3, 200), (50, 512)):
+        part = torch.ops.yoke_kernels.linear(x[start : start + rows], weight, bias)
+        assert torch.equal(part, whole[start : start + rows])
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("rows", [2, 90])
+def test_many_threads_make_the_same(name: str, rows: int) -> None:
+    torch.ops.yoke_kernels.use_instruction_set(name)
+    x, weight = torch.randn(rows, 640).bfloat16(), torch.randn(1003, 640).bfloat16()
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         one = torch.ops.yoke_kernels.linear(x, weight, None)
         torch.set_num_threads(3)
-        assert torch.equal(torch.ops.yoke_kernels.linear(x, weight, None), one)
+        three = torch.ops.yoke_kernels.linear(x, weight, None)
     finally:
         torch.set_num_threads(threads)
+    if rows <= torch.ops.yoke_kernels.few_rows():
+        assert torch.equal(three, one)
+    else:  # torch's, which does not promise that
+        torch.testing.assert_close(three, one)
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -89,13 +131,36 @@ def test_it_is_an_operator_that_torch_can_trace() -> None:
     assert torch.equal(compiled(x, weight), linear(x, weight))
 
 
-def test_many_rows_and_other_dtypes_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(24, 32)
-    for rows in (1, few_rows() + 1):
-        x = torch.randn(rows, 32)
-        assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
-    x, weight = torch.randn(few_rows() + 1, 32).bfloat16(), weight.bfloat16()
+def test_one_graph_for_any_number_of_tokens() -> None:
+    weight, bias = torch.randn(48, 64).bfloat16(), torch.randn(48).bfloat16()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled = torch.compile(linear, fullgraph=True, dynamic=True, backend=counter)
+    for tokens in (2, 3, 4, 31, 33, 200, 600):
+        x = torch.randn(1, tokens, 64).bfloat16()
+        torch._dynamo.mark_dynamic(x, 1, min=2, max=4096)
+        torch.testing.assert_close(compiled(x, weight, bias), linear(x, weight, bias), rtol=0, atol=0)
+    assert counter.frame_count == 1
+
+
+def test_other_dtypes_are_torchs() -> None:
+    x, weight = torch.randn(3, 32), torch.randn(24, 32)
     assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
+
+
+def test_many_rows_without_matrix_units_are_torchs() -> None:
+    torch.ops.yoke_kernels.use_instruction_set("base")
+    rows = torch.ops.yoke_kernels.few_rows() + 1
+    x, weight = torch.randn(2, rows, 32).bfloat16(), torch.randn(24, 32).bfloat16()
+    wanted = torch.nn.functional.linear(x, weight)
+    assert torch.equal(linear(x, weight), wanted)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_peak_counts_what_it_does(name: str) -> None:
+    torch.ops.yoke_kernels.use_instruction_set(name)
+    once = torch.ops.yoke_kernels.peak(10)
+    assert once > 0
+    assert torch.ops.yoke_kernels.peak(1000) == 100 * once
 
 
 @pytest.mark.parametrize(
@@ -116,3 +181,9 @@ def test_what_does_not_go_together_is_refused(
 def test_nothing_times_something_is_zero() -> None:
     x, weight = torch.zeros(2, 0).bfloat16(), torch.zeros(3, 0).bfloat16()
     assert torch.equal(torch.ops.yoke_kernels.linear(x, weight, None), torch.zeros(2, 3).bfloat16())
+    bias = torch.randn(3).bfloat16()
+    with_bias = torch.ops.yoke_kernels.linear(x, weight, bias)
+    assert torch.equal(with_bias, bias.expand(2, 3))
+    assert torch.ops.yoke_kernels.linear(
+        torch.zeros(0, 4).bfloat16(), torch.zeros(3, 4).bfloat16(), None
+    ).shape == (0, 3)

@@ -18,8 +18,9 @@ import torch
 from hf_families import FAMILIES, add_tokenizer, save
 
 from comm.group import Group
-from engine.job import check_ranks, parse_job, resolve
+from engine.job import parse_job
 from engine.memory import job_needs
+from engine.resolve import check_ranks, resolve
 from models.hf import build_model, load_hf_model
 from tests.targets.hf import run, wanted_of
 from tp.heads import split_heads

@@ -30,7 +30,8 @@ from samples import (
 )
 from torch import Tensor
 
-from engine.job import parse_job, resolve
+from engine.job import parse_job
+from engine.resolve import resolve
 from models.config import expected_shapes
 from models.config_hf import from_hf
 from weights.checkpoint import Checkpoint, Entry, open_checkpoint

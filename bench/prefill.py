@@ -1,0 +1,77 @@
+"""What part of the cores' peak does a prompt reach? `python bench/prefill.py [--ranks 1 2]`
+
+Random weights in the shape of a preset, bfloat16, batch of one, a prompt in one compiled call. The
+bound is the arithmetic of all ranks' cores at once, a loop of tile products from the first cache
+(where there are no matrix units, of float32 vectors), measured in the same ranks, a sample of each in
+turn. Operations of the model: two for each weight in a product and token (the head's for one token),
+and attention's. Best and median; the last line is JSON.
+
+What is not here: other programs on the same weights; decoding (bench/decode.py); batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from launcher.plan import LaunchRequest, make_plan
+from launcher.spawn import RunOptions, launch, new_session
+from launcher.topology import read_topology
+
+
+def measure(task: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """What the ranks wrote: samples of prompt seconds and of peak operations a second."""
+    plan = make_plan(read_topology(), LaunchRequest(ranks=ranks, bind_cores=True))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        payload = json.dumps({**task, "out": str(out)})
+        code = launch(plan, RunOptions(), new_session(), "bench.prefill_rank", payload)
+        if code:
+            sys.exit(code)
+        return dict(json.loads(out.read_text()), ranks=ranks)
+
+
+def line(found: dict[str, Any]) -> str:
+    seconds, peaks, work = found["prompt_s"], found["peak_per_s"], found["operations"]
+    ratios = [work / s / p for s, p in zip(seconds, peaks, strict=True)]
+    best, median = min(seconds), statistics.median(seconds)
+    return (
+        f"{found['ranks']:>5}  {best * 1e3:8.1f} {median * 1e3:8.1f} ms  "
+        f"{work / best / 1e9:7.0f} {work / median / 1e9:7.0f} GF/s  "
+        f"{max(peaks) / 1e9:7.0f} {statistics.median(peaks) / 1e9:7.0f} GF/s  "
+        f"{work / best / max(peaks):5.2f} {statistics.median(ratios):5.2f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="llama-3.2-1b", help="a preset")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--samples", type=int, default=9)
+    parser.add_argument("--prompt", type=int, default=512, help="tokens")
+    parser.add_argument("--eager", action="store_true", help="do not compile")
+    options = parser.parse_args()
+    task = {key: getattr(options, key) for key in ("model", "samples", "prompt", "eager")}
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {options.model}")
+    print(
+        "ranks  prompt: best, median    all ranks: best, median   peak: best, median      prompt / peak"
+    )
+    results = []
+    for ranks in options.ranks:
+        results.append(measure(task, ranks))
+        print(line(results[-1]), flush=True)
+    print(json.dumps({"task": task, "results": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Files of prompts: what they may say, and that a mistake is named with its line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engine.job import Job, parse_job
+from engine.prompts import prompt_from_dict, read_prompts
+from weights.errors import InputError
+
+
+def job(file: Path, *words: str) -> Job:
+    return parse_job(["model=tiny", f"prompts={file}", *words])
+
+
+def test_a_prompt_on_each_line(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\n\n  two \nthrée\n")
+    prompts = read_prompts(job(file, "seed=5", "max_new_tokens=7"))
+    assert [prompt.text for prompt in prompts] == ["one", "  two ", "thrée"]
+    assert {(prompt.max_new_tokens, prompt.sampling.seed) for prompt in prompts} == {(7, 5)}
+    assert prompts[1].name == f"{file} line 3"
+    assert prompts[0].messages == ()
+    asked = read_prompts(job(file, "chat=true"))
+    assert asked[0].messages == ({"role": "user", "content": "one"},)
+
+
+def test_json_lines_have_settings_of_their_own(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    lines = [
+        {"prompt": "a"},
+        {"prompt": "b", "temperature": 1, "seed": 9, "max_new_tokens": 3, "id": ["x", 1]},
+        {"messages": [{"role": "user", "content": "c"}], "logit_bias": {"5": -1.5}},
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    one, two, three = read_prompts(job(file, "temperature=0.5", "seed=4"))
+    assert (one.sampling.temperature, one.sampling.seed, one.max_new_tokens) == (0.5, 4, 64)
+    assert (two.sampling.temperature, two.sampling.seed, two.max_new_tokens) == (1, 9, 3)
+    assert two.id == ["x", 1]
+    assert three.messages == ({"role": "user", "content": "c"},)
+    assert three.sampling.logit_bias == ((5, -1.5),)
+    for prompt in (one, two, three):
+        assert prompt_from_dict(json.loads(json.dumps(_as_dict(prompt)))) == prompt
+
+
+def _as_dict(prompt: object) -> dict[str, object]:
+    from dataclasses import asdict
+
+    return asdict(prompt)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ('{"prompt": "a"', "line 2 is not JSON"),
+        ("[1]", "line 2 must be a JSON object"),
+        ('{"promt": "a"}', "line 2: unknown key 'promt', did you mean 'prompt'"),
+        ('{"prompt": "a", "messages": []}', "line 2 must have either prompt or messages"),
+        ("{}", "line 2 must have either prompt or messages"),
+        ('{"prompt": ""}', "prompt must be a text that is not empty"),
+        ('{"prompt": 5}', "prompt must be a text that is not empty"),
+        ('{"messages": []}', "messages must be a list of"),
+        ('{"messages": [{"role": "user"}]}', "messages must be a list of"),
+        ('{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens=0 must be a number from 1"),
+        ('{"prompt": "a", "max_new_tokens": true}', "max_new_tokens=True must be"),
+        ('{"prompt": "a", "temperature": "hot"}', "line 2: temperature='hot' must be a number"),
+        ('{"prompt": "a", "top_k": 1.5}', "line 2: top_k=1.5 must be a whole number"),
+        ('{"prompt": "a", "top_p": 2}', "line 2: top_p=2"),
+        ('{"prompt": "a", "logit_bias": 5}', "line 2: logit_bias must be like"),
+        ("[" * 100000, "line 2 is not JSON"),
+    ],
+)
+def test_a_mistake_is_named_with_its_line(line: str, match: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "fine"}\n' + line + "\n")
+    with pytest.raises(InputError, match=match):
+        read_prompts(job(file))
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read: No such file"):
+        read_prompts(job(tmp_path / "none.txt"))
+    file = tmp_path / "bytes.txt"
+    file.write_bytes(b"ab\xff")
+    with pytest.raises(InputError, match="is not UTF-8 at byte 2"):
+        read_prompts(job(file))
+    file.write_text(" \n\n")
+    with pytest.raises(InputError, match="has no prompt"):
+        read_prompts(job(file))
