@@ -1,5 +1,5 @@
-"""Where each microsecond of a token step goes, by torch's profiler: the part of bench/decode.py --profile
-that records, sorts and draws.
+"""Where each microsecond of a token step goes, by torch's profiler: the part of
+`bench/decode.py --profile` that records, sorts and draws.
 
 Time is an operator's own, without the operators that it calls. Of the compiled code, inductor's kernels
 are recorded because they are compiled for it (RECORDED_KERNELS); what no operator or kernel takes is

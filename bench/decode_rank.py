@@ -1,4 +1,4 @@
-"""The part of bench/decode.py that runs in every rank: tokens and bare reads of the weights, in turn."""
+"""The part of bench/decode.py that runs in every rank: tokens and bare reads, in turn."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ def main(env: Any, payload: str) -> int:
             read_s.append(_read(read, group))
             for batch, runner in runners.items():
                 token_s[batch].append(_tokens(runner, prompt, batch, task["tokens"]))
-        profiles = {
-            batch: _profile(runner, prompt, batch, task) for batch, runner in recorded.items()
-        }
+        profiles = {batch: _profile(runner, prompt, batch, task) for batch, runner in recorded.items()}
         if group.rank == 0:
             found = {
                 "weight_bytes": sum(weight.nbytes for weight in read),
@@ -98,8 +96,8 @@ def twin(model: Decoder) -> Decoder:
 
 
 def weights_read(model: Decoder) -> list[Tensor]:
-    """What a token reads: all weights but the embedding, of which it reads a row (unless the head is the
-    same tensor)."""
+    """What a token reads: all weights but the embedding, of which it reads a row (where the head is not
+    the same tensor)."""
     tied = model.config.tie_embeddings
     return [weight for weight in model.parameters() if weight is not model.embed.weight or tied]
 
