@@ -1,28 +1,31 @@
-"""The part of bench/decode.py that runs in every rank: tokens and bare reads of the weights."""
+"""The part of bench/decode.py that runs in every rank: tokens and bare reads, in turn."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from bench.profile import where_time_goes
+from bench.breakdown import RECORDED_KERNELS, Recorded, record_tokens, work_and_wait
 from comm import ops
-from comm.group import Rendezvous, open_group
+from comm.group import Group, Rendezvous, open_group
 from engine.compiling import use_cache_folder
 from engine.loop import generate
 from engine.opening import all_cores
 from engine.requests import Request
-from engine.steps import EXTEND, GREEDY, make_runner, warm_up
+from engine.steps import EXTEND, GREEDY, Runner, make_runner, warm_up
 from kernels.load import load_kernels
-from models.config import expected_shapes
+from models.config import ModelConfig, expected_shapes
+from models.decoder import Decoder
 from models.load import config_of, load_model
 from models.presets import PRESETS
-from weights.checkpoint import open_checkpoint
+from weights.checkpoint import Checkpoint, open_checkpoint
 from weights.random_io import random_checkpoint
 
 
@@ -33,48 +36,116 @@ def main(env: Any, payload: str) -> int:
     torch.set_num_threads(env.plan.num_threads)
     use_cache_folder()
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
-    if task["model"] in PRESETS:
-        config = PRESETS[task["model"]]
-        weights = random_checkpoint(expected_shapes(config), 0)
-    else:
-        weights = open_checkpoint(Path(task["model"]))
-        config = config_of(weights)
+    if not load_kernels():
+        raise RuntimeError("the bound cannot be measured without a C++ compiler")
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 1800.0) as group:
-        model = load_model(config, weights, group, getattr(torch, task["dtype"]))
-        runners = {}
+        model = load_model(*_weights(task["model"]), group, getattr(torch, task["dtype"]))
         with all_cores(env.plan.cpus) if env.bind_cores else nullcontext():
-            for batch in task["batch"]:
-                runners[batch] = make_runner(
-                    model, group, task["max_seq_len"], not task["eager"], batch,
-                    getattr(torch, task["kv_dtype"]),
-                )  # fmt: skip
-                warm_up(runners[batch], (EXTEND, GREEDY))
-        if not load_kernels():
-            raise RuntimeError("the bound cannot be measured without a C++ compiler")
-        # A token reads all weights but the embedding, of which it reads a row.
-        read = [p for p in model.parameters() if p is not model.embed.weight or config.tie_embeddings]
-        size = sum(p.nbytes for p in read)
+            runners = {batch: _runner(model, task, batch) for batch in task["batch"]}
+            recorded = {}
+            if task["profile"]:
+                # Code of its own, in which inductor's kernels are recorded too.
+                with torch._inductor.config.patch(RECORDED_KERNELS):
+                    recorded = {batch: _runner(model, task, batch) for batch in task["batch"]}
+        read = weights_read(model)
         prompt = tuple(i % 100 for i in range(task["prompt"]))
         token_s: dict[int, list[float]] = {batch: [] for batch in runners}
         read_s = []
         for _ in range(task["samples"]):
-            ops.barrier(group)
-            start = time.perf_counter()
-            for weight in read:
-                torch.ops.yoke_kernels.read(weight)
-            read_s.append(_slowest(time.perf_counter() - start, group))
+            read_s.append(_read(read, group))
             for batch, runner in runners.items():
-                runner.reset()
-                made = generate(runner, [Request(prompt, task["tokens"] + 1)] * batch)
-                token_s[batch].append(_slowest(made[0].tpot_s, group))
-        profile = None
-        if task["profile"]:
-            profile = where_time_goes(runners[task["batch"][0]], prompt, task["tokens"])
+                token_s[batch].append(_tokens(runner, prompt, batch, task["tokens"]))
+        profiles = {batch: _profile(runner, prompt, batch, task) for batch, runner in recorded.items()}
         if group.rank == 0:
-            found = {"token_s": token_s, "read_s": read_s, "weight_bytes": size, "profile": profile}
+            found = {
+                "weight_bytes": sum(weight.nbytes for weight in read),
+                "read_s": read_s,
+                "token_s": token_s,
+                "profiles": profiles,
+            }
             Path(task["out"]).write_text(json.dumps(found))
     return 0
 
 
-def _slowest(seconds: float, group: Any) -> float:
+def _weights(name: str) -> tuple[ModelConfig, Checkpoint]:
+    if name in PRESETS:
+        config = PRESETS[name]
+        return config, random_checkpoint(expected_shapes(config), 0)
+    checkpoint = open_checkpoint(Path(name))
+    return config_of(checkpoint), checkpoint
+
+
+def _runner(model: Decoder, task: dict[str, Any], batch: int) -> Runner:
+    """A runner of the same parameters, with a cache of its own."""
+    kv_dtype = getattr(torch, task["kv_dtype"]) if task["kv_dtype"] else None
+    runner = make_runner(
+        twin(model), model.group, task["max_seq_len"], not task["eager"], batch, kv_dtype
+    )
+    warm_up(runner, (EXTEND, GREEDY))
+    return runner
+
+
+def twin(model: Decoder) -> Decoder:
+    """The same model over the same parameters, not set up: caches are each one's own."""
+    with torch.device("meta"):
+        other = Decoder(model.config, model.group)
+    other.load_state_dict(model.state_dict(), assign=True)
+    if model.config.tie_embeddings:
+        other.head.weight = other.embed.weight
+    return other.eval()
+
+
+def weights_read(model: Decoder) -> list[Tensor]:
+    """What a token reads: all weights but the embedding, of which it reads a row (where the head is not
+    the same tensor)."""
+    tied = model.config.tie_embeddings
+    return [weight for weight in model.parameters() if weight is not model.embed.weight or tied]
+
+
+def _read(weights: Sequence[Tensor], group: Group) -> float:
+    """Seconds of reading all of them once, on the slowest rank."""
+    ops.barrier(group)
+    start = time.perf_counter()
+    for weight in weights:
+        torch.ops.yoke_kernels.read(weight)
+    return _slowest(time.perf_counter() - start, group)
+
+
+def _tokens(runner: Runner, prompt: tuple[int, ...], batch: int, tokens: int) -> float:
+    """Seconds of a step after the first, the mean of `tokens` of them."""
+    # One more than are timed: the first comes from the prompt.
+    answers = generate(runner, [Request(prompt, tokens + 1)] * batch)
+    return _slowest(answers[0].tpot_s, runner.group)  # rank 0 alone has times
+
+
+def _profile(
+    runner: Runner, prompt: tuple[int, ...], batch: int, task: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Of each rank: the parts of its fastest sample, microseconds a token. Samples with and without
+    the profiler take turns, so that its own cost shows."""
+    requests = [Request(prompt, task["tokens"] + 1)] * batch
+    plain, samples = [], []
+    for _ in range(task["samples"]):
+        plain.append(_tokens(runner, prompt, batch, task["tokens"]))
+        samples.append(record_tokens(runner, lambda steps: generate(steps, requests)))
+    # The fastest on rank 0, and the same one on all: collectives are compared call by call.
+    best = min(range(len(samples)), key=lambda i: samples[i].token_us)
+    best = int(ops.broadcast(torch.tensor([best]), 0, runner.group))
+    return _parts_of_ranks(samples[best], 1e6 * min(plain), runner.group)
+
+
+def _parts_of_ranks(sample: Recorded, plain_us: float, group: Group) -> list[dict[str, Any]]:
+    calls = ops.all_gather(torch.tensor(sample.collective_us, dtype=torch.float64), group)
+    names = list(sample.parts)
+    own = torch.tensor([*sample.parts.values(), sample.token_us], dtype=torch.float64)
+    found = []
+    for rank, values in enumerate(ops.all_gather(own, group).tolist()):
+        parts = dict(zip(names, values[:-1], strict=True))
+        work, wait = work_and_wait(calls.tolist(), rank, sample.steps)
+        parts |= {"collectives: work": work, "collectives: wait": wait}
+        found.append({"rank": rank, "token_us": values[-1], "plain_us": plain_us, "parts": parts})
+    return found
+
+
+def _slowest(seconds: float, group: Group) -> float:
     return float(ops.all_gather(torch.tensor([seconds]), group).max())

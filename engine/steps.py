@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -64,7 +65,10 @@ def make_runner(
     num_rows: int = 1,
     kv_dtype: torch.dtype | None = None,
 ) -> Runner:
-    """Allocate the cache and wrap the steps. Nothing is compiled yet."""
+    """Allocate the cache and wrap the steps. Nothing is compiled yet.
+
+    A model has one runner: another would take its cache away, and compiled steps do not look.
+    """
     own = isinstance(model, Decoder)
     cache_len = cache_length(max_seq_len, padded=not own)
     if isinstance(model, Decoder):
@@ -87,6 +91,26 @@ def make_runner(
     )
 
 
+def _guards_of_arguments(guards: Sequence[Any]) -> list[bool]:
+    """Which of Dynamo's guards are looked at in every call: those of the step's own arguments, and of
+    their symbolic sizes. Thousands are of the model, which does not change."""
+    return [guard.guard_type == "SHAPE_ENV" or guard.name in _ARGUMENTS for guard in guards]
+
+
+# Some torch versions name an argument as it is found in the frame.
+_ARGUMENTS = {
+    spelling.format(name)
+    for name in ("where", "wanted", "tokens", "positions", "sources")
+    for spelling in ("{}", "L['{}']")
+}
+# Nor is the shape of every weight and every operator's result looked at in every call.
+_UNGUARDED: dict[str, Any] = {
+    "guard_filter_fn": _guards_of_arguments,
+    "size_asserts": False,
+    "alignment_asserts": False,
+}
+
+
 def _steps(model: AnyModel, compiled: bool) -> dict[str, Step]:
     # A function each, because the compiler keeps its results by function.
     def extend(where: Tensor, wanted: Tensor) -> Tensor:
@@ -107,15 +131,20 @@ def _steps(model: AnyModel, compiled: bool) -> dict[str, Step]:
     }  # fmt: skip
     if not compiled:
         return steps
-    on_gpu = next(model.parameters()).is_cuda
-    return {name: _compiled(name, step, on_gpu) for name, step in steps.items()}
+    own, on_gpu = isinstance(model, Decoder), next(model.parameters()).is_cuda
+    return {name: _compiled(name, step, own, on_gpu) for name, step in steps.items()}
 
 
-def _compiled(name: str, step: Step, on_gpu: bool) -> Step:
-    if name == EXTEND:
-        return torch.compile(step, fullgraph=True, dynamic=None)
-    if not on_gpu:
-        return torch.compile(step, fullgraph=True, dynamic=False)
+def _compiled(name: str, step: Step, own: bool, on_gpu: bool) -> Step:
+    """`own`: the model is a Decoder, whose code depends on nothing that changes after `setup`."""
+    assert isinstance(step, FunctionType)
+    # Dynamo finds what it has compiled by code object, and these are the same for all runners. A copy
+    # each: the guards that are left would not tell one runner's model from another's.
+    step = FunctionType(step.__code__.replace(), step.__globals__, name, None, step.__closure__)
+    if name == EXTEND or not on_gpu:
+        dynamic = None if name == EXTEND else False
+        options = _UNGUARDED if own else None
+        return torch.compile(step, fullgraph=True, dynamic=dynamic, options=options)
     # A CUDA graph, collectives and all: a launch for each kernel would take longer than the kernels.
     recorded = torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
 

@@ -48,6 +48,7 @@ class Attention(nn.Module):
         heads = layout.heads
         q, kv = heads.num_q * config.head_dim, heads.num_kv * config.head_dim
         self.qkv = ColumnLinear(config.dim, (q, kv, kv), config.attention_bias)
+        self.has_norms = config.qk_norm
         self.q_norm = norm_of(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = norm_of(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.is_windowed = config.is_windowed(layer)
@@ -65,11 +66,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """x [N, D] -> this rank's part of the result, [N, D]."""
         view = step.windowed if self.is_windowed else step.full
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv.split(x))
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.has_rope:
-            q = rotate(q, view.cos, view.sin, self.interleaved)
-            k = rotate(k, view.cos, view.sin, self.interleaved)
+        heads = self.inner.heads
+        turned, kept = heads.num_q + heads.num_kv, heads.num_kv
+        qk, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split((turned, kept), dim=-2)
+        if self.has_norms:
+            q, k = qk.split((heads.num_q, heads.num_kv), dim=-2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=-2)
+        if self.has_rope:  # queries and keys as one, in one kernel
+            qk = rotate(qk, view.cos, view.sin, self.interleaved)
+        q, k = qk.split((heads.num_q, heads.num_kv), dim=-2)
         return self.out(self.inner(q, k, v, step))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
 
-BLOCK = 1 << 18  # elements hashed at a time: the intermediate steps stay in the cache
+BLOCK = 1 << 16  # elements hashed at a time: the intermediate steps stay in the cache
 SCALE = 0.02  # the standard deviation at which the Llama family is initialised
 
 
@@ -36,18 +36,26 @@ def _entry(name: str, shape: tuple[int, ...], seed: int) -> Entry:
             return torch.ones(sizes)
         rows = torch.arange(slices[0].start, slices[0].stop, dtype=torch.int32)
         columns = torch.arange(slices[1].start, slices[1].stop, dtype=torch.int32)
-        row_keys = _hash(rows + (key & 0x7FFFFFFF)).unsqueeze(1)
+        row_keys = _hash_(rows + (key & 0x7FFFFFFF), torch.empty_like(rows)).unsqueeze(1)
         values = torch.empty(sizes)
         block = max(BLOCK // max(sizes[1], 1), 1)
+        hashed, spare = (torch.empty(block, sizes[1], dtype=torch.int32) for _ in range(2))
         for target, keys in zip(values.split(block), row_keys.split(block), strict=True):
-            target.copy_(_hash(keys + columns))
-        return values.mul_(SCALE * 3**0.5 / 2**31)
+            x, free = hashed[: len(keys)], spare[: len(keys)]
+            torch.add(keys, columns, out=x)
+            torch.mul(_hash_(x, free), SCALE * 3**0.5 / 2**31, out=target)
+        return values
 
     return Entry(shape, "random", read)
 
 
-def _hash(x: Tensor) -> Tensor:
-    """A 32-bit integer finaliser (multiply and xor-shift), elementwise and wrapping."""
-    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
-        x = (x ^ ((x >> shift) & (0xFFFFFFFF >> shift))) * factor
-    return x ^ ((x >> 15) & 0x1FFFF)
+def _hash_(x: Tensor, spare: Tensor) -> Tensor:
+    """A 32-bit integer finaliser (multiply and xor-shift), elementwise and wrapping, in place: fresh
+    memory for each step would take longer than the step. `spare`: as large as x."""
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, 1)):
+        torch.bitwise_right_shift(x, shift, out=spare)
+        spare &= 0xFFFFFFFF >> shift
+        x ^= spare
+        if factor != 1:
+            x *= factor
+    return x

@@ -1,0 +1,189 @@
+"""Where each microsecond of a token step goes, by torch's profiler: the part of
+`bench/decode.py --profile` that records, sorts and draws.
+
+Time is an operator's own, without the operators that it calls. Of the compiled code, inductor's kernels
+are recorded because they are compiled for it (RECORDED_KERNELS); what no operator or kernel takes is
+Python: the guards that Dynamo looks at, which the profiler knows by name, the calls inside the compiled
+step, and the loop around it. A collective takes as long as its slowest rank is late: of each call the
+shortest of the ranks' times is work, the rest is waiting. The profiler itself takes time between the
+operators, which it counts as Python; the step without it is told beside.
+
+What is not here: which line of a kernel takes the time (perf).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from engine.steps import Runner, Step
+
+RECORDED_KERNELS = {"cpp.enable_kernel_profile": True}
+_STEP = "yoke: token step"
+
+PRODUCTS = "products"
+ATTENTION = "attention and cache"
+KERNELS = "norms, rope, other kernels"
+OTHERS = "other operators of the step"
+GUARDS = "guards"
+CALLS = "calls between them (Python)"
+LOOP_OPS = "the loop's operators"
+LOOP = "the loop (Python)"
+WORK, WAIT = "collectives: work", "collectives: wait"
+_COLLECTIVES = "collectives"
+_ORDER = (PRODUCTS, ATTENTION, WORK, WAIT, KERNELS, OTHERS, GUARDS, CALLS, LOOP_OPS, LOOP)
+# What the limit of a token's overhead is about.
+OVERHEAD = (KERNELS, OTHERS, GUARDS, CALLS, LOOP_OPS, LOOP)
+
+_BY_PREFIX = {
+    "yoke_kernels::linear": PRODUCTS,
+    "yoke_kernels::pack": PRODUCTS,
+    "aten::addmm": PRODUCTS,
+    "aten::mm": PRODUCTS,
+    "aten::bmm": PRODUCTS,
+    "aten::linear": PRODUCTS,
+    "mkldnn::": PRODUCTS,
+    "yoke_models::run_experts": PRODUCTS,
+    "yoke_kernels::attend": ATTENTION,
+    "yoke_kernels::write_kv": ATTENTION,
+    "aten::scaled_dot_product": ATTENTION,
+    "aten::_scaled_dot_product": ATTENTION,
+    "yoke::": _COLLECTIVES,
+    "_c10d_functional::": _COLLECTIVES,
+    "c10d::": _COLLECTIVES,
+    "gloo:": _COLLECTIVES,
+    "TorchDynamo Cache Lookup": GUARDS,
+}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A sample: microseconds a token and by part (means over the steps), and of each collective in its
+    order. `collective_us` are of all `steps`."""
+
+    steps: int
+    token_us: float
+    parts: dict[str, float]
+    collective_us: list[float]
+
+
+@dataclass(frozen=True)
+class Event:
+    """An operator, kernel or marked region; microseconds. `own_us`: without the events inside."""
+
+    name: str
+    start_us: float
+    end_us: float
+    own_us: float
+
+
+def record_tokens(runner: Runner, run: Callable[[Runner], Any]) -> Recorded:
+    """Record the token steps that `run` takes with the runner it is given. Their last is left out: what
+    follows it is no longer a step's."""
+
+    def marked(step: Step) -> Step:
+        def call(*args: torch.Tensor) -> torch.Tensor:
+            with record_function(_STEP):
+                return step(*args)
+
+        return call
+
+    steps = {name: step if name == "extend" else marked(step) for name, step in runner.steps.items()}
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
+        run(replace(runner, steps=steps))
+    events = [
+        Event(e.name, e.time_range.start, e.time_range.end, e.self_cpu_time_total)
+        for e in seen.events() or ()
+        if not e.is_async
+    ]
+    return sort_events(events)
+
+
+def sort_events(events: Sequence[Event]) -> Recorded:
+    """The parts of the steps but the last. Raises ValueError for fewer than two steps."""
+    steps = sorted((e for e in events if e.name == _STEP), key=lambda e: e.start_us)
+    if len(steps) < 2:
+        raise ValueError(f"{len(steps)} token steps were recorded; a breakdown takes two at least")
+    begin, end = steps[0].start_us, steps[-1].start_us
+    steps = steps[:-1]
+    parts = dict.fromkeys(_ORDER, 0.0)
+    del parts[WORK], parts[WAIT]
+    collectives: list[float] = []
+    known_inside = known_outside = 0.0
+    at = 0
+    for event in sorted(events, key=lambda e: e.start_us):
+        if not begin <= event.start_us < end or event.name == _STEP:
+            continue
+        while at + 1 < len(steps) and event.start_us >= steps[at + 1].start_us:
+            at += 1
+        inside = event.start_us < steps[at].end_us
+        kind = _kind(event.name, inside)
+        if kind is None:
+            continue
+        if kind == _COLLECTIVES:
+            collectives.append(event.own_us)
+        else:
+            parts[kind] += event.own_us
+        if inside:
+            known_inside += event.own_us
+        else:
+            known_outside += event.own_us
+    inside_us = sum(step.end_us - step.start_us for step in steps)
+    parts[CALLS] = inside_us - known_inside
+    parts[LOOP] = end - begin - inside_us - known_outside
+    count = len(steps)
+    means = {name: value / count for name, value in parts.items()}
+    return Recorded(count, (end - begin) / count, means, collectives)
+
+
+def _kind(name: str, inside: bool) -> str | None:
+    """The part that an event's own time belongs to; None for regions, whose own time is Python's."""
+    for prefix, kind in _BY_PREFIX.items():
+        if name.startswith(prefix):
+            return kind
+    if "cpp_fused" in name or name.startswith("triton_"):
+        return KERNELS
+    if "::" not in name:
+        return None
+    return OTHERS if inside else LOOP_OPS
+
+
+def work_and_wait(calls: Sequence[Sequence[float]], rank: int, steps: int) -> tuple[float, float]:
+    """Microseconds a step of a rank's collectives: of each call, [ranks][calls], what the quickest rank
+    took is work."""
+    work = sum(min(times) for times in zip(*calls, strict=True))
+    return work / steps, (sum(calls[rank]) - work) / steps
+
+
+def overhead_us(parts: dict[str, float]) -> float:
+    """What is neither product nor attention nor a sum over the ranks."""
+    return sum(parts[name] for name in OVERHEAD)
+
+
+def draw(profiles: Sequence[dict[str, Any]], title: str) -> None:
+    """A table with bars, a column for each rank."""
+    from rich.bar import Bar
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    table.add_column("us a token")
+    for one in profiles:
+        table.add_column(f"rank {one['rank']}", justify="right")
+    table.add_column("of rank 0's step", min_width=30)
+    whole = profiles[0]["token_us"]
+    for name in _ORDER:
+        own = profiles[0]["parts"][name]
+        values = [f"{one['parts'][name]:.0f}" for one in profiles]
+        table.add_row(name, *values, Bar(whole, 0, max(own, 0.0), width=30))
+    table.add_section()
+    table.add_row("with the profiler", *(f"{one['token_us']:.0f}" for one in profiles))
+    table.add_row("without it (best)", *(f"{one['plain_us']:.0f}" for one in profiles))
+    table.add_row(
+        "neither product, attention nor sum", *(f"{overhead_us(one['parts']):.0f}" for one in profiles)
+    )
+    Console(width=100).print(table)
