@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from engine.compiling import VARIABLE, drop_if_damaged, seal, use_cache_folder
 
@@ -64,11 +65,12 @@ def test_a_damaged_seal_drops_it_too(text: str, tmp_path: Path) -> None:
 
 
 def test_the_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = use_cache_folder()
-    assert folder.parent == tmp_path / "yoke"
-    assert os.environ[VARIABLE] == str(folder)
+    for given in (None, default_cache_dir()):
+        monkeypatch.setenv(VARIABLE, given) if given else monkeypatch.delenv(VARIABLE, raising=False)
+        folder = use_cache_folder()
+        assert folder.parent == tmp_path / "yoke"
+        assert os.environ[VARIABLE] == str(folder)
     monkeypatch.setenv(VARIABLE, "/else/where")
     assert use_cache_folder() == Path("/else/where")
 
