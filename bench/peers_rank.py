@@ -35,7 +35,7 @@ def main(env: Any, payload: str) -> int:
         if engine.codec is not None:
             found = engine.codec.encode(TEXT.read_text(), True)
             found = (found * (task["prompt"] // len(found) + 1))[: task["prompt"]]
-        prompt = tuple(share(found, group))
+        prompt = tuple(share(found, group, engine.runner.device))
         channel = open_channel(env.channel_fd) if group.rank == 0 else None
         if channel is not None:
             facts = {"dtype": engine.dtype, "comm": group.backend, "ranks": group.size}
