@@ -105,13 +105,18 @@ def open_engine(env: Any, resolved: ResolvedJob, group: Group, names: Sequence[s
             random = job.weights == "random"
             codec = byte_codec(source.vocab_size) if random else load_codec(source.checkpoint)
         started = time.perf_counter()
-        with progress_bar("loading weights", enabled=group.rank == 0) as progress:
-            model = source.load(progress)
-            draft = _load_draft(resolved, source, group, env.plan.device)
-        load_s = time.perf_counter() - started
-        runners = [
-            _runner(job, part, group, env.plan.device) for part in (model, draft) if part is not None
-        ]
+        try:
+            with progress_bar("loading weights", enabled=group.rank == 0) as progress:
+                model = source.load(progress)
+                draft = _load_draft(resolved, source, group, env.plan.device)
+            load_s = time.perf_counter() - started
+            parts = (model,) if draft is None else (model, draft)
+            runners = [_runner(job, part, group, env.plan.device) for part in parts]
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"rank {group.rank}: {env.plan.device} has too little memory for its weights and cache "
+                f"({str(error).splitlines()[0]}); use more GPUs, or a smaller max_seq_len or batch"
+            ) from error
         folder, keeps = use_cache_folder(), env.local_rank == 0 and job.compile
         if keeps and drop_if_damaged(folder):
             say(f"the compiled code in {folder} was damaged and is dropped")

@@ -134,6 +134,7 @@ def test_a_model_in_the_hub_cache_is_found(tmp_path: Path, monkeypatch) -> None:
         (["--comm=mpi", *GOOD], "--comm mpi: must be auto, shm, gloo, nccl, ccl or deepspeed"),
         (["--bind-core", *GOOD], "unrecognized arguments: --bind-core"),
         (["generat", *GOOD], "'generat' is not a command"),
+        (["device=cuda", *GOOD], "--rank-per gpu: 0 GPUs are visible"),
         (["--json", *GOOD], "--json goes with the commands plan, doctor and models only"),
         (["plan", "--sysfs", "/nonexistent"], "lists no cpus"),
     ],

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pexpect
 import pytest
 
 from engine.session import check_chat
@@ -77,6 +78,30 @@ def test_it_ends_soon_when_the_input_ends_or_it_is_stopped(long_answer: subproce
     long_answer.send_signal(signal.SIGTERM)
     assert long_answer.wait(20) == 128 + signal.SIGTERM
     assert time.monotonic() - begun < 10
+
+
+def test_control_c_stops_the_answer_and_not_the_chat(tmp_path: Path) -> None:
+    words = ["--ranks=2", "chat", "model=tiny", "weights=random", "num_layers=12", "compile=false"]
+    env = {**os.environ, "TERM": "xterm", "NO_COLOR": "1", "XDG_STATE_HOME": str(tmp_path)}
+    terminal = pexpect.spawn(
+        sys.executable, [str(CHECKOUT / "launch.py"), *words, "max_seq_len=2000"],
+        env=env, encoding="utf-8", timeout=60, dimensions=(24, 100),
+    )  # fmt: skip
+    try:
+        terminal.expect_exact("> ")
+        terminal.send("talk\r")
+        terminal.expect("<[0-9]+>")  # some of the answer
+        terminal.sendintr()
+        terminal.expect_exact("> ")
+        terminal.send("/stats\r")
+        terminal.expect("1 in this conversation")
+        terminal.expect_exact("> ")
+        terminal.send("/quit\r")
+        terminal.expect(pexpect.EOF)
+        terminal.wait()
+        assert terminal.exitstatus == 0
+    finally:
+        terminal.close(force=True)
 
 
 @pytest.mark.parametrize("word", ["prompt=x", "prompts=x", "num_beams=2", "output=json"])

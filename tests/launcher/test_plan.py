@@ -185,6 +185,9 @@ def test_gpus_and_the_cores_beside_them() -> None:
     assert made.backend == "nccl"
     assert plan(topology, rank_per="gpu", comm="gloo").backend == "gloo"
     assert len(plan(topology, rank_per="gpu", ranks=2).ranks) == 2
+    shared = plan(machine(1, 1, 4, gpus=1), rank_per="gpu", ranks=2, comm="gloo")
+    assert [rank.device for rank in shared.ranks] == ["cuda:0", "cuda:0"]
+    assert any("2 ranks share 1 GPUs" in reason for reason in shared.reasons)
     with pytest.raises(LaunchError, match="4 GPUs are visible, 5 ranks"):
         plan(topology, rank_per="gpu", ranks=5)
     with pytest.raises(LaunchError, match="0 GPUs"):
