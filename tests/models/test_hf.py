@@ -60,7 +60,8 @@ def test_one_rank_eager_and_traced(name: str, folders: dict[str, str], tokens: t
         torch.testing.assert_close(run(model, tokens, rows), wanted, rtol=1e-4, atol=1e-4)
         step = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
         lengths = torch.tensor([9, 5, 7])
-        logits = step(tokens[:, :12], torch.arange(12).repeat(3, 1), lengths - 1)
+        wanted_tokens = torch.arange(3) * 12 + lengths - 1
+        logits = step(tokens[:, :12], torch.arange(12).repeat(3, 1), wanted_tokens)
         torch.testing.assert_close(logits, wanted[:, 0], rtol=1e-4, atol=1e-4)
 
 
