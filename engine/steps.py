@@ -143,7 +143,7 @@ def _compiled(name: str, step: Step, own: bool, on_gpu: bool) -> Step:
     step = FunctionType(step.__code__.replace(), step.__globals__, name, None, step.__closure__)
     if name == EXTEND or not on_gpu:
         dynamic = None if name == EXTEND else False
-        options = _UNGUARDED if own else None
+        options = dict(_UNGUARDED) if own else None  # torch takes the filter out of what it is given
         return torch.compile(step, fullgraph=True, dynamic=dynamic, options=options)
     # A CUDA graph, collectives and all: a launch for each kernel would take longer than the kernels.
     recorded = torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
