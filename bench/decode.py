@@ -3,9 +3,9 @@
 Through the engine's own loop, so the time of a step is all of it: the compiled step, choosing the
 token, telling the other ranks. A preset has random weights; a folder or .gguf its own. The bound is the
 time to read a rank's weights once, measured in the same ranks, by the fastest read we know. Bare reads
-and steps of each batch size take turns in one process, over the same weights, so ratios of one sample are
-of the same moment; worlds of different sizes are launched in turn, `--rounds` times.
-Best and median; the last line is JSON.
+and steps of each batch size take turns in one process, over the same weights, so ratios of one sample
+are of the same moment; worlds of different sizes are launched in turn, `--rounds` times. Best and
+median; the last line is JSON.
 
 `--profile` says where a step's time goes (bench/breakdown.py).
 
