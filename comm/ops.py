@@ -118,7 +118,13 @@ def argmax(logits: Tensor, offset: int, group: Group) -> Tensor:
     """
     if group.backend == "shm":
         return torch.ops.yoke.argmax.default(logits, offset, group.handle)
-    return topk(logits, 1, offset, group)[1].squeeze(1)
+    if logits.shape[1] == 0:
+        return topk(logits, 1, offset, group)[1].squeeze(1)
+    own = logits.argmax(1, keepdim=True)  # the first of equal ones
+    if group.size == 1:
+        return own.squeeze(1) + offset
+    values = logits.gather(1, own).float()
+    return _best_of_ranks(values, own + offset, 1, group)[1].squeeze(1)
 
 
 def topk(logits: Tensor, k: int, offset: int, group: Group) -> tuple[Tensor, Tensor]:
@@ -137,6 +143,11 @@ def topk(logits: Tensor, k: int, offset: int, group: Group) -> tuple[Tensor, Ten
     values = torch.nn.functional.pad(values, (0, missing), value=float("-inf"))
     # Not the largest integer: pad's value goes through a double, which rounds that up and wraps it.
     indices = torch.nn.functional.pad(indices, (0, missing), value=2**62)
+    return _best_of_ranks(values, indices, k, group)
+
+
+def _best_of_ranks(values: Tensor, indices: Tensor, k: int, group: Group) -> tuple[Tensor, Tensor]:
+    """The `k` best of each rank's candidates [rows, n]."""
     values = all_gather(values, group).movedim(0, 1).flatten(1)
     indices = all_gather(indices, group).movedim(0, 1).flatten(1)
     # By value, and those of one value by index: what fills up a short rank comes after every column.

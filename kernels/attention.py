@@ -96,6 +96,29 @@ def attend(
     return torch.ops.yoke_kernels.attend(q, *cache, rows, positions, flat, scale, cap, window, sources)
 
 
+def write_and_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: KVCache,
+    rows: Tensor | None,
+    positions: Tensor,
+    runs: Runs,
+    scale: float,
+    cap: float = 0.0,
+    window: int = 0,
+    sources: Tensor | None = None,
+) -> Tensor:
+    """`write` and then `attend`, where there are operators in a single call."""
+    if not can_attend(q.device, q.dtype):
+        write_reference(cache, k, v, rows, positions)
+        return attend_reference(q, cache, rows, positions, runs, scale, cap, window, sources)
+    flat = [number for run in runs for number in run]
+    return torch.ops.yoke_kernels.write_and_attend(
+        q, k, v, *cache, rows, positions, flat, scale, cap, window, sources
+    )
+
+
 def write_reference(
     cache: KVCache, k: Tensor, v: Tensor, rows: Tensor | None, positions: Tensor
 ) -> None:

@@ -32,6 +32,7 @@ def load_kernels() -> bool:
         return False
     torch.library.register_fake("yoke_kernels::linear", _fake_linear)
     torch.library.register_fake("yoke_kernels::attend", _fake_attend)
+    torch.library.register_fake("yoke_kernels::write_and_attend", _fake_attend)
     torch.library.register_fake("yoke_kernels::write_kv", lambda *_: None)
     return True
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kernels.attention import KVCache, attend, new_cache, write
+from kernels.attention import KVCache, new_cache, write_and_attend
 from models.config import ModelConfig
 from models.norms import norm_of
 from models.rope import rotate
@@ -110,9 +110,8 @@ class CachedAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """q [N, H, h], k and v [N, K, h] -> [N, H * h]."""
         cache = KVCache(self.k_cache, self.v_cache, self.k_scale, self.v_scale)
-        write(cache, k, v, step.rows, step.positions)
-        attended = attend(
-            q, cache, step.rows, step.positions, self.runs, self.scale, self.cap, self.window,
+        attended = write_and_attend(
+            q, k, v, cache, step.rows, step.positions, self.runs, self.scale, self.cap, self.window,
             step.sources,
         )  # fmt: skip
         return attended.flatten(1)
