@@ -93,6 +93,9 @@ struct Work {
   std::int64_t first, last, kv, q_start, group;
 };
 
+// A chunk of so many tokens at most is attended to token by token, with the loops of a single one: what a draft
+// guessed is verified with the very bits that a step without it would have.
+constexpr std::int64_t kFewTokens = 16;
 constexpr std::int64_t kBlockRows = 256;  // queries of a chunk that one thread takes at a time
 
 std::vector<Work> divide(const Places& places, std::int64_t tokens, bool sourced, at::IntArrayRef runs) {
@@ -105,6 +108,14 @@ std::vector<Work> divide(const Places& places, std::int64_t tokens, bool sourced
     }
     for (std::size_t i = 0; i + 3 < runs.size(); i += 4) {
       const std::int64_t count = runs[i + 3] - runs[i + 2], group = (runs[i + 1] - runs[i]) / count;
+      if (last - first <= kFewTokens) {
+        for (std::int64_t j = 0; j < count; ++j) {
+          for (std::int64_t token = first; token < last; ++token) {
+            works.push_back({token, token + 1, runs[i + 2] + j, runs[i] + j * group, group});
+          }
+        }
+        continue;
+      }
       const std::int64_t block = std::max<std::int64_t>(2, kBlockRows / group);
       for (std::int64_t begin = first, end; begin < last; begin = end) {
         // No token is left alone: those of a chunk all take the same loops.

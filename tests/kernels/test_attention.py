@@ -98,7 +98,7 @@ def tokens_of(segments: list[tuple[int, int, int]]) -> tuple[torch.Tensor, torch
     heads=st.tuples(st.integers(1, 4), st.integers(1, 5)),
     world=st.integers(1, 4),
     head_dim=st.sampled_from([2, 10, 16, 64, 80]),
-    shape=st.lists(st.tuples(st.integers(0, 2), st.sampled_from([1, 1, 1, 2, 5, 40])), max_size=4),
+    shape=st.lists(st.tuples(st.integers(0, 2), st.sampled_from([1, 1, 1, 2, 5, 17, 40])), max_size=4),
     cap=st.sampled_from([0.0, 2.0]),
     window=st.sampled_from([0, 0, 1, 7, 140]),
     dtypes=st.sampled_from(PAIRS),
@@ -181,6 +181,21 @@ def test_a_row_does_not_depend_on_the_others(
     # Of a chunk, what comes after a token.
     less = attend(parts[1][:77], cache, *tokens_of([(1, 0, 77)]), runs, 0.3, 0.0, 100)
     assert torch.equal(less, alone[1][:77])
+
+
+@pytest.mark.parametrize("dtypes", PAIRS)
+def test_a_few_tokens_have_the_bits_of_single_ones(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """So guesses are judged by what a step without them would have made."""
+    cache = full_cache(2, 2, 300, 32, dtypes[1])
+    runs = [(0, 6, 0, 2)]
+    for count in (2, 5, 16):
+        rows, positions = tokens_of([(1, 270, count)])
+        q = torch.randn(count, 6, 32).to(dtypes[0])
+        one_by_one = [
+            attend(q[i : i + 1], cache, rows[i : i + 1], positions[i : i + 1], runs, 0.2)
+            for i in range(count)
+        ]
+        assert torch.equal(attend(q, cache, rows, positions, runs, 0.2), torch.cat(one_by_one))
 
 
 @pytest.mark.parametrize("threads", [2, 3])
