@@ -1,11 +1,11 @@
 """What part of the cores' peak does a prompt reach? `python bench/prefill.py [--ranks 1 2]`
 
 Random weights in the shape of a preset, bfloat16, batch of one, a prompt in one call of the engine's
-compiled step. The bound is the arithmetic of all ranks' cores at once, a loop of tile products from the first cache
-(where there are no matrix units, of float32 vectors), measured in the same ranks, a sample of each in
-turn. Operations of the model: two for each weight in a product and token (the head's for one token),
-and attention's. Best and median; with `--profile` also what rank 0 spends the time on (its samples are
-slower: the compiled kernels are made to be seen). The last line is JSON.
+compiled step. The bound is the arithmetic of all ranks' cores at once, a loop of tile products from
+the first cache (where there are no matrix units, of float32 vectors), measured in the same ranks, a
+sample of each in turn. Operations of the model: two for each weight in a product and token (the head's
+for one token), and attention's. Best and median; with `--profile` also what rank 0 spends the time on
+(its samples are slower: the compiled kernels are made to be seen). The last line is JSON.
 
 What is not here: other programs on the same weights; decoding (bench/decode.py); batches.
 """

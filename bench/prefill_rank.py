@@ -48,9 +48,7 @@ def main(env: Any, payload: str) -> int:
             runner = make_runner(model, group, prompt + 1, not task["eager"])
             warm_up(runner, (EXTEND,))
         if prompt > runner.chunk:
-            raise RuntimeError(
-                f"--prompt {prompt}: the engine runs {runner.chunk} tokens at once at most"
-            )
+            raise RuntimeError(f"--prompt {prompt}: the engine runs at most {runner.chunk} at once")
         run(runner, prompt)
         rounds = _rounds()
         work = _sum(operations(model, config, prompt), group)
@@ -79,7 +77,7 @@ def run(runner: Runner, prompt: int) -> None:
 
 def where_time_goes(runner: Runner, prompt: int) -> dict[str, float]:
     """Seconds of a prompt that each operator and compiled kernel of this rank takes by itself, those of
-    the shapes of products apart: the least of some prompts. Sums over the ranks wait for the slowest."""
+    the shapes of products apart: the least of some prompts. A sum waits for the slowest rank."""
     least: dict[str, float] = {}
     for _ in range(PROFILED):
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:

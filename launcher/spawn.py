@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from launcher.allocator import allocator_variables
 from launcher.child import CHECKOUT, RankEnv, env_to_json
 from launcher.console import start_console
 from launcher.errors import LaunchError
@@ -190,7 +191,7 @@ def _start_rank(
     try:
         process = subprocess.Popen(
             [sys.executable, str(CHECKOUT / "launcher" / "rank.py"), str(spec_fd)],
-            env={**os.environ, **rank_variables(env)},
+            env={**os.environ, **rank_variables(env), **allocator_variables(os.environ)},
             pass_fds=[spec_fd, write_end, *sockets],
             process_group=0,
             stdin=None if env.rank == 0 and env.channel_fd is None else subprocess.DEVNULL,
