@@ -1,10 +1,11 @@
 """What part of the cores' peak does a prompt reach? `python bench/prefill.py [--ranks 1 2]`
 
-Random weights in the shape of a preset, bfloat16, batch of one, a prompt in one compiled call. The
-bound is the arithmetic of all ranks' cores at once, a loop of tile products from the first cache
-(where there are no matrix units, of float32 vectors), measured in the same ranks, a sample of each in
-turn. Operations of the model: two for each weight in a product and token (the head's for one token),
-and attention's. Best and median; the last line is JSON.
+Random weights in the shape of a preset, bfloat16, batch of one, a prompt in one call of the engine's
+compiled step. The bound is the arithmetic of all ranks' cores at once, a loop of tile products from
+the first cache (where there are no matrix units, of float32 vectors), measured in the same ranks, a
+sample of each in turn. Operations of the model: two for each weight in a product and token (the head's
+for one token), and attention's. Best and median; with `--profile` also what rank 0 spends the time on
+(its samples are slower: the compiled kernels are made to be seen). The last line is JSON.
 
 What is not here: other programs on the same weights; decoding (bench/decode.py); batches.
 """
@@ -60,8 +61,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=9)
     parser.add_argument("--prompt", type=int, default=512, help="tokens")
     parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--profile", action="store_true", help="where rank 0's time goes")
     options = parser.parse_args()
-    task = {key: getattr(options, key) for key in ("model", "samples", "prompt", "eager")}
+    task = {key: getattr(options, key) for key in ("model", "samples", "prompt", "eager", "profile")}
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {options.model}")
     print(
         "ranks  prompt: best, median    all ranks: best, median   peak: best, median      prompt / peak"
@@ -70,6 +72,9 @@ def main() -> None:
     for ranks in options.ranks:
         results.append(measure(task, ranks))
         print(line(results[-1]), flush=True)
+        for name, seconds in (results[-1]["parts"] or {}).items():
+            if seconds > 1e-3:
+                print(f"{seconds * 1e3:14.1f} ms  {name}")
     print(json.dumps({"task": task, "results": results}))
 
 

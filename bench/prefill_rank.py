@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from comm import ops
 from comm.group import Group, Rendezvous, open_group
+from engine.compiling import use_cache_folder
 from engine.opening import all_cores
+from engine.steps import EXTEND, Runner, extend, make_runner, warm_up
 from kernels.load import load_kernels
 from models.config import ModelConfig, expected_shapes
 from models.decoder import Decoder
@@ -22,6 +24,9 @@ from models.presets import PRESETS
 from weights.random_io import random_checkpoint
 
 PEAK_SECONDS = 0.1  # of one sample
+PROFILED = 3  # prompts
+# What inductor compiles is seen by the profiler if it is compiled so.
+RECORDED_KERNELS = {"cpp.enable_kernel_profile": True}
 
 
 @torch.no_grad()
@@ -29,19 +34,24 @@ def main(env: Any, payload: str) -> int:
     """Measure what the payload asks for; rank 0 writes it as JSON into the payload's file."""
     task = json.loads(payload)
     torch.set_num_threads(env.plan.num_threads)
+    use_cache_folder()
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
-    config = PRESETS[task["model"]]
+    config, prompt = PRESETS[task["model"]], task["prompt"]
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 1800.0) as group:
         if not load_kernels():
             raise RuntimeError("the bound cannot be measured without a C++ compiler")
-        weights = random_checkpoint(expected_shapes(config), 0)
-        model = load_model(config, weights, group, torch.bfloat16)
-        run = prompt_run(model, task["prompt"], not task["eager"])
-        with all_cores(env.plan.cpus):
-            run()
-        run()
+        model = load_model(config, random_checkpoint(expected_shapes(config), 0), group, torch.bfloat16)
+        with (
+            all_cores(env.plan.cpus) if env.bind_cores else nullcontext(),
+            torch._inductor.config.patch(RECORDED_KERNELS if task["profile"] else {}),
+        ):
+            runner = make_runner(model, group, prompt + 1, not task["eager"])
+            warm_up(runner, (EXTEND,))
+        if prompt > runner.chunk:
+            raise RuntimeError(f"--prompt {prompt}: the engine runs at most {runner.chunk} at once")
+        run(runner, prompt)
         rounds = _rounds()
-        work = _sum(operations(model, config, task["prompt"]), group)
+        work = _sum(operations(model, config, prompt), group)
         prompt_s, peaks = [], []
         for _ in range(task["samples"]):
             ops.barrier(group)
@@ -50,27 +60,34 @@ def main(env: Any, payload: str) -> int:
             peaks.append(_sum(done / (time.perf_counter() - start), group))
             ops.barrier(group)
             start = time.perf_counter()
-            run()
+            run(runner, prompt)
             seconds = torch.tensor([time.perf_counter() - start])
             prompt_s.append(float(ops.all_gather(seconds, group).max()))
+        parts = where_time_goes(runner, prompt) if task["profile"] else None
         if group.rank == 0:
-            found = {"prompt_s": prompt_s, "peak_per_s": peaks, "operations": work}
+            found = {"prompt_s": prompt_s, "peak_per_s": peaks, "operations": work, "parts": parts}
             Path(task["out"]).write_text(json.dumps(found))
     return 0
 
 
-def prompt_run(model: Decoder, prompt: int, compiled: bool) -> Callable[[], Tensor]:
-    """A call that runs a prompt of so many tokens through the model, to the last one's logits."""
-    model.setup(1, prompt)
-    tokens = torch.arange(prompt).remainder(100).unsqueeze(0)
-    positions, last = torch.arange(prompt).unsqueeze(0), torch.tensor([prompt - 1])
+def run(runner: Runner, prompt: int) -> None:
+    """A prompt of so many tokens as the engine runs it, to the last one's logits."""
+    extend(runner, [i % 100 for i in range(prompt)], range(prompt), [0] * prompt, [prompt - 1])
 
-    def prefill(tokens: Tensor, positions: Tensor, last: Tensor) -> Tensor:
-        logits: Tensor = model(tokens, positions, last)
-        return logits
 
-    step = torch.compile(prefill, fullgraph=True, dynamic=False) if compiled else prefill
-    return lambda: step(tokens, positions, last)
+def where_time_goes(runner: Runner, prompt: int) -> dict[str, float]:
+    """Seconds of a prompt that each operator and compiled kernel of this rank takes by itself, those of
+    the shapes of products apart: the least of some prompts. A sum waits for the slowest rank."""
+    least: dict[str, float] = {}
+    for _ in range(PROFILED):
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+            run(runner, prompt)
+        for event in seen.key_averages(group_by_input_shape=True):
+            name = event.key
+            if name == "yoke_kernels::linear":
+                name += f" {event.input_shapes[1]}"
+            least[name] = min(least.get(name, float("inf")), event.self_cpu_time_total / 1e6)
+    return dict(sorted(least.items(), key=lambda item: -item[1]))
 
 
 def operations(model: Decoder, config: ModelConfig, prompt: int) -> float:

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from launcher.allocator import allocator_variables
 from launcher.child import CHECKOUT, RankEnv, env_to_json
 from launcher.console import start_console
 from launcher.errors import LaunchError
@@ -185,12 +186,14 @@ def _start_rank(
             "beat_s": min(options.hang_timeout_s / 4, 5.0),
         }
     )
+    # A program of the user's keeps the allocator that it would have had.
+    allocator = {} if target == "launcher.program" else allocator_variables(os.environ)
     ours, theirs = _channels(env.rank, log)
     sockets = [fd for fd in (env.store_fd, env.channel_fd) if fd is not None]
     try:
         process = subprocess.Popen(
             [sys.executable, str(CHECKOUT / "launcher" / "rank.py"), str(spec_fd)],
-            env={**os.environ, **rank_variables(env)},
+            env={**os.environ, **rank_variables(env), **allocator},
             pass_fds=[spec_fd, write_end, *sockets],
             process_group=0,
             stdin=None if env.rank == 0 and env.channel_fd is None else subprocess.DEVNULL,

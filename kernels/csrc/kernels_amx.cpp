@@ -7,8 +7,9 @@
 // Four tiles of sums, 32 rows of w by 32 of x, need four tiles loaded for four products. The second cache can
 // deliver half of that, so the tiles of w must come from the first: k is cut into pieces of which 32 rows of w
 // fit there, and are copied there, since rows that are a power of two apart would fall into the same few places
-// of it. x is loaded as a stream that shall not push them out. The sums of a piece wait in the second cache as
-// the tiles hold them. So each number of y is one sum in one order, whatever the blocks and the rows of x.
+// of it. x is loaded as a stream that shall not push them out. The sums of a piece wait in the second and
+// third cache as the tiles hold them. So each number of y is one sum in one order, whatever the blocks and the
+// rows of x.
 // Sources: Intel, Architecture Instruction Set Extensions Programming Reference, TDPBF16PS; Goto and van de
 // Geijn, Anatomy of High-Performance Matrix Multiplication (2008), for which operand belongs in which cache.
 #if defined(__x86_64__)
@@ -30,7 +31,8 @@ constexpr std::int64_t kPanel = 2 * kRows;     // rows of w, and of x, that are 
 
 constexpr std::int64_t kPiece = 512;        // numbers of k: a panel of w is 32 KiB of the first cache's 48
 constexpr std::int64_t kBlock = 512;        // rows of x: a piece of them is 512 KiB of the second cache's 2 MiB
-constexpr std::int64_t kWaiting = 1 << 18;  // sums: 1 MiB of it
+constexpr std::int64_t kPitch = kPiece + kDepth;  // numbers between its rows there: an odd number of lines
+constexpr std::int64_t kWaiting = 1 << 19;  // sums: 2 MiB, asked for in time. Fewer, and x is read more often
 constexpr std::int64_t kResident = 1 << 20; // bytes of x that stay there whole
 
 struct alignas(64) TileConfig {
@@ -80,6 +82,18 @@ inline void copy(const bf16* from, std::int64_t stride, std::int64_t rows, std::
   for (std::int64_t r = 0; r < all; ++r) {
     const __m512i row = r < rows ? _mm512_maskz_loadu_epi16(mask, from + r * stride) : _mm512_setzero_si512();
     _mm512_store_si512(to + r * kDepth, row);
+  }
+}
+
+// A row of `columns` numbers, then zeros, to so many steps.
+inline void copy_row(const bf16* from, std::int64_t columns, std::int64_t steps, bf16* to) {
+  const std::int64_t whole = columns / kDepth;
+  for (std::int64_t s = 0; s < whole; ++s) {
+    _mm512_store_si512(to + s * kDepth, _mm512_loadu_si512(from + s * kDepth));
+  }
+  for (std::int64_t s = whole; s < steps; ++s) {
+    const __mmask32 mask = first_of(columns - s * kDepth);
+    _mm512_store_si512(to + s * kDepth, _mm512_maskz_loadu_epi16(mask, from + s * kDepth));
   }
 }
 
@@ -214,7 +228,7 @@ void finish(const LinearArgs& a, std::int64_t n, std::int64_t m, const float* su
 
 struct Scratch {
   alignas(4096) float waiting[kWaiting + 4 * kTile];
-  alignas(4096) bf16 w[kPanel * kPiece];
+  alignas(4096) bf16 w[kPanel * kPitch];
 };
 thread_local Scratch scratch;  // kept, so that it is in the caches already
 
@@ -236,10 +250,10 @@ void multiply_strip(const LinearArgs& a, std::int64_t m0, std::int64_t m1, std::
                                                 : a.w + n1 * a.k;
       Weights weights{w, a.k, kDepth, kRows * a.k, count};
       if (across > 1 || rows % kRows != 0 || columns % kDepth != 0) {
-        for (std::int64_t s = 0; s < count; ++s) {
-          copy(w + s * kDepth, a.k, rows, columns - s * kDepth, kPanel, own.w + s * kPanel * kDepth);
+        for (std::int64_t r = 0; r < kPanel; ++r) {  // along each row, which is how memory is read fastest
+          copy_row(w + r * a.k, r < rows ? columns : 0, count, own.w + r * kPitch);
         }
-        weights = {own.w, kDepth, kPanel * kDepth, kRows * kDepth, count};
+        weights = {own.w, kPitch, kDepth, kRows * kPitch, count};
       }
       for (std::int64_t j = 0; j < across; ++j) {
         const std::int64_t m = m0 + j * kPanel;
@@ -269,10 +283,22 @@ void linear_tiles(const LinearArgs& a, std::int64_t first, std::int64_t last) {
   _tile_release();
 }
 
+struct Numbers {
+  alignas(64) std::uint32_t pairs[4 * kTile];
+  Numbers() {  // of either sign, from 2^-15 to 2: with zeros the core clocks higher than products ever see it
+    std::uint32_t state = 1;
+    for (std::uint32_t& pair : pairs) {
+      state = state * 1664525 + 1013904223;
+      pair = (state & 0x87ff87ffu) | 0x38003800u;
+    }
+  }
+};
+
 // As `multiply` does at best: four tiles loaded from the first cache for four products.
 double peak(std::int64_t rounds) {
+  static const Numbers numbers;
+  const std::uint32_t* tiles = numbers.pairs;
   _tile_loadconfig(&kConfig);
-  alignas(64) static const std::uint32_t tiles[4 * kTile] = {};
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
