@@ -48,6 +48,7 @@ _BY_PREFIX = {
     "aten::linear": PRODUCTS,
     "mkldnn::": PRODUCTS,
     "yoke_models::run_experts": PRODUCTS,
+    "yoke_kernels::write_and_attend": ATTENTION,
     "yoke_kernels::attend": ATTENTION,
     "yoke_kernels::write_kv": ATTENTION,
     "aten::scaled_dot_product": ATTENTION,
