@@ -3,7 +3,7 @@
 torch keeps compiled code on disk by everything it depends on: the graph with all shapes and dtypes,
 so the model and the rank's layout, torch's version, the processor. The second start of a job compiles
 nothing. But it believes what it finds: a file that was cut short (a full disk, a crash) would end
-every later start. So after compiling, the sizes and checksums of all files are written down, and
+every later start. So after compiling, the sizes and checksums of its code are written down, and
 before the next compiling they are compared; what does not agree is dropped, and compiled again.
 
 Not here: how long that takes (docs/log.md).
@@ -73,8 +73,9 @@ def seal(folder: Path) -> None:
         temporary.replace(folder / _SEAL)
 
 
-# Code, and the entries that lead to it, which have no ending; not locks.
-_KEPT = (".so", ".cpp", ".py", ".h", ".gch", ".cubin", ".json", "")
+# Code, whose name says what is in it. Not locks, nor the entries that lead to code: torch writes those
+# anew at times, and passes over one that it cannot read.
+_KEPT = (".so", ".cpp", ".py", ".h", ".cubin")
 
 
 def _fingerprint(path: Path) -> list[int]:

@@ -15,7 +15,7 @@ from engine.compiling import VARIABLE, drop_if_damaged, seal, use_cache_folder
 
 def fill(folder: Path) -> list[Path]:
     files = [
-        folder / name for name in ("aa/code.so", "aa/code.cpp", "entries/fx/key", "b.py", "x.lock")
+        folder / name for name in ("aa/code.so", "aa/code.cpp", "b.py", "entries/fx/key", "x.lock")
     ]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -31,12 +31,13 @@ def test_a_folder_that_is_as_it_was_is_kept(tmp_path: Path) -> None:
     seal(folder)
     assert not drop_if_damaged(folder)
     files[-1].write_text("a lock is nobody's code")
+    files[-2].write_text("torch writes its entries anew")
     (folder / "new.so").write_text("of a run that is going on")
     assert not drop_if_damaged(folder)
     assert all(file.exists() for file in files)
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(3))
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
 def test_any_damage_drops_it_all(index: int, damage: str, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
@@ -95,3 +96,8 @@ def test_a_run_survives_a_damaged_cache(tmp_path: Path, run_yoke: Callable) -> N
     mended, _, said = run()
     assert mended == tokens
     assert "damaged" in said
+    # What leads to the code has no ending, and torch itself passes over what it cannot read.
+    for file in (tmp_path / "cache").rglob("*"):
+        if file.is_file() and not file.suffix:
+            os.truncate(file, file.stat().st_size // 2)
+    assert run()[0] == tokens
