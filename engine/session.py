@@ -245,6 +245,6 @@ def _facts(env: Any, resolved: ResolvedJob, engine: Opened) -> dict[str, Any]:
         "comm": engine.group.backend,
         "ranks": engine.group.size,
         "placement": env.placement,
-        "load_s": engine.load_s,
-        "compile_s": engine.compile_s,
+        "load_s": round(engine.load_s, 1),
+        "compile_s": round(engine.compile_s, 1),
     }
