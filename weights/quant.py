@@ -1,10 +1,11 @@
-"""Quantised weights as they are stored and sharded: integers, a scale per group, and what is added.
+"""Quantised weights as they are stored and sharded: integers, a scale a group, and what is added.
 
     w[i, j] = scale[i, j // g] * q[i, j] + offset[i, j // g]
 
 covers the schemes that are read or made: int8 per channel, int4 in groups with or without a zero point
-(round to nearest, GPTQ, AWQ), and GGUF's Q4_0, Q4_1 and Q8_0. This is the logical form, the same for every
-world size and processor: it is cut for a rank first, and laid out for an instruction set last (kernels/).
+(round to nearest, GPTQ, AWQ), and GGUF's Q4_0, Q4_1 and Q8_0. This is the logical form, the same for
+every world size and processor: it is cut for a rank first, and laid out for an instruction set last
+(kernels/).
 
 What is not here: how weights are quantised (quantize/), and products.
 """
@@ -34,8 +35,8 @@ MIN_GROUP = 32  # numbers that a kernel takes with one scale at least
 
 @dataclass(frozen=True)
 class Scheme:
-    """How weights are quantised: `bits` a number (8 or 4), `group_size` numbers of a row that share a scale
-    (0: the whole row), and whether zero lies in the middle of the range."""
+    """How weights are quantised: `bits` a number (8 or 4), `group_size` numbers of a row that share a
+    scale (0: the whole row), and whether zero lies in the middle of the range."""
 
     bits: int
     group_size: int
@@ -91,11 +92,14 @@ class QuantWeight:
         """Columns [start, stop), the same numbers bit for bit. Where a border lies inside a group, groups
         become as small as the borders ask for, each with a copy of the scale. Raises InputError where
         that is below MIN_GROUP."""
+        if self.scale.shape[1] == 1:  # one group a row: any part of it is one
+            return self._cut(start, stop, self.scale, self.offset, stop - start)
         size = gcd(self.group_size, start, stop)
-        if size < min(MIN_GROUP, self.group_size):
+        if size < MIN_GROUP:
             raise InputError(
-                f"columns {start} to {stop} of a weight quantised in groups of {self.group_size} cannot be cut "
-                f"out: groups of {size} would be left, and {MIN_GROUP} is the least; use another number of ranks"
+                f"columns {start} to {stop} of a weight quantised in groups of {self.group_size} cannot "
+                f"be cut out: groups of {size} would be left, and {MIN_GROUP} is the least; use another "
+                "number of ranks"
             )
         times = self.group_size // size
 
@@ -105,10 +109,17 @@ class QuantWeight:
             skip = (start - first * self.group_size) // size
             return fine[:, skip : skip + (stop - start) // size]
 
-        per_byte = 8 // self.bits
-        data = self.data[:, start // per_byte : stop // per_byte]
         offset = None if self.offset is None else cut(self.offset)
-        return QuantWeight(data, cut(self.scale), offset, self.bits, size)
+        return self._cut(start, stop, cut(self.scale), offset, size)
+
+    def _cut(
+        self, start: int, stop: int, scale: Tensor, offset: Tensor | None, group_size: int
+    ) -> QuantWeight:
+        per_byte = 8 // self.bits
+        if start % per_byte or stop % per_byte:
+            raise InputError(f"columns {start} to {stop} of a weight of 4 bits cannot be cut out: odd")
+        data = self.data[:, start // per_byte : stop // per_byte]
+        return QuantWeight(data, scale, offset, self.bits, group_size)
 
     def integers(self) -> Tensor:
         """The numbers q: int8 [n, k], or uint8 for 4 bits."""
