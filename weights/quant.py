@@ -62,8 +62,8 @@ def parse_scheme(text: str) -> Scheme:
 class QuantWeight:
     """A matrix [n, k] (or some of its rows or columns), quantised.
 
-    data: int8 [n, k], or for 4 bits uint8 [n, k / 2], two numbers 0..15 in each, the even column's in the
-    lower half. scale and offset: float16 [n, k / group_size], or float32 where a half cannot hold them.
+    data: int8 [n, k], or for 4 bits uint8 [n, k / 2], two numbers 0..15 in each, the even column's in
+    the lower half. scale and offset: float16 [n, k / group_size], or float32 where a half cannot hold them.
     Without an offset it is 0 for 8 bits and -8 * scale for 4: symmetric. `group_size` divides k.
     """
 
@@ -89,9 +89,9 @@ class QuantWeight:
         )
 
     def columns(self, start: int, stop: int) -> QuantWeight:
-        """Columns [start, stop), the same numbers bit for bit. Where a border lies inside a group, groups
-        become as small as the borders ask for, each with a copy of the scale. Raises InputError where
-        that is below MIN_GROUP."""
+        """Columns [start, stop), the same numbers bit for bit. Where a border lies inside a group,
+        groups become as small as the borders ask for, each with a copy of the scale. Raises InputError
+        where that is below MIN_GROUP."""
         if self.scale.shape[1] == 1:  # one group a row: any part of it is one
             return self._cut(start, stop, self.scale, self.offset, stop - start)
         size = gcd(self.group_size, start, stop)
