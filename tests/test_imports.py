@@ -1,4 +1,4 @@
-"""Imports point one way: server -> engine -> models -> tp -> {kernels, comm, weights} -> torch."""
+"""Imports point one way: server -> engine -> models -> tp -> kernels -> {comm, weights} -> torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 ROOMS = {
     "launcher": set(),
     "comm": set(),
-    "kernels": {"comm"},
+    "kernels": {"comm", "weights"},
     "weights": set(),
     "tp": {"kernels", "comm", "weights"},
     "models": {"tp", "kernels", "comm", "weights"},

@@ -7,55 +7,25 @@ covers the schemes that are read or made: int8 per channel, int4 in groups with 
 every world size and processor: it is cut for a rank first, and laid out for an instruction set last
 (kernels/).
 
-What is not here: how weights are quantised (quantize/), and products.
+What is not here: how weights are quantised (weights.quantise, quantize/), how files store them
+(weights.quant_hf, weights.gguf_blocks), and products.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from math import gcd
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from weights.errors import InputError
-
-SCHEMES = (
-    "int8",
-    "int4-g32",
-    "int4-g64",
-    "int4-g128",
-    "int4-g32-asym",
-    "int4-g64-asym",
-    "int4-g128-asym",
-)
-MIN_GROUP = 32  # numbers that a kernel takes with one scale at least
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How weights are quantised: `bits` a number (8 or 4), `group_size` numbers of a row that share a
-    scale (0: the whole row), and whether zero lies in the middle of the range."""
-
-    bits: int
-    group_size: int
-    symmetric: bool = True
-
-    @property
-    def name(self) -> str:
-        group = f"-g{self.group_size}" if self.group_size else ""
-        return f"int{self.bits}{group}{'' if self.symmetric else '-asym'}"
-
-
-def parse_scheme(text: str) -> Scheme:
-    """The scheme of a name such as "int8" or "int4-g32-asym". Raises InputError."""
-    found = re.fullmatch(r"int([48])(?:-g(\d+))?(-asym)?", text)
-    if found is None or text not in SCHEMES:
-        raise InputError(
-            f"quant={text} is not a scheme that Yoke has; take one of {', '.join(SCHEMES)}"
-        )
-    return Scheme(int(found[1]), int(found[2] or 0), found[3] is None)
+from weights.schemes import MIN_GROUP as MIN_GROUP
+from weights.schemes import SCHEMES as SCHEMES
+from weights.schemes import Scheme as Scheme
+from weights.schemes import parse_scheme as parse_scheme
 
 
 @dataclass(frozen=True)
@@ -63,8 +33,8 @@ class QuantWeight:
     """A matrix [n, k] (or some of its rows or columns), quantised.
 
     data: int8 [n, k], or for 4 bits uint8 [n, k / 2], two numbers 0..15 in each, the even column's in
-    the lower half. scale and offset: float16 [n, k / group_size], or float32 where a half cannot hold them.
-    Without an offset it is 0 for 8 bits and -8 * scale for 4: symmetric. `group_size` divides k.
+    the lower half. scale and offset: float16 [n, k / group_size], or float32 where a half cannot hold
+    them. Without an offset it is 0 for 8 bits and -8 * scale for 4: symmetric. `group_size` divides k.
     """
 
     data: Tensor
@@ -83,10 +53,17 @@ class QuantWeight:
 
     def rows(self, start: int, stop: int) -> QuantWeight:
         """Rows [start, stop): views."""
-        offset = None if self.offset is None else self.offset[start:stop]
-        return QuantWeight(
-            self.data[start:stop], self.scale[start:stop], offset, self.bits, self.group_size
-        )
+        return self.with_rows(lambda each: each[start:stop])
+
+    def with_rows(self, change: Callable[[Tensor], Tensor]) -> QuantWeight:
+        """With `change` done to the rows of each tensor: some of them, or in another order."""
+        offset = None if self.offset is None else change(self.offset)
+        return replace(self, data=change(self.data), scale=change(self.scale), offset=offset)
+
+    def padded(self, num_rows: int) -> QuantWeight:
+        """With rows of zeros behind, up to `num_rows`."""
+        more = num_rows - self.shape[0]
+        return self.with_rows(lambda each: F.pad(each, (0, 0, 0, more))) if more else self
 
     def columns(self, start: int, stop: int) -> QuantWeight:
         """Columns [start, stop), the same numbers bit for bit. Where a border lies inside a group,
@@ -97,9 +74,9 @@ class QuantWeight:
         size = gcd(self.group_size, start, stop)
         if size < MIN_GROUP:
             raise InputError(
-                f"columns {start} to {stop} of a weight quantised in groups of {self.group_size} cannot "
-                f"be cut out: groups of {size} would be left, and {MIN_GROUP} is the least; use another "
-                "number of ranks"
+                f"columns {start} to {stop} of a weight quantised in groups of {self.group_size} "
+                f"cannot be cut out: groups of {size} would be left, and {MIN_GROUP} is the least; use "
+                "another number of ranks"
             )
         times = self.group_size // size
 
@@ -142,3 +119,20 @@ class QuantWeight:
 def pack_nibbles(q: Tensor) -> Tensor:
     """Numbers 0..15, uint8 [n, k] (k even) -> two a byte, uint8 [n, k / 2]."""
     return q[:, ::2] | (q[:, 1::2] << 4)
+
+
+def join_rows(parts: Sequence[QuantWeight]) -> QuantWeight:
+    """Weights of equal columns and groups, one below the other."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    kinds = {(part.bits, part.group_size, part.offset is None) for part in parts}
+    assert len(kinds) == 1, kinds
+    offsets = [part.offset for part in parts if part.offset is not None]
+    # Halves beside floats become floats.
+    return replace(
+        first,
+        data=torch.cat([part.data for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        offset=torch.cat(offsets) if offsets else None,
+    )

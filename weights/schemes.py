@@ -1,0 +1,59 @@
+"""How weights are quantised, by name. Pure; free of torch: a job is checked before a rank exists."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import gcd
+
+from weights.errors import InputError
+
+SCHEMES = (
+    "int8",
+    "int4-g32",
+    "int4-g64",
+    "int4-g128",
+    "int4-g32-asym",
+    "int4-g64-asym",
+    "int4-g128-asym",
+)
+MIN_GROUP = 32  # numbers that a kernel takes with one scale at least
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights are quantised: `bits` a number (8 or 4), `group_size` numbers of a row that share a
+    scale (0: the whole row), and whether zero lies in the middle of the range. Files have schemes that
+    are not among SCHEMES, such as int8-g32 (GGUF's Q8_0)."""
+
+    bits: int
+    group_size: int
+    symmetric: bool = True
+
+    @property
+    def name(self) -> str:
+        group = f"-g{self.group_size}" if self.group_size else ""
+        return f"int{self.bits}{group}{'' if self.symmetric else '-asym'}"
+
+    def nbytes(self, n: int, k: int) -> int:
+        """What [n, k] weights take: float16 scales of groups, float32 ones of rows."""
+        groups = -(-k // self.group_size) if self.group_size else 1
+        per_group = (2 if self.group_size else 4) * (1 if self.symmetric else 2)
+        return n * (k * self.bits // 8 + groups * per_group)
+
+    def group_within(self, start: int, stop: int) -> int:
+        """The size of the groups of columns [start, stop), 0 where these cannot be cut out."""
+        if not self.group_size:
+            return 0 if (stop - start) % MIN_GROUP else stop - start
+        size = gcd(self.group_size, start, stop)
+        return 0 if size % MIN_GROUP else size
+
+
+def parse_scheme(text: str) -> Scheme:
+    """The scheme of a name such as "int8" or "int4-g32-asym". Raises InputError."""
+    found = re.fullmatch(r"int([48])(?:-g(\d+))?(-asym)?", text)
+    if found is None or text not in SCHEMES:
+        raise InputError(
+            f"quant={text} is not a scheme that Yoke has; take one of {', '.join(SCHEMES)}"
+        )
+    return Scheme(int(found[1]), int(found[2] or 0), found[3] is None)
