@@ -3,7 +3,10 @@
 Nothing is read when a checkpoint is opened but names, shapes and metadata. `Entry.read` then brings
 any rectangular part of one tensor as a torch tensor: each rank asks for its own slices alone.
 
-What is not here: writing, and tensors that stay quantised in memory.
+Where a file has quantised weights that products can take, `Entry.quant` brings a part of them as they
+are (`weights.quant`).
+
+What is not here: writing.
 """
 
 from __future__ import annotations
@@ -18,8 +21,11 @@ from torch import Tensor
 
 from weights.errors import InputError
 from weights.files import folder_format, regular_file
+from weights.quant import QuantWeight
+from weights.schemes import Scheme
 
 Slices = tuple[slice, ...]
+ReadQuant = Callable[[slice, slice], QuantWeight]
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,10 @@ class Entry:
     dimension are stored together and cannot be cut, and `read_raw(slices)` gives the part as it is
     stored: uint8 [rows, bytes]. `peek` is a `read` whose result may be a view of the file: for who
     copies it at once. `file` holds it, where one of several does.
+
+    A matrix that is quantised by `scheme` is read as such by `quant(rows, columns)`; it raises
+    InputError for columns that cut a group below what products take. Both are None for others, also for
+    those that can only be dequantised.
     """
 
     shape: tuple[int, ...]
@@ -41,6 +51,8 @@ class Entry:
     read_raw: Callable[[Slices], Tensor] | None = None
     peek: Callable[[Slices], Tensor] | None = None
     file: Path | None = None
+    scheme: Scheme | None = None
+    quant: ReadQuant | None = None
 
 
 @dataclass(frozen=True)

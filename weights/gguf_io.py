@@ -1,4 +1,5 @@
-"""GGUF files (the format of llama.cpp): lazy, mapped, dequantised as slices are read.
+"""GGUF files (the format of llama.cpp): lazy, mapped, dequantised as slices are read, or, where
+products take them so, quantised as they are (weights.gguf_blocks).
 
 The header is read by weights.gguf_header; what the block formats mean is the `gguf` package's
 knowledge: any quantisation that it can dequantise is read. What llama.cpp's converter changes is
@@ -29,6 +30,7 @@ from torch import Tensor
 from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
 from weights.errors import InputError
 from weights.files import DAMAGE, check_overlaps, damaged, regular_file
+from weights.gguf_blocks import SCHEMES, reader_of_blocks
 from weights.gguf_header import FORM, Header, TensorInfo, read_header
 from weights.gguf_names import (
     ARCHITECTURES,
@@ -211,4 +213,6 @@ def _blocks_entry(name: str, data: Bytes, kind: GGMLQuantizationType, shape: tup
         part = stored(slices, columns.start // block, columns.stop // block)
         return torch.from_numpy(np.array(part, order="C"))
 
-    return Entry(shape, kind.name, read, block, read_raw)
+    quant = reader_of_blocks(kind.name, shape, read_raw)
+    scheme = None if quant is None else SCHEMES[kind.name]
+    return Entry(shape, kind.name, read, block, read_raw, scheme=scheme, quant=quant)

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
+from weights.checkpoint import Checkpoint, Entry, ReadQuant, Slices, check_slices
 from weights.errors import InputError
 from weights.names import Piece
+from weights.quant import QuantWeight, join_rows
 
 Read = Callable[[Slices], Tensor]
 
@@ -87,11 +88,21 @@ def _piece(
     return deinterleave(entry, head_dim) if piece.interleaved and head_dim else entry
 
 
-def _rebuild(entry: Entry, shape: tuple[int, ...], wrap: Callable[[Read], Read]) -> Entry:
-    """`entry` with another shape, and both its ways of reading wrapped alike."""
+def _rebuild(
+    entry: Entry,
+    shape: tuple[int, ...],
+    wrap: Callable[[Read], Read],
+    wrap_quant: Callable[[ReadQuant], ReadQuant] | None = None,
+) -> Entry:
+    """`entry` with another shape, and all its ways of reading wrapped alike. Without `wrap_quant` it is
+    no longer read quantised."""
     raw = None if entry.read_raw is None else wrap(entry.read_raw)
     peek = None if entry.peek is None else wrap(entry.peek)
-    return replace(entry, shape=shape, read=wrap(entry.read), read_raw=raw, peek=peek)
+    quant = None if entry.quant is None or wrap_quant is None else wrap_quant(entry.quant)
+    scheme = None if quant is None else entry.scheme
+    return replace(
+        entry, shape=shape, read=wrap(entry.read), read_raw=raw, peek=peek, scheme=scheme, quant=quant
+    )
 
 
 def rows_of(entry: Entry, start: int, stop: int) -> Entry:
@@ -106,11 +117,15 @@ def rows_of(entry: Entry, start: int, stop: int) -> Entry:
 
         return part
 
-    return _rebuild(entry, shape, wrap)
+    def wrap_quant(quant: ReadQuant) -> ReadQuant:
+        return lambda rows, columns: quant(slice(rows.start + start, rows.stop + start), columns)
+
+    return _rebuild(entry, shape, wrap, wrap_quant)
 
 
 def matrix_of(entry: Entry, index: int) -> Entry:
-    """One matrix of a stack of them, by its first index."""
+    """One matrix of a stack of them, by its first index. It is not read quantised: experts have no
+    products for that."""
     shape = entry.shape[1:]
 
     def wrap(read: Read) -> Read:
@@ -129,7 +144,9 @@ def less_one(entry: Entry) -> Entry:
     def read(slices: Slices) -> Tensor:
         return entry.read(slices).float() - 1
 
-    return replace(entry, stored_as="F32", block=1, read=read, read_raw=None, peek=None)
+    return replace(
+        entry, stored_as="F32", block=1, read=read, read_raw=None, peek=None, scheme=None, quant=None
+    )
 
 
 def grouped_rows(entry: Entry, part: str, group: int, num_kv: int, head_dim: int) -> Entry:
@@ -139,42 +156,59 @@ def grouped_rows(entry: Entry, part: str, group: int, num_kv: int, head_dim: int
     offset = {"q": 0, "k": group, "v": group + 1}[part] * head_dim
     shape = (num_kv * size, *entry.shape[1:])
 
+    def stored(wanted: slice) -> list[slice]:
+        """The stored rows that make up `wanted`, in order."""
+        start, stop = wanted.start, wanted.stop
+        if start == stop:
+            return [slice(0, 0)]
+        found = []
+        for kv in range(start // size, -(-stop // size)):
+            low, high = max(start, kv * size), min(stop, (kv + 1) * size)
+            base = kv * stride + offset - kv * size
+            found.append(slice(base + low, base + high))
+        return found
+
     def wrap(read: Read) -> Read:
-        def rows(slices: Slices) -> Tensor:
+        def part(slices: Slices) -> Tensor:
             check_slices("rows", shape, slices)
-            start, stop = slices[0].start, slices[0].stop
-            found = []
-            if start == stop:
-                return read((slice(0, 0), *slices[1:]))
-            for kv in range(start // size, -(-stop // size)):
-                low, high = max(start, kv * size), min(stop, (kv + 1) * size)
-                base = kv * stride + offset - kv * size
-                found.append(read((slice(base + low, base + high), *slices[1:])))
+            found = [read((rows, *slices[1:])) for rows in stored(slices[0])]
             return found[0] if len(found) == 1 else torch.cat(found)
 
-        return rows
+        return part
 
-    return _rebuild(entry, shape, wrap)
+    def wrap_quant(quant: ReadQuant) -> ReadQuant:
+        return lambda rows, columns: join_rows([quant(some, columns) for some in stored(rows)])
+
+    return _rebuild(entry, shape, wrap, wrap_quant)
 
 
 def deinterleave(entry: Entry, head_dim: int) -> Entry:
     """Rows stored per head as (half a head, 2), in the canonical order (2, half a head). Whole heads
     are read and then cut, so any rows can be asked for."""
 
+    def heads(rows: slice) -> slice:
+        return slice(rows.start // head_dim * head_dim, -(-rows.stop // head_dim) * head_dim)
+
+    def ordered(whole: Tensor, rows: slice) -> Tensor:
+        """`rows`, in order, of the `whole` heads that hold them."""
+        pairs = whole.reshape(len(whole) // head_dim, head_dim // 2, 2, *whole.shape[1:])
+        first = heads(rows).start
+        return pairs.transpose(1, 2).reshape(whole.shape)[rows.start - first : rows.stop - first]
+
     def wrap(read: Read) -> Read:
         def part(slices: Slices) -> Tensor:
             check_slices("rows", entry.shape, slices)
-            rows = slices[0]
-            first = rows.start // head_dim * head_dim
-            last = -(-rows.stop // head_dim) * head_dim
-            whole = read((slice(first, last), *slices[1:]))
-            pairs = whole.reshape((last - first) // head_dim, head_dim // 2, 2, *whole.shape[1:])
-            ordered = pairs.transpose(1, 2).reshape(whole.shape)
-            return ordered[rows.start - first : rows.stop - first]
+            return ordered(read((heads(slices[0]), *slices[1:])), slices[0])
 
         return part
 
-    return _rebuild(entry, entry.shape, wrap)
+    def wrap_quant(quant: ReadQuant) -> ReadQuant:
+        def part(rows: slice, columns: slice) -> QuantWeight:
+            return quant(heads(rows), columns).with_rows(lambda each: ordered(each, rows))
+
+        return part
+
+    return _rebuild(entry, entry.shape, wrap, wrap_quant)
 
 
 def concat(parts: list[Entry], dim: int) -> Entry:
@@ -202,7 +236,7 @@ def concat(parts: list[Entry], dim: int) -> Entry:
             return parts[0].read(tuple(nothing))
         return found[0] if len(found) == 1 else torch.cat(found, dim)
 
-    return replace(parts[0], shape=full, read=read, read_raw=None, peek=None)
+    return replace(parts[0], shape=full, read=read, read_raw=None, peek=None, scheme=None, quant=None)
 
 
 def replicated(path: Path, name: str, copies: list[Entry]) -> Entry:
@@ -219,4 +253,4 @@ def replicated(path: Path, name: str, copies: list[Entry]) -> Entry:
                 )
         return first
 
-    return replace(copies[0], read=read, read_raw=None, peek=None)
+    return replace(copies[0], read=read, read_raw=None, peek=None, scheme=None, quant=None)

@@ -23,6 +23,7 @@ from torch import Tensor
 from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
 from weights.errors import InputError
 from weights.files import damaged, parse_json, read_json, regular_file
+from weights.gguf_blocks import SCHEMES, reader_of_blocks
 from weights.safetensors_io import stored_entries
 from weights.writer import DTYPES, header_of
 from weights.yoke_manifest import (
@@ -174,7 +175,11 @@ def _entry(folder: YokeFolder, tensor: StoredTensor, prefer: int | None) -> Entr
         values = dequantise(folder.peek(tensor, parts, (*slices[:-1], slice(first, last))), blocks)
         return values[..., columns.start - first : columns.stop - first]
 
-    return Entry(tensor.shape, blocks.format, read_values, blocks.elements, read_raw)
+    quant = reader_of_blocks(blocks.format, tensor.shape, read_raw)
+    scheme = None if quant is None else SCHEMES[blocks.format]
+    return Entry(
+        tensor.shape, blocks.format, read_values, blocks.elements, read_raw, scheme=scheme, quant=quant
+    )
 
 
 def dequantise(raw: Tensor, blocks: Blocks) -> Tensor:

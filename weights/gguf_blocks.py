@@ -1,0 +1,55 @@
+"""GGUF's blocks of 32 numbers that are quantised weights as weights.quant has them: nothing is computed
+but where bits lie.
+
+Q8_0 is a float16 scale and 32 signed bytes; Q4_0 a scale and 16 bytes, number i in the lower half of
+byte i and number i + 16 in its upper half; Q4_1 the same with the block's least number, float16, behind
+the scale. What is not here: blocks of other kinds (K-quants), which the gguf package dequantises.
+
+Source: `block_q4_0`, `block_q4_1` and `block_q8_0` of ggml's `ggml-common.h`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from weights.checkpoint import ReadQuant, Slices
+from weights.quant import QuantWeight, pack_nibbles
+from weights.schemes import Scheme
+
+SIZE = 32  # numbers in a block
+SCHEMES = {"Q4_0": Scheme(4, SIZE), "Q4_1": Scheme(4, SIZE, symmetric=False), "Q8_0": Scheme(8, SIZE)}
+_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+
+
+def from_blocks(raw: Tensor, form: str) -> QuantWeight:
+    """uint8 [n, bytes] of whole blocks, as they are stored, of one of SCHEMES."""
+    n, count = raw.shape[0], raw.shape[1] // _BYTES[form]
+    blocks = raw.view(n, count, _BYTES[form])
+    scale = blocks[..., :2].contiguous().view(torch.float16).view(n, count)
+    if form == "Q8_0":
+        data = blocks[..., 2:].contiguous().view(torch.int8).view(n, count * SIZE)
+        return QuantWeight(data, scale, None, 8, SIZE)
+    offset, first = None, 2
+    if form == "Q4_1":
+        offset, first = blocks[..., 2:4].contiguous().view(torch.float16).view(n, count), 4
+    halves = blocks[..., first:]
+    q = torch.cat((halves & 15, halves >> 4), dim=-1).view(n, count * SIZE)
+    return QuantWeight(pack_nibbles(q), scale, offset, 4, SIZE)
+
+
+def reader_of_blocks(
+    form: str, shape: tuple[int, ...], read_raw: Callable[[Slices], Tensor]
+) -> ReadQuant | None:
+    """How to read the quantised form of a matrix of blocks; None if it has none."""
+    if form not in SCHEMES or len(shape) != 2:
+        return None
+
+    def quant(rows: slice, columns: slice) -> QuantWeight:
+        first, last = columns.start // SIZE * SIZE, -(-columns.stop // SIZE) * SIZE
+        whole = from_blocks(read_raw((rows, slice(first, last))), form)
+        return whole.columns(columns.start - first, columns.stop - first)
+
+    return quant

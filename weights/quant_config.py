@@ -1,0 +1,165 @@
+"""What `quantization_config` of a Hugging Face `config.json` says. Pure; free of torch.
+
+Three methods are read: "compressed-tensors" (pack-quantized, int-quantized), "gptq" and "awq". Patterns
+("re:...") are not run: they come with the file. Which modules are quantised is told by the tensors,
+and those must have one of the schemes that the config declares.
+
+What is not here: how activations were quantised. They stay as they are, which is more exact.
+
+Source: `QuantizationConfig` of the compressed-tensors library; the `quantize_config.json` of AutoGPTQ and
+GPTQModel; AutoAWQ's `AwqConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from weights.errors import InputError
+from weights.schemes import MIN_GROUP, Scheme
+
+METHODS = ("compressed-tensors", "gptq", "awq")
+FORMATS = ("pack-quantized", "int-quantized")
+_MAX_GROUP = 1 << 16
+_MAX_GROUPS_OF_MODULES = 64
+_WAY_OUT = "take the model unquantised, or quantised in one of these ways"
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """`method` of METHODS; `format` of FORMATS for compressed-tensors. A module has one of `schemes`,
+    unless `ignored` names it. `reordered`: columns were quantised in another order than they are
+    stored in (act-order). `minus_one`: zero points are stored less 1. `source` is for messages."""
+
+    source: str
+    method: str
+    format: str
+    schemes: tuple[Scheme, ...]
+    ignored: frozenset[str] = frozenset()
+    reordered: bool = False
+    minus_one: bool = False
+
+    @property
+    def named(self) -> str:
+        """For messages: what is declared."""
+        form = f" ({self.format})" if self.format else ""
+        return f"{self.method}{form}, {' or '.join(scheme.name for scheme in self.schemes)}"
+
+
+def read_quant_config(config: Mapping[str, Any], source: str) -> QuantConfig | None:
+    """What a config declares, None if that is nothing. `source` is the file. Raises InputError."""
+    found = config.get("quantization_config", config.get("compression_config"))
+    if found is None:
+        return None
+    where = f"{source}: quantization_config"
+    if not isinstance(found, Mapping):
+        raise InputError(f"{where} must be an object, not {type(found).__name__}")
+    method = found.get("quant_method")
+    if method == "compressed-tensors":
+        return _compressed(found, where)
+    if method == "gptq":
+        return _gptq(found, where)
+    if method == "awq":
+        return _awq(found, where)
+    raise InputError(
+        f"{where} has quant_method {str(method)[:100]!r}, which is not read; read are "
+        f"{', '.join(METHODS)}: {_WAY_OUT}"
+    )
+
+
+def _compressed(found: Mapping[str, Any], where: str) -> QuantConfig:
+    form = found.get("format")
+    if form not in FORMATS:
+        raise InputError(
+            f"{where} has format {str(form)[:100]!r}, which is not read; read are "
+            f"{', '.join(FORMATS)}: {_WAY_OUT}"
+        )
+    groups = found.get("config_groups")
+    if not isinstance(groups, Mapping) or not 1 <= len(groups) <= _MAX_GROUPS_OF_MODULES:
+        raise InputError(f"{where} must have an object 'config_groups' that is not empty")
+    schemes, reordered = [], False
+    for name, group in groups.items():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        at = f"{where}.config_groups.{name[:40]}.weights"
+        if not isinstance(weights, Mapping):
+            raise InputError(f"{at} must be an object: how weights are quantised")
+        if weights.get("type", "int") != "int":
+            raise InputError(
+                f"{at} has type {str(weights['type'])[:40]!r}; only integers are read: {_WAY_OUT}"
+            )
+        strategy = weights.get("strategy")
+        whole_rows = strategy in ("channel", "tensor") or weights.get("group_size") == -1
+        if strategy not in ("channel", "tensor", "group", None):
+            raise InputError(
+                f"{at} has strategy {str(strategy)[:40]!r}; read are channel, tensor and group"
+            )
+        bits = _bits(weights.get("num_bits"), (8,) if form == "int-quantized" else (4, 8), at)
+        size = 0 if whole_rows else _group(weights.get("group_size"), at)
+        schemes.append(Scheme(bits, size, _flag(weights, "symmetric", True, at)))
+        reordered |= weights.get("actorder") in ("group", True)
+    return QuantConfig(where, "compressed-tensors", form, tuple(schemes), _names(found, "ignore", where),
+                       reordered)  # fmt: skip
+
+
+def _gptq(found: Mapping[str, Any], where: str) -> QuantConfig:
+    form = found.get("checkpoint_format", "gptq")
+    if form not in ("gptq", "gptq_v2"):
+        raise InputError(
+            f"{where} has checkpoint_format {str(form)[:100]!r}, which is not read; read are gptq and "
+            f"gptq_v2: {_WAY_OUT}"
+        )
+    if found.get("dynamic"):
+        raise InputError(
+            f"{where} has 'dynamic', other settings for some modules, which is not read: {_WAY_OUT}"
+        )
+    bits = _bits(found.get("bits"), (4, 8), where)
+    size = found.get("group_size")
+    scheme = Scheme(bits, 0 if size == -1 else _group(size, where), _flag(found, "sym", True, where))
+    reordered = _flag(found, "desc_act", False, where)
+    return QuantConfig(where, "gptq", "", (scheme,), frozenset(), reordered, form == "gptq")
+
+
+def _awq(found: Mapping[str, Any], where: str) -> QuantConfig:
+    version = found.get("version", "gemm")
+    if not isinstance(version, str) or version.lower() != "gemm":
+        raise InputError(f"{where} has version {str(version)[:40]!r}; read is gemm: {_WAY_OUT}")
+    if not _flag(found, "zero_point", True, where):
+        raise InputError(f"{where} has zero_point false, which is not read: {_WAY_OUT}")
+    bits = _bits(found.get("bits", found.get("w_bit")), (4,), where)
+    size = found.get("group_size", found.get("q_group_size"))
+    scheme = Scheme(bits, 0 if size == -1 else _group(size, where), symmetric=False)
+    return QuantConfig(where, "awq", "", (scheme,), _names(found, "modules_to_not_convert", where))
+
+
+def _bits(value: Any, allowed: tuple[int, ...], where: str) -> int:
+    if type(value) is not int or value not in allowed:
+        raise InputError(
+            f"{where} has {str(value)[:40]} bits; read are {' and '.join(map(str, allowed))}: {_WAY_OUT}"
+        )
+    return value
+
+
+def _group(value: Any, where: str) -> int:
+    if type(value) is not int or not MIN_GROUP <= value <= _MAX_GROUP or value % MIN_GROUP:
+        raise InputError(
+            f"{where} has group_size {str(value)[:40]}; read are multiples of {MIN_GROUP}, and -1 (whole "
+            f"rows): {_WAY_OUT}"
+        )
+    return value
+
+
+def _flag(found: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
+    value = found.get(key)
+    if value is None:
+        return default
+    if type(value) is not bool:
+        raise InputError(f"{where} has {key} {str(value)[:40]!r}; it must be true or false")
+    return value
+
+
+def _names(found: Mapping[str, Any], key: str, where: str) -> frozenset[str]:
+    names = found.get(key) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{where} has {key} that is not a list of names")
+    return frozenset(names)
