@@ -12,6 +12,7 @@ from weights.errors import InputError
 from weights.files import read_json
 from weights.names import Piece, translate
 from weights.params import hf_config
+from weights.quant_hf import with_quantised
 from weights.views import present
 
 
@@ -53,6 +54,7 @@ def assemble(
     """The checkpoint of what `path` stores, with the config beside it. Raises InputError."""
     folder = path if path.is_dir() else path.parent
     config = config_beside(folder, {name: entry.shape for name, entry in stored.items()})
+    stored = with_quantised(stored, config, str(folder / "config.json"))
     return present(path, form, stored, names, config, lambda: _heads(config, path), world_size)
 
 

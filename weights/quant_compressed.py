@@ -5,8 +5,8 @@ weight int8 [n, k], weight_scale [n, groups] (or one of all), weight_zero_point 
 
 Packed numbers are stored with half the range added. What belongs to activations is left out.
 
-Source: `pack_to_int32` and the compressors `pack_quantized`, `naive_quantized` of the compressed-tensors
-library.
+Source: `pack_to_int32` and the compressors `pack_quantized`, `naive_quantized` of the library
+compressed-tensors.
 """
 
 from __future__ import annotations
@@ -16,13 +16,21 @@ from torch import Tensor
 
 from weights.checkpoint import Entry
 from weights.quant import QuantWeight
-from weights.quant_hf import HALVES, Module, Stored, checked_zeros, data_of, part_of, scales_of
+from weights.quant_parts import (
+    HALVES,
+    Module,
+    Stored,
+    checked_zeros,
+    data_of,
+    group_of_columns,
+    part_of,
+    scales_of,
+)
 
 ENDS = frozenset({
     "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale",
     "input_zero_point", "output_scale", "output_zero_point",
 })  # fmt: skip
-ENDS_TAKEN = ENDS | {"weight"}
 
 
 def open_stored(module: Module) -> Stored:
@@ -41,12 +49,12 @@ def _packed(module: Module) -> Stored:
     scales = _scales(module, n)
     groups = scales.shape[1]
     zeros = module.parts.get("weight_zero_point")
-    scheme = module.scheme(bits, groups, k, True if zeros is None else None)
+    scheme = module.scheme(bits, groups, k, zeros is not None)
     per, middle = 32 // bits, 1 << (bits - 1)
     if zeros is not None:
         module.part("weight_zero_point", ("I32",), (-(-n // per), groups))
     order = module.parts.get("weight_g_idx")
-    if order is not None:
+    if order is not None or module.config.reordered:
         module.part("weight_g_idx", ("I32", "I64"), (k,))
     size = scheme.group_size or k
 
@@ -59,19 +67,13 @@ def _packed(module: Module) -> Stored:
             stored = part_of(zeros, slice(rows.start // per, -(-rows.stop // per)), some)
             zero = _down(stored, bits)[: rows.stop - rows.start]
             zero = checked_zeros(module, scheme, zero, middle)
-        scale, offset = scales_of(module, part_of(scales, rows, some), zero)
-        return QuantWeight(
-            data_of(octets, bits), scale, offset, bits, min(size, columns.stop - columns.start)
-        )
+        scale, offset = scales_of(module, scheme, part_of(scales, rows, some), zero)
+        width = columns.stop - columns.start
+        return QuantWeight(data_of(octets, bits), scale, offset, bits, min(size, width))
 
-    def group_of_columns() -> Tensor:
-        assert order is not None
-        given = part_of(order, slice(0, k)).long()
-        if int(given.min()) < 0 or int(given.max()) >= groups:
-            raise module.error(f"{module.name}.weight_g_idx names groups outside 0..{groups - 1}")
-        return given
-
-    return Stored((n, k), scheme, read, per, None if order is None else group_of_columns)
+    if order is None:
+        return Stored((n, k), scheme, read, per)
+    return Stored((n, k), scheme, read, per, group_of_columns(module, "weight_g_idx", groups))
 
 
 def _down(numbers: Tensor, bits: int) -> Tensor:
@@ -86,7 +88,7 @@ def _plain_integers(module: Module) -> Stored:
     scales = _scales(module, n)
     groups = scales.shape[1]
     zeros = module.parts.get("weight_zero_point")
-    scheme = module.scheme(8, groups, k, True if zeros is None else None)
+    scheme = module.scheme(8, groups, k, zeros is not None)
     if zeros is not None:
         zeros = _by_row(module.part("weight_zero_point", ("I8",)), module, "weight_zero_point", n)
         if zeros.shape != scales.shape:
@@ -101,7 +103,7 @@ def _plain_integers(module: Module) -> Stored:
             if not scheme.symmetric:
                 zero = zero + 128  # as in the other format
             zero = checked_zeros(module, scheme, zero, 0 if scheme.symmetric else 128)
-        scale, offset = scales_of(module, part_of(scales, rows, some), zero)
+        scale, offset = scales_of(module, scheme, part_of(scales, rows, some), zero)
         data = part_of(numbers, rows, columns).contiguous()
         return QuantWeight(data, scale, offset, 8, min(size, columns.stop - columns.start))
 

@@ -6,8 +6,8 @@ and those must have one of the schemes that the config declares.
 
 What is not here: how activations were quantised. They stay as they are, which is more exact.
 
-Source: `QuantizationConfig` of the compressed-tensors library; the `quantize_config.json` of AutoGPTQ and
-GPTQModel; AutoAWQ's `AwqConfig`.
+Source: `QuantizationConfig` of the compressed-tensors library; the `quantize_config.json` of AutoGPTQ
+and GPTQModel; AutoAWQ's `AwqConfig`.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def _compressed(found: Mapping[str, Any], where: str) -> QuantConfig:
         size = 0 if whole_rows else _group(weights.get("group_size"), at)
         schemes.append(Scheme(bits, size, _flag(weights, "symmetric", True, at)))
         reordered |= weights.get("actorder") in ("group", True)
-    return QuantConfig(where, "compressed-tensors", form, tuple(schemes), _names(found, "ignore", where),
-                       reordered)  # fmt: skip
+    ignored = _names(found, "ignore", where)
+    return QuantConfig(where, "compressed-tensors", form, tuple(schemes), ignored, reordered)
 
 
 def _gptq(found: Mapping[str, Any], where: str) -> QuantConfig:
@@ -135,7 +135,8 @@ def _awq(found: Mapping[str, Any], where: str) -> QuantConfig:
 def _bits(value: Any, allowed: tuple[int, ...], where: str) -> int:
     if type(value) is not int or value not in allowed:
         raise InputError(
-            f"{where} has {str(value)[:40]} bits; read are {' and '.join(map(str, allowed))}: {_WAY_OUT}"
+            f"{where} has {str(value)[:40]} bits; read are {' and '.join(map(str, allowed))}: "
+            + _WAY_OUT
         )
     return value
 
@@ -143,8 +144,8 @@ def _bits(value: Any, allowed: tuple[int, ...], where: str) -> int:
 def _group(value: Any, where: str) -> int:
     if type(value) is not int or not MIN_GROUP <= value <= _MAX_GROUP or value % MIN_GROUP:
         raise InputError(
-            f"{where} has group_size {str(value)[:40]}; read are multiples of {MIN_GROUP}, and -1 (whole "
-            f"rows): {_WAY_OUT}"
+            f"{where} has group_size {str(value)[:40]}; read are multiples of {MIN_GROUP}, and -1 "
+            f"(whole rows): {_WAY_OUT}"
         )
     return value
 

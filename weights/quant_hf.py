@@ -49,7 +49,7 @@ def with_quantised(
     ends, open_stored = _WAYS[declared.method]
     found: dict[str, dict[str, Entry]] = {}
     plain = dict(stored)
-    for name, entry in stored.items():
+    for name in stored:
         module_name, _, end = name.rpartition(".")
         if end in ends:
             found.setdefault(module_name, {})[end] = plain.pop(name)
@@ -107,8 +107,9 @@ def _entry(module: Module, stored: Stored) -> Entry:
         return whole.integers().float() * scale + whole.offset.float()[:, order], top
 
     kept = stored.order is None
+    file = next(iter(module.parts.values())).file
     name = f"{module.config.method} {stored.scheme.name}{'' if kept else ', act-order'}"
     return Entry(
-        stored.shape, name, read, file=next(iter(module.parts.values())).file, scheme=stored.scheme if kept else None,
+        stored.shape, name, read, file=file, scheme=stored.scheme if kept else None,
         quant=quant if kept else None,
     )  # fmt: skip

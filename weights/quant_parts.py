@@ -93,7 +93,7 @@ def part_of(entry: Entry, *slices: slice) -> Tensor:
 def scales_of(
     module: Module, scheme: Scheme, scale: Tensor, zero: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales [n, groups] as weights.quant has them, and offsets for zero points: -zero * scale, rounded.
+    """Scales [n, groups] as weights.quant has them, and offsets for zero points: -zero * scale.
 
     A row's one scale is kept in float32. Those of groups are float16 if they are stored in 16 bits: of
     a bfloat16 below 2 ** -17 the last bits are lost, far below any weight. Raises InputError for
@@ -130,3 +130,16 @@ def checked_zeros(module: Module, scheme: Scheme, zero: Tensor, middle: int) -> 
             raise module.error(f"{module.name} has zero points that are not in the middle")
         return None
     return zero.to(torch.int16) - (middle if scheme.bits == 8 else 0)
+
+
+def group_of_columns(module: Module, end: str, groups: int) -> Callable[[], Tensor]:
+    """How to read the group of each column, int64 [k]; it raises InputError for groups that are none."""
+
+    def read() -> Tensor:
+        entry = module.parts[end]
+        given = part_of(entry, slice(0, entry.shape[0])).long()
+        if int(given.min()) < 0 or int(given.max()) >= groups:
+            raise module.error(f"{module.name}.{end} names groups outside 0..{groups - 1}")
+        return given
+
+    return read
