@@ -1,13 +1,14 @@
 """From a checkpoint to a model on this rank: check the names, then stream this rank's slices.
 
 The model is built without memory (meta device), given memory, and filled tensor by tensor, so no rank
-ever holds more than its own part and one slice being read. A missing, unknown or mis-shaped weight is
+ever holds more than its own part and one slice being read. Layers that hold their weights quantised
+are filled by `models.load_quant`. A missing, unknown or mis-shaped weight is
 an error that names it: a tensor left uninitialised would be a model that is quietly wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,12 @@ from models.config import HEAD, ModelConfig, expected_shapes
 from models.config_gguf import from_gguf
 from models.config_hf import from_hf
 from models.decoder import Decoder
+from models.load_quant import PackedLayer, name_of, plan_layers, read_layer, summary
 from models.mlp import Experts
+from models.quant_rules import is_linear
+from tp.layers import ColumnLinear, Linear, RowLinear, hold_quantised
 from tp.shard import find_spec, slices_of
-from weights.checkpoint import Checkpoint
+from weights.checkpoint import Checkpoint, Entry, Slices
 from weights.errors import InputError
 from weights.pages import files_of, release_pages
 
@@ -41,17 +45,24 @@ def load_model(
     dtype: torch.dtype,
     progress: Callable[[int, int], None] = lambda done, total: None,
     device: torch.device | str = "cpu",
+    quant: str = "none",
+    say: Callable[[str], None] = lambda line: None,
 ) -> Decoder:
     """Build this rank's part of the model on `device` and fill it.
 
-    `progress` is called with the bytes filled so far and in all. Raises InputError.
+    `progress` is called with the bytes filled so far and in all, `say` with a line on what became of
+    quantised weights; `quant` as in `models.load_quant`. Raises InputError.
     """
     shapes = expected_shapes(config)
     check_names(checkpoint, shapes, config.tie_embeddings)
     with torch.device("meta"):
         model = Decoder(config, group)
+    linears = list(linears_of(model))
+    planned = plan_layers(config, checkpoint, linears, quant, group.size)
+    for each in planned:
+        each.layer.weight = None  # type: ignore[assignment]
     model = model.to(dtype).to_empty(device=device)
-    if config.tie_embeddings:
+    if config.tie_embeddings and model.head.weight is not None:
         model.head.weight = model.embed.weight  # to_empty gave each its own memory
     # Rows of the last ranks' vocabulary blocks that lie past its end must not be noise.
     used = model.layout.vocab_stop - model.layout.vocab_start
@@ -59,9 +70,30 @@ def load_model(
         if padded is not None:
             padded[used:].zero_()
     targets = destinations(model)
-    assert targets.keys() == shapes.keys(), targets.keys() ^ shapes.keys()
-    total = sum(target.nbytes for target in targets.values())
+    names = {name for each in planned for name in each.names} & shapes.keys()
+    assert targets.keys() | names == shapes.keys(), (targets.keys() | names) ^ shapes.keys()
+
+    def local(name: str) -> Slices:
+        # A tied head is divided as the embedding that it is.
+        return slices_of(name, shapes.get(name, (config.vocab_size, config.dim)), model.layout)
+
+    def size_of(each: PackedLayer) -> int:
+        parts = [local(name) for name in each.names]
+        return sum(each.scheme.nbytes(r.stop - r.start, c.stop - c.start) for r, c in parts)
+
+    total = sum(target.nbytes for target in targets.values()) + sum(map(size_of, planned))
     done = unreleased = 0
+    for each in planned:
+        weight = read_layer(each, [local(name) for name in each.names])
+        if each.layer is model.head:
+            weight = weight.padded(model.layout.vocab_block)
+        hold_quantised(each.layer, weight, device)
+        done += size_of(each)
+        unreleased += size_of(each) if each.kept else RELEASE_BYTES
+        if unreleased >= RELEASE_BYTES:
+            release_pages(files_of(checkpoint.path))
+            unreleased = 0
+        progress(done, total)
     for name, target in targets.items():
         if find_spec(name).axis == "first" and group.rank:
             target.zero_()  # rank 0 adds it for all
@@ -77,7 +109,20 @@ def load_model(
             release_pages(files_of(checkpoint.path))
             unreleased = 0
         progress(done, total)
+    model.quantised = name_of(planned)
+    line = summary(planned, linears, checkpoint)
+    if line and quant != "none":
+        say(line)
     return model.eval()
+
+
+def linears_of(model: Decoder) -> Iterator[tuple[Linear, tuple[str, ...]]]:
+    """The layers that may hold their weights quantised, and the canonical names of these."""
+    for prefix, module, names in _modules(model):
+        weights = tuple(f"{prefix}{name}.weight" for name in names)
+        if isinstance(module, ColumnLinear | RowLinear) and is_linear(weights[0]):
+            yield module, weights
+    yield model.head, (HEAD,)
 
 
 def check_names(
@@ -86,6 +131,8 @@ def check_names(
     """Raise InputError unless the checkpoint holds exactly these weights, in these shapes."""
     entries = checkpoint.entries
     unused = sorted(entries.keys() - shapes.keys())
+    # Quantised files may have a bias of zeros for every layer (AutoGPTQ's).
+    unused = [name for name in unused if not _is_zero_bias(name, entries)]
     if tie_embeddings and HEAD in unused:
         unused.remove(HEAD)  # a tied head that was stored all the same
     if unused:
@@ -108,6 +155,13 @@ def check_names(
             )
 
 
+def _is_zero_bias(name: str, entries: Mapping[str, Entry]) -> bool:
+    weight, entry = entries.get(f"{name.removesuffix('bias')}weight"), entries[name]
+    if not name.endswith(".bias") or weight is None or weight.quant is None or len(entry.shape) != 1:
+        return False
+    return not bool(entry.read((slice(0, entry.shape[0]),)).any())
+
+
 # What the modules of a block hold, canonically. Several names: fused along the outputs.
 _PARTS: dict[str, tuple[str, ...]] = {
     "norm": ("input_layernorm",),
@@ -127,6 +181,16 @@ _PARTS: dict[str, tuple[str, ...]] = {
 _MLP_NORM = {"llama": "post_attention_layernorm", "parallel": "mlp_layernorm"}
 
 
+def _modules(model: Decoder) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
+    """The modules that hold weights of the blocks, but experts: the prefix and the canonical names of
+    what they hold."""
+    for i, block in enumerate(model.layers):
+        for path, module in block.named_modules():
+            names = (_MLP_NORM[model.config.block],) if path == "mlp_norm" else _PARTS.get(path, ())
+            if names:
+                yield f"model.layers.{i}.", module, names
+
+
 def destinations(model: Decoder) -> dict[str, Tensor]:
     """Where each canonical weight's slice goes: views into the model's (fused) parameters."""
     used = model.layout.vocab_stop - model.layout.vocab_start
@@ -138,18 +202,16 @@ def destinations(model: Decoder) -> dict[str, Tensor]:
             parts = value.split(module.parts) if len(names) > 1 else (value,)
             targets.update({f"{prefix}{n}.{kind}": p for n, p in zip(names, parts, strict=True)})
 
+    for prefix, module, names in _modules(model):
+        put(prefix, module, names)
     for i, block in enumerate(model.layers):
-        for path, module in block.named_modules():
-            names = _PARTS.get(path, ())
-            if path == "mlp_norm":
-                names = (_MLP_NORM[model.config.block],)
+        for module in block.modules():
             if isinstance(module, Experts):
                 targets.update(_experts(f"model.layers.{i}.mlp.experts", module))
-            elif names:
-                put(f"model.layers.{i}.", module, names)
     put("model.", model.norm, ("norm",))
     if not model.config.tie_embeddings:
-        targets[HEAD] = model.head.weight[:used]
+        if model.head.weight is not None:
+            targets[HEAD] = model.head.weight[:used]
         if model.head.bias is not None:
             targets["lm_head.bias"] = model.head.bias[:used]
     return targets

@@ -2,9 +2,13 @@
 
 ColumnLinear splits its outputs and RowLinear its inputs, so a pair of them needs a single allreduce
 (Shoeybi et al., Megatron-LM, 2019). Parameters have no gradients: Yoke only runs models.
+
+A product's layer holds a weight, or a quantised one as its product takes it (`hold_quantised`).
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +17,21 @@ from torch import Tensor, nn
 from comm import ops
 from comm.group import Group
 from kernels.linear import linear
+from kernels.quant_cuda import pack_cuda, quant_linear_cuda
+from kernels.quant_linear import Packed, pack, quant_linear
+from weights.quant import QuantWeight
 
 
 def _parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape), requires_grad=False)
+
+
+class Packing(NamedTuple):
+    """The numbers of a `Packed` that are no tensors."""
+
+    bits: int
+    group_size: int
+    num_rows: int
 
 
 class ColumnLinear(nn.Module):
@@ -29,11 +44,12 @@ class ColumnLinear(nn.Module):
     def __init__(self, in_features: int, parts: tuple[int, ...], bias: bool = False) -> None:
         super().__init__()
         self.parts = parts
+        self.packing: Packing | None = None
         self.weight = _parameter(sum(parts), in_features)
         self.bias = _parameter(sum(parts)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return _product(self, x)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """The pieces of `forward(x)`."""
@@ -50,11 +66,12 @@ class RowLinear(nn.Module):
 
     def __init__(self, local_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
+        self.packing: Packing | None = None
         self.weight = _parameter(out_features, local_features)
         self.bias = _parameter(out_features) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return _product(self, x)
 
 
 class VocabEmbedding(nn.Module):
@@ -91,6 +108,7 @@ class LMHead(nn.Module):
         self, block: int, vocab_size: int, weight: nn.Parameter, group: Group, bias: bool = False
     ) -> None:
         super().__init__()
+        self.packing: Packing | None = None
         self.bias = _parameter(block) if bias else None
         assert weight.shape[0] == block
         self.vocab_size = vocab_size
@@ -99,7 +117,7 @@ class LMHead(nn.Module):
 
     def local(self, x: Tensor) -> Tensor:
         """This rank's logits alone: [..., block], those past the vocabulary among them."""
-        return linear(x, self.weight, self.bias)
+        return _product(self, x)
 
     def forward(self, x: Tensor) -> Tensor:
         local = self.local(x)
@@ -107,3 +125,27 @@ class LMHead(nn.Module):
             return local
         blocks = ops.all_gather(local, self.group)  # [size, ..., block]
         return blocks.movedim(0, -2).flatten(-2)[..., : self.vocab_size]
+
+
+Linear = ColumnLinear | RowLinear | LMHead
+
+
+def hold_quantised(layer: Linear, weight: QuantWeight, device: torch.device | str = "cpu") -> None:
+    """Have a layer hold `weight`, which is this rank's part, and nothing else. On a CPU its columns are a
+    multiple of 32."""
+    on_gpu = torch.device(device).type == "cuda"
+    packed = pack_cuda(weight.with_rows(lambda each: each.to(device))) if on_gpu else pack(weight)
+    layer.weight = None  # type: ignore[assignment]
+    layer.packing = Packing(packed.bits, packed.group_size, packed.num_rows)
+    for name in ("data", "scale", "offset"):
+        layer.register_buffer(f"packed_{name}", getattr(packed, name), persistent=False)
+
+
+def _product(layer: Linear, x: Tensor) -> Tensor:
+    if layer.packing is None:
+        return linear(x, layer.weight, layer.bias)
+    data, scale, offset = (getattr(layer, f"packed_{name}") for name in ("data", "scale", "offset"))
+    packed = Packed(data, scale, offset, *layer.packing)
+    if x.is_cuda:
+        return quant_linear_cuda(x, packed, layer.bias)
+    return quant_linear(x, packed, layer.bias)

@@ -133,7 +133,7 @@ def checked_zeros(module: Module, scheme: Scheme, zero: Tensor, middle: int) -> 
 
 
 def group_of_columns(module: Module, end: str, groups: int) -> Callable[[], Tensor]:
-    """How to read the group of each column, int64 [k]; it raises InputError for groups that are none."""
+    """How to read the group of each column, int64 [k]; that raises InputError for what is no group."""
 
     def read() -> Tensor:
         entry = module.parts[end]

@@ -1,0 +1,54 @@
+"""y = x W^T with quantised weights on a GPU, by torch's own operators.
+
+4 bits in groups of 32 to 256 go to torch's product of packed integers where its sizes fit; all else is
+a product with what the compiler fuses with it: integers become x's dtype as they are read, the scale
+of a row comes after the sum. The slow reference is `QuantWeight.dequantise` with a product. Written
+from torch's sources, and never run on a GPU yet.
+
+Source: `_convert_weight_to_int4pack_cuda` and `_weight_int4pack_mm_cuda` in torch's int4mm.cu, and
+their use in gpt-fast's quantize.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.quant_linear import Packed
+from weights.quant import QuantWeight
+
+_TILES = 8  # inner tiles of 16 columns of the packed form
+_GROUPS = (32, 64, 128, 256)
+
+
+def pack_cuda(weight: QuantWeight) -> Packed:
+    """Lay out a weight that lies on a GPU."""
+    n, k = weight.shape
+    scale, offset = weight.scale, weight.offset
+    fits = n % 8 == 0 and k % (16 * _TILES) == 0 and weight.group_size in _GROUPS
+    if weight.bits == 4 and fits:
+        # torch's integers are q - 8, and the even column's lies in the upper half.
+        swapped = (weight.data << 4) | (weight.data >> 4)
+        data = torch.ops.aten._convert_weight_to_int4pack(swapped.contiguous(), _TILES)
+        own = scale.float()
+        zero = torch.zeros_like(own) if offset is None else offset.float() + 8 * own
+        pairs = torch.stack((own, zero), dim=-1).transpose(0, 1).contiguous()
+        return Packed(data, pairs.to(torch.bfloat16), None, 4, weight.group_size, n)
+    data = weight.data.contiguous().view(torch.uint8)
+    return Packed(data, scale.contiguous(), offset, weight.bits, weight.group_size, n)
+
+
+def quant_linear_cuda(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """[..., k] x [n, k] -> [..., n]."""
+    if packed.data.dtype == torch.int32:
+        flat = x.reshape(-1, x.shape[-1])
+        y = torch.ops.aten._weight_int4pack_mm(flat, packed.data, packed.group_size, packed.scale)
+        y = y.view(*x.shape[:-1], packed.num_rows)
+        return y if bias is None else y + bias
+    data = packed.data.view(torch.int8) if packed.bits == 8 else packed.data
+    if packed.bits == 8 and packed.scale.shape[1] == 1 and packed.offset is None:
+        y = (x @ data.t().to(x.dtype)) * packed.scale[:, 0].to(x.dtype)
+        return y if bias is None else y + bias
+    weight = QuantWeight(data, packed.scale, packed.offset, packed.bits, packed.group_size)
+    return F.linear(x, weight.dequantise(x.dtype), bias)

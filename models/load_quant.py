@@ -1,0 +1,167 @@
+"""Which layers of a model hold their weights quantised, and filling those.
+
+`quant` is "none" (dequantise what is quantised), "auto" (keep what products can take) or a scheme:
+plain weights are rounded to it as they are read. A layer of fused weights is one product, so its parts
+must have one scheme; where a file mixes them (GGUF's K-quants beside others) the layer is dequantised.
+
+Shard first, pack last: a rank reads its part of each weight in the logical form (weights.quant), the
+same bits at any world size, and lays out what it holds. Rounding takes whole rows or groups, before
+columns are cut.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from models.config import ModelConfig
+from models.quant_rules import HEAD, HEAD_SCHEME, can_cut, check_quant
+from tp.layers import Linear
+from weights.checkpoint import Checkpoint, Entry, Slices
+from weights.errors import InputError
+from weights.mapped import DTYPES
+from weights.quant import QuantWeight, join_rows
+from weights.quantise import quantise_rtn
+from weights.schemes import Scheme, parse_scheme
+
+BLOCK_BYTES = 32 << 20  # of a plain weight in float32, as it is being rounded
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """A layer that is to hold its weights quantised: the entries of its parts and what they are read
+    as. `kept`: as the file has them."""
+
+    layer: Linear
+    names: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    scheme: Scheme
+    kept: bool
+
+
+def plan_layers(
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    linears: Sequence[tuple[Linear, tuple[str, ...]]],
+    quant: str,
+    world_size: int,
+) -> list[PackedLayer]:
+    """The layers, of `linears` with the names of their weights, that hold them quantised. Raises
+    InputError where the file or the model does not go with `quant`."""
+    if quant == "none":
+        return []
+    asked = None if quant == "auto" else parse_scheme(quant)
+    if asked is not None:
+        check_quant(config, asked, world_size)
+    entries = checkpoint.entries
+    file_is_plain = all(
+        is_plain(entries[name]) for _, names in linears for name in _stored(names, entries)
+    )
+    planned = []
+    for layer, names in linears:
+        parts = tuple(entries[name] for name in _stored(names, entries))
+        schemes = {part.scheme for part in parts}
+        own = schemes.pop() if len(schemes) == 1 else None
+        if own is not None and not can_cut(config, names[0], parts[0].shape, own, world_size):
+            own = None
+        wanted = None
+        if asked is not None:
+            wanted = HEAD_SCHEME if names == (HEAD,) else asked
+            _check_asked(checkpoint, names[0], parts, wanted, asked)
+        if own is not None:
+            planned.append(PackedLayer(layer, names, parts, own, True))
+        elif wanted is not None and (file_is_plain or not all(map(is_plain, parts))):
+            planned.append(PackedLayer(layer, names, parts, wanted, False))
+    return planned
+
+
+def is_plain(entry: Entry) -> bool:
+    """Whether an entry's numbers are stored as such."""
+    return entry.stored_as in DTYPES or entry.stored_as == "random"
+
+
+def _stored(names: tuple[str, ...], entries: Mapping[str, Entry]) -> tuple[str, ...]:
+    """The names under which a layer's weights are found: a tied head is the embedding."""
+    if names == (HEAD,) and HEAD not in entries:
+        return ("model.embed_tokens.weight",)
+    return names
+
+
+def _check_asked(
+    checkpoint: Checkpoint, name: str, parts: tuple[Entry, ...], wanted: Scheme, asked: Scheme
+) -> None:
+    """Raise InputError where weights would be rounded a second time with a loss. Those of 8 bits and
+    GGUF's finer formats lose little by 8 bits."""
+    for part in parts:
+        if is_plain(part) or part.scheme == asked or name == HEAD:
+            continue
+        if wanted.bits == 8 and (part.scheme is None or part.scheme.bits == 8):
+            continue
+        has = part.stored_as if part.scheme is None else f"{part.scheme.name} ({part.stored_as})"
+        raise InputError(
+            f"quant={asked.name}: {checkpoint.path} is quantised already, {name} as {has}; use "
+            f"quant=auto, which keeps that, or a file that is not quantised"
+        )
+
+
+def read_layer(planned: PackedLayer, slices: Sequence[Slices]) -> QuantWeight:
+    """This rank's part of a layer: of each of its weights the part that its slices say."""
+    return join_rows(
+        [
+            entry.quant(*part) if planned.kept and entry.quant is not None
+            else read_rounded(entry, part, planned.scheme)
+            for entry, part in zip(planned.entries, slices, strict=True)
+        ]
+    )  # fmt: skip
+
+
+def read_rounded(entry: Entry, slices: Slices, scheme: Scheme) -> QuantWeight:
+    """A part of a weight, rounded to a scheme in blocks of rows. Scales are those of the whole weight."""
+    rows, columns = slices
+    k = entry.shape[1]
+    size = scheme.group_size or k
+    left, right = columns.start // size * size, -(-columns.stop // size) * size
+    step = max(1, BLOCK_BYTES // (4 * max(right - left, 1)))
+    read = entry.peek or entry.read
+    found = []
+    for start in range(rows.start, rows.stop, step):
+        part = read((slice(start, min(start + step, rows.stop)), slice(left, right)))
+        rounded = quantise_rtn(part, scheme)
+        found.append(rounded.columns(columns.start - left, columns.stop - left))
+    if not found:  # the last ranks may hold nothing of a small vocabulary
+        nothing = torch.zeros(1, right - left)
+        return (
+            quantise_rtn(nothing, scheme).rows(0, 0).columns(columns.start - left, columns.stop - left)
+        )
+    return join_rows(found)
+
+
+def summary(planned: Sequence[PackedLayer], linears: Sequence[tuple[Linear, tuple[str, ...]]],
+            checkpoint: Checkpoint) -> str:  # fmt: skip
+    """What became of the weights, in a line; "" where nothing is quantised."""
+    held = {id(each.layer) for each in planned}
+    counts = Counter(each.scheme.name for each in planned)
+    told = [f"{count} of {name}" for name, count in counts.most_common()]
+    entries = checkpoint.entries
+    undone: Counter[str] = Counter()
+    rounded: Counter[str] = Counter()
+    for layer, names in linears:
+        kinds = {entries[n].stored_as for n in _stored(names, entries) if not is_plain(entries[n])}
+        if kinds and id(layer) not in held:
+            undone["/".join(sorted(kinds))] += 1
+    for each in planned:
+        kinds = {entry.stored_as for entry in each.entries if not is_plain(entry)}
+        if kinds and not each.kept:
+            rounded["/".join(sorted(kinds))] += 1
+    told += [f"{count} dequantised ({kind})" for kind, count in undone.items()]
+    more = [f"{count} rounded again ({kind})" for kind, count in rounded.items()]
+    return f"layers: {', '.join([*told, *more])}" if told else ""
+
+
+def name_of(planned: Sequence[PackedLayer]) -> str:
+    """The scheme that most layers have; "" where none is quantised."""
+    counts = Counter(each.scheme.name for each in planned)
+    return counts.most_common(1)[0][0] if counts else ""
