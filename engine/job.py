@@ -15,9 +15,10 @@ from dataclasses import dataclass, fields
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from engine.dtypes import kv_dtype_name
+from engine.dtypes import dtype_name, kv_dtype_name
 from models.sampling_params import Sampling, check_sampling
 from weights.errors import InputError
+from weights.schemes import SCHEMES
 
 LOOKUP = "lookup"  # the draft that needs no model
 
@@ -37,6 +38,7 @@ class Job:
     batch: int = 0
     dtype: str = "auto"
     kv_dtype: str = "auto"
+    quant: str = "auto"
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -76,6 +78,7 @@ HELP: dict[str, str] = {
     "max_seq_len": "room for prompt and answer together, in tokens",
     "batch": "texts made at once; 0: up to 8, as there are prompts and memory",
     "dtype": "auto, float32, bfloat16 or float16; kv_dtype= of the KV cache, int8 too",
+    "quant": "auto (keep weights that the file has quantised), none, or to: " + ", ".join(SCHEMES),
     "temperature": "0 is greedy; what limits the choice: top_k= [0], top_p= [1], min_p= [0]",
     "logit_bias": "ID:BIAS,... is added to logits; repetition_penalty= [1], presence_penalty= and "
     "frequency_penalty= [0]",
@@ -111,6 +114,7 @@ _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "kv_dtype": ("auto", "float32", "bfloat16", "float16", "int8"),
+    "quant": ("auto", "none", *SCHEMES),
     "output": ("text", "json"),
 }
 
@@ -206,6 +210,18 @@ def _check_modes(job: Job) -> None:
                 raise InputError(_not_with_beams(job, key, getattr(job, key)))
     if job.draft and job.engine == "hf":
         raise InputError(f"draft={job.draft} does not go with engine=hf; leave one of the two out")
+    if job.quant in SCHEMES:
+        own = dtype_name(job.dtype, job.device)
+        if job.engine == "hf":
+            raise InputError(
+                f"quant={job.quant} does not go with engine=hf, whose layers hold weights as they are; "
+                "leave one of the two out"
+            )
+        if own != "bfloat16":
+            raise InputError(
+                f"quant={job.quant} goes with dtype=bfloat16, in which quantised weights are "
+                f"multiplied, and not with dtype={own}; add dtype=bfloat16"
+            )
     kv_dtype_name(job.kv_dtype, job.dtype, job.device)
     if job.kv_dtype != "auto" and job.engine == "hf":
         raise InputError(f"kv_dtype={job.kv_dtype} does not go with engine=hf, which keeps dtype=")

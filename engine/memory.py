@@ -7,16 +7,19 @@ not here: what the machine has (`launcher.fit` compares).
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
-from math import prod
 
 from engine.dtypes import BYTES, dtype_name, kv_dtype_name
+from engine.job import Job
 from engine.resolve import ResolvedJob
 from models.config import ModelConfig
 from models.config_hf import from_hf
-from models.sizes import layout_of, weight_kinds
-from tp.shard import slices_of
+from models.quant_rules import SchemeOf, is_linear, scheme_for, weight_bytes
+from models.sizes import layout_of
 from weights.errors import InputError
+from weights.quant_config import read_quant_config
+from weights.schemes import SCHEMES, Scheme, parse_scheme
 
 # The interpreter, torch, the compiled code and what compiling leaves behind; measured as a rank's peak
 # resident memory less its weights and cache (docs/log.md).
@@ -40,15 +43,13 @@ def rank_needs(
     num_rows: int = 1,
     kv_dtype: str = "auto",
     guesses: int = 0,
+    scheme_of: SchemeOf = lambda name: None,
 ) -> dict[str, int]:
     """Bytes that one rank holds, by purpose, with a cache of `num_rows` texts and up to so many
-    `guesses` to be verified in each at once. Raises InputError where the model cannot be split so."""
+    `guesses` to be verified in each at once. `scheme_of` tells which weights are held quantised. Raises
+    InputError where the model cannot be split so."""
     item = BYTES[dtype_name(dtype)]
     layout = layout_of(config, rank, world_size)
-    weights = sum(
-        kind.count * prod(part.stop - part.start for part in slices_of(kind.name, kind.shape, layout))
-        for kind in weight_kinds(config)
-    )
     name = kv_dtype_name(kv_dtype, dtype)
     # int8 has a scale, float32, for each token and head.
     head_bytes = config.head_dim * BYTES[name] + (4 if name == "int8" else 0)
@@ -58,7 +59,7 @@ def rank_needs(
     num_logits = max(2, num_rows, min(num_rows * (1 + guesses), CHUNK))
     logits = 2 * num_logits * layout.vocab_block * world_size * 4
     return {
-        "weights": weights * item,
+        "weights": weight_bytes(config, layout, item, scheme_of),
         "kv_cache": kv_cache,
         "workspace": BASE_BYTES + activations + logits,
     }
@@ -98,6 +99,7 @@ def job_needs(resolved: ResolvedJob, world_size: int, thorough: bool) -> list[di
             max(job.batch, 1),
             job.kv_dtype,
             guesses,
+            _schemes(resolved),
         )
         for rank in range(world_size)
     ]
@@ -107,6 +109,31 @@ def job_needs(resolved: ResolvedJob, world_size: int, thorough: bool) -> list[di
         for need, more in zip(needs, draft, strict=False):
             need["draft"] = more["weights"] + more["kv_cache"]
     return needs
+
+
+def _schemes(resolved: ResolvedJob) -> SchemeOf:
+    """Which weights of a job's model are held quantised, as far as that is known without opening them:
+    those that quant= asks for, or that a config.json declares and quant=auto keeps."""
+    quant, checkpoint = resolved.job.quant, resolved.checkpoint
+    if quant in SCHEMES:
+        asked = parse_scheme(quant)
+        return lambda name: scheme_for(name, asked)
+    kept: Scheme | None = None
+    file = None if checkpoint is None else checkpoint / "config.json"
+    if file is not None and keeps_quantised(resolved.job) and file.is_file():
+        with suppress(json.JSONDecodeError, InputError):  # the rank that opens it says what is wrong
+            declared = read_quant_config(json.loads(file.read_text()), str(file))
+            if declared is not None and not declared.reordered:
+                kept = max(declared.schemes, key=lambda scheme: scheme.nbytes(1, 1 << 16))
+    return lambda name: kept if is_linear(name) else None
+
+
+def keeps_quantised(job: Job, device: str = "cpu") -> bool:
+    """Whether a job's layers hold what its file has quantised: with quant=auto, where our own products
+    are used."""
+    on_cpu = device == "cpu" and job.device != "cuda"
+    own = dtype_name(job.dtype, device) == "bfloat16" and job.engine != "hf"
+    return job.quant == "auto" and on_cpu and own
 
 
 def _declared(resolved: ResolvedJob, thorough: bool) -> ModelConfig | None:

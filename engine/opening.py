@@ -21,10 +21,13 @@ from comm.group import Group, Rendezvous, open_group, set_timeout
 from engine.compiling import drop_if_damaged, seal, use_cache_folder
 from engine.dtypes import dtype_name, kv_dtype_name
 from engine.job import Job
+from engine.memory import keeps_quantised
 from engine.report import compile_progress, progress_bar, say
 from engine.resolve import ResolvedJob, check_draft, check_ranks
 from engine.steps import BEAMS, DECODE, EXTEND, GREEDY, AnyModel, Runner, make_runner, warm_up
+from kernels.load import has_kernels
 from models.config import expected_shapes
+from models.decoder import Decoder
 from models.load import config_of, load_model
 from models.tokenizer import TextCodec, byte_codec, load_codec
 from weights.checkpoint import Checkpoint, open_checkpoint
@@ -40,13 +43,14 @@ START_TIMEOUT_S = 1800.0
 @dataclass(frozen=True)
 class Opened:
     """An engine that is ready. `codec` is rank 0's; `draft` runs the draft model, where there is one.
-    Times in seconds."""
+    `quant`: the scheme of most weights, "" if they are not quantised. Times in seconds."""
 
     group: Group
     runner: Runner
     draft: Runner | None
     codec: TextCodec | None
     dtype: str
+    quant: str
     load_s: float
     compile_s: float
 
@@ -135,6 +139,7 @@ def open_engine(env: Any, resolved: ResolvedJob, group: Group, names: Sequence[s
         draft=runners[1] if len(runners) > 1 else None,
         codec=codec,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        quant=model.quantised if isinstance(model, Decoder) else "",
         load_s=load_s,
         compile_s=compile_s if job.compile else 0.0,
     )
@@ -185,9 +190,17 @@ def _open_own(resolved: ResolvedJob, group: Group, device: str) -> _Source:
         config.vocab_size,
         config.max_seq_len,
         lambda progress: load_model(
-            config, checkpoint, group, _dtype(job.dtype, device), progress, device
+            config, checkpoint, group, _dtype(job.dtype, device), progress, device,
+            _quant(job, device), say if group.rank == 0 else lambda line: None,
         ),
-    )
+    )  # fmt: skip
+
+
+def _quant(job: Job, device: str) -> str:
+    """What is done about quantised weights: auto is to keep them where our own products are used."""
+    if job.quant == "auto" and not (keeps_quantised(job, device) and has_kernels()):
+        return "none"
+    return job.quant
 
 
 def _open_hf(resolved: ResolvedJob, group: Group, device: str) -> _Source:

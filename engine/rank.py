@@ -69,7 +69,10 @@ def _run(env: Any, resolved: ResolvedJob, engine: Opened) -> None:
     peaks = ops.all_gather(peak, engine.group).flatten().tolist()
     if not results:
         return
-    facts = Facts(engine.load_s, engine.compile_s, peaks, engine.dtype, engine.group.backend, env.plans)
+    facts = Facts(
+        engine.load_s, engine.compile_s, peaks, engine.dtype, engine.quant, engine.group.backend,
+        env.plans,
+    )  # fmt: skip
     if len(results) > 1:
         write_batch_summary(results, facts, seconds, env.placement)
     elif resolved.job.output == "json":

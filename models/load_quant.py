@@ -12,13 +12,13 @@ columns are cut.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from models.config import ModelConfig
-from models.quant_rules import HEAD, HEAD_SCHEME, can_cut, check_quant
+from models.quant_rules import EMBEDDING, HEAD, HEAD_SCHEME, can_cut, check_quant
 from tp.layers import Linear
 from weights.checkpoint import Checkpoint, Entry, Slices
 from weights.errors import InputError
@@ -27,6 +27,7 @@ from weights.quant import QuantWeight, join_rows
 from weights.quantise import quantise_rtn
 from weights.schemes import Scheme, parse_scheme
 
+_HEADS = (HEAD, EMBEDDING)  # a tied head is the embedding, a second time
 BLOCK_BYTES = 32 << 20  # of a plain weight in float32, as it is being rounded
 
 
@@ -62,14 +63,14 @@ def plan_layers(
     )
     planned = []
     for layer, names in linears:
-        parts = tuple(entries[name] for name in _stored(names, entries))
+        parts = tuple(entries[name] for name in names)
         schemes = {part.scheme for part in parts}
         own = schemes.pop() if len(schemes) == 1 else None
         if own is not None and not can_cut(config, names[0], parts[0].shape, own, world_size):
             own = None
         wanted = None
         if asked is not None:
-            wanted = HEAD_SCHEME if names == (HEAD,) else asked
+            wanted = HEAD_SCHEME if names[0] in _HEADS else asked
             _check_asked(checkpoint, names[0], parts, wanted, asked)
         if own is not None:
             planned.append(PackedLayer(layer, names, parts, own, True))
@@ -83,20 +84,13 @@ def is_plain(entry: Entry) -> bool:
     return entry.stored_as in DTYPES or entry.stored_as == "random"
 
 
-def _stored(names: tuple[str, ...], entries: Mapping[str, Entry]) -> tuple[str, ...]:
-    """The names under which a layer's weights are found: a tied head is the embedding."""
-    if names == (HEAD,) and HEAD not in entries:
-        return ("model.embed_tokens.weight",)
-    return names
-
-
 def _check_asked(
     checkpoint: Checkpoint, name: str, parts: tuple[Entry, ...], wanted: Scheme, asked: Scheme
 ) -> None:
     """Raise InputError where weights would be rounded a second time with a loss. Those of 8 bits and
     GGUF's finer formats lose little by 8 bits."""
     for part in parts:
-        if is_plain(part) or part.scheme == asked or name == HEAD:
+        if is_plain(part) or part.scheme == asked or name in _HEADS:
             continue
         if wanted.bits == 8 and (part.scheme is None or part.scheme.bits == 8):
             continue
@@ -119,7 +113,7 @@ def read_layer(planned: PackedLayer, slices: Sequence[Slices]) -> QuantWeight:
 
 
 def read_rounded(entry: Entry, slices: Slices, scheme: Scheme) -> QuantWeight:
-    """A part of a weight, rounded to a scheme in blocks of rows. Scales are those of the whole weight."""
+    """A part of a weight, rounded to a scheme in blocks of rows. Scales are the whole weight's."""
     rows, columns = slices
     k = entry.shape[1]
     size = scheme.group_size or k
@@ -149,7 +143,7 @@ def summary(planned: Sequence[PackedLayer], linears: Sequence[tuple[Linear, tupl
     undone: Counter[str] = Counter()
     rounded: Counter[str] = Counter()
     for layer, names in linears:
-        kinds = {entries[n].stored_as for n in _stored(names, entries) if not is_plain(entries[n])}
+        kinds = {entries[n].stored_as for n in names if not is_plain(entries[n])}
         if kinds and id(layer) not in held:
             undone["/".join(sorted(kinds))] += 1
     for each in planned:

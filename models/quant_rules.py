@@ -1,8 +1,8 @@
-"""Which weights of a model are quantised, by what scheme, and whether ranks can share them. Free of torch,
-so that a job is refused before a rank exists.
+"""Which weights of a model are quantised, by what scheme, and whether ranks can share them. Free of
+torch, so that a job is refused before a rank exists.
 
-The linear layers of attention and MLP have the scheme that is asked for; the head has int8 whatever that
-is, since its errors are those of the logits. The embedding is looked up and stays as it is. Norms,
+The linear layers of attention and MLP have the scheme that is asked for; the head has int8 whatever
+that is, since its errors are those of the logits. The embedding is looked up and stays as it is. Norms,
 routers and experts are never quantised here.
 """
 
@@ -86,8 +86,8 @@ def _group(name: str) -> int:
 
 
 def weight_bytes(config: ModelConfig, layout: Layout, item: int, scheme_of: SchemeOf) -> int:
-    """What one rank's weights take: `item` bytes a number where there is no scheme. A tied head that has
-    a scheme is a copy of its own."""
+    """What one rank's weights take: `item` bytes a number where there is no scheme. A tied head that
+    has a scheme is a copy of its own."""
     total = 0
     for kind in weight_kinds(config):
         sizes = [part.stop - part.start for part in slices_of(kind.name, kind.shape, layout)]
