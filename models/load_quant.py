@@ -58,9 +58,7 @@ def plan_layers(
     if asked is not None:
         check_quant(config, asked, world_size)
     entries = checkpoint.entries
-    file_is_plain = all(
-        is_plain(entries[name]) for _, names in linears for name in _stored(names, entries)
-    )
+    file_is_plain = all(is_plain(entries[name]) for _, names in linears for name in names)
     planned = []
     for layer, names in linears:
         parts = tuple(entries[name] for name in names)
@@ -126,10 +124,7 @@ def read_rounded(entry: Entry, slices: Slices, scheme: Scheme) -> QuantWeight:
         rounded = quantise_rtn(part, scheme)
         found.append(rounded.columns(columns.start - left, columns.stop - left))
     if not found:  # the last ranks may hold nothing of a small vocabulary
-        nothing = torch.zeros(1, right - left)
-        return (
-            quantise_rtn(nothing, scheme).rows(0, 0).columns(columns.start - left, columns.stop - left)
-        )
+        found = [quantise_rtn(torch.zeros(1, right - left), scheme).rows(0, 0)]
     return join_rows(found)
 
 

@@ -131,8 +131,8 @@ Linear = ColumnLinear | RowLinear | LMHead
 
 
 def hold_quantised(layer: Linear, weight: QuantWeight, device: torch.device | str = "cpu") -> None:
-    """Have a layer hold `weight`, this rank's part, and nothing else. On a CPU its columns are a multiple
-    of 32."""
+    """Have a layer hold `weight`, this rank's part, and nothing else. On a CPU its columns are a
+    multiple of 32."""
     on_gpu = torch.device(device).type == "cuda"
     packed = pack_cuda(weight.with_rows(lambda each: each.to(device))) if on_gpu else pack(weight)
     layer.weight = None  # type: ignore[assignment]

@@ -1,0 +1,86 @@
+"""quant= on the command line: checked before ranks start, counted in the estimate, told at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from engine.job import help_lines, parse_job
+from engine.memory import job_needs, keeps_quantised, with_batch
+from engine.resolve import check_ranks, resolve
+from tests.weights.quant_files import Kind, write
+from weights.errors import InputError
+
+WORDS = ["model=llama-3.2-1b", "weights=random", "prompt=hi", "dtype=bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["quant=int5"], "quant=int5: must be one of auto, none, int8, .*, did you mean 'int"),
+        (["quant=int8", "dtype=float32"], "goes with dtype=bfloat16, .* not with dtype=float32"),
+        (["quant=int4-g32", "weights=auto", "engine=hf"], "quant=int4-g32 does not go with engine=hf"),
+        (["quant=int8", "model=mixtral-8x7b"], "experts are not quantised"),
+        (["quant=int4-g128", "model=tiny"], "rows of 96, .* use one of int8, int4-g32"),
+    ],
+)
+def test_what_does_not_go_is_refused(words: list[str], match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        check_ranks(resolve(parse_job([*WORDS, *words])), 1)
+
+
+def test_ranks_that_would_cut_too_little_are_refused() -> None:
+    resolved = resolve(parse_job([*WORDS, "model=tiny", "quant=int8"]))
+    check_ranks(resolved, 3)
+    with pytest.raises(InputError, match=r"with 2 ranks .* --ranks N with N of 1, 3, or quant=none"):
+        check_ranks(resolved, 2)
+
+
+def test_a_draft_keeps_what_its_file_has() -> None:
+    for quant, wanted in (("int8", "auto"), ("auto", "auto"), ("none", "none")):
+        resolved = resolve(parse_job([*WORDS, "draft=llama-3.2-1b", f"quant={quant}"]))
+        assert resolved.draft is not None
+        assert resolved.draft.job.quant == wanted
+
+
+def test_the_estimate_counts_packed_weights(tmp_path: Path) -> None:
+    def weights(*words: str) -> int:
+        return job_needs(with_batch(resolve(parse_job([*WORDS, *words]))), 1, False)[0]["weights"]
+
+    plain, eight, four = weights(), weights("quant=int8"), weights("quant=int4-g32")
+    embedding = 128256 * 2048
+    linears = plain // 2 - embedding  # but for some norms
+    assert eight == pytest.approx(linears + 3 * embedding, rel=0.01)
+    assert four == pytest.approx(linears * 9 / 16 + 3 * embedding, rel=0.01)
+    write(tmp_path, Kind("gptq", 4, 64, True))
+    kept, undone = (weights("weights=auto", f"model={tmp_path}", f"quant={q}", "max_seq_len=64",
+                            "max_new_tokens=2") for q in ("auto", "none"))  # fmt: skip
+    assert kept < 0.7 * undone
+
+
+def test_auto_keeps_what_our_products_take() -> None:
+    for words, kept in (([], True), (["dtype=float32"], False), (["quant=none"], False)):
+        assert keeps_quantised(parse_job([*WORDS, *words])) is kept
+    assert not keeps_quantised(parse_job(WORDS), "cuda:0")
+    assert any("quant=" in line and "int4-g32" in line for line in help_lines())
+
+
+def test_a_run_tells_its_scheme_and_bad_words_end_with_2(gguf: Path, run_yoke: Callable) -> None:
+    words = ["prompt=hi", "max_new_tokens=2", "max_seq_len=64", "compile=false", "output=json",
+             "dtype=bfloat16"]  # fmt: skip
+    done = run_yoke("model=tiny", "weights=random", "quant=int4-g32", *words)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["quant"] == "int4-g32"
+    assert "layers: 8 of int4-g32, 1 of int8" in done.stderr
+    for bad, match in (
+        (["model=tiny", "weights=random", "quant=int9"], "quant=int9: must be one of"),
+        (["--ranks=2", "model=tiny", "weights=random", "quant=int8"], "use --ranks N with N of 1, 3"),
+        ([f"model={gguf}", "quant=int8"], "quantised already"),
+    ):
+        done = run_yoke(*bad, *words)
+        assert done.returncode == 2, done.stderr
+        assert match in done.stderr
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,178 @@
+"""Quantised Hugging Face checkpoints mean what the libraries mean that write them; lies are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quant_files import DIM, FFN, LAYER, Kind, declared, save, write
+from torch import Tensor
+
+from weights.checkpoint import Entry, open_checkpoint
+from weights.errors import InputError
+from weights.schemes import Scheme
+
+KINDS = [
+    Kind("gptq", 4, 64, True),
+    Kind("gptq", 4, 32, False, (("checkpoint_format", "gptq_v2"),)),
+    Kind("gptq", 8, 0, False),
+    Kind("awq", 4, 64, False),
+    Kind("pack-quantized", 4, 64, True),
+    Kind("pack-quantized", 4, 96, False),
+    Kind("pack-quantized", 8, 32, True, (("scales", torch.float32),)),
+    Kind("int-quantized", 8, 0, True),
+    Kind("int-quantized", 8, 0, False),
+]
+
+
+def whole(entry: Entry) -> Tensor:
+    return entry.read((slice(0, entry.shape[0]), slice(0, entry.shape[1])))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: f"{k.method}-{k.bits}-{k.group}-{k.symmetric}")
+def test_what_is_stored_is_read_quantised_and_dequantised(kind: Kind, tmp_path: Path) -> None:
+    _, weights = write(tmp_path, kind)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.entries["lm_head.weight"].scheme is None
+    for name, wanted in weights.items():
+        entry = checkpoint.entries[name]
+        n, k = entry.shape
+        assert entry.scheme == Scheme(kind.bits, kind.group, kind.symmetric)
+        assert entry.quant is not None
+        read = whole(entry)
+        if kind.symmetric:
+            assert torch.equal(read, wanted)
+        else:  # the offset is rounded to the scale's dtype
+            torch.testing.assert_close(read, wanted, rtol=0, atol=2**-11 * 255 * 0.006)
+            assert (read - wanted).abs().mean() < 1e-4 * (16 if kind.bits == 8 else 1)
+        everything = entry.quant(slice(0, n), slice(0, k))
+        assert torch.equal(everything.dequantise(), read)
+        for rows, columns in (
+            ((0, n), (0, 96)),
+            ((5, 23), (96, k)),
+            ((n - 1, n), (64, 128)),
+            ((7, 7), (0, k)),
+        ):
+            part = entry.quant(slice(*rows), slice(*columns))
+            assert part.shape == (rows[1] - rows[0], columns[1] - columns[0])
+            assert part.scale.dtype == everything.scale.dtype
+            assert torch.equal(part.dequantise(), read[slice(*rows), slice(*columns)])
+        assert torch.equal(entry.read((slice(3, 9), slice(33, 50))), read[3:9, 33:50])
+
+
+def test_act_order_is_dequantised(tmp_path: Path) -> None:
+    _, weights = write(tmp_path, Kind("gptq", 4, 32, False, (("desc_act", True),)))
+    for name, wanted in weights.items():
+        entry = open_checkpoint(tmp_path).entries[name]
+        assert entry.scheme is None
+        assert entry.quant is None
+        torch.testing.assert_close(whole(entry), wanted, rtol=0, atol=2**-11 * 15 * 0.006)
+        assert torch.equal(entry.read((slice(4, 11), slice(7, 70))), whole(entry)[4:11, 7:70])
+
+
+Q, DOWN = f"{LAYER}self_attn.q_proj", f"{LAYER}mlp.down_proj"
+GPTQ, AWQ, PACKED, INTS = KINDS[0], KINDS[3], KINDS[4], KINDS[7]
+Stored, About = dict[str, Tensor], dict[str, Any]
+
+
+def drop(name: str) -> Callable[[Stored, About], None]:
+    return lambda stored, about: stored.pop(name) and None
+
+
+def put(name: str, tensor: Tensor) -> Callable[[Stored, About], None]:
+    return lambda stored, about: stored.update({name: tensor})
+
+
+def say(**values: Any) -> Callable[[Stored, About], None]:
+    return lambda stored, about: about.update(values)
+
+
+def weights(**values: Any) -> Callable[[Stored, About], None]:
+    return lambda stored, about: about["config_groups"]["group_0"]["weights"].update(values)
+
+
+LIES: list[tuple[Kind, Callable[[Stored, About], None], str]] = [
+    (GPTQ, drop(f"{Q}.scales"), r"q_proj.scales is missing"),
+    (GPTQ, drop(f"{Q}.qweight"), r"q_proj.qweight is missing"),
+    (GPTQ, put(f"{Q}.scales", torch.ones(3, 8).half()), r"scales is stored as F16 of shape \[3, 8\]"),
+    (GPTQ, put(f"{Q}.scales", torch.ones(5, DIM).half()), "5 scales for a row of 192"),
+    (GPTQ, put(f"{Q}.qzeros", torch.ones(3, DIM).int()), r"qzeros is stored as I32 of shape"),
+    (GPTQ, put(f"{Q}.qweight", torch.ones(24, DIM)), "qweight is stored as F32"),
+    (GPTQ, put(f"{Q}.qweight", torch.ones(DIM).int()), "must be a matrix"),
+    (GPTQ, put(f"{Q}.weight", torch.ones(DIM, DIM)), "stored twice"),
+    (GPTQ, say(group_size=128), r"int4-g128, but .*q_proj is stored with 4 bits"),
+    (GPTQ, say(group_size=10), "group_size 10; read are multiples of 32"),
+    (GPTQ, say(bits=3), "has 3 bits; read are 4 and 8"),
+    (GPTQ, say(bits=8), "is stored with 8 bits a number and 3 scales for a row of 96"),
+    (GPTQ, say(sym="yes"), "sym 'yes'; it must be true or false"),
+    (GPTQ, say(quant_method="bitsandbytes"), "'bitsandbytes', which is not read"),
+    (GPTQ, say(quant_method=["gptq"]), "which is not read"),
+    (GPTQ, say(checkpoint_format="marlin"), "'marlin', which is not read"),
+    (GPTQ, say(dynamic={"-:lm_head": {}}), "'dynamic'"),
+    (AWQ, say(version="gemv"), "version 'gemv'; read is gemm"),
+    (AWQ, say(zero_point=False), "zero_point false"),
+    (AWQ, say(modules_to_not_convert=[Q]), "q_proj is stored quantised, although the config leaves"),
+    (AWQ, say(modules_to_not_convert=7), "not a list of names"),
+    (PACKED, drop(f"{Q}.weight_shape"), "weight_shape is missing"),
+    (PACKED, put(f"{Q}.weight_shape", torch.tensor([DIM, 1 << 40])), "of a weight of"),
+    (PACKED, put(f"{Q}.weight_shape", torch.tensor([-1, DIM])), "of a weight of"),
+    (PACKED, drop(f"{DOWN}.weight_scale"), "weight_scale is missing"),
+    (PACKED, say(format="nvfp4-pack-quantized"), "'nvfp4-pack-quantized', which is not read"),
+    (PACKED, say(config_groups={}), "that is not empty"),
+    (PACKED, say(config_groups={"a": 3}), "must be an object"),
+    (PACKED, weights(num_bits=8), r"int8-g64, but .* is stored with 4 bits"),
+    (PACKED, weights(type="float"), "only integers are read"),
+    (PACKED, weights(strategy="block"), "strategy 'block'"),
+    (PACKED, weights(symmetric=False), "without zero points"),
+    (INTS, put(f"{Q}.weight", torch.ones(DIM, DIM)), "weight is stored as F32"),
+    (INTS, put(f"{Q}.weight_scale", torch.ones(7, 1)), r"weight_scale has shape \[7, 1\] for 192 rows"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "lie", "match"), LIES)
+def test_config_and_tensors_must_agree(
+    kind: Kind, lie: Callable[[Stored, About], None], match: str, tmp_path: Path
+) -> None:
+    stored, about = write(tmp_path, kind)[0], declared(kind)
+    open_checkpoint(tmp_path)
+    lie(stored, about)
+    save(tmp_path, stored, about)
+    with pytest.raises(InputError, match=match) as error:
+        open_checkpoint(tmp_path)
+    assert "quantization_config" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "tensor", "match"),
+    [
+        (GPTQ, f"{Q}.scales", torch.full((3, DIM), torch.nan).half(), "not finite"),
+        (GPTQ, f"{Q}.g_idx", torch.zeros(DIM).int(), "g_idx is not in order"),
+        (GPTQ, f"{Q}.qzeros", torch.zeros(3, DIM // 8).int(), "not in the middle"),
+        (PACKED, f"{Q}.weight_scale", torch.full((DIM, 3), 1e30).bfloat16(), "beyond float16"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_as_they_are_read(
+    kind: Kind, name: str, tensor: Tensor, match: str, tmp_path: Path
+) -> None:
+    stored = write(tmp_path, kind)[0]
+    save(tmp_path, stored | {name: tensor}, declared(kind))
+    entry = open_checkpoint(tmp_path).entries[f"{Q}.weight"]
+    with pytest.raises(InputError, match=match):
+        whole(entry)
+
+
+def test_groups_of_columns_must_be_groups(tmp_path: Path) -> None:
+    kind = Kind("gptq", 4, 32, True, (("desc_act", True),))
+    stored = write(tmp_path, kind)[0]
+    save(tmp_path, stored | {f"{DOWN}.g_idx": torch.full((FFN,), 99).int()}, declared(kind))
+    with pytest.raises(InputError, match=r"g_idx names groups outside 0..11"):
+        whole(open_checkpoint(tmp_path).entries[f"{DOWN}.weight"])
+
+
+def test_quantised_weights_need_their_config(tmp_path: Path) -> None:
+    save(tmp_path, write(tmp_path, GPTQ)[0], None)
+    with pytest.raises(InputError, match="has no quantization_config, but the weights are quantised"):
+        open_checkpoint(tmp_path)
