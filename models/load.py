@@ -108,7 +108,7 @@ def load_model(
             unreleased = 0
         progress(done, total)
     model.quantised = name_of(planned)
-    line = summary(planned, linears, checkpoint)
+    line = summary(planned, linears, checkpoint, quant)
     if line and quant != "none":
         say(line)
     return model.eval()

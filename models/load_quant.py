@@ -72,7 +72,7 @@ def plan_layers(
             _check_asked(checkpoint, names[0], parts, wanted, asked)
         if own is not None:
             planned.append(PackedLayer(layer, names, parts, own, True))
-        elif wanted is not None and (file_is_plain or not all(map(is_plain, parts))):
+        elif wanted is not None and (file_is_plain or _is_fine(wanted, parts)):
             planned.append(PackedLayer(layer, names, parts, wanted, False))
     return planned
 
@@ -80,6 +80,12 @@ def plan_layers(
 def is_plain(entry: Entry) -> bool:
     """Whether an entry's numbers are stored as such."""
     return entry.stored_as in DTYPES or entry.stored_as == "random"
+
+
+def _is_fine(wanted: Scheme, parts: tuple[Entry, ...]) -> bool:
+    """Whether weights that a file has quantised are to be rounded again: 8 bits keep what they have. What
+    it has left plain stays so."""
+    return wanted.bits == 8 and not all(map(is_plain, parts))
 
 
 def _check_asked(
@@ -95,7 +101,7 @@ def _check_asked(
         has = part.stored_as if part.scheme is None else f"{part.scheme.name} ({part.stored_as})"
         raise InputError(
             f"quant={asked.name}: {checkpoint.path} is quantised already, {name} as {has}; use "
-            f"quant=auto, which keeps that, or a file that is not quantised"
+            "quant=auto, which keeps that, or a file that is not quantised"
         )
 
 
@@ -129,8 +135,8 @@ def read_rounded(entry: Entry, slices: Slices, scheme: Scheme) -> QuantWeight:
 
 
 def summary(planned: Sequence[PackedLayer], linears: Sequence[tuple[Linear, tuple[str, ...]]],
-            checkpoint: Checkpoint) -> str:  # fmt: skip
-    """What became of the weights, in a line; "" where nothing is quantised."""
+            checkpoint: Checkpoint, quant: str) -> str:  # fmt: skip
+    """What became of the weights, in a line; "" where they are as they were."""
     held = {id(each.layer) for each in planned}
     counts = Counter(each.scheme.name for each in planned)
     told = [f"{count} of {name}" for name, count in counts.most_common()]
@@ -146,8 +152,10 @@ def summary(planned: Sequence[PackedLayer], linears: Sequence[tuple[Linear, tupl
         if kinds and not each.kept:
             rounded["/".join(sorted(kinds))] += 1
     told += [f"{count} dequantised ({kind})" for kind, count in undone.items()]
-    more = [f"{count} rounded again ({kind})" for kind, count in rounded.items()]
-    return f"layers: {', '.join([*told, *more])}" if told else ""
+    told += [f"{count} rounded again ({kind})" for kind, count in rounded.items()]
+    if quant == "auto" and not undone:
+        return ""  # all is kept as it was
+    return f"layers: {', '.join(told)}" if told else ""
 
 
 def name_of(planned: Sequence[PackedLayer]) -> str:

@@ -144,8 +144,10 @@ def hold_quantised(layer: Linear, weight: QuantWeight, device: torch.device | st
 def _product(layer: Linear, x: Tensor) -> Tensor:
     if layer.packing is None:
         return linear(x, layer.weight, layer.bias)
-    data, scale, offset = (getattr(layer, f"packed_{name}") for name in ("data", "scale", "offset"))
-    packed = Packed(data, scale, offset, *layer.packing)
+    data, scale = layer._buffers["packed_data"], layer._buffers["packed_scale"]
+    assert data is not None
+    assert scale is not None
+    packed = Packed(data, scale, layer._buffers["packed_offset"], *layer.packing)
     if x.is_cuda:
         return quant_linear_cuda(x, packed, layer.bias)
     return quant_linear(x, packed, layer.bias)
