@@ -13,7 +13,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 ROOMS = {
     "launcher": set(),
     "comm": set(),
-    "kernels": {"comm"},
+    "kernels": {"comm", "weights"},
     "weights": set(),
     "tp": {"kernels", "comm", "weights"},
     "models": {"tp", "kernels", "comm", "weights"},
