@@ -39,7 +39,7 @@ def main(env: Any, payload: str) -> int:
     if not load_kernels():
         raise RuntimeError("the bound cannot be measured without a C++ compiler")
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 1800.0) as group:
-        model = load_model(*_weights(task["model"]), group, getattr(torch, task["dtype"]))
+        model = load_model(*open_model(task["model"]), group, getattr(torch, task["dtype"]))
         with all_cores(env.plan.cpus) if env.bind_cores else nullcontext():
             runners = {batch: _runner(model, task, batch) for batch in task["batch"]}
             recorded = {}
@@ -54,7 +54,7 @@ def main(env: Any, payload: str) -> int:
         for _ in range(task["samples"]):
             read_s.append(_read(read, group))
             for batch, runner in runners.items():
-                token_s[batch].append(_tokens(runner, prompt, batch, task["tokens"]))
+                token_s[batch].append(token_seconds(runner, prompt, batch, task["tokens"]))
         profiles = {batch: _profile(runner, prompt, batch, task) for batch, runner in recorded.items()}
         if group.rank == 0:
             found = {
@@ -67,7 +67,7 @@ def main(env: Any, payload: str) -> int:
     return 0
 
 
-def _weights(name: str) -> tuple[ModelConfig, Checkpoint]:
+def open_model(name: str) -> tuple[ModelConfig, Checkpoint]:
     if name in PRESETS:
         config = PRESETS[name]
         return config, random_checkpoint(expected_shapes(config), 0)
@@ -108,14 +108,14 @@ def _read(weights: Sequence[Tensor], group: Group) -> float:
     start = time.perf_counter()
     for weight in weights:
         torch.ops.yoke_kernels.read(weight)
-    return _slowest(time.perf_counter() - start, group)
+    return slowest(time.perf_counter() - start, group)
 
 
-def _tokens(runner: Runner, prompt: tuple[int, ...], batch: int, tokens: int) -> float:
+def token_seconds(runner: Runner, prompt: tuple[int, ...], batch: int, tokens: int) -> float:
     """Seconds of a step after the first, the mean of `tokens` of them."""
     # One more than are timed: the first comes from the prompt.
     answers = generate(runner, [Request(prompt, tokens + 1)] * batch)
-    return _slowest(answers[0].tpot_s, runner.group)  # rank 0 alone has times
+    return slowest(answers[0].tpot_s, runner.group)  # rank 0 alone has times
 
 
 def _profile(
@@ -126,7 +126,7 @@ def _profile(
     requests = [Request(prompt, task["tokens"] + 1)] * batch
     plain, samples = [], []
     for _ in range(task["samples"]):
-        plain.append(_tokens(runner, prompt, batch, task["tokens"]))
+        plain.append(token_seconds(runner, prompt, batch, task["tokens"]))
         samples.append(record_tokens(runner, lambda steps: generate(steps, requests)))
     # The fastest on rank 0, and the same one on all: collectives are compared call by call.
     best = min(range(len(samples)), key=lambda i: samples[i].token_us)
@@ -147,5 +147,5 @@ def _parts_of_ranks(sample: Recorded, plain_us: float, group: Group) -> list[dic
     return found
 
 
-def _slowest(seconds: float, group: Group) -> float:
+def slowest(seconds: float, group: Group) -> float:
     return float(ops.all_gather(torch.tensor([seconds]), group).max())

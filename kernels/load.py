@@ -31,6 +31,7 @@ def load_kernels() -> bool:
         warnings.warn(f"Yoke's own kernels are not used: {error}", stacklevel=2)
         return False
     torch.library.register_fake("yoke_kernels::linear", _fake_linear)
+    torch.library.register_fake("yoke_kernels::quant_linear", _fake_quant_linear)
     torch.library.register_fake("yoke_kernels::attend", _fake_attend)
     torch.library.register_fake("yoke_kernels::write_and_attend", _fake_attend)
     torch.library.register_fake("yoke_kernels::write_kv", lambda *_: None)
@@ -45,6 +46,20 @@ def has_kernels() -> bool:
 
 def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_quant_linear(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    bits: int,
+    group_size: int,
+    num_rows: int,
+    bias: Tensor | None,
+    round_x: bool = False,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], num_rows))
 
 
 def _fake_attend(q: Tensor, *_: object) -> Tensor:

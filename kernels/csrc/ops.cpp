@@ -21,13 +21,13 @@ namespace yoke::kernels {
 namespace {
 
 #if defined(__x86_64__)
-// Whether the processor has AMX for bf16, and Linux lets this process have the registers (they are large, and
+// Whether the processor has AMX for bf16 and int8, and Linux lets this process have the registers (they are large, and
 // not given without being asked for).
 bool may_use_tiles() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-  if ((d & kBf16) == 0 || (d & kTile) == 0) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTile | kInt8;
+  if ((d & kAll) != kAll) return false;
   constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }

@@ -1,0 +1,123 @@
+"""What do quantised weights gain, from prompt to token? `python bench/quant.py [--quant int8 int4-g32]`
+
+The same model several times in the same ranks: in bfloat16, with each scheme, and in bfloat16 without
+compiling. Tokens of all of them, and prompts, take turns, so that a ratio is of one moment. Best and
+median; the last line is JSON. A preset has random weights; a folder or .gguf its own.
+
+What is not here: single products (bench/linear.py), what rounding costs in quality (bench/quality.py),
+other programs (bench/peers.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from launcher.plan import LaunchRequest, make_plan  # noqa: E402
+from launcher.spawn import RunOptions, launch, new_session  # noqa: E402
+from launcher.topology import read_topology  # noqa: E402
+from weights.schemes import SCHEMES  # noqa: E402
+
+PLAIN, EAGER = "none", "eager"  # bfloat16, compiled and not
+Found = dict[str, Any]
+
+
+def measure(task: dict[str, Any], ranks: int, cores_per_rank: int | None) -> Found:
+    """What the ranks wrote. Raises SystemExit with the launcher's exit code where that failed."""
+    plan = make_plan(
+        read_topology(), LaunchRequest(ranks=ranks, bind_cores=True, cores_per_rank=cores_per_rank)
+    )
+    with tempfile.TemporaryDirectory(prefix="yoke-bench-") as folder:
+        out = Path(folder) / "out.json"
+        payload = json.dumps({**task, "out": str(out)})
+        code = launch(plan, RunOptions(), new_session(), "bench.quant_rank", payload)
+        if code:
+            raise SystemExit(code)
+        found: Found = json.loads(out.read_text())
+    return found
+
+
+def summary(found: Found) -> list[Found]:
+    """A row for each variant: seconds as [best, median], and how many times as fast as the first one,
+    by the bests and by the median of the samples' ratios."""
+    rows = []
+    first = found["variants"][0]
+    for one in found["variants"]:
+        row = {"name": one["name"], "weight_bytes": one["weight_bytes"]}
+        for kind in ("token_s", "prompt_s"):
+            ratios = [a / b for a, b in zip(first[kind], one[kind], strict=True)]
+            row[kind] = [min(one[kind]), statistics.median(one[kind])]
+            row[f"{kind}_times"] = [min(first[kind]) / min(one[kind]), statistics.median(ratios)]
+        seconds = found["read_s_per_byte"]
+        shares = [one["weight_bytes"] * r / t for r, t in zip(seconds, one["token_s"], strict=True)]
+        best = one["weight_bytes"] * min(seconds) / min(one["token_s"])
+        rows.append(row | {"of_read": [best, statistics.median(shares)]})
+    return rows
+
+
+def draw(rows: Sequence[Found], title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    titles = ("ms a token", "tokens/s", "times", "GB of a rank", "of bare read", "ms a prompt", "times")
+    table.add_column("weights")
+    for each in titles:
+        table.add_column(each, justify="right")
+    for row in rows:
+        token, prompt = row["token_s"], row["prompt_s"]
+        cells = (
+            _pair([1e3 * s for s in token], 1), _pair([1 / s for s in token], 1),
+            _pair(row["token_s_times"], 2), f"{row['weight_bytes'] / 1e9:.3f}", _pair(row["of_read"], 2),
+            _pair([1e3 * s for s in prompt], 0), _pair(row["prompt_s_times"], 2),
+        )  # fmt: skip
+        table.add_row(row["name"], *cells)
+    Console(width=120).print(table)
+
+
+def _pair(values: Sequence[float], digits: int) -> str:
+    return " / ".join(f"{value:.{digits}f}" for value in values)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench/quant.py", allow_abbrev=False)
+    parser.add_argument("--model", default="llama-3.2-1b", help="a preset, a .gguf or a folder")
+    parser.add_argument("--quant", nargs="+", default=["int8", "int4-g32"], choices=["auto", *SCHEMES])
+    parser.add_argument("--eager", action="store_true", help="bfloat16 without compiling as well")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--cores-per-rank", type=int, default=1, help="0: all of its place [1]")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--samples", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=8, help="a sample is the mean of so many steps")
+    parser.add_argument("--prompt", type=int, default=512)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    flags = parse(argv)
+    variants = [PLAIN, *flags.quant, *([EAGER] if flags.eager else [])]
+    task = {name: getattr(flags, name) for name in ("model", "batch", "samples", "tokens", "prompt")}
+    task["variants"] = variants
+    found = measure(task, flags.ranks, flags.cores_per_rank or None)
+    rows = summary(found)
+    title = (
+        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {flags.model}, "
+        f"{flags.ranks} ranks, batch of {flags.batch}, prompt of {flags.prompt}: best / median"
+    )
+    draw(rows, title)
+    print(json.dumps({"task": task, "ranks": flags.ranks, "variants": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

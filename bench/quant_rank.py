@@ -1,0 +1,102 @@
+"""The part of bench/quant.py that runs in every rank: the same model in several forms, in turn."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.decode_rank import open_model, slowest, token_seconds
+from bench.quant import EAGER, PLAIN
+from comm import ops
+from comm.group import Group, Rendezvous, open_group
+from engine.compiling import use_cache_folder
+from engine.opening import all_cores
+from engine.steps import EXTEND, GREEDY, Runner, extend, make_runner, warm_up
+from kernels.load import load_kernels
+from models.decoder import Decoder
+from models.load import load_model
+
+SHORT = 32  # tokens in use before the first that is timed
+
+
+@torch.no_grad()
+def main(env: Any, payload: str) -> int:
+    """Measure what the payload asks for; rank 0 writes it as JSON into the payload's file."""
+    task = json.loads(payload)
+    torch.set_num_threads(env.plan.num_threads)
+    use_cache_folder()
+    rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
+    if not load_kernels():
+        raise RuntimeError("quantised weights need our own kernels: a C++ compiler")
+    names, length = task["variants"], max(task["prompt"], SHORT) + task["tokens"] + 2
+    with open_group(env.rank, env.world_size, env.backend, rendezvous, 1800.0) as group:
+        runners = {}
+        with all_cores(env.plan.cpus) if env.bind_cores else nullcontext():
+            for name in names:
+                quant = PLAIN if name == EAGER else name
+                model = load_model(
+                    *open_model(task["model"]), group, torch.bfloat16, quant=quant
+                )
+                runner = make_runner(model, group, length, name != EAGER, task["batch"])
+                warm_up(runner, (EXTEND, GREEDY))
+                runners[name] = runner
+        prompt = tuple(i % 100 for i in range(SHORT))
+        bare = weights_read(runners[names[0]].model)
+        read_s = []
+        token_s: dict[str, list[float]] = {name: [] for name in names}
+        prompt_s: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(task["samples"]):
+            read_s.append(_read(bare, group))
+            for name, runner in runners.items():
+                token_s[name].append(token_seconds(runner, prompt, task["batch"], task["tokens"]))
+                prompt_s[name].append(_prompt(runner, task["prompt"], group))
+        if group.rank == 0:
+            size = sum(weight.nbytes for weight in bare)
+            found = {
+                "read_s_per_byte": [seconds / size for seconds in read_s],
+                "variants": [
+                    {
+                        "name": name,
+                        "weight_bytes": sum(w.nbytes for w in weights_read(runner.model)),
+                        "token_s": token_s[name],
+                        "prompt_s": prompt_s[name],
+                    }
+                    for name, runner in runners.items()
+                ],
+            }
+            Path(task["out"]).write_text(json.dumps(found))
+    return 0
+
+
+def weights_read(model: Decoder) -> list[Tensor]:
+    """What a token reads: all weights and scales but the embedding, of which it reads a row (where the
+    head is not the same tensor)."""
+    tied = model.head.weight is model.embed.weight
+    weights = [weight for weight in model.parameters() if weight is not model.embed.weight or tied]
+    return weights + [each for name, each in model.named_buffers() if ".packed_" in name]
+
+
+def _read(weights: list[Tensor], group: Group) -> float:
+    """Seconds of reading all of them once, on the slowest rank."""
+    ops.barrier(group)
+    start = time.perf_counter()
+    for weight in weights:
+        torch.ops.yoke_kernels.read(weight)
+    return slowest(time.perf_counter() - start, group)
+
+
+def _prompt(runner: Runner, prompt: int, group: Group) -> float:
+    """Seconds of a prompt of so many tokens, in the engine's chunks, on the slowest rank."""
+    ops.barrier(group)
+    start = time.perf_counter()
+    for first in range(0, prompt, runner.chunk):
+        last = min(first + runner.chunk, prompt)
+        tokens = [i % 100 for i in range(first, last)]
+        extend(runner, tokens, range(first, last), [0] * (last - first), [last - first - 1])
+    return slowest(time.perf_counter() - start, group)

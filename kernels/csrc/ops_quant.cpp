@@ -1,0 +1,186 @@
+// torch.ops.yoke_kernels.quant_linear: checks, and the division among threads.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string_view>
+#include <vector>
+
+#include "quant.h"
+
+namespace yoke::kernels {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+const QuantKernels& chosen_quant() {
+#if defined(__x86_64__)
+  const std::string_view name = current().name;
+  if (name == "amx") return amx_quant;
+  if (name == "avx512bf16") return avx512bf16_quant;
+  if (name == "avx512") return avx512_quant;
+  if (name == "avx2") return avx2_quant;
+#endif
+  return base_quant;
+}
+
+const bf16* numbers(const at::Tensor& x) { return reinterpret_cast<const bf16*>(x.const_data_ptr<at::BFloat16>()); }
+
+// Of the weights of [panels, k / 32, 2, bytes]: everything but x, bias and y. `bits` is 4, 8 or 16 (bf16, which has
+// no scales).
+QuantArgs weights(const at::Tensor& data, const OptionalTensor& scale, const OptionalTensor& offset,
+                  std::int64_t bits, std::int64_t group, std::int64_t n) {
+  TORCH_CHECK(bits == 4 || bits == 8 || bits == 16, "quant_linear: weights have 4, 8 or 16 bits, not ", bits);
+  const Format format = bits == 4 ? Format::i4 : bits == 8 ? Format::i8 : Format::bf16;
+  TORCH_CHECK(data.scalar_type() == at::kByte && data.dim() == 4 && data.size(2) == 2 &&
+                  data.size(3) == tile_bytes(format) && data.is_contiguous(),
+              "quant_linear: the weights of ", bits, " bits must be uint8 and contiguous [panels, steps, 2, ",
+              tile_bytes(format), "], not ", data.scalar_type(), " ", data.sizes());
+  const std::int64_t panels = data.size(0), k = data.size(1) * kStep;
+  TORCH_CHECK(n >= 0 && n <= panels * kPanelRows && n > (panels - 1) * kPanelRows, "quant_linear: ", n,
+              " rows are not those of ", panels, " panels of ", kPanelRows);
+  QuantArgs a{};
+  a.data = data.const_data_ptr<std::uint8_t>();
+  a.format = format;
+  a.n = n;
+  a.k = k;
+  a.group = group;
+  TORCH_CHECK(scale.has_value() == (bits != 16), "quant_linear: weights of 4 or 8 bits have scales, and no others");
+  TORCH_CHECK(!offset.has_value() || scale.has_value(), "quant_linear: offsets without scales");
+  if (!scale.has_value()) return a;
+  TORCH_CHECK(group >= kStep && group % kStep == 0 && k % group == 0, "quant_linear: groups of ", group,
+              " numbers: must be a multiple of ", kStep, " that divides ", k);
+  a.half = scale->scalar_type() == at::kHalf;
+  for (const OptionalTensor* each : {&scale, &offset}) {
+    if (!each->has_value()) continue;
+    const at::Tensor& x = **each;
+    TORCH_CHECK((a.half || x.scalar_type() == at::kFloat) && x.scalar_type() == scale->scalar_type(),
+                "quant_linear: scales and offsets must be all float16 or all float32, not ", x.scalar_type());
+    TORCH_CHECK(x.is_contiguous() && x.dim() == 4 && x.size(0) == panels && x.size(1) == k / group && x.size(2) == 2 &&
+                    x.size(3) == kTileRows,
+                "quant_linear: scales and offsets must be contiguous [", panels, ", ", k / group, ", 2, ", kTileRows,
+                "], not ", x.sizes());
+  }
+  a.scale = scale->const_data_ptr();
+  a.offset = offset.has_value() ? offset->const_data_ptr() : nullptr;
+  return a;
+}
+
+float to_float(bf16 x) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Of each row of x the step between the numbers that int8 has for it.
+void scale_rows(const QuantArgs& a, float* scale) {
+  for (std::int64_t i = 0; i < a.m; ++i) {
+    float largest = 0;
+    for (std::int64_t j = 0; j < a.k; ++j) largest = std::max(largest, std::abs(to_float(a.x[i * a.k + j])));
+    scale[i] = largest / 127;
+  }
+}
+
+constexpr std::int64_t kPrompt = 33;  // rows of x from which on they may be rounded: those of a prompt
+
+// The sums of x's steps, and x as floats if there is room for them.
+void widen(const QuantArgs& a, float* to, float* sums) {
+  for (std::int64_t row = 0; row < a.m; ++row) {
+    for (std::int64_t step = 0; step < a.steps(); ++step) {
+      const bf16* from = a.x + row * a.k + step * kStep;
+      float some[kStep], sum = 0;
+      for (std::int64_t j = 0; j < kStep; ++j) some[j] = to_float(from[j]);
+      for (const float each : some) sum += each;
+      const std::int64_t at = sums_at(a, row, step);
+      if (to != nullptr) std::memcpy(to + at * kStep, some, sizeof some);
+      sums[at] = sum;
+    }
+  }
+}
+
+at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& data, const OptionalTensor& scale,
+                        const OptionalTensor& offset, std::int64_t bits, std::int64_t group, std::int64_t n,
+                        const OptionalTensor& bias, bool round_x) {
+  QuantArgs a = weights(data, scale, offset, bits, group, n);
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16, "quant_linear: takes bfloat16, not ", x.scalar_type());
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == a.k, "quant_linear: x ", x.sizes(), " does not go with a weight of [", n,
+              ", ", a.k, "]");
+  at::Tensor own_bias;
+  if (bias.has_value()) {
+    TORCH_CHECK(bias->scalar_type() == at::kBFloat16 && bias->dim() == 1 && bias->size(0) == n,
+                "quant_linear: the bias must be bfloat16 [", n, "]");
+    own_bias = bias->contiguous();
+    a.bias = numbers(own_bias);
+  }
+  const at::Tensor rows = x.contiguous();
+  a.m = a.k == 0 ? 0 : rows.numel() / a.k;
+  std::vector<std::int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = n;
+  if (a.m == 0 || n == 0) {
+    const at::Tensor zero = at::zeros(shape, x.options());
+    return own_bias.defined() ? zero + own_bias : zero;
+  }
+  at::Tensor y = at::empty(shape, x.options());
+  a.x = numbers(rows);
+  a.y = reinterpret_cast<bf16*>(y.mutable_data_ptr<at::BFloat16>());
+  const QuantKernels& kernels = chosen_quant();
+  at::Tensor held, x_scale;
+  if (kernels.pack != nullptr && a.m >= kernels.pack_from && a.format != Format::bf16) {
+    if (round_x && a.m >= kPrompt && a.scaled_last()) {
+      x_scale = at::empty({a.m}, at::kFloat);
+      scale_rows(a, x_scale.mutable_data_ptr<float>());
+      a.x_scale = x_scale.const_data_ptr<float>();
+    }
+    const std::int64_t panels = (a.m + kPanelRows - 1) / kPanelRows;
+    held = at::empty({panels * kPanelRows * (a.k + kStep) * 2}, at::kByte);
+    std::uint8_t* packed = held.mutable_data_ptr<std::uint8_t>();
+    at::parallel_for(0, panels, 1, [&](std::int64_t first, std::int64_t last) { kernels.pack(a, packed, first, last); });
+    a.packed = packed;
+  } else {
+    const bool wide = a.m <= kernels.wide_rows;
+    held = at::empty({a.m * (a.steps() + (wide ? a.k : 0))}, at::kFloat);
+    float* sums = held.mutable_data_ptr<float>();
+    a.x_sums = sums;
+    a.x_float = wide ? sums + a.m * a.steps() : nullptr;
+    if (wide || a.offset != nullptr) widen(a, wide ? sums + a.m * a.steps() : nullptr, sums);
+  }
+  const std::int64_t grain = std::max<std::int64_t>(1, 32768 / (kPanelRows * a.k));
+  at::parallel_for(0, data.size(0), grain, [&](std::int64_t first, std::int64_t last) {
+    kernels.linear(a, first, last);
+  });
+  return y;
+}
+
+// For tests and measurements: the tiles that products with many rows are made of, [panels, k / 32, 2, 16, 16, 2].
+at::Tensor quant_tiles(const at::Tensor& data, const at::Tensor& scale, const OptionalTensor& offset,
+                       std::int64_t bits, std::int64_t group, std::int64_t n) {
+  const QuantArgs a = weights(data, scale, offset, bits, group, n);
+  TORCH_CHECK(a.format != Format::bf16 && chosen_quant().dequantise != nullptr, "quant_tiles: not on ", current().name);
+  at::Tensor tiles = at::empty({data.size(0), a.steps(), 2, 16, 16, 2}, at::kBFloat16);
+  auto* to = reinterpret_cast<bf16*>(tiles.mutable_data_ptr<at::BFloat16>());
+  at::parallel_for(0, data.size(0), 1, [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t i = first; i < last; ++i) chosen_quant().dequantise(a, i, 0, a.steps(), to + i * a.k * kPanelRows);
+  });
+  return tiles;
+}
+
+TORCH_LIBRARY_FRAGMENT(yoke_kernels, library) {
+  library.def(
+      "quant_linear(Tensor x, Tensor data, Tensor? scale, Tensor? offset, int bits, int group_size, int num_rows, "
+      "Tensor? bias, bool round_x=False) -> Tensor");
+  library.def(
+      "quant_tiles(Tensor data, Tensor scale, Tensor? offset, int bits, int group_size, int num_rows) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(yoke_kernels, CPU, library) {
+  library.impl("quant_linear", quant_linear);
+  library.impl("quant_tiles", quant_tiles);
+}
+
+}  // namespace
+}  // namespace yoke::kernels

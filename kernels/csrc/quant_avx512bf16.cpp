@@ -1,0 +1,123 @@
+// AVX-512 with products of bf16 pairs (Cooper Lake, Sapphire Rapids, Zen 4 and later): quantised weights times many
+// rows of x. A few rows are those of plain AVX-512.
+//
+// Weights of a panel become whole numbers in bf16, a piece at a time that stays in the first cache for all rows of x;
+// the sums of a step are scaled in float.
+#if defined(__x86_64__)
+#include <string.h>
+
+#define YOKE_ISA isa_avx512bf16
+#include "quant_tiles.h"
+
+namespace yoke::kernels {
+namespace isa_avx512bf16 {
+namespace {
+
+constexpr std::int64_t kFew = 15;    // rows of x that are taken four at a time
+constexpr std::int64_t kPiece = 8;   // steps: 16 KiB
+constexpr std::int64_t kRows = 6;    // of x at a time: their sums and totals are 24 registers
+constexpr std::int64_t kBlock = 120; // rows of x whose totals wait in the first cache
+
+struct Scratch {
+  alignas(64) bf16 tiles[kPiece * kPanelRows * kStep];
+  alignas(64) float totals[kBlock][2][kTileRows];
+};
+thread_local Scratch scratch;
+
+// A piece of a panel, as whole numbers.
+void expand(const QuantArgs& a, std::int64_t panel, std::int64_t first, std::int64_t last, bf16* to) {
+  const std::int64_t bytes = tile_bytes(a.format), numbers = kTileRows * kStep;
+  const std::uint8_t* from = a.data + (panel * a.steps() + first) * 2 * bytes;
+  const __m512i table = nibbles_bf16(a.offset != nullptr);
+  for (std::int64_t tile = 0; tile < 2 * (last - first); ++tile, from += bytes, to += numbers) {
+    if (a.format == Format::i4) {
+      expand_i4(from, table, to);
+    } else if (a.format == Format::i8) {
+      expand_i8(from, to);
+    } else {
+      memcpy(to, from, static_cast<std::size_t>(bytes));
+    }
+  }
+}
+
+// R rows of x from m on times steps [first, last) of a panel, added to `totals`.
+template <int R>
+void multiply(const QuantArgs& a, std::int64_t m, std::int64_t panel, std::int64_t first, std::int64_t last,
+              const bf16* tiles, float (*totals)[2][kTileRows]) {
+  __m512 found[2][R];
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < 2; ++t) found[t][r] = _mm512_load_ps(totals[r][t]);
+  for (std::int64_t step = first; step < last; ++step, tiles += kPanelRows * kStep) {
+    const bf16* x = a.x + m * a.k + step * kStep;
+    __m512 sums[2][R];
+    for (int r = 0; r < R; ++r) sums[0][r] = sums[1][r] = _mm512_setzero_ps();
+#pragma GCC unroll 2
+    for (int pair = 0; pair < 16; ++pair) {
+      const __m512bh w0 = (__m512bh)line(tiles + 32 * pair);
+      const __m512bh w1 = (__m512bh)line(tiles + kTileRows * kStep + 32 * pair);
+      for (int r = 0; r < R; ++r) {
+        int both;
+        memcpy(&both, x + r * a.k + 2 * pair, sizeof both);
+        const __m512bh each = (__m512bh)_mm512_set1_epi32(both);
+        sums[0][r] = _mm512_dpbf16_ps(sums[0][r], w0, each);
+        sums[1][r] = _mm512_dpbf16_ps(sums[1][r], w1, each);
+      }
+    }
+    if (a.format == Format::bf16) {
+      for (int r = 0; r < R; ++r)
+        for (int t = 0; t < 2; ++t) found[t][r] = _mm512_add_ps(found[t][r], sums[t][r]);
+      continue;
+    }
+    float x_sums[R] = {};
+    for (int r = 0; a.offset != nullptr && r < R; ++r) x_sums[r] = a.x_sums[sums_at(a, m + r, step)];
+    const std::int64_t at = (panel * a.groups() + step * kStep / a.group) * kPanelRows;
+    for (int t = 0; t < 2; ++t) add<R>(a, at + t * kTileRows, x_sums, sums[t], found[t]);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < 2; ++t) _mm512_store_ps(totals[r][t], found[t][r]);
+}
+
+void many(const QuantArgs& a, std::int64_t first, std::int64_t last) {
+  Scratch& own = scratch;
+  for (std::int64_t m0 = 0; m0 < a.m; m0 += kBlock) {
+    const std::int64_t rows = a.m - m0 < kBlock ? a.m - m0 : kBlock;
+    for (std::int64_t panel = first; panel < last; ++panel) {
+      memset(own.totals, 0, sizeof own.totals);
+      for (std::int64_t step = 0; step < a.steps(); step += kPiece) {
+        const std::int64_t end = a.steps() - step < kPiece ? a.steps() : step + kPiece;
+        expand(a, panel, step, end, own.tiles);
+        for (std::int64_t m = 0; m < rows; m += kRows) {
+          const auto piece = [&]<int R>() {
+            multiply<R>(a, m0 + m, panel, step, end, own.tiles, own.totals + m);
+          };
+          switch (rows - m) {
+            case 1: piece.template operator()<1>(); break;
+            case 2: piece.template operator()<2>(); break;
+            case 3: piece.template operator()<3>(); break;
+            case 4: piece.template operator()<4>(); break;
+            case 5: piece.template operator()<5>(); break;
+            default: piece.template operator()<kRows>(); break;
+          }
+        }
+      }
+      for (std::int64_t m = 0; m < rows; ++m)
+        for (std::int64_t t = 0; t < 2; ++t) {
+          finish(a, m0 + m, panel * kPanelRows + t * kTileRows, _mm512_load_ps(own.totals[m][t]));
+        }
+    }
+  }
+}
+
+void quant_linear(const QuantArgs& a, std::int64_t first, std::int64_t last) {
+  if (a.m <= kFew) return avx512_quant.linear(a, first, last);
+  many(a, first, last);
+}
+
+}  // namespace
+}  // namespace isa_avx512bf16
+
+const QuantKernels avx512bf16_quant{isa_avx512bf16::quant_linear, isa_avx512bf16::kFew, isa_avx512bf16::dequantise};
+
+}  // namespace yoke::kernels
+
+#endif
