@@ -83,8 +83,8 @@ def is_plain(entry: Entry) -> bool:
 
 
 def _is_fine(wanted: Scheme, parts: tuple[Entry, ...]) -> bool:
-    """Whether weights that a file has quantised are to be rounded again: 8 bits keep what they have. What
-    it has left plain stays so."""
+    """Whether weights that a file has quantised are to be rounded again: 8 bits keep what they have.
+    What it has left plain stays so."""
     return wanted.bits == 8 and not all(map(is_plain, parts))
 
 

@@ -79,7 +79,7 @@ Stored, About = dict[str, Tensor], dict[str, Any]
 
 
 def drop(name: str) -> Callable[[Stored, About], None]:
-    return lambda stored, about: stored.pop(name) and None
+    return lambda stored, about: stored.__delitem__(name)
 
 
 def put(name: str, tensor: Tensor) -> Callable[[Stored, About], None]:
@@ -103,10 +103,10 @@ LIES: list[tuple[Kind, Callable[[Stored, About], None], str]] = [
     (GPTQ, put(f"{Q}.qweight", torch.ones(24, DIM)), "qweight is stored as F32"),
     (GPTQ, put(f"{Q}.qweight", torch.ones(DIM).int()), "must be a matrix"),
     (GPTQ, put(f"{Q}.weight", torch.ones(DIM, DIM)), "stored twice"),
-    (GPTQ, say(group_size=128), r"int4-g128, but .*q_proj is stored with 4 bits"),
+    (GPTQ, say(group_size=128), r"int4-g128, but .*_proj is stored with 4 bits"),
     (GPTQ, say(group_size=10), "group_size 10; read are multiples of 32"),
     (GPTQ, say(bits=3), "has 3 bits; read are 4 and 8"),
-    (GPTQ, say(bits=8), "is stored with 8 bits a number and 3 scales for a row of 96"),
+    (GPTQ, say(bits=8), r"is stored with 8 bits a number and \d scales for a row of (96|192)"),
     (GPTQ, say(sym="yes"), "sym 'yes'; it must be true or false"),
     (GPTQ, say(quant_method="bitsandbytes"), "'bitsandbytes', which is not read"),
     (GPTQ, say(quant_method=["gptq"]), "which is not read"),
