@@ -191,7 +191,8 @@ def _open_own(resolved: ResolvedJob, group: Group, device: str) -> _Source:
         config.max_seq_len,
         lambda progress: load_model(
             config, checkpoint, group, _dtype(job.dtype, device), progress, device,
-            _quant(job, device), say if group.rank == 0 else lambda line: None,
+            _quant(job, device), job.activations == "int8",
+            say if group.rank == 0 else lambda line: None,
         ),
     )  # fmt: skip
 

@@ -88,7 +88,13 @@ def quant_linear(
     x: Tensor, packed: Packed, bias: Tensor | None = None, round_x: bool = False
 ) -> Tensor:
     """[..., k] x [n, k] -> [..., n] of x's dtype. With bfloat16 on a CPU whole numbers are multiplied,
-    and sums scaled, in float32, and rounded once; else it is the reference."""
+    and sums scaled, in float32, and rounded once; else it is the reference.
+
+    From 5 rows of x on, matrix units multiply weights that were rounded to bfloat16 (whole numbers,
+    where a row has one scale). `round_x`: where there are also such units for int8, weights have 8 bits
+    and a scale a row, and x has 33 rows or more, each row of x is rounded to 255 steps around zero,
+    and the sums are exact.
+    """
     if x.dtype == torch.bfloat16 and x.device.type == "cpu" and has_kernels():
         return torch.ops.yoke_kernels.quant_linear(x, *packed, bias, round_x)
     return quant_linear_reference(x, packed, bias)

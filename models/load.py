@@ -46,12 +46,14 @@ def load_model(
     progress: Callable[[int, int], None] = lambda done, total: None,
     device: torch.device | str = "cpu",
     quant: str = "none",
+    round_prompts: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Decoder:
     """Build this rank's part of the model on `device` and fill it.
 
     `progress` is called with the bytes filled so far and in all, `say` with a line on what became of
-    quantised weights; `quant` as in `models.load_quant`. Raises InputError.
+    quantised weights; `quant` as in `models.load_quant`, `round_prompts` as in
+    `tp.layers.hold_quantised`. Raises InputError.
     """
     shapes = expected_shapes(config)
     check_names(checkpoint, shapes, config.tie_embeddings)
@@ -85,7 +87,7 @@ def load_model(
         weight = read_layer(each, local(each))
         if each.layer is model.head:
             weight = weight.padded(model.layout.vocab_block)
-        hold_quantised(each.layer, weight, device)
+        hold_quantised(each.layer, weight, device, round_prompts)
         done += size_of(each)
         unreleased += size_of(each) if each.kept else RELEASE_BYTES
         if unreleased >= RELEASE_BYTES:

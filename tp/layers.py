@@ -32,6 +32,7 @@ class Packing(NamedTuple):
     bits: int
     group_size: int
     num_rows: int
+    round_x: bool  # see `kernels.quant_linear`
 
 
 class ColumnLinear(nn.Module):
@@ -130,13 +131,18 @@ class LMHead(nn.Module):
 Linear = ColumnLinear | RowLinear | LMHead
 
 
-def hold_quantised(layer: Linear, weight: QuantWeight, device: torch.device | str = "cpu") -> None:
+def hold_quantised(
+    layer: Linear,
+    weight: QuantWeight,
+    device: torch.device | str = "cpu",
+    round_prompts: bool = False,
+) -> None:
     """Have a layer hold `weight`, this rank's part, and nothing else. On a CPU its columns are a
-    multiple of 32."""
+    multiple of 32. With `round_prompts` what it multiplies with many rows may be rounded to int8."""
     on_gpu = torch.device(device).type == "cuda"
     packed = pack_cuda(weight.with_rows(lambda each: each.to(device))) if on_gpu else pack(weight)
     layer.weight = None  # type: ignore[assignment]
-    layer.packing = Packing(packed.bits, packed.group_size, packed.num_rows)
+    layer.packing = Packing(packed.bits, packed.group_size, packed.num_rows, round_prompts)
     for name in ("data", "scale", "offset"):
         layer.register_buffer(f"packed_{name}", getattr(packed, name), persistent=False)
 
@@ -147,7 +153,8 @@ def _product(layer: Linear, x: Tensor) -> Tensor:
     data, scale = layer._buffers["packed_data"], layer._buffers["packed_scale"]
     assert data is not None
     assert scale is not None
-    packed = Packed(data, scale, layer._buffers["packed_offset"], *layer.packing)
+    bits, group_size, num_rows, round_x = layer.packing
+    packed = Packed(data, scale, layer._buffers["packed_offset"], bits, group_size, num_rows)
     if x.is_cuda:
         return quant_linear_cuda(x, packed, layer.bias)
-    return quant_linear(x, packed, layer.bias)
+    return quant_linear(x, packed, layer.bias, round_x)
