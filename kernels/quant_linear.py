@@ -1,8 +1,8 @@
 """y = x W^T with quantised weights, laid out for the processor.
 
-What: the layout (`pack`, `unpack`; csrc/quant.h draws it), the product for any number of rows, and the slow
-reference in torch. A few rows read each weight once, so the time is that of reading: whole numbers are
-multiplied as they come, in float32, and the sums of 32 scaled.
+What: the layout (`pack`, `unpack`; csrc/quant.h draws it), the product for any number of rows, and the
+slow reference in torch. A few rows read each weight once, so the time is that of reading: whole numbers
+are multiplied as they come, in float32, and the sums of 32 scaled.
 
 What is not here: how weights are quantised, and their logical form (weights/quant.py).
 """

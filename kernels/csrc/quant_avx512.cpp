@@ -30,10 +30,11 @@ inline void ask_for(const std::uint8_t* from) {
   for (std::int64_t i = 0; i < kBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
 }
 
-// The sums of two tiles and a step for M rows of x: enough of them that none waits for its last product.
-template <int M, int C>
+// The sums of two tiles and a step for M rows of x. Each number's is in two parts, so that few wait for their last
+// product; in as many whatever M is, so that a row's bits do not depend on how many there are.
+template <int M>
 struct Sums {
-  __m512 of[2][M][C];
+  __m512 of[2][M][2];
 
   Sums() {
     for (auto& tile : of)
@@ -41,19 +42,14 @@ struct Sums {
         for (__m512& sum : row) sum = _mm512_setzero_ps();
   }
 
-  __m512 total(int t, int m) const {
-    __m512 sum = of[t][m][0];
-    for (int c = 1; c < C; ++c) sum = _mm512_add_ps(sum, of[t][m][c]);
-    return sum;
-  }
+  __m512 total(int t, int m) const { return _mm512_add_ps(of[t][m][0], of[t][m][1]); }
 };
 
 // A step of two tiles times M rows of x.
 template <int M>
 inline void multiply_i4(const std::uint8_t* tiles, __m512 table,
                         const float* x, __m512 (&sums)[2][M]) {
-  constexpr int C = M == 1 ? 4 : M == 2 ? 2 : 1;
-  Sums<M, C> own;
+  Sums<M> own;
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const __m512i v0 = line(tiles + 64 * i), v1 = line(tiles + tile_bytes(Format::i4) + 64 * i);
@@ -63,8 +59,8 @@ inline void multiply_i4(const std::uint8_t* tiles, __m512 table,
       const __m512 w1 = _mm512_permutexvar_ps(_mm512_srli_epi32(v1, 4 * j), table);
       for (int m = 0; m < M; ++m) {
         const __m512 each = _mm512_set1_ps(x[m * kStep + 8 * i + j % 4 * 2 + j / 4]);
-        own.of[0][m][j % C] = _mm512_fmadd_ps(w0, each, own.of[0][m][j % C]);
-        own.of[1][m][j % C] = _mm512_fmadd_ps(w1, each, own.of[1][m][j % C]);
+        own.of[0][m][j % 2] = _mm512_fmadd_ps(w0, each, own.of[0][m][j % 2]);
+        own.of[1][m][j % 2] = _mm512_fmadd_ps(w1, each, own.of[1][m][j % 2]);
       }
     }
   }
@@ -74,8 +70,7 @@ inline void multiply_i4(const std::uint8_t* tiles, __m512 table,
 
 template <int M>
 inline void multiply_bf16(const std::uint8_t* tiles, const float* x, __m512 (&sums)[2][M]) {
-  constexpr int C = M == 1 ? 4 : M == 2 ? 2 : 1;
-  Sums<M, C> own;
+  Sums<M> own;
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
 #pragma GCC unroll 16
   for (int pair = 0; pair < 16; ++pair) {
@@ -85,9 +80,9 @@ inline void multiply_bf16(const std::uint8_t* tiles, const float* x, __m512 (&su
       const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
       const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(v, upper));
       for (int m = 0; m < M; ++m) {
-        __m512& first = own.of[t][m][2 * pair % C];
+        __m512& first = own.of[t][m][0];
         first = _mm512_fmadd_ps(even, _mm512_set1_ps(x[m * kStep + 2 * pair]), first);
-        __m512& second = own.of[t][m][(2 * pair + 1) % C];
+        __m512& second = own.of[t][m][1];
         second = _mm512_fmadd_ps(odd, _mm512_set1_ps(x[m * kStep + 2 * pair + 1]), second);
       }
     }
@@ -99,7 +94,7 @@ inline void multiply_bf16(const std::uint8_t* tiles, const float* x, __m512 (&su
 // Lanes are 8 rows by the two of a pair: as bytes are widened.
 template <int M>
 inline void multiply_i8(const std::uint8_t* tiles, const float* x, __m512 (&sums)[2][M]) {
-  Sums<M, 2> own;
+  Sums<M> own;
 #pragma GCC unroll 16
   for (int pair = 0; pair < 16; ++pair) {
     __m512 both[M];

@@ -1,0 +1,213 @@
+"""How near are products with weights to memory's and arithmetic's limits? `python bench/linear.py`
+
+Products of 1, 4, 16 and 512 rows with weights of bfloat16, int8, and int4 in groups of 32 and 128, each
+weight a copy of its own in a row of them that no cache holds, in huge pages as ranks have them. Of each
+product: the bytes of the weight a second against bare reading, floating-point operations (two a weight
+and row) against the core's peak, and speed against the bfloat16 product of as many rows. All of them,
+the read and the peak take turns; ratios are of one turn. Best and median; the last line is JSON.
+
+`--packed` adds bfloat16 in the layout of the quantised ones. On a machine that others use as well,
+small weights (`--shape 512 4096`) make samples that are over before somebody else's turn.
+
+What is not here: whole models (bench/decode.py, bench/prefill.py), and how good quantised weights are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from launcher.allocator import allocator_variables  # noqa: E402
+
+if __name__ == "__main__" and "YOKE_BENCH" not in os.environ:
+    # The C library reads what it is told about memory as a process starts.
+    environment = {**os.environ, **allocator_variables(os.environ), "YOKE_BENCH": "1"}
+    os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+
+import torch  # noqa: E402
+
+from bench.allreduce import cpu_name, table  # noqa: E402
+from kernels.load import load_kernels  # noqa: E402
+from kernels.quant_linear import Packed, pack  # noqa: E402
+from weights.quant import QuantWeight, parse_scheme  # noqa: E402
+
+SCHEMES = ("bf16", "int8", "int4-g32", "int4-g128")
+BF16, PACKED = "bf16", "bf16 packed"
+Product = Callable[[torch.Tensor], object]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """As many copies of one weight as no cache holds, each as the product with it, and one's bytes."""
+
+    products: list[Product]
+    nbytes: int
+
+
+def make(scheme: str, n: int, k: int, total: int) -> Weights:
+    ops = torch.ops.yoke_kernels
+    if scheme == BF16:
+        weight = torch.randn(n, k).bfloat16()
+        copies = [weight.clone() for _ in range(-(-total // weight.nbytes))]
+        return Weights([lambda x, w=w: ops.linear(x, w, None) for w in copies], weight.nbytes)  # type: ignore[misc]
+    if scheme == PACKED:
+        data = torch.randn(-(-n // 32), k // 32, 2, 512).bfloat16().view(torch.uint8)
+        rest = (None, None, 16, 0, n, None)
+        copies = [data.clone() for _ in range(-(-total // data.nbytes))]
+        return Weights([lambda x, w=w: ops.quant_linear(x, w, *rest) for w in copies], data.nbytes)  # type: ignore[misc]
+    packed = _quantised(scheme, n, k)
+    nbytes = packed.data.nbytes + packed.scale.nbytes
+    all_packed = [
+        packed._replace(data=packed.data.clone(), scale=packed.scale.clone())
+        for _ in range(-(-total // nbytes))
+    ]
+    return Weights([lambda x, w=w: ops.quant_linear(x, *w, None) for w in all_packed], nbytes)  # type: ignore[misc]
+
+
+def _quantised(scheme: str, n: int, k: int) -> Packed:
+    what = parse_scheme(scheme)
+    group = what.group_size or k
+    data = torch.randint(0, 256, (n, k * what.bits // 8), dtype=torch.uint8)
+    scale = torch.rand(n, k // group).to(torch.float32 if group == k else torch.float16)
+    return pack(
+        QuantWeight(data.view(torch.int8) if what.bits == 8 else data, scale, None, what.bits, group)
+    )
+
+
+def measure(flags: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of each sample by scheme and rows; what a read makes of bytes, and the peak, by turn."""
+    n, k = flags.shape
+    schemes = [*SCHEMES, *([PACKED] if flags.packed else [])]
+    weights = {scheme: make(scheme, n, k, flags.mib << 20) for scheme in schemes}
+    turns = {scheme: cycle(each.products) for scheme, each in weights.items()}
+    read_from = torch.randn(max(flags.mib << 20, 8 << 20) // 4)
+    pieces = cycle(read_from.split(flags.read_mib << 18))
+    rows = {m: torch.randn(m, k).bfloat16() for m in flags.rows}
+    seconds: dict[str, dict[int, list[float]]] = {s: {m: [] for m in rows} for s in schemes}
+    reads, peaks = [], []
+    rounds = 20_000
+    torch.ops.yoke_kernels.peak(rounds)
+    for _ in range(flags.samples):
+        piece = next(pieces)
+        reads.append(piece.nbytes / _timed(lambda: torch.ops.yoke_kernels.read(piece)))  # noqa: B023
+        start = time.perf_counter()
+        done = torch.ops.yoke_kernels.peak(rounds)
+        peaks.append(done / (time.perf_counter() - start))
+        for scheme in schemes:
+            for m, x in rows.items():
+                product = next(turns[scheme])
+                seconds[scheme][m].append(_timed(lambda: product(x)))  # noqa: B023
+    sizes = {scheme: each.nbytes for scheme, each in weights.items()}
+    return {"seconds": seconds, "bytes": sizes, "read_per_s": reads, "peak_per_s": peaks}
+
+
+def _timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def summary(found: dict[str, Any], n: int, k: int) -> list[dict[str, Any]]:
+    """Of each product, [best, median]: the best of each side, and the median of a turn's ratios."""
+    reads, peaks = found["read_per_s"], found["peak_per_s"]
+    lines = []
+    for scheme, by_rows in found["seconds"].items():
+        for m, samples in by_rows.items():
+            size, work, base = found["bytes"][scheme], 2.0 * m * n * k, found["seconds"][BF16][m]
+            lines.append(
+                {
+                    "scheme": scheme,
+                    "rows": m,
+                    "us": [1e6 * s for s in (min(samples), statistics.median(samples))],
+                    "gb_per_s": [size / s / 1e9 for s in (min(samples), statistics.median(samples))],
+                    "of_read": _ratios([size / s for s in samples], reads),
+                    "gflop_per_s": [work / s / 1e9 for s in (min(samples), statistics.median(samples))],
+                    "of_peak": _ratios([work / s for s in samples], peaks),
+                    "over_bf16": _ratios([1 / s for s in samples], [1 / s for s in base]),
+                }
+            )
+    return lines
+
+
+def _ratios(own: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [
+        max(own) / max(others),
+        statistics.median(a / b for a, b in zip(own, others, strict=True)),
+    ]
+
+
+_COLUMNS = {
+    "us": ("us", 0),
+    "gb_per_s": ("GB/s", 1),
+    "of_read": ("of read", 2),
+    "gflop_per_s": ("GFLOP/s", 0),
+    "of_peak": ("of peak", 2),
+    "over_bf16": ("over bf16", 2),
+}
+
+
+def show(lines: Sequence[dict[str, Any]]) -> None:
+    drawn = [["scheme", "rows", *(title for title, _ in _COLUMNS.values())]]
+    for line in lines:
+        cells = [
+            " / ".join(f"{value:.{digits}f}" for value in line[name])
+            for name, (_, digits) in _COLUMNS.items()
+        ]
+        drawn.append([line["scheme"], str(line["rows"]), *cells])
+    table(drawn)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench/linear.py", allow_abbrev=False)
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[1, 4, 16, 512], help="of x [1 4 16 512]"
+    )
+    parser.add_argument("--shape", type=int, nargs=2, default=[4096, 4096], help="of a weight, n and k")
+    parser.add_argument("--samples", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--mib", type=int, default=1024, help="of weights of each scheme [1024]")
+    parser.add_argument("--read-mib", type=int, default=8, help="of a bare read [8]")
+    parser.add_argument("--packed", action="store_true", help="bf16 in the other layout too")
+    flags = parser.parse_args(argv)
+    for name in ("samples", "threads", "mib", "read_mib"):
+        if getattr(flags, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be at least 1")
+    if min(*flags.rows, *flags.shape) < 1 or flags.shape[1] % 128:
+        parser.error(f"--rows {flags.rows} --shape {flags.shape}: from 1 on, and k a multiple of 128")
+    return flags
+
+
+@torch.no_grad()
+def main(argv: Sequence[str]) -> int:
+    flags = parse(argv)
+    if not load_kernels():
+        sys.exit("bench/linear.py: there is nothing to measure without a C++ compiler")
+    torch.set_num_threads(flags.threads)
+    load = round(os.getloadavg()[0], 2)  # of others, before our own
+    found = measure(flags)
+    lines = summary(found, *flags.shape)
+    reads, peaks = found["read_per_s"], found["peak_per_s"]
+    print(f"{cpu_name()}, torch {torch.__version__}, load {load}, {flags.shape}, best / median")
+    show(lines)
+    print(
+        f"bare read {max(reads) / 1e9:.1f} / {statistics.median(reads) / 1e9:.1f} GB/s, "
+        f"peak {max(peaks) / 1e9:.0f} / {statistics.median(peaks) / 1e9:.0f} GFLOP/s"
+    )
+    report = {"hardware": cpu_name(), "load": load, **vars(flags), "lines": lines, **found}
+    print(json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
