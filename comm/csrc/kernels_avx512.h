@@ -38,9 +38,9 @@ inline void load_pair(const T* from, V& a, V& b) {
 // To nearest even; the lower halves are left as they come. A NaN stays one where its lower half is zero, as
 // it is in sums and products of bfloat16: it cannot be carried into infinity.
 inline __m512i round_bf16(V v) {
-  const __m512i bits = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i up = _mm512_add_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(0x8000));
+  const __mmask16 is_tie = _mm512_testn_epi32_mask(up, _mm512_set1_epi32(0xffff));
+  return _mm512_mask_and_epi32(up, is_tie, up, _mm512_set1_epi32(~0x10000));
 }
 
 template <DType type>
@@ -69,6 +69,16 @@ inline void store_rounded(T* to, V a, V b) {
     _mm256_storeu_si256(halves + 1, _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT));
   } else {
     store_upper(to, _mm512_castps_si512(a), _mm512_castps_si512(b));
+  }
+}
+
+// Rounded, and a NaN in some form: of sums and products only, see round_bf16.
+template <DType type, class T>
+inline void store_nearest(T* to, V a, V b) {
+  if constexpr (type == DType::kBFloat16) {
+    store_upper(to, round_bf16(a), round_bf16(b));
+  } else {
+    store_rounded<type>(to, a, b);  // the conversion rounds
   }
 }
 

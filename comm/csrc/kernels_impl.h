@@ -152,7 +152,7 @@ void rms_norm(void* out, const void* x, float squares, const void* weight, float
     load_pair<type>(from + i, a, b);
     load_pair<type>(scale + i, c, d);
     // Rounded before the weight, as the models' own code does.
-    store_pair<type>(to + i, mul(rounded<type>(mul(a, factor)), c), mul(rounded<type>(mul(b, factor)), d));
+    store_rounded<type>(to + i, rounded<type>(mul(rounded<type>(mul(a, factor)), c)), rounded<type>(mul(rounded<type>(mul(b, factor)), d)));
   }
   for (; i < count; ++i) {
     const float normed = to_float<type>(from_float<type>(to_float<type>(from[i]) * inverse));
