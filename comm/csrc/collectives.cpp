@@ -18,12 +18,16 @@ double now() {
   return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
 }
 
-struct Sources {
-  std::array<const void*, kMaxWorld> at;
-};
-
 const std::byte* bytes_of(const void* p) { return static_cast<const std::byte*>(p); }
 std::byte* bytes_of(void* p) { return static_cast<std::byte*>(p); }
+
+struct Sources {
+  std::array<const void*, kMaxWorld> at;
+
+  void advance(int world, std::size_t bytes) {
+    for (std::size_t rank = 0; rank < static_cast<std::size_t>(world); ++rank) at[rank] = bytes_of(at[rank]) + bytes;
+  }
+};
 
 // How a chunk is divided: `part` units for each rank; the last chunk, and its last parts, may be short.
 // A unit is an element, or a row.
@@ -43,8 +47,8 @@ struct Cut {
 };
 
 // The pipeline of the large reductions. `unit` is the size of a unit in bytes. `reduce(sources, begin,
-// size, result)` sums `size` units that start at `begin` of the whole into `result`; `finish(begin,
-// size, result)` takes a summed part (this rank's own, or a peer's) to the output.
+// size, result)` sums `size` units that start at `begin` of the whole into `result`, for the peers, and
+// takes them to the output; `finish(begin, size, result)` takes a part that a peer has summed there.
 template <typename Reduce, typename Finish>
 void reduce_in_parts(const Collectives& c, const char* name, const StepDescription& description, const void* in,
                      std::size_t unit, const Cut& cut, const Reduce& reduce, const Finish& finish) {
@@ -78,9 +82,7 @@ void reduce_in_parts(const Collectives& c, const char* name, const StepDescripti
                 rank == me ? bytes_of(in) + at * unit
                            : channel.slot_of(rank) + static_cast<std::size_t>(me) * part_bytes + begin * unit;
           }
-          std::byte* const result = slot + result_offset + begin * unit;
-          reduce(sources.at.data(), at, size, result);
-          finish(at, size, result);
+          reduce(sources, at, size, slot + result_offset + begin * unit);
         }
       }
       if (i >= 2) {
@@ -167,8 +169,9 @@ void all_reduce_in_parts(const Collectives& c, const void* in, void* out, std::s
   const SumFunction sum = c.kernels->sum[static_cast<std::size_t>(dtype)];
   reduce_in_parts(
       c, "all_reduce", describe(kAllReduce, dtype, count, 1), in, unit, cut,
-      [&](const void* const* sources, std::size_t, std::size_t size, void* result) {
-        sum(result, sources, c.channel.world(), size);
+      [&](const Sources& sources, std::size_t at, std::size_t size, void* result) {
+        sum(result, sources.at.data(), c.channel.world(), size);
+        std::memcpy(bytes_of(out) + at * unit, result, size * unit);
       },
       [&](std::size_t at, std::size_t size, const void* result) {
         std::memcpy(bytes_of(out) + at * unit, result, size * unit);
@@ -249,9 +252,23 @@ void all_reduce_add_rms_norm(const Collectives& c, const void* x, const void* re
   const std::size_t unit = size_of(dtype), row = width * unit, total = rows * row;
   const int world = channel.world();
   const AddSumFunction add_sum = c.kernels->add_sum[type];
+  const CopyFunction copy = c.kernels->copy[type];
   const NormFunction norm = c.kernels->rms_norm[type];
-  const auto norm_row = [&](std::size_t at) {
-    norm(bytes_of(normed) + at, bytes_of(new_residual) + at, weight, eps, width);
+  // Row by row, so that what the norm reads is still in the first cache. `shared` may be null.
+  const auto sum_rows = [&](Sources sources, std::size_t at, std::size_t size, std::byte* shared) {
+    for (std::size_t i = at * row; i < (at + size) * row; i += row) {
+      const float squares =
+          add_sum(bytes_of(new_residual) + i, shared, sources.at.data(), world, bytes_of(residual) + i, width);
+      norm(bytes_of(normed) + i, bytes_of(new_residual) + i, squares, weight, eps, width);
+      sources.advance(world, row);
+      if (shared != nullptr) shared += row;
+    }
+  };
+  const auto take_rows = [&](std::size_t at, std::size_t size, const std::byte* summed) {
+    for (std::size_t i = at * row; i < (at + size) * row; i += row, summed += row) {
+      const float squares = copy(bytes_of(new_residual) + i, summed, width);
+      norm(bytes_of(normed) + i, bytes_of(new_residual) + i, squares, weight, eps, width);
+    }
   };
   const auto description = [&](std::uint64_t algorithm) {
     return describe(kAddNorm, dtype, rows * width, algorithm + (static_cast<std::uint64_t>(width) << 2));
@@ -261,10 +278,7 @@ void all_reduce_add_rms_norm(const Collectives& c, const void* x, const void* re
     if (total != 0) std::memcpy(slot, x, total);
     channel.commit("all_reduce_add_rms_norm", description(0));
     const auto some_rows = [&](std::size_t begin, std::size_t end) {
-      for (std::size_t at = begin * row; at < end * row; at += row) {
-        add_sum(bytes_of(new_residual) + at, slots(channel, at).at.data(), world, bytes_of(residual) + at, width);
-        norm_row(at);
-      }
+      sum_rows(slots(channel, begin * row), begin, end - begin, nullptr);
     };
     if (total <= 2 * kThreadGrain || row == 0) {
       some_rows(0, row == 0 ? 0 : rows);
@@ -278,26 +292,19 @@ void all_reduce_add_rms_norm(const Collectives& c, const void* x, const void* re
     const Cut cut{rows * width, part_units(c, unit), world};
     reduce_in_parts(
         c, "all_reduce_add_rms_norm", description(1), x, unit, cut,
-        [&](const void* const* sources, std::size_t at, std::size_t size, void* result) {
-          add_sum(result, sources, world, bytes_of(residual) + at * unit, size);
+        [&](const Sources& sources, std::size_t at, std::size_t size, void* result) {
+          add_sum(bytes_of(new_residual) + at * unit, result, sources.at.data(), world, bytes_of(residual) + at * unit,
+                  size);
         },
         [&](std::size_t at, std::size_t size, const void* result) {
           std::memcpy(bytes_of(new_residual) + at * unit, result, size * unit);
         });
     c.parallel_for(rows, 1, [&](std::size_t begin, std::size_t end) {
-      for (std::size_t i = begin; i < end; ++i) norm_row(i * row);
+      take_rows(begin, end - begin, bytes_of(new_residual) + begin * row);
     });
     return;
   }
-  reduce_in_parts(
-      c, "all_reduce_add_rms_norm", description(2), x, row, Cut{rows, part, world},
-      [&](const void* const* sources, std::size_t at, std::size_t size, void* result) {
-        add_sum(result, sources, world, bytes_of(residual) + at * row, size * width);
-      },
-      [&](std::size_t at, std::size_t size, const void* result) {
-        std::memcpy(bytes_of(new_residual) + at * row, result, size * row);
-        for (std::size_t i = at; i < at + size; ++i) norm_row(i * row);
-      });
+  reduce_in_parts(c, "all_reduce_add_rms_norm", description(2), x, row, Cut{rows, part, world}, sum_rows, take_rows);
 }
 
 std::size_t measure_switch_point(const Collectives& c) {

@@ -31,17 +31,23 @@ constexpr std::size_t size_of(DType dtype) {
 
 // out[i] = sum over r of source[r][i]. `out` may be one of the sources, or overlap none.
 using SumFunction = void (*)(void* out, const void* const* source, int num_sources, std::size_t count);
-// out[i] = residual[i] + sum over r of source[r][i].
-using AddSumFunction = void (*)(void* out, const void* const* source, int num_sources, const void* residual,
-                                std::size_t count);
-// Root mean square norm of one row (Zhang and Sennrich, 2019): out[i] = round(x[i] / rms) * weight[i].
-using NormFunction = void (*)(void* out, const void* x, const void* weight, float eps, std::size_t count);
+// out[i] = residual[i] + sum over r of source[r][i], of which `copy` gets the same unless it is null; the sum
+// of their squares. `out` may be `residual`.
+using AddSumFunction = float (*)(void* out, void* copy, const void* const* source, int num_sources,
+                                 const void* residual, std::size_t count);
+// out[i] = x[i]; the sum of their squares, with the bits that add_sum gives for these numbers. `out` may be `x`.
+using CopyFunction = float (*)(void* out, const void* x, std::size_t count);
+// Root mean square norm of one row (Zhang and Sennrich, 2019), from the sum of its squares:
+// out[i] = round(x[i] / rms) * weight[i].
+using NormFunction = void (*)(void* out, const void* x, float squares, const void* weight, float eps,
+                              std::size_t count);
 
 struct Kernels {
   const char* name;
   SumFunction sum[5];          // by DType
   AddSumFunction add_sum[3];   // by DType, the floating ones
-  NormFunction rms_norm[3];    // by DType, the floating ones
+  CopyFunction copy[3];
+  NormFunction rms_norm[3];
 };
 
 // The best that this processor can run.

@@ -25,43 +25,28 @@ inline float horizontal_sum(V v) {
   return total;
 }
 
+// bfloat16 by even and odd places: what lies in the upper halves is a float as it is.
 template <DType type, class T>
-inline V load(const T* from) {
+inline void load_pair(const T* from, V& a, V& b) {
   if constexpr (type == DType::kFloat32) {
-    return _mm256_loadu_ps(from);
+    a = _mm256_loadu_ps(from);
+    b = _mm256_loadu_ps(from + kLanes);
+  } else if constexpr (type == DType::kFloat16) {
+    a = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    b = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + kLanes)));
   } else {
-    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    if constexpr (type == DType::kFloat16) return _mm256_cvtph_ps(half);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    a = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    b = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(~0xffff)));
   }
 }
 
-// To nearest even in the upper half of each lane; what is not a number becomes the quiet one.
+// To nearest even; the lower halves are left as they come. A NaN stays one where its lower half is zero, as
+// it is in sums and products of bfloat16: it cannot be carried into infinity.
 inline __m256i round_bf16(V v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan), 16);
-}
-
-template <DType type, class T>
-inline void store(T* to, V v) {
-  if constexpr (type == DType::kFloat32) {
-    _mm256_storeu_ps(to, v);
-  } else if constexpr (type == DType::kFloat16) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-  } else {
-    const __m256i wide = round_bf16(v);
-    const __m128i low = _mm256_castsi256_si128(wide), high = _mm256_extracti128_si256(wide, 1);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_packus_epi32(low, high));
-  }
-}
-
-template <DType type, class T>
-inline void store_pair(T* to, V a, V b) {
-  store<type>(to, a);
-  store<type>(to + kLanes, b);
+  return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
 }
 
 template <DType type>
@@ -71,7 +56,39 @@ inline V rounded(V v) {
   } else if constexpr (type == DType::kFloat16) {
     return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   } else {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(round_bf16(v), 16));
+    return _mm256_castsi256_ps(_mm256_and_si256(round_bf16(v), _mm256_set1_epi32(~0xffff)));
+  }
+}
+
+inline void store_upper(void* to, __m256i even, __m256i odd) {
+  _mm256_storeu_si256(static_cast<__m256i*>(to), _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa));
+}
+
+template <DType type, class T>
+inline void store_rounded(T* to, V a, V b) {
+  if constexpr (type == DType::kFloat32) {
+    _mm256_storeu_ps(to, a);
+    _mm256_storeu_ps(to + kLanes, b);
+  } else if constexpr (type == DType::kFloat16) {
+    const auto halves = reinterpret_cast<__m128i*>(to);
+    _mm_storeu_si128(halves, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(halves + 1, _mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT));
+  } else {
+    store_upper(to, _mm256_castps_si256(a), _mm256_castps_si256(b));
+  }
+}
+
+// What is not a number becomes the quiet one.
+template <DType type, class T>
+inline void store_pair(T* to, V a, V b) {
+  if constexpr (type == DType::kBFloat16) {
+    const auto chosen = [](V v) {
+      const __m256 is_nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+      return _mm256_blendv_epi8(round_bf16(v), _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(is_nan));
+    };
+    store_upper(to, chosen(a), chosen(b));
+  } else {
+    store_rounded<type>(to, a, b);  // the conversion rounds
   }
 }
 

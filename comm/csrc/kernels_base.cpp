@@ -16,19 +16,18 @@ struct V {
 };
 
 template <DType type, class T>
-inline V load(const T* from) {
-  V v;
-  for (std::size_t i = 0; i < kLanes; ++i) v.lane[i] = to_float<type>(from[i]);
-  return v;
-}
-template <DType type, class T>
-inline void store(T* to, const V& v) {
-  for (std::size_t i = 0; i < kLanes; ++i) to[i] = from_float<type>(v.lane[i]);
+inline void load_pair(const T* from, V& a, V& b) {
+  for (std::size_t i = 0; i < kLanes; ++i) a.lane[i] = to_float<type>(from[i]);
+  for (std::size_t i = 0; i < kLanes; ++i) b.lane[i] = to_float<type>(from[kLanes + i]);
 }
 template <DType type, class T>
 inline void store_pair(T* to, const V& a, const V& b) {
-  store<type>(to, a);
-  store<type>(to + kLanes, b);
+  for (std::size_t i = 0; i < kLanes; ++i) to[i] = from_float<type>(a.lane[i]);
+  for (std::size_t i = 0; i < kLanes; ++i) to[kLanes + i] = from_float<type>(b.lane[i]);
+}
+template <DType type, class T>
+inline void store_rounded(T* to, const V& a, const V& b) {
+  store_pair<type>(to, a, b);
 }
 template <DType type>
 inline V rounded(const V& v) {

@@ -1,7 +1,9 @@
-// Included once by each kernels_<isa>.cpp, which has defined a vector type `V` of `kLanes` floats with
-// load/store for each DType, add, mul. Everything lies in an unnamed namespace, and nothing of the
-// standard library is used: an inline function that two instruction sets share would be linked once,
-// in whichever form came first.
+// Included once by each kernels_<isa>.cpp, which has defined a vector type `V` of `kLanes` floats with add
+// and mul, and for each DType rounded, load_pair, store_pair (of any numbers) and store_rounded (of such as
+// are). A pair is 2 * kLanes numbers that lie side by side, divided between two vectors in the order that is
+// the cheapest: what is loaded as a pair is stored as one. Everything lies in an unnamed namespace, and
+// nothing of the standard library is used: an inline function that two instruction sets share would be
+// linked once, in whichever form came first.
 
 template <DType type, class T>
 inline void sum_scalar(T* out, const T* const* source, int n, std::size_t begin, std::size_t count) {
@@ -14,6 +16,17 @@ inline void sum_scalar(T* out, const T* const* source, int n, std::size_t begin,
 
 constexpr std::size_t kAhead = 1024;  // bytes
 
+template <DType type, class T>
+inline void sum_pair(const T* const* source, int num, std::size_t at, V& a, V& b) {
+  load_pair<type>(source[0] + at, a, b);
+  for (int r = 1; r < num; ++r) {
+    V c, d;
+    load_pair<type>(source[r] + at, c, d);
+    a = add(a, c);
+    b = add(b, d);
+  }
+}
+
 // kNum sources, or `n` where kNum is 0: small worlds are unrolled.
 template <DType type, class T, int kNum>
 inline void sum_vectors(T* out, const T* const* source, int n, std::size_t count) {
@@ -22,11 +35,8 @@ inline void sum_vectors(T* out, const T* const* source, int n, std::size_t count
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
     // Lines that a peer has just written come from its cache, one after the other: ask for them early.
     for (int r = 0; r < num; ++r) __builtin_prefetch(source[r] + i + kAhead / sizeof(T));
-    V a = load<type>(source[0] + i), b = load<type>(source[0] + i + kLanes);
-    for (int r = 1; r < num; ++r) {
-      a = add(a, load<type>(source[r] + i));
-      b = add(b, load<type>(source[r] + i + kLanes));
-    }
+    V a, b;
+    sum_pair<type>(source, num, i, a, b);
     store_pair<type>(out + i, a, b);
   }
   sum_scalar<type>(out, source, num, i, count);
@@ -62,43 +72,87 @@ void sum_integers(void* out, const void* const* source, int n, std::size_t count
   }
 }
 
-template <DType type, class T>
-void add_sum(void* out, const void* const* source, int n, const void* residual, std::size_t count) {
-  T* const to = static_cast<T*>(out);
-  const T* const* const from = reinterpret_cast<const T* const*>(source);
-  const T* const base = static_cast<const T*>(residual);
+// The sum of squares of what passes by: always in this order, so that two loops over a row agree.
+struct Squares {
+  V even = zero(), odd = zero();
+  void add_pair(V a, V b) {
+    even = add(even, mul(a, a));
+    odd = add(odd, mul(b, b));
+  }
+  float total() const { return horizontal_sum(add(even, odd)); }
+};
+
+template <DType type, class T, int kNum>
+inline float add_sum_vectors(T* out, T* copy, const T* const* source, int n, const T* residual, std::size_t count) {
+  const int num = kNum ? kNum : n;
+  Squares squares;
   std::size_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    V total = load<type>(from[0] + i);
-    for (int r = 1; r < n; ++r) total = add(total, load<type>(from[r] + i));
-    store<type>(to + i, add(load<type>(base + i), total));
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    for (int r = 0; r < num; ++r) __builtin_prefetch(source[r] + i + kAhead / sizeof(T));
+    V a, b, c, d;
+    sum_pair<type>(source, num, i, a, b);
+    load_pair<type>(residual + i, c, d);
+    a = rounded<type>(add(c, a));
+    b = rounded<type>(add(d, b));
+    store_rounded<type>(out + i, a, b);
+    if (copy != nullptr) store_rounded<type>(copy + i, a, b);
+    squares.add_pair(a, b);
   }
+  float total = squares.total();
   for (; i < count; ++i) {
-    float total = to_float<type>(from[0][i]);
-    for (int r = 1; r < n; ++r) total += to_float<type>(from[r][i]);
-    to[i] = from_float<type>(to_float<type>(base[i]) + total);
+    float sum = to_float<type>(source[0][i]);
+    for (int r = 1; r < n; ++r) sum += to_float<type>(source[r][i]);
+    out[i] = from_float<type>(to_float<type>(residual[i]) + sum);
+    if (copy != nullptr) copy[i] = out[i];
+    total += to_float<type>(out[i]) * to_float<type>(out[i]);
   }
+  return total;
 }
 
 template <DType type, class T>
-void rms_norm(void* out, const void* x, const void* weight, float eps, std::size_t count) {
+float add_sum(void* out, void* copy, const void* const* source, int n, const void* residual, std::size_t count) {
+  T *const to = static_cast<T*>(out), *const more = static_cast<T*>(copy);
+  const T* const* const from = reinterpret_cast<const T* const*>(source);
+  const T* const base = static_cast<const T*>(residual);
+  return n == 2 ? add_sum_vectors<type, T, 2>(to, more, from, n, base, count)
+                : add_sum_vectors<type, T, 0>(to, more, from, n, base, count);
+}
+
+template <DType type, class T>
+float copy(void* out, const void* x, std::size_t count) {
+  T* const to = static_cast<T*>(out);
+  const T* const from = static_cast<const T*>(x);
+  Squares squares;
+  std::size_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    __builtin_prefetch(from + i + kAhead / sizeof(T));
+    V a, b;
+    load_pair<type>(from + i, a, b);
+    store_rounded<type>(to + i, a, b);
+    squares.add_pair(a, b);
+  }
+  float total = squares.total();
+  for (; i < count; ++i) {
+    to[i] = from[i];
+    total += to_float<type>(from[i]) * to_float<type>(from[i]);
+  }
+  return total;
+}
+
+template <DType type, class T>
+void rms_norm(void* out, const void* x, float squares, const void* weight, float eps, std::size_t count) {
   T* const to = static_cast<T*>(out);
   const T* const from = static_cast<const T*>(x);
   const T* const scale = static_cast<const T*>(weight);
-  V squares = zero();
-  std::size_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const V value = load<type>(from + i);
-    squares = add(squares, mul(value, value));
-  }
-  float total = horizontal_sum(squares);
-  for (; i < count; ++i) total += to_float<type>(from[i]) * to_float<type>(from[i]);
-  const float inverse = 1.0f / __builtin_sqrtf(total / static_cast<float>(count) + eps);
+  const float inverse = 1.0f / __builtin_sqrtf(squares / static_cast<float>(count) + eps);
   const V factor = broadcast(inverse);
-  for (i = 0; i + kLanes <= count; i += kLanes) {
+  std::size_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    V a, b, c, d;
+    load_pair<type>(from + i, a, b);
+    load_pair<type>(scale + i, c, d);
     // Rounded before the weight, as the models' own code does.
-    const V normed = rounded<type>(mul(load<type>(from + i), factor));
-    store<type>(to + i, mul(normed, load<type>(scale + i)));
+    store_rounded<type>(to + i, rounded<type>(mul(rounded<type>(mul(a, factor)), c)), rounded<type>(mul(rounded<type>(mul(b, factor)), d)));
   }
   for (; i < count; ++i) {
     const float normed = to_float<type>(from_float<type>(to_float<type>(from[i]) * inverse));
@@ -112,6 +166,7 @@ constexpr Kernels make_kernels(const char* name) {
            sum_floats<DType::kFloat16, std::uint16_t>, sum_integers<std::uint32_t>, sum_integers<std::uint64_t>},
           {add_sum<DType::kFloat32, float>, add_sum<DType::kBFloat16, std::uint16_t>,
            add_sum<DType::kFloat16, std::uint16_t>},
+          {copy<DType::kFloat32, float>, copy<DType::kBFloat16, std::uint16_t>, copy<DType::kFloat16, std::uint16_t>},
           {rms_norm<DType::kFloat32, float>, rms_norm<DType::kBFloat16, std::uint16_t>,
            rms_norm<DType::kFloat16, std::uint16_t>}};
 }

@@ -105,6 +105,8 @@ struct Tiles {
     }
   }
 
+  static Lanes power(Lanes x) { return rough_exp2(x); }
+
   // Tiles [j][key / 32] of [pair][query].
   static void put(const Room& room, int j, int64_t t, Lanes a, Lanes b) {
     const Ints x = pairs(a, b);

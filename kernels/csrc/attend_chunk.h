@@ -52,42 +52,62 @@ inline Ints load(const int32_t* from) {
   return x;
 }
 
-// Scores of a tile's queries and the keys [from, to) of the block at `base`, to weights; sums so far are made
-// relative to the new maximum.
+// How products become what weights are made of: as they are, where one positive factor is left for the
+// exponent; or with a factor for each key; or bent by a cap as well.
+enum Form { kRaw, kFactors, kCapped };
+
+// Scores of a tile's queries and the keys [from, to) of the block at `base`, to weights 2^(slope * (score -
+// largest)); sums so far are made relative to the new maximum. Differences of scores are as good as exact where
+// scores times a factor would be rounded.
 template <class Engine, bool kScaled>
 inline void softmax(const Room& room, int64_t tile, int j, int64_t base, int64_t from, int64_t to, int64_t wide,
-                    float cap, bool masked) {
+                    Form form, float slope, float cap) {
   float* scores = room.scores + j * kLanes;
   float* const at_largest = room.largest + tile * kLanes;
   float* const at_total = room.total + tile * kLanes;
   const Lanes before = load(at_largest);
   Lanes now = before;
-  const auto prepare = [&](auto is_capped, auto is_masked) {
-    const Ints first = load(room.first + tile * kLanes) - static_cast<int32_t>(base);
-    const Ints last = load(room.last + tile * kLanes) - static_cast<int32_t>(base);
-    for (int64_t t = from; t < to; ++t) {
-      Lanes score = load(scores + t * kRow) * room.k_factor[t];
-      if constexpr (is_capped != 0) score = tanh(score) * cap;
-      if constexpr (is_masked != 0) {
-        const int32_t key = static_cast<int32_t>(t);
-        score = ((first <= key) & (last >= key)) ? score : all(-INFINITY);
+  const Ints first = load(room.first + tile * kLanes) - static_cast<int32_t>(base);
+  const Ints last = load(room.last + tile * kLanes) - static_cast<int32_t>(base);
+  const auto prepare = [&](int64_t t, int64_t stop, auto form_of, auto is_masked) {
+    constexpr int kAtOnce = 4;  // maxima: each waits for the last one
+    Lanes most[kAtOnce] = {now, now, now, now};
+    for (; t < stop; t += kAtOnce) {
+      for (int i = 0; i < kAtOnce && t + i < stop; ++i) {
+        float* const at = scores + (t + i) * kRow;
+        Lanes score = load(at);
+        if constexpr (form_of != kRaw) score *= room.k_factor[t + i];
+        if constexpr (form_of == kCapped) score = tanh(score) * cap;
+        if constexpr (is_masked != 0) {
+          const int32_t key = static_cast<int32_t>(t + i);
+          score = ((first <= key) & (last >= key)) ? score : all(-INFINITY);
+        }
+        if constexpr (form_of != kRaw || is_masked != 0) store(score, at);
+        most[i] = larger(score, most[i]);
       }
-      store(score, scores + t * kRow);
-      now = larger(score, now);
     }
+    now = larger(larger(most[0], most[1]), larger(most[2], most[3]));
   };
-  using Yes = Number<1>;
-  using No = Number<0>;
-  if (cap != 0) {
-    prepare(Yes{}, Yes{});
-  } else if (masked) {
-    prepare(No{}, Yes{});
+  // Queries come in the order of their positions: all see what the first and the last of them see.
+  const auto within = [](int64_t t, int64_t low, int64_t high) { return t < low ? low : t > high ? high : t; };
+  const int64_t clear = within(room.first[tile * kLanes + kLanes - 1] - base, from, to);
+  const int64_t masked = within(room.last[tile * kLanes] + 1 - base, clear, to);
+  const auto prepare_all = [&](auto form_of) {
+    prepare(from, clear, form_of, Number<1>{});
+    prepare(clear, masked, form_of, Number<0>{});
+    prepare(masked, to, form_of, Number<1>{});
+  };
+  if (form == kRaw) {
+    prepare_all(Number<kRaw>{});
+  } else if (form == kFactors) {
+    prepare_all(Number<kFactors>{});
   } else {
-    prepare(No{}, No{});
+    prepare_all(Number<kCapped>{});
   }
   Lanes even = {}, odd = {};
   for (int64_t t = from; t < to; t += 2) {
-    Lanes a = exp(load(scores + t * kRow) - now), b = exp(load(scores + (t + 1) * kRow) - now);
+    Lanes a = Engine::power((load(scores + t * kRow) - now) * slope);
+    Lanes b = Engine::power((load(scores + (t + 1) * kRow) - now) * slope);
     even += a;
     odd += b;
     if constexpr (kScaled) {
@@ -96,13 +116,13 @@ inline void softmax(const Room& room, int64_t tile, int j, int64_t base, int64_t
     }
     Engine::put(room, j, t, a, b);
   }
-  const Lanes kept = exp(before - now);  // 0 at first, when `before` is minus infinity
+  const Lanes kept = exp2((before - now) * slope), none = all(-INFINITY);  // 0 at first: `before` is minus infinity
   store(load(at_total) * kept + (even + odd), at_total);
-  if (memcmp(&before, &now, sizeof now) != 0) {
-    store(now, at_largest);
-    float* sums = room.sums + tile * wide * kLanes;
-    for (int64_t d = 0; d < wide * kLanes; d += kLanes) store(load(sums + d) * kept, sums + d);
-  }
+  if (memcmp(&before, &now, sizeof now) == 0) return;
+  store(now, at_largest);
+  if (memcmp(&before, &none, sizeof none) == 0) return;  // sums are zero still
+  float* sums = room.sums + tile * wide * kLanes;
+  for (int64_t d = 0; d < wide * kLanes; d += kLanes) store(load(sums + d) * kept, sums + d);
 }
 
 // A tile's queries from column d on, turned.
@@ -158,6 +178,8 @@ void attend_chunk(const ChunkArgs& a) {
   Engine::queries(a, room, wide);
   constexpr bool kScaled = sizeof(T) == 1;
   const float factor = a.cap != 0 ? a.scale / a.cap : a.scale;
+  const Form form = a.cap != 0 ? kCapped : kScaled || !(factor > 0) ? kFactors : kRaw;
+  const float slope = form == kRaw ? factor * kLog2E : kLog2E;
   const int64_t end = room.last[rows - 1] + 1;
   for (int64_t base = room.first[0] / kKeyBlock * kKeyBlock; base < end; base += kKeyBlock) {
     const int64_t count = end - base < kKeyBlock ? end - base : kKeyBlock;
@@ -170,14 +192,12 @@ void attend_chunk(const ChunkArgs& a) {
     }
     for (int64_t tile = 0; tile < tiles; tile += kTiles) {
       const int64_t num = tiles - tile < kTiles ? tiles - tile : kTiles;
-      const int64_t top = tile * kLanes, bottom = (tile + num) * kLanes - 1;
-      int64_t to = room.last[bottom] + 1 - base, from = room.first[top] - base;
+      int64_t to = room.last[(tile + num) * kLanes - 1] + 1 - base, from = room.first[tile * kLanes] - base;
       to = round_up(to < count ? to : count, Engine::kStep);
       from = from > 0 ? from / Engine::kStep * Engine::kStep : 0;
       if (from >= to) continue;
-      const bool masked = base + to - 1 > room.last[top] || base + from < room.first[bottom];
       Engine::scores(room, k, a.h, tile, num, from, to, wide);
-      for (int j = 0; j < num; ++j) softmax<Engine, kScaled>(room, tile + j, j, base, from, to, wide, a.cap, masked);
+      for (int j = 0; j < num; ++j) softmax<Engine, kScaled>(room, tile + j, j, base, from, to, wide, form, slope, a.cap);
       Engine::add(room, tile, num, from, to, wide);
     }
   }
@@ -230,6 +250,8 @@ struct Floats {
       if (t >= unseen && t < count) to_floats(from + t * h, to + t * wide, h);
     }
   }
+
+  static Lanes power(Lanes x) { return exp2(x); }
 
   static void put(const Room& room, int j, int64_t t, Lanes a, Lanes b) {
     store(a, room.scores + t * kRow + j * kLanes);

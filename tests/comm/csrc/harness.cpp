@@ -608,9 +608,18 @@ int run_kernels(std::uint64_t seed) {
         from.push_back(blocks.back()->data);
       }
       if (is_float(dtype)) {
-        const Block added(count * unit, unit), own(residual, unit);
-        kernels->add_sum[type](added.data, from.data(), sources, own.data, count);
+        const Block added(count * unit, unit), shared(count * unit, 0), own(residual, unit);
+        const float squares = kernels->add_sum[type](added.data, shared.data, from.data(), sources, own.data, count);
         check_equal(dtype, added.data, wanted_added, name + ", added");
+        check(std::memcmp(added.data, shared.data, count * unit) == 0, name + ", the copy of what was added");
+        // What the owner of a row has summed and what its peers take over must be normalised alike.
+        const Block taken(count * unit, shift);
+        const float same = kernels->copy[type](taken.data, shared.data, count);
+        check(std::memcmp(taken.data, added.data, count * unit) == 0, name + ", taken over");
+        check(std::memcmp(&squares, &same, sizeof same) == 0 || (std::isnan(squares) && std::isnan(same)),
+              name + ", the sums of squares");
+        kernels->add_sum[type](own.data, nullptr, from.data(), sources, own.data, count);
+        check(std::memcmp(own.data, added.data, count * unit) == 0, name + ", added in place");
         if (kernels == all[0]) plain_added.assign(added.data, added.data + count * unit);
         check_equal(dtype, added.data, plain_added, name + ", added, against the plain ones");
       }
@@ -627,7 +636,8 @@ int run_kernels(std::uint64_t seed) {
       const Bytes normed = reference_norm(dtype, x, weight, 1e-6f, 1, count);
       for (const Kernels* kernels : all) {
         const Block from(x, shift), scale(weight, unit), out(count * unit, shift);
-        kernels->rms_norm[type](out.data, from.data, scale.data, 1e-6f, count);
+        const float squares = kernels->copy[type](out.data, from.data, count);
+        kernels->rms_norm[type](out.data, from.data, squares, scale.data, 1e-6f, count);
         check_near(dtype, out.data, normed, std::string(kernels->name) + ": rms_norm");
       }
     }
