@@ -109,7 +109,7 @@ def check_names(
 
 
 # What the modules of a block hold, canonically. Several names: fused along the outputs.
-_PARTS: dict[str, tuple[str, ...]] = {
+PARTS: dict[str, tuple[str, ...]] = {
     "norm": ("input_layernorm",),
     "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attention.q_norm": ("self_attn.q_norm",),
@@ -140,7 +140,7 @@ def destinations(model: Decoder) -> dict[str, Tensor]:
 
     for i, block in enumerate(model.layers):
         for path, module in block.named_modules():
-            names = _PARTS.get(path, ())
+            names = PARTS.get(path, ())
             if path == "mlp_norm":
                 names = (_MLP_NORM[model.config.block],)
             if isinstance(module, Experts):
