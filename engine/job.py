@@ -6,7 +6,6 @@ the ranks as JSON. OmegaConf holds the types, so that `max_new_tokens=ten` is re
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from engine.dtypes import kv_dtype_name
 from models.sampling_params import Sampling, check_sampling
-from weights.errors import InputError
+from weights.errors import InputError, nearest
 
 LOOKUP = "lookup"  # the draft that needs no model
 
@@ -155,12 +154,6 @@ def _typed(values: dict[str, str | None]) -> Job:
             raise InputError(f"{key}={value}: must be of type {kind}") from error
     others = {f.name: getattr(typed, f.name) for f in fields(Job) if f.name not in texts}
     return Job(**(others | texts))
-
-
-def nearest(key: str, keys: list[str]) -> str:
-    """ ", did you mean ...?" where one of `keys` is near, else nothing."""
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def _check_values(job: Job) -> None:

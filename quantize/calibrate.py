@@ -1,7 +1,8 @@
 """A layer's weights quantised by GPTQ, with the inputs that they get in the quantised model.
 
-The inputs of a product come through the layers before it as they were quantised, and through the products
-before it in its own layer: queries, keys and values, then what follows attention, gate and up, down.
+The inputs of a product come through the layers before it as they were quantised, and through the
+products before it in its own layer: queries, keys and values, then what follows attention, gate and
+up, down.
 
 What is not here: GPTQ itself (`quantize.gptq`), and reading and writing.
 """
@@ -28,7 +29,8 @@ PRODUCTS = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.up", "mlp.down
 
 @dataclass(frozen=True)
 class Settings:
-    """How GPTQ works: see `quantize.gptq.gptq`; `search`: scales that err least, not those of the range."""
+    """How GPTQ works: see `quantize.gptq.gptq`; `search`: scales that err least, not those of the
+    range."""
 
     scheme: Scheme
     search: bool
@@ -37,12 +39,11 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Quantised:
-    """A weight by its canonical name, quantised, with the squared error of the weight and of the layer's
-    output over the calibration text (None without one), and the squares that they are relative to."""
+class Errors:
+    """What quantising did to a weight, by its canonical name: the squared error of the weight and of
+    its product's output over the calibration text (None without one), and what they are relative to."""
 
     name: str
-    weight: QuantWeight
     error: float
     square: float
     output_error: float | None = None
@@ -50,7 +51,9 @@ class Quantised:
 
 
 @torch.no_grad()
-def quantise_block(walk: Walk, block: nn.Module, index: int, settings: Settings) -> Iterator[Quantised]:
+def quantise_block(
+    walk: Walk, block: nn.Module, index: int, settings: Settings
+) -> Iterator[tuple[Errors, QuantWeight]]:
     """Quantise the products of a block in place, one after the other. Raises InputError."""
     found = dict(block.named_modules())
     for path in PRODUCTS:
@@ -70,14 +73,14 @@ def quantise_block(walk: Walk, block: nn.Module, index: int, settings: Settings)
         for name, size in zip(names, sizes, strict=True):
             rows = slice(start, start + size)
             old, new = product.weight[rows], change[rows]
-            yield Quantised(
+            errors = Errors(
                 name,
-                quantised.rows(rows.start, rows.stop),
                 float(new.square().sum()),
                 float(old.square().sum()),
                 _energy(new, hessian),
                 _energy(old, hessian),
             )
+            yield errors, quantised.rows(rows.start, rows.stop)
             start += size
         product.weight.copy_(values)
 
@@ -91,9 +94,7 @@ def hessian_of(inputs: Iterator[Tensor], size: int) -> Tensor:
     return hessian / max(count, 1)
 
 
-def quantise_product(
-    weight: Tensor, hessian: Tensor, settings: Settings
-) -> tuple[QuantWeight, Tensor]:
+def quantise_product(weight: Tensor, hessian: Tensor, settings: Settings) -> tuple[QuantWeight, Tensor]:
     """A weight float32 [n, k] quantised, and what it stands for. Raises InputError."""
     if settings.search:
         grid = search_grid(weight, settings.scheme, hessian.diagonal())

@@ -1,8 +1,9 @@
-"""GPTQ: rounding a weight column by column, each time moving what is left of the columns to come so that
-the layer's output changes least.
+"""GPTQ: rounding a weight column by column, each time moving what is left of the columns to come so
+that the layer's output changes least.
 
-Source: Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers
-(2022), with the order of columns and the fixed scales ("static groups") of the authors' later code.
+Source: Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers (2022), with the order of columns and the fixed scales ("static groups") of the authors'
+later code.
 
 What is not here: where the inputs come from (`quantize.calibrate`).
 """
@@ -22,13 +23,15 @@ _MORE_DAMPING = 4  # times ten each, where a Hessian is too near to singular
 def gptq(weight: Tensor, hessian: Tensor, grid: Grid, damp: float, sort: bool) -> Tensor:
     """The numbers q, float32 [n, k], for a weight float32 [n, k].
 
-    hessian: float32 [k, k], the sum of x x^T over the layer's inputs x (any factor cancels out). `damp`:
-    the part of its mean diagonal that is added to the diagonal. `sort`: the columns of the largest diagonal
-    come first, when there are still many to make good what they lose. The grid is fixed before, so a
-    column keeps its group wherever in the order it comes, and the result needs no index of groups.
+    hessian: float32 [k, k], the sum of x x^T over the layer's inputs x (any factor cancels out).
+    `damp`: the part of its mean diagonal that is added to the diagonal. `sort`: the columns of the
+    largest diagonal come first, when there are still many to make good what they lose. The grid is
+    fixed before, so a column keeps its group wherever in the order it comes, and the result needs no
+    index of groups.
 
     A column whose input was always 0 has no say in the others and takes no part: it is rounded to the
-    nearest. (The paper's code sets it to 0; but that an input did not occur does not mean it never will.)
+    nearest. (The paper's code sets it to 0; but that an input did not occur does not mean it never
+    will.)
 
     Raises InputError where the Hessian is not positive definite, however much it is damped.
     """
@@ -75,6 +78,6 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
             return upper
         added = 9 * added or 1e-4 * mean
     raise InputError(
-        f"the inputs of {hessian.shape[0]} columns depend on each other too much to be inverted; give a "
-        "longer calibration text, or a larger damp="
+        f"the inputs of {hessian.shape[0]} columns depend on each other too much to be inverted; give "
+        "a longer calibration text, or a larger damp="
     )

@@ -1,4 +1,5 @@
-"""Which numbers a quantised weight can take: scales and zero points of its groups, and how they are chosen.
+"""Which numbers a quantised weight can take: scales and zero points of its groups, and how they are
+chosen.
 
 The plain choice covers a group's range (`weights.quantise`). Where few numbers are far out, a smaller
 scale cuts these off and is finer for the others; which one errs least is found by trying.
@@ -22,8 +23,8 @@ _PIECE = 1 << 20  # numbers that are tried at once: a few temporaries of 4 MiB
 
 @dataclass(frozen=True)
 class Grid:
-    """scale and zero, float32 [n, groups]: the number q stands for (q - zero) * scale, with q from `low`
-    to `high`. A scale is what its format holds: a float16 for 4 bits."""
+    """scale and zero, float32 [n, groups]: the number q stands for (q - zero) * scale, with q from
+    `low` to `high`. A scale is what its format holds: a float16 for 4 bits."""
 
     scheme: Scheme
     scale: Tensor
@@ -70,7 +71,9 @@ def search_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None = None
     float32 [n, k]; each column's error counts `importance` [k] times. The zero points stay."""
     grid = range_grid(weight, scheme)
     for rows in _pieces(*weight.shape):
-        grid.scale[rows] = _search(weight[rows], Grid(scheme, grid.scale[rows], grid.zero[rows]), importance)
+        grid.scale[rows] = _search(
+            weight[rows], Grid(scheme, grid.scale[rows], grid.zero[rows]), importance
+        )
     return grid
 
 

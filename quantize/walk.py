@@ -1,8 +1,9 @@
 """A model of which one layer at a time is in memory, while texts pass through it.
 
-The layers are the project's own (`models.decoder`), in float32, in one process. Between two of them there
-are the texts' states alone, so memory is a layer's weights and 4 bytes a token and dimension, however deep
-the model is. What a part of a layer is given is seen by a hook on it that ends the pass there.
+The layers are the project's own (`models.decoder`), in float32, in one process. Between two of them
+there are the texts' states alone, so memory is a layer's weights and 4 bytes a token and dimension,
+however deep the model is. What a part of a layer is given is seen by a hook on it that ends the pass
+there.
 
 What is not here: a cache that outlives a layer: texts are read, never continued.
 """
@@ -39,8 +40,8 @@ class _ReachedError(Exception):
 class Walk:
     """Texts on their way through the layers of a checkpoint.
 
-    `states[i]`: float32 [tokens of text i, D], what the next layer is given. `texts` are int64 [T] each,
-    with tokens of the vocabulary.
+    `states[i]`: float32 [tokens of text i, D], what the next layer is given. `texts` are int64 [T]
+    each, with tokens of the vocabulary.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, texts: Sequence[Tensor]) -> None:
@@ -89,7 +90,9 @@ class Walk:
 
     def _through(self, block: nn.Module, x: Tensor) -> Tensor:
         positions = torch.arange(len(x))
-        full, windowed = (View(cos[: len(x)], sin[: len(x)]) for cos, sin in (self._full, self._windowed))
+        full, windowed = (
+            View(cos[: len(x)], sin[: len(x)]) for cos, sin in (self._full, self._windowed)
+        )
         step = Step(torch.zeros_like(positions), positions, None, full, windowed)
         norm: nn.Module = block.norm  # type: ignore[assignment]
         # What follows is normalised by its own norm, when its turn comes: this one's stands for it.
@@ -110,7 +113,9 @@ class Walk:
         found = []
         for x, text in zip(self.states, texts, strict=True):
             hidden = model.norm(x[:-1])
-            for part, wanted in zip(hidden.split(_HEAD_TOKENS), text[1:].split(_HEAD_TOKENS), strict=True):
+            for part, wanted in zip(
+                hidden.split(_HEAD_TOKENS), text[1:].split(_HEAD_TOKENS), strict=True
+            ):
                 found.append(F.cross_entropy(model.logits(part), wanted, reduction="none").double())
         return torch.cat(found)
 

@@ -356,11 +356,9 @@ def _hf_shapes(outputs: tuple[Output, ...]) -> dict[str, tuple[str, tuple[int, .
     return shapes
 
 
-def hf_files(
-    shapes: Mapping[str, tuple[str, tuple[int, ...]]], shard_bytes: int
-) -> dict[str, Tensors]:
-    """Hugging Face's division of tensors (dtype in safetensors' spelling, shape) into files: in order, a
-    new file where the limit would be passed."""
+def hf_files(shapes: Mapping[str, tuple[str, tuple[int, ...]]], shard_bytes: int) -> dict[str, Tensors]:
+    """Hugging Face's division of tensors (dtype in safetensors' spelling, shape) into files: in order,
+    a new file where the limit would be passed."""
     shards: list[dict[str, tuple[str, tuple[int, ...]]]] = []
     filled = 0
     for name, (dtype, shape) in shapes.items():

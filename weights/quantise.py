@@ -19,10 +19,10 @@ def quantise_rtn(weight: Tensor, scheme: Scheme) -> QuantWeight:
     """Round a weight [n, k] of any float dtype to the nearest numbers of a scheme.
 
     8 bits: float32 scale amax / 127 for a row. 4 bits: float16 scale of a group, rounded before the
-    integers are taken, so that these are the nearest of what will be read. Symmetric: the number that is
-    largest by magnitude becomes -8, so the scale has its sign turned; this uses all 16 levels, as Q4_0 of
-    ggml does. Otherwise: 0..15 over the range of the group, 0 among it; the offset is float32 -z * scale
-    with an integer z, which a float16 cannot hold exactly: 11 bits times 4.
+    integers are taken, so that these are the nearest of what will be read. Symmetric: the number that
+    is largest by magnitude becomes -8, so the scale has its sign turned; this uses all 16 levels, as
+    Q4_0 of ggml does. Otherwise: 0..15 over the range of the group, 0 among it; the offset is float32
+    -z * scale with an integer z, which a float16 cannot hold exactly: 11 bits times 4.
 
     Raises InputError where numbers are not finite or too large, and where the group does not divide k.
     """
