@@ -40,6 +40,8 @@ CHECKOUT = Path(__file__).resolve().parent
 def main(argv: Sequence[str]) -> int:
     try:
         flags = parse_flags(argv)
+        if flags.command == "quantize":
+            return _quantize(flags)
         if flags.help or not argv:
             from engine.job import help_lines
 
@@ -104,6 +106,17 @@ def run(flags: Flags) -> int:
             require_space(Path("/dev/shm"), segment_bytes(len(plan.ranks)))
     console = CHAT if flags.command == "chat" else None
     return launch(plan, flags.options, new_session(), *_target(flags, job), console)
+
+
+def _quantize(flags: Flags) -> int:
+    """One process without ranks: what places and looks after them has no meaning."""
+    from quantize.command import main as quantize
+
+    if flags.help:
+        return quantize(["--help"])
+    if len(flags.head) > len(flags.words) + 1:
+        raise LaunchError("quantize runs in one process, without ranks: it takes key=value words alone")
+    return quantize(flags.words)
 
 
 def _make_plan(flags: Flags) -> tuple[Topology, LaunchPlan]:

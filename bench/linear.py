@@ -40,7 +40,8 @@ import torch  # noqa: E402
 from bench.allreduce import cpu_name, table  # noqa: E402
 from kernels.load import load_kernels  # noqa: E402
 from kernels.quant_linear import Packed, pack  # noqa: E402
-from weights.quant import QuantWeight, parse_scheme  # noqa: E402
+from weights.quant import QuantWeight  # noqa: E402
+from weights.schemes import parse_scheme  # noqa: E402
 
 SCHEMES = ("bf16", "int8", "int4-g32", "int4-g128")
 BF16, PACKED = "bf16", "bf16 packed"

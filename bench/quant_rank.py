@@ -36,18 +36,17 @@ def main(env: Any, payload: str) -> int:
         raise RuntimeError("quantised weights need our own kernels: a C++ compiler")
     names, length = task["variants"], max(task["prompt"], SHORT) + task["tokens"] + 2
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 1800.0) as group:
-        runners = {}
+        runners: dict[str, Runner] = {}
+        weights: dict[str, list[Tensor]] = {}
         with all_cores(env.plan.cpus) if env.bind_cores else nullcontext():
             for name in names:
                 quant = PLAIN if name == EAGER else name
-                model = load_model(
-                    *open_model(task["model"]), group, torch.bfloat16, quant=quant
-                )
+                model = load_model(*open_model(task["model"]), group, torch.bfloat16, quant=quant)
                 runner = make_runner(model, group, length, name != EAGER, task["batch"])
                 warm_up(runner, (EXTEND, GREEDY))
-                runners[name] = runner
+                runners[name], weights[name] = runner, weights_read(model)
         prompt = tuple(i % 100 for i in range(SHORT))
-        bare = weights_read(runners[names[0]].model)
+        bare = weights[names[0]]
         read_s = []
         token_s: dict[str, list[float]] = {name: [] for name in names}
         prompt_s: dict[str, list[float]] = {name: [] for name in names}
@@ -63,11 +62,11 @@ def main(env: Any, payload: str) -> int:
                 "variants": [
                     {
                         "name": name,
-                        "weight_bytes": sum(w.nbytes for w in weights_read(runner.model)),
+                        "weight_bytes": sum(each.nbytes for each in weights[name]),
                         "token_s": token_s[name],
                         "prompt_s": prompt_s[name],
                     }
-                    for name, runner in runners.items()
+                    for name in names
                 ],
             }
             Path(task["out"]).write_text(json.dumps(found))

@@ -6,7 +6,6 @@ the ranks as JSON. OmegaConf holds the types, so that `max_new_tokens=ten` is re
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from engine.dtypes import dtype_name, kv_dtype_name
 from models.sampling_params import Sampling, check_sampling
-from weights.errors import InputError
+from weights.errors import InputError, nearest
 from weights.schemes import SCHEMES
 
 LOOKUP = "lookup"  # the draft that needs no model
@@ -164,12 +163,6 @@ def _typed(values: dict[str, str | None]) -> Job:
     return Job(**(others | texts))
 
 
-def nearest(key: str, keys: list[str]) -> str:
-    """ ", did you mean ...?" where one of `keys` is near, else nothing."""
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
 def _check_values(job: Job) -> None:
     for key, choices in _CHOICES.items():
         value = getattr(job, key)
@@ -215,7 +208,8 @@ def _check_modes(job: Job) -> None:
         raise InputError(f"draft={job.draft} does not go with engine=hf; leave one of the two out")
     if job.activations == "int8" and job.quant not in ("auto", "int8"):
         raise InputError(
-            f"activations=int8 goes with weights of 8 bits, and not with quant={job.quant}; use quant=int8"
+            f"activations=int8 goes with weights of 8 bits, and not with quant={job.quant}; use "
+            "quant=int8"
         )
     if job.quant in SCHEMES:
         own = dtype_name(job.dtype, job.device)

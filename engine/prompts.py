@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from engine.job import Job, check_beams, nearest, sampling_of
+from engine.job import Job, check_beams, sampling_of
 from models.sampling_params import Sampling, check_sampling
-from weights.errors import InputError
+from weights.errors import InputError, nearest
 
 MAX_BYTES = 1 << 30  # of a file of prompts
 _SAMPLING = tuple(field.name for field in fields(Sampling))

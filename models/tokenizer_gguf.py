@@ -9,6 +9,7 @@ Source: the GGUF specification's section on `tokenizer.ggml.*`; llama.cpp where 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,8 +25,33 @@ _STOP = ("eos", "eot", "eom")
 _T = TypeVar("_T")
 
 
+@dataclass(frozen=True)
+class Pipeline:
+    """What `models.tokenizer.make_codec` makes a codec of."""
+
+    tokenizer: Tokenizer
+    ends: Ends
+    stop_tokens: frozenset[int]
+    chat_templates: Mapping[str, str]
+    special: Mapping[str, str]
+    doubled_space: bool
+
+
 def gguf_codec(path: Path, config: Mapping[str, Any]) -> TextCodec:
     """The codec of the metadata `config` of the file at `path`. Raises InputError."""
+    found = gguf_pipeline(path, config)
+    return make_codec(
+        found.tokenizer,
+        found.ends,
+        found.stop_tokens,
+        found.chat_templates,
+        found.special,
+        found.doubled_space,
+    )
+
+
+def gguf_pipeline(path: Path, config: Mapping[str, Any]) -> Pipeline:
+    """The tokenizer in the metadata `config` of the file at `path`. Raises InputError."""
     kind = config.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise InputError(
@@ -69,7 +95,7 @@ def gguf_codec(path: Path, config: Mapping[str, Any]) -> TextCodec:
         raise InputError(
             f"{path}: the embedded tokenizer is damaged ({error}); download the model again"
         ) from error
-    return make_codec(
+    return Pipeline(
         tokenizer,
         Ends(() if before is None else (before,), () if after is None else (after,)),
         frozenset(i for name in _STOP if (i := ids[name]) is not None),

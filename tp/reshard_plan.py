@@ -118,7 +118,7 @@ def make_plan(
             for part in tensor.parts
         )
     files = (
-        _hf_files(outputs)
+        hf_files(_hf_shapes(outputs), SHARD_BYTES)
         if form == "hf"
         else {
             rank_file(rank, world_size): file_contents(tensors, rank, world_size)
@@ -343,21 +343,30 @@ def _hf_outputs(
     return tuple(Output("", name, pieces(name, parts)) for name, parts in together.items())
 
 
-def _hf_files(outputs: tuple[Output, ...]) -> dict[str, Tensors]:
-    """Hugging Face's division: in order, a new file where the limit would be passed."""
-    shards: list[dict[str, tuple[str, tuple[int, ...]]]] = []
-    filled = 0
+def _hf_shapes(outputs: tuple[Output, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names, dtypes and shapes of Hugging Face's tensors."""
+    shapes = {}
     for output in outputs:
         first = output.pieces[0].tensor
         shape = first.shape
         if len(output.pieces) > 1:
             rows = sum(piece.stop - piece.start for piece in output.pieces)
             shape = (rows, *shape[1:])
-        size = num_bytes(first.dtype, shape)
-        if not shards or filled + size > SHARD_BYTES:
+        shapes[output.name] = (first.dtype, shape)
+    return shapes
+
+
+def hf_files(shapes: Mapping[str, tuple[str, tuple[int, ...]]], shard_bytes: int) -> dict[str, Tensors]:
+    """Hugging Face's division of tensors (dtype in safetensors' spelling, shape) into files: in order,
+    a new file where the limit would be passed."""
+    shards: list[dict[str, tuple[str, tuple[int, ...]]]] = []
+    filled = 0
+    for name, (dtype, shape) in shapes.items():
+        size = num_bytes(dtype, shape)
+        if not shards or filled + size > shard_bytes:
             shards.append({})
             filled = 0
-        shards[-1][output.name] = (first.dtype, shape)
+        shards[-1][name] = (dtype, shape)
         filled += size
     count = len(shards)
     names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]

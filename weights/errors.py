@@ -1,5 +1,9 @@
 """Errors about what the user gave."""
 
+from __future__ import annotations
+
+import difflib
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used: the message says what, why, and what to do.
@@ -8,3 +12,9 @@ class InputError(ValueError):
     """
 
     exit_code = 2
+
+
+def nearest(key: str, keys: list[str]) -> str:
+    """ ", did you mean ...?" where one of `keys` is near, else nothing."""
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""

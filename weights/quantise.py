@@ -24,12 +24,12 @@ _SMALLEST = 1e-30
 def quantise_rtn(weight: Tensor, scheme: Scheme) -> QuantWeight:
     """`weight` [n, k], any float dtype, to the nearest integers.
 
-    8 bits: -127..127, symmetric. 4 bits, symmetric: the largest number is 7.5 steps, half of the 15
-    between 16 integers. 4 bits, asymmetric: the range, zero included, is 15 steps, and zero is an
-    integer z of them; the offset is -z * scale, rounded to float16 (GPTQ, AWQ and compressed-tensors
-    store z, the zero point). Scales are float16 for groups, float32 for rows. Raises InputError for
-    numbers that are not finite or too large for such scales; ValueError for a k that is not of whole
-    groups.
+    8 bits: -127..127, symmetric. 4 bits, symmetric: the number that is largest by magnitude becomes -8,
+    so that all 16 integers are used, and the scale has its sign turned (as in ggml's Q4_0). 4 bits,
+    asymmetric: the range, zero included, is 15 steps, and zero is an integer z of them; the offset is
+    -z * scale, rounded to float16 (GPTQ, AWQ and compressed-tensors store z, the zero point). Scales
+    are float16 for groups, float32 for rows. Raises InputError for numbers that are not finite or too
+    large for such scales; ValueError for a k that is not of whole groups.
     """
     n, k = weight.shape
     size = scheme.group_size or k
@@ -59,14 +59,16 @@ def _round(values: Tensor, scheme: Scheme, fine: torch.dtype) -> tuple[Tensor, T
     """Integers [n, groups, size] as floats, scales and offsets [n, groups] of float32 `values`."""
     low, high = torch.aminmax(values, dim=-1)
     if scheme.symmetric:
-        steps = 127.0 if scheme.bits == 8 else 7.5
-        scale = torch.maximum(-low, high) / steps
+        if scheme.bits == 8:
+            scale = torch.maximum(-low, high) / 127
+        else:
+            scale = torch.where(high > -low, high, low) / -8
     else:
         assert scheme.bits == 4
         low, high = low.clamp(max=0), high.clamp(min=0)
         scale = (high - low) / 15
     # A NaN is below nothing. A half also holds the offset, up to 15 scales.
-    if not float(scale.max()) <= (_LARGEST / 15 if fine == torch.float16 else _LARGEST):
+    if not float(scale.abs().max()) <= (_LARGEST / 15 if fine == torch.float16 else _LARGEST):
         raise InputError(
             "numbers that are infinite, not a number or beyond any weight's size cannot be "
             f"quantised to {scheme.name}: the file is damaged, or use quant=none"
@@ -74,7 +76,7 @@ def _round(values: Tensor, scheme: Scheme, fine: torch.dtype) -> tuple[Tensor, T
     scale = scale.to(fine)
     used = scale.float()
     # A group of zeros stays zero, and so does what is too small to divide by.
-    inverse = torch.where(used > _SMALLEST, 1 / used, 0.0).unsqueeze(-1)
+    inverse = torch.where(used.abs() > _SMALLEST, 1 / used, 0.0).unsqueeze(-1)
     q = values * inverse
     if scheme.bits == 8:
         return q.round_().clamp_(-127, 127), scale, scale

@@ -318,8 +318,8 @@ void linear_quant(const QuantArgs& a, std::int64_t first, std::int64_t last) {
 }  // namespace
 }  // namespace isa_amx
 
-// Vectors multiply up to four rows of x sooner.
-const QuantKernels amx_quant{isa_amx::linear_quant, 4, isa_amx::dequantise, isa_amx::pack, 5};
+// Vectors multiply up to four rows of x sooner, and any rows by bf16 weights: the 15 are theirs.
+const QuantKernels amx_quant{isa_amx::linear_quant, 15, isa_amx::dequantise, isa_amx::pack, 5};
 
 }  // namespace yoke::kernels
 

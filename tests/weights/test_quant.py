@@ -16,8 +16,9 @@ from weights.checkpoint import open_checkpoint
 from weights.errors import InputError
 from weights.gguf_blocks import SCHEMES as BLOCKS
 from weights.gguf_blocks import from_blocks
-from weights.quant import SCHEMES, join_rows, parse_scheme
+from weights.quant import join_rows
 from weights.quantise import quantise_rtn
+from weights.schemes import SCHEMES, parse_scheme
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -1,0 +1,120 @@
+"""The command: what is asked for checked, the plan carried out, the result reported."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from models.find import find_weights
+from quantize.job import Job, help_text, parse_job, searches, uses_gptq
+from tp.reshard_output import Interrupted, check_space, check_target, interruptible, new_folder
+from weights.errors import InputError
+
+
+def main(words: Sequence[str]) -> int:
+    """Run `quantize` with its words; the exit code."""
+    if not words or set(words) & {"-h", "--help"}:
+        print(help_text(), end="")
+        return 0
+    try:
+        job = parse_job(words)
+        with interruptible():
+            run(job)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except Interrupted as stopped:
+        left = getattr(stopped, "__notes__", ["nothing was left"])
+        print(f"quantize: stopped by {stopped}; {left[0]}", file=sys.stderr)
+        return 128 + stopped.number
+    return 0
+
+
+def run(job: Job) -> None:
+    """Do what a job says. Raises InputError, Interrupted."""
+    out = Path(job.out).expanduser().absolute()
+    check_target(out)
+    source = find_weights(job.model)
+    # torch is loaded once the words have been understood.
+    from quantize import report as reports
+    from quantize.calibrate import Settings
+    from quantize.plan import make_plan
+    from quantize.read_back import read_back
+    from quantize.run import carry_out
+    from quantize.texts import WINDOW, read_tokens, spread
+    from quantize.walk import perplexity_of
+    from weights.checkpoint import open_checkpoint
+    from weights.schemes import parse_scheme
+
+    scheme = parse_scheme(job.quant)
+    checkpoint = open_checkpoint(source)
+    plan = make_plan(checkpoint, scheme)
+    check_space(out.parent, plan.needed_bytes)
+    note(checkpoint.path, {entry.stored_as for entry in checkpoint.entries.values() if entry.block > 1})
+    judged = calibration = None
+    if job.perplexity:
+        judged = list(read_tokens(job.perplexity, "perplexity", checkpoint, plan.config).split(WINDOW))
+        judged = [text for text in judged if len(text) > 1]
+    if uses_gptq(job):
+        tokens = read_tokens(job.calibration, "calibration", checkpoint, plan.config)
+        settings = Settings(scheme, searches(job), job.damp, job.order == "act")
+        calibration = settings, spread(tokens, job.samples, job.sample_len)
+    start = time.perf_counter()
+    with new_folder(out) as partial:
+        with progress_bar("quantising") as progress:
+            errors = carry_out(plan, partial, searches(job), calibration, progress)
+        seconds = time.perf_counter() - start
+        before = after = None
+        if judged is not None:
+            say("measuring perplexity")
+            before = perplexity_of(checkpoint, plan.config, judged)
+            after = perplexity_of(read_back(plan, partial), plan.config, judged)
+    report = reports.Report(
+        str(out),
+        scheme.name,
+        "gptq" if calibration else "rtn",
+        tuple(errors),
+        plan.bytes_in_16_bits,
+        plan.total_bytes,
+        seconds,
+        sum(map(len, calibration[1])) if calibration else 0,
+        before,
+        after,
+    )
+    if job.output == "json":
+        print(json.dumps(reports.to_json(report)), flush=True)
+    else:
+        reports.show(report)
+    say(f"wrote {job.out}")
+
+
+def note(source: Path, blocks: set[str]) -> None:
+    """Say where the source has lost something already."""
+    if blocks:
+        say(
+            f"note: {source.name} is stored in {', '.join(sorted(blocks))}: what that lost stays "
+            "lost, and quantising again adds to it"
+        )
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr where that is a terminal, fed with (numbers done, numbers in all)."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(title), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,123 @@
+"""What the command is asked for: its `key=value` words, checked, and its help. Free of torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from weights.errors import InputError, nearest
+
+
+@dataclass(frozen=True)
+class Job:
+    """The keys and their defaults. `sample_len` is in tokens; `auto` is told by the help."""
+
+    model: str = ""
+    quant: str = ""
+    out: str = ""
+    method: str = "auto"
+    clip: str = "auto"
+    calibration: str = ""
+    samples: int = 128
+    sample_len: int = 512
+    damp: float = 0.01
+    order: str = "act"
+    perplexity: str = ""
+    output: str = "text"
+
+
+_CHOICES = {
+    "method": ("auto", "rtn", "gptq"),
+    "clip": ("auto", "mse", "none"),
+    "order": ("act", "none"),
+    "output": ("text", "json"),
+}
+_LIMITS = {"samples": (1, 1 << 20), "sample_len": (2, 1 << 17), "damp": (0.0, 1.0)}
+
+HELP = """\
+python launch.py quantize model=... quant=SCHEME out=DIR [key=value ...]
+
+Makes weights of 8 or 4 bits: a Hugging Face folder in the layout of compressed-tensors, which serves
+any number of ranks. One process, with a tensor or a layer of the model in memory at a time. The folder
+appears when all of it is on the disk, and not at all if something fails.
+
+keys [default]:
+  model=        a preset, a .gguf file, a folder of safetensors, or OWNER/NAME in the hub cache
+  quant=        int8 (a scale for each row), int4-g32, int4-g64, int4-g128 (one for so many numbers of
+                a row), or one of these with -asym: 0 need not lie in the middle
+  out=          a folder that is new or empty
+  method=       rtn (to the nearest number) or gptq (columns make up for each other's errors)
+                [gptq where there is a calibration text, else rtn]
+  calibration=  a text like those that the model will be used for, of which are taken
+  samples=      so many pieces at most, evenly over it [{samples}]
+  sample_len=   of so many tokens each [{sample_len}]
+  clip=         mse (scales that err least) or none (scales that cover the range) [{clip}]
+  damp=         what gptq adds to the diagonal of its Hessian, of the mean [{damp:g}]
+  order=        act (gptq begins with the columns of the largest inputs) or none [{order}]
+  perplexity=   a text: how well it is predicted before and after
+  output=       text (a table of errors) or json [{output}]
+
+Norms, biases and the embedding stay as they are; an lm_head of its own becomes int8. Mixtures of
+experts are refused.
+
+examples:
+  python launch.py quantize model=smollm2-135m quant=int8 out=smollm2-int8
+  python launch.py quantize model=llama-8b/ quant=int4-g128 out=llama-int4 calibration=books.txt
+  python launch.py quantize model=llama-8b/ quant=int4-g32-asym out=llama-rtn perplexity=novel.txt
+"""
+
+
+def help_text() -> str:
+    return HELP.format(**{field.name: field.default for field in fields(Job)})
+
+
+def parse_job(words: Sequence[str]) -> Job:
+    """Read `key=value` words. Raises InputError that names the key."""
+    kinds = {field.name: type(getattr(Job, field.name)) for field in fields(Job)}
+    values: dict[str, str | int | float] = {}
+    for word in words:
+        key, separator, text = word.partition("=")
+        if not separator:
+            raise InputError(f"{word!r} is not key=value; see: quantize --help")
+        if key not in kinds:
+            raise InputError(f"unknown key {key!r}{nearest(key, list(kinds))}; see: quantize --help")
+        try:
+            values[key] = kinds[key](text)
+        except ValueError as error:
+            kind = "a whole number" if kinds[key] is int else "a number"
+            raise InputError(f"{key}={text}: must be {kind}") from error
+    job = Job(**values)  # type: ignore[arg-type]
+    for key, what in (("model", "what to quantise"), ("quant", "a scheme"), ("out", "a new folder")):
+        if not getattr(job, key):
+            raise InputError(f"{key}= is missing: {what}; see: quantize --help")
+    _check(job)
+    return job
+
+
+def _check(job: Job) -> None:
+    for key, choices in _CHOICES.items():
+        value = getattr(job, key)
+        if value not in choices:
+            raise InputError(
+                f"{key}={value}: must be one of {', '.join(choices)}{nearest(value, list(choices))}"
+            )
+    for key, (low, high) in _LIMITS.items():
+        value = getattr(job, key)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise InputError(f"{key}={value}: must be between {low:g} and {high:g}")
+    if job.method == "gptq" and not job.calibration:
+        raise InputError(
+            "method=gptq needs a text to look at what the weights are multiplied with: calibration=FILE"
+        )
+    if job.method == "rtn" and job.calibration:
+        raise InputError("method=rtn does not look at a text: leave calibration= out, or method=")
+
+
+def uses_gptq(job: Job) -> bool:
+    return job.method == "gptq" or (job.method == "auto" and bool(job.calibration))
+
+
+def searches(job: Job) -> bool:
+    """Whether scales are searched: by default those of 4 bits, where a level is worth much."""
+    return job.clip == "mse" or (job.clip == "auto" and job.quant.startswith("int4"))

@@ -1,0 +1,131 @@
+"""What a quantised folder will hold, file by file, before a number is computed; and what is refused.
+
+Norms, biases and the embedding stay as they are, of a source of blocks (GGUF) in bfloat16. An lm_head
+of its own becomes int8 per channel whatever the layers are: it is read for every token, and its errors
+meet the result unsoftened. Experts are refused: left alone, they would be most of the file.
+
+Names are the canonical ones, which for most families are also those of transformers. Where a family
+fuses projections or calls them otherwise (Phi 3, GPT-J, Falcon), and for Meta's files, Yoke reads the
+folder and other programs may not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from models.config import HEAD, ModelConfig, expected_shapes
+from models.load import check_names, config_of
+from quantize.compressed import Shapes, quantization_config, stored_shapes
+from quantize.small_files import small_files
+from tp.reshard_plan import INDEX, SHARD_BYTES, hf_files
+from weights.checkpoint import Checkpoint, Entry
+from weights.errors import InputError
+from weights.schemes import SCHEMES, Scheme, parse_scheme
+from weights.writer import DTYPES, Tensors
+
+HEAD_SCHEME = Scheme(8, 0)
+_PRODUCT = re.compile(
+    r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight", re.ASCII
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`schemes`: how each weight is quantised; those in `kept` stay, in the dtype that is given, in
+    safetensors' spelling. `files`: names to contents; `texts`: the small files. All weights are in the
+    order of the model."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    scheme: Scheme
+    shapes: Mapping[str, tuple[int, ...]]
+    schemes: Mapping[str, Scheme]
+    kept: Mapping[str, str]
+    files: Mapping[str, Tensors]
+    texts: Mapping[str, bytes]
+
+    @property
+    def needed_bytes(self) -> int:
+        """On the disk, with some for what file systems round up."""
+        count = len(self.files) + len(self.texts)
+        return self.total_bytes + sum(map(len, self.texts.values())) + 8192 * (count + 4)
+
+    @property
+    def bytes_in_16_bits(self) -> int:
+        return 2 * sum(prod(shape) for shape in self.shapes.values())
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(contents.file_bytes for contents in self.files.values())
+
+
+def make_plan(checkpoint: Checkpoint, scheme: Scheme) -> Plan:
+    """Raises InputError for a source that is quantised already, has experts, or has a weight that the
+    scheme's groups do not divide."""
+    found = checkpoint.config.get("quantization_config")
+    if found is not None:
+        method = found.get("quant_method") if isinstance(found, dict) else None
+        raise InputError(
+            f"{checkpoint.path} is quantised already (quantization_config, {str(method)[:50]}); "
+            "quantise the model that it was made from"
+        )
+    config = config_of(checkpoint)
+    if config.num_experts:
+        raise InputError(
+            f"{checkpoint.path} is a mixture of {config.num_experts} experts, which are not quantised "
+            "so far; they would stay as they are, and with them most of the model"
+        )
+    shapes = expected_shapes(config)
+    check_names(checkpoint, shapes, config.tie_embeddings)
+    schemes = {name: scheme for name in shapes if _PRODUCT.fullmatch(name)}
+    if HEAD in shapes:
+        schemes[HEAD] = HEAD_SCHEME
+    _check_groups({name: shapes[name][1] for name in schemes if schemes[name] == scheme}, scheme)
+    kept = {name: _kept_dtype(checkpoint.entries[name]) for name in shapes if name not in schemes}
+    stored: Shapes = {}
+    for name, shape in shapes.items():
+        if name in schemes:
+            stored |= stored_shapes(name, shape, schemes[name])
+        else:
+            stored[name] = (kept[name], shape)
+    files = hf_files(stored, SHARD_BYTES)
+    texts = small_files(checkpoint, config, quantization_config(scheme, schemes.get(HEAD)))
+    if len(files) > 1:
+        texts[INDEX] = _index(files)
+    return Plan(checkpoint, config, scheme, shapes, schemes, kept, files, texts)
+
+
+def _check_groups(columns: Mapping[str, int], scheme: Scheme) -> None:
+    group = scheme.group_size
+    for name, k in columns.items():
+        if group and k % group:
+            fitting = [
+                other
+                for other in SCHEMES
+                if not any(k % (parse_scheme(other).group_size or 1) for k in columns.values())
+            ]
+            raise InputError(
+                f"quant={scheme.name}: {name} has {k} columns, which is no multiple of {group}; what "
+                f"fits all weights of this model: {', '.join(fitting)}"
+            )
+
+
+def _kept_dtype(entry: Entry) -> str:
+    """Plain floats keep their dtype; blocks, and random numbers, become bfloat16."""
+    plain = entry.block == 1 and entry.stored_as in DTYPES
+    return entry.stored_as if plain and DTYPES[entry.stored_as].is_floating_point else "BF16"
+
+
+def _index(files: Mapping[str, Tensors]) -> bytes:
+    places = {name: file for file, contents in files.items() for name in contents.shapes}
+    total = sum(contents.data_bytes for contents in files.values())
+    index: dict[str, Any] = {
+        "metadata": {"total_size": total},
+        "weight_map": dict(sorted(places.items())),
+    }
+    return (json.dumps(index, indent=2) + "\n").encode()

@@ -1,0 +1,60 @@
+"""A folder that was written here as a checkpoint again, its weights float32: to measure what is on the
+disk.
+
+The layers of a run keep quantised weights as they are; that reader is not this one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantize.plan import Plan
+from weights.checkpoint import Checkpoint, Entry, Slices
+from weights.quant import QuantWeight
+from weights.safetensors_io import stored_entries
+from weights.schemes import Scheme
+
+
+def read_back(plan: Plan, folder: Path) -> Checkpoint:
+    """The checkpoint of a plan with the weights that were written into `folder`."""
+    stored: dict[str, Entry] = {}
+    for file in plan.files:
+        stored |= stored_entries(folder / file)
+    entries = {
+        name: _dequantised(name, stored, shape, plan.schemes[name])
+        if name in plan.schemes
+        else stored[name]
+        for name, shape in plan.shapes.items()
+    }
+    return replace(plan.checkpoint, path=folder, entries=entries, stored_names={})
+
+
+def read_weight(name: str, stored: dict[str, Entry], scheme: Scheme) -> QuantWeight:
+    """One weight of what `quantize.compressed.stored_tensors` made."""
+
+    def tensor(suffix: str) -> Tensor:
+        entry = stored[name + suffix]
+        return entry.read(tuple(slice(0, size) for size in entry.shape))
+
+    scale = tensor("_scale")
+    if scheme.bits == 8:
+        data = tensor("")
+        return QuantWeight(data, scale, None, 8, data.shape[1])
+    data = tensor("_packed").view(torch.uint8)
+    offset = None
+    if not scheme.symmetric:
+        packed = tensor("_zero_point")
+        zero = torch.stack([packed >> shift & 15 for shift in range(0, 32, 4)], dim=1).flatten(0, 1)
+        offset = -zero[: len(data)] * scale.float()
+    return QuantWeight(data, scale, offset, 4, scheme.group_size)
+
+
+def _dequantised(name: str, stored: dict[str, Entry], shape: tuple[int, ...], scheme: Scheme) -> Entry:
+    def read(slices: Slices) -> Tensor:
+        return read_weight(name, stored, scheme).dequantise()[slices]
+
+    return Entry(shape, scheme.name, read)

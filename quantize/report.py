@@ -1,0 +1,135 @@
+"""What quantising did to a model: errors by layer as a table, or all of it as JSON."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quantize.calibrate import Errors
+
+# Columns of the table: weights that are given the same inputs.
+_KINDS = (
+    ("q k v", ("q_proj", "k_proj", "v_proj")),
+    ("o", ("o_proj",)),
+    ("gate up", ("gate_proj", "up_proj")),
+    ("down", ("down_proj",)),
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """`bytes_before` are those of the weights in 16 bits; perplexities are None unless asked for."""
+
+    out: str
+    scheme: str
+    method: str
+    errors: tuple[Errors, ...]
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    calibration_tokens: int = 0
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+
+
+def weight_error(errors: Sequence[Errors]) -> float:
+    """The squared error of several weights together, relative to their squares."""
+    return sum(one.error for one in errors) / (sum(one.square for one in errors) or 1.0)
+
+
+def output_error(errors: Sequence[Errors]) -> float | None:
+    """The same of their outputs, where all have it."""
+    if not errors or any(one.output_error is None for one in errors):
+        return None
+    return sum(one.output_error or 0.0 for one in errors) / (
+        sum(one.output_square or 0.0 for one in errors) or 1.0
+    )
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """The report as an object; errors are relative squared ones."""
+    return {
+        "out": report.out,
+        "quant": report.scheme,
+        "method": report.method,
+        "calibration_tokens": report.calibration_tokens,
+        "bytes_before": report.bytes_before,
+        "bytes_after": report.bytes_after,
+        "seconds": report.seconds,
+        "weight_error": weight_error(report.errors),
+        "output_error": output_error(products(report.errors)),
+        "perplexity_before": report.perplexity_before,
+        "perplexity_after": report.perplexity_after,
+        "weights": [
+            {"name": one.name, "weight_error": weight_error([one]), "output_error": output_error([one])}
+            for one in report.errors
+        ],
+    }
+
+
+def products(errors: Sequence[Errors]) -> list[Errors]:
+    """Those of the layers: the head is always rounded, without a look at its inputs."""
+    return [one for one in errors if _layer(one) is not None]
+
+
+def _layer(errors: Errors) -> int | None:
+    found = re.match(r"model\.layers\.(\d+)\.", errors.name)
+    return None if found is None else int(found[1])
+
+
+def rows(errors: Sequence[Errors]) -> tuple[list[str], list[list[str]]]:
+    """The table: a line for each layer, one for an lm_head, and one for all."""
+    calibrated = output_error(products(errors)) is not None
+    measures: list[tuple[str, Callable[[Sequence[Errors]], float | None]]] = [("weight", weight_error)]
+    if calibrated:
+        measures.append(("output", output_error))
+    present = [
+        (title, names)
+        for title, names in _KINDS
+        if any(one.name.split(".")[-2] in names for one in errors)
+    ]
+    head = ["layer", *(f"{measure}: {title}" for measure, _ in measures for title, _ in present)]
+
+    def line(label: str, some: Sequence[Errors]) -> list[str]:
+        groups = [[one for one in some if one.name.split(".")[-2] in names] for _, names in present]
+        return [label, *(_percent(of(group)) for _, of in measures for group in groups)]
+
+    layers = sorted({index for one in errors if (index := _layer(one)) is not None})
+    lines = [line(str(i), [one for one in errors if _layer(one) == i]) for i in layers]
+    lines.append(line("all", errors))
+    return head, lines
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.3f} %"
+
+
+def show(report: Report) -> None:
+    """The table and a few lines of figures on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    head, lines = rows(report.errors)
+    table = Table(title=f"relative squared errors, {report.scheme} by {report.method}")
+    for title in head:
+        table.add_column(title, justify="right")
+    for line in lines[:-1]:
+        table.add_row(*line)
+    table.add_section()
+    table.add_row(*lines[-1])
+    console.print(table)
+    for one in report.errors:
+        if _layer(one) is None:
+            console.print(f"{one.name.removesuffix('.weight')}: int8, {_percent(weight_error([one]))}")
+    before, after = report.perplexity_before, report.perplexity_after
+    if before is not None and after is not None:
+        console.print(
+            f"perplexity {before:.3f} before, {after:.3f} after ({100 * (after / before - 1):+.2f} %)"
+        )
+    console.print(
+        f"{report.bytes_before / 1e6:.1f} MB in 16 bits, {report.bytes_after / 1e6:.1f} MB now; "
+        f"{report.seconds:.1f} s"
+    )

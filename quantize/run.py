@@ -1,0 +1,146 @@
+"""A plan carried out: weights read, quantised and written, one after the other.
+
+A plain rounding holds one weight at a time; GPTQ one layer of the model, and the calibration text's
+states.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantize.calibrate import Errors, Settings, quantise_block
+from quantize.compressed import stored_tensors
+from quantize.grid import range_grid, search_grid
+from quantize.plan import Plan
+from quantize.walk import Walk, whole
+from weights.errors import InputError
+from weights.pages import files_of, release_pages
+from weights.quant import QuantWeight
+from weights.schemes import Scheme
+from weights.writer import DTYPES, SafetensorsFile
+
+_PIECE = 4 << 20  # numbers of a weight that are in float32 at once
+_RELEASE = 32 << 20  # numbers read, after which the source's pages are let go of
+
+Progress = Callable[[int, int], None]
+
+
+def carry_out(
+    plan: Plan,
+    folder: Path,
+    search: bool,
+    calibration: tuple[Settings, Sequence[Tensor]] | None,
+    progress: Progress = lambda done, total: None,
+) -> list[Errors]:
+    """Write all of a plan into `folder`; what that did to each weight. `calibration`: GPTQ's
+    settings and texts, None for plain rounding, whose scales are searched if `search`. `progress` gets
+    numbers of weights, done and in all. Raises InputError for weights that are not finite."""
+    with ExitStack() as stack:
+        files = {}
+        for name, contents in plan.files.items():
+            files[name] = SafetensorsFile(folder / name, contents, digests=False)
+            stack.callback(files[name].close)
+        places = {name: files[file] for file, held in plan.files.items() for name in held.shapes}
+        done, total = 0, sum(prod(shape) for shape in plan.shapes.values())
+        unreleased, found = 0, []
+        for name, tensors, errors in _products(plan, search, calibration):
+            for stored, tensor in tensors.items():
+                places[stored].write(stored, iter((tensor.contiguous(),)))
+            if errors is not None:
+                found.append(errors)
+            size = prod(plan.shapes[name])
+            done, unreleased = done + size, unreleased + size
+            if unreleased > _RELEASE:
+                release_pages(files_of(plan.checkpoint.path))
+                unreleased = 0
+            progress(done, total)
+        for file in files.values():
+            file.finish()
+    # config.json makes a folder of files a model: it comes last.
+    for name in sorted(plan.texts, key=lambda name: name == "config.json"):
+        with (folder / name).open("wb") as target:
+            target.write(plan.texts[name])
+            target.flush()
+            os.fsync(target.fileno())
+    return found
+
+
+def _products(
+    plan: Plan, search: bool, calibration: tuple[Settings, Sequence[Tensor]] | None
+) -> Iterator[tuple[str, dict[str, Tensor], Errors | None]]:
+    """Each weight of the model with the tensors that it is stored as."""
+    later: set[str] = set()
+    if calibration is not None:
+        later = {name for name, scheme in plan.schemes.items() if name.startswith("model.layers.")}
+    for name in plan.shapes:
+        if name in later:
+            continue
+        weight = whole(plan.checkpoint, name)
+        if name in plan.kept:
+            check_finite(weight, name, plan)
+            yield name, {name: weight.to(DTYPES[plan.kept[name]])}, None
+        else:
+            errors, quantised = round_weight(name, weight, plan.schemes[name], search, plan)
+            yield name, stored_tensors(name, quantised), errors
+    if calibration is None:
+        return
+    settings, texts = calibration
+    walk = Walk(plan.checkpoint, plan.config, texts)
+    for index in range(plan.config.num_layers):
+        block = walk.layer(index)
+        for name in later:
+            if name.startswith(f"model.layers.{index}."):
+                check_finite(whole(plan.checkpoint, name), name, plan)
+        for errors, quantised in quantise_block(walk, block, index, settings):
+            yield errors.name, stored_tensors(errors.name, quantised), errors
+        walk.leave(block)
+
+
+def check_finite(weight: Tensor, name: str, plan: Plan) -> None:
+    """Raises InputError where a number of a weight is not finite."""
+    for piece in weight.reshape(-1).split(_PIECE):
+        if not piece.isfinite().all():
+            file = plan.checkpoint.entries[name].file or plan.checkpoint.path
+            raise InputError(
+                f"{file}: {name} holds numbers that are not finite; download the model again"
+            )
+
+
+def round_weight(
+    name: str, weight: Tensor, scheme: Scheme, search: bool, plan: Plan
+) -> tuple[Errors, QuantWeight]:
+    """A weight [n, k] rounded to the nearest, some rows at a time. Raises InputError."""
+    check_finite(weight, name, plan)
+    step = max(_PIECE // weight.shape[1], 1)
+    parts: list[QuantWeight] = []
+    error = square = 0.0
+    for rows in weight.split(step):
+        exact = rows.float().contiguous()
+        try:
+            grid = search_grid(exact, scheme) if search else range_grid(exact, scheme)
+        except InputError as refused:
+            raise InputError(f"{plan.checkpoint.path}: {name}: {refused}") from refused
+        q = grid.integers(exact)
+        parts.append(grid.packed(q))
+        error += float((grid.values(q) - exact).square().sum())
+        square += float(exact.square().sum())
+    return Errors(name, error, square), _stacked(parts)
+
+
+def _stacked(parts: list[QuantWeight]) -> QuantWeight:
+    first = parts[0]
+    offsets = [part.offset for part in parts if part.offset is not None]
+    return QuantWeight(
+        torch.cat([part.data for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        torch.cat(offsets) if offsets else None,
+        first.bits,
+        first.group_size,
+    )

@@ -1,0 +1,31 @@
+"""The files beside the weights: config.json, the tokenizer, and what else came with the model."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from models.config import ModelConfig
+from models.config_json import to_hf
+from models.tokenizer_files import tokenizer_files
+from tp.reshard_run import companions
+from weights.checkpoint import Checkpoint
+
+_OWN = ("config.json", "params.json")  # written anew; Meta's is in ours
+
+
+def small_files(
+    checkpoint: Checkpoint, config: ModelConfig, quantization: dict[str, Any]
+) -> dict[str, bytes]:
+    """Names to contents. A GGUF file has it all within: its metadata become the files that a Hugging
+    Face folder has. Raises InputError where they cannot."""
+    if checkpoint.format == "gguf":
+        family = str(checkpoint.config.get("general.architecture", "llama"))
+        keys = to_hf(config, family, str(checkpoint.path))
+        files = tokenizer_files(checkpoint.path, checkpoint.config)
+    else:
+        keys = dict(checkpoint.config)
+        files = {f.name: f.read_bytes() for f in companions(checkpoint) if f.name not in _OWN}
+    keys["quantization_config"] = quantization
+    files["config.json"] = (json.dumps(keys, indent=2, ensure_ascii=False) + "\n").encode()
+    return files
