@@ -1,4 +1,4 @@
-"""Imports point one way: server -> engine -> models -> tp -> {kernels, comm, weights} -> torch."""
+"""Imports point one way: server -> engine -> models -> tp -> kernels -> {comm, weights} -> torch."""
 
 from __future__ import annotations
 

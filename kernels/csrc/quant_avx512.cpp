@@ -16,7 +16,7 @@ namespace isa_avx512 {
 namespace {
 
 constexpr std::int64_t kStreams = 4;   // panels that are read in turn
-constexpr std::int64_t kAhead = 4096;  // bytes of each stream between what is read and what is asked for
+constexpr std::int64_t kAhead = 3072;  // bytes of each stream between what is read and what is asked for
 
 template <std::int64_t kBytes>
 inline void ask_for(const std::uint8_t* from) {
