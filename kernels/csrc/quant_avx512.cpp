@@ -15,14 +15,8 @@ namespace yoke::kernels {
 namespace isa_avx512 {
 namespace {
 
-#ifndef YOKE_P
-#define YOKE_P 4
-#endif
-#ifndef YOKE_AHEAD
-#define YOKE_AHEAD 4096
-#endif
-constexpr std::int64_t kStreams = YOKE_P;
-constexpr std::int64_t kAhead = YOKE_AHEAD;  // bytes of each stream
+constexpr std::int64_t kStreams = 4;   // panels that are read in turn
+constexpr std::int64_t kAhead = 3072;  // bytes of each stream between what is read and what is asked for
 
 template <std::int64_t kBytes>
 inline void ask_for(const std::uint8_t* from) {
@@ -30,11 +24,11 @@ inline void ask_for(const std::uint8_t* from) {
   for (std::int64_t i = 0; i < kBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
 }
 
-// The sums of two tiles and a step for M rows of x. Each number's is in two parts, so that few wait for their last
-// product; in as many whatever M is, so that a row's bits do not depend on how many there are.
-template <int M>
+// The sums of two tiles and a step for M rows of x, each in C parts: in as many whatever M is, so that a row's bits do
+// not depend on how many there are.
+template <int M, int C>
 struct Sums {
-  __m512 of[2][M][2];
+  __m512 of[2][M][C];
 
   Sums() {
     for (auto& tile : of)
@@ -42,14 +36,14 @@ struct Sums {
         for (__m512& sum : row) sum = _mm512_setzero_ps();
   }
 
-  __m512 total(int t, int m) const { return _mm512_add_ps(of[t][m][0], of[t][m][1]); }
+  __m512 total(int t, int m) const { return C == 1 ? of[t][m][0] : _mm512_add_ps(of[t][m][0], of[t][m][C - 1]); }
 };
 
 // A step of two tiles times M rows of x.
 template <int M>
 inline void multiply_i4(const std::uint8_t* tiles, __m512 table,
                         const float* x, __m512 (&sums)[2][M]) {
-  Sums<M> own;
+  Sums<M, 1> own;
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const __m512i v0 = line(tiles + 64 * i), v1 = line(tiles + tile_bytes(Format::i4) + 64 * i);
@@ -59,8 +53,8 @@ inline void multiply_i4(const std::uint8_t* tiles, __m512 table,
       const __m512 w1 = _mm512_permutexvar_ps(_mm512_srli_epi32(v1, 4 * j), table);
       for (int m = 0; m < M; ++m) {
         const __m512 each = _mm512_set1_ps(x[m * kStep + 8 * i + j % 4 * 2 + j / 4]);
-        own.of[0][m][j % 2] = _mm512_fmadd_ps(w0, each, own.of[0][m][j % 2]);
-        own.of[1][m][j % 2] = _mm512_fmadd_ps(w1, each, own.of[1][m][j % 2]);
+        own.of[0][m][0] = _mm512_fmadd_ps(w0, each, own.of[0][m][0]);
+        own.of[1][m][0] = _mm512_fmadd_ps(w1, each, own.of[1][m][0]);
       }
     }
   }
@@ -70,7 +64,7 @@ inline void multiply_i4(const std::uint8_t* tiles, __m512 table,
 
 template <int M>
 inline void multiply_bf16(const std::uint8_t* tiles, const float* x, __m512 (&sums)[2][M]) {
-  Sums<M> own;
+  Sums<M, 2> own;
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
 #pragma GCC unroll 16
   for (int pair = 0; pair < 16; ++pair) {
@@ -94,7 +88,7 @@ inline void multiply_bf16(const std::uint8_t* tiles, const float* x, __m512 (&su
 // Lanes are 8 rows by the two of a pair: as bytes are widened.
 template <int M>
 inline void multiply_i8(const std::uint8_t* tiles, const float* x, __m512 (&sums)[2][M]) {
-  Sums<M> own;
+  Sums<M, 2> own;
 #pragma GCC unroll 16
   for (int pair = 0; pair < 16; ++pair) {
     __m512 both[M];
