@@ -79,7 +79,8 @@ def draw(rows: Sequence[Found], title: str) -> None:
         cells = (
             _pair([1e3 * s for s in token], 1), _pair([1 / s for s in token], 1),
             _pair(row["token_s_times"], 2), f"{row['weight_bytes'] / 1e9:.3f}",
-            _pair(row["of_read"], 2), _pair([1e3 * s for s in prompt], 0), _pair(row["prompt_s_times"], 2),
+            _pair(row["of_read"], 2), _pair([1e3 * s for s in prompt], 0),
+            _pair(row["prompt_s_times"], 2),
         )  # fmt: skip
         table.add_row(row["name"], *cells)
     Console(width=120).print(table)

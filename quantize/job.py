@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from weights.errors import InputError, nearest
 
@@ -69,12 +69,12 @@ examples:
 
 
 def help_text() -> str:
-    return HELP.format(**{field.name: field.default for field in fields(Job)})
+    return HELP.format(**vars(Job()))
 
 
 def parse_job(words: Sequence[str]) -> Job:
     """Read `key=value` words. Raises InputError that names the key."""
-    kinds = {field.name: type(getattr(Job, field.name)) for field in fields(Job)}
+    kinds: dict[str, type[str | int | float]] = {k: type(v) for k, v in vars(Job()).items()}
     values: dict[str, str | int | float] = {}
     for word in words:
         key, separator, text = word.partition("=")

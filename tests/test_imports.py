@@ -17,6 +17,7 @@ ROOMS = {
     "weights": set(),
     "tp": {"kernels", "comm", "weights"},
     "models": {"tp", "kernels", "comm", "weights"},
+    "quantize": {"models", "tp", "kernels", "comm", "weights"},
     "engine": {"models", "tp", "kernels", "comm", "weights"},
 }
 
@@ -52,7 +53,15 @@ def test_the_launcher_needs_only_the_standard_library_and_psutil() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["plan"], ["plan", "model=tiny", "weights=random"], ["--help"], ["models"], ["models", "--json"]],
+    [
+        ["plan"],
+        ["plan", "model=tiny", "weights=random"],
+        ["--help"],
+        ["models"],
+        ["models", "--json"],
+        ["quantize", "--help"],
+        ["quantize", "model=tiny", "quant=int8"],
+    ],
 )
 def test_the_command_does_not_import_torch(words: list[str]) -> None:
     code = (

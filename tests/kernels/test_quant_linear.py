@@ -178,8 +178,8 @@ def test_an_offset_that_no_half_holds() -> None:
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_row_is_the_same_whatever_the_others_are(name: str, bits: int) -> None:
-    """Bit for bit among a few rows, and among more of them, which may go another way: up to 15, or up to
-    4 where matrix units take what is more."""
+    """Bit for bit among a few rows, and among more of them, which may go another way: up to 15, or up
+    to 4 where matrix units take what is more."""
     OPS.use_instruction_set(name)
     packed, x = pack(random_weight(70, 320, bits, 64, True, True, 1)), random_x(131, 320, 1)
     most = 4 if name == "amx" else 15

@@ -1,0 +1,239 @@
+"""The command from a checkpoint to a folder: what it writes, read by other eyes; what it refuses; how
+it ends when it is interrupted."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.conftest import CHECKOUT
+from tests.quantize.small import CONFIG, TEXT, make_folder, tensors_of
+from torch import Tensor
+
+from models.load import config_of
+from quantize.command import main
+from quantize.job import parse_job, searches, uses_gptq
+from weights.checkpoint import open_checkpoint
+from weights.errors import InputError
+from weights.quant import parse_scheme
+from weights.quantise import quantise_rtn
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("source") / "model")
+
+
+def quantised(tmp_path: Path, source: Path, *words: str) -> Path:
+    out = tmp_path / "out"
+    assert main([f"model={source}", f"out={out}", *words]) == 0
+    return out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Run what must end with exit code 2; the one line that it says."""
+    capsys.readouterr()
+    assert main(list(words)) == 2
+    said = capsys.readouterr()
+    lines = said.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and said.out == "", said
+    return lines[0]
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def reference(name: str, stored: dict[str, Tensor], weights: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """A weight as the format's description says, number by number, without Yoke's code."""
+    scale = stored[name + "_scale"].numpy().astype(np.float64)
+    if weights["num_bits"] == 8:
+        assert weights["strategy"] == "channel"
+        return stored[name].numpy() * scale
+    n, k = stored[name + "_shape"].tolist()
+    group = weights["group_size"]
+    packed = stored[name + "_packed"].numpy().view(np.uint32)
+    zeros = None
+    if not weights["symmetric"]:
+        zeros = stored[name + "_zero_point"].numpy().view(np.uint32)
+        assert zeros.shape == (-(-n // 8), k // group)
+    assert packed.shape == (n, k // 8) and scale.shape == (n, k // group)
+    values = np.empty((n, k))
+    for i in range(n):
+        for j in range(k):
+            q = int(packed[i, j // 8] >> np.uint32(4 * (j % 8))) & 15
+            zero = 8
+            if zeros is not None:
+                zero = int(zeros[i // 8, j // group] >> np.uint32(4 * (i % 8))) & 15
+            values[i, j] = (q - zero) * scale[i, j // group]
+    return values
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4-g32", "int4-g32-asym"])
+def test_the_folder_says_what_was_quantised(
+    quant: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantize.plan.SHARD_BYTES", 60_000)
+    monkeypatch.setattr("quantize.run._PIECE", 1000)  # a few rows at a time
+    out = quantised(tmp_path, source, f"quant={quant}", "clip=none")
+    scheme, before, stored = parse_scheme(quant), tensors_of(source), tensors_in(out)
+    config = json.loads((out / "config.json").read_text())
+    quantization = config.pop("quantization_config")
+    assert config == json.loads((source / "config.json").read_text())
+    groups = quantization["config_groups"]
+    assert quantization["quant_method"] == "compressed-tensors" and quantization["ignore"] == []
+    assert quantization["format"] == ("int-quantized" if scheme.bits == 8 else "mixed-precision")
+    head = groups["group_1"] if scheme.bits == 4 else groups["group_0"]
+    assert head["weights"]["num_bits"] == 8 and head["format"] == "int-quantized"
+    # An index over several files names every tensor, and they are where it says.
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index.keys() == stored.keys() and len(set(index.values())) > 2
+    for name, file in index.items():
+        assert name in load_file(out / file)
+    for name, weight in before.items():
+        if name.endswith("_proj.weight") or name == "lm_head.weight":
+            own = parse_scheme("int8") if name == "lm_head.weight" else scheme
+            weights = (head if name == "lm_head.weight" else groups["group_0"])["weights"]
+            wanted = quantise_rtn(weight, own).dequantise().double().numpy()
+            assert np.array_equal(reference(name, stored, weights), wanted)
+        else:  # norms, biases, the embedding: the same bits
+            assert stored[name].dtype == weight.dtype and torch.equal(stored[name], weight)
+    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert config_of(open_checkpoint(source)) == CONFIG
+
+
+def test_gptq_end_to_end(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text"
+    text.write_text(TEXT)
+    words = ("quant=int4-g32", f"calibration={text}", "sample_len=64", f"perplexity={text}",
+    "output=json")
+    out = quantised(tmp_path, source, *words)
+    report = json.loads(capsys.readouterr().out) assert report["method"] == "gptq"
+    and report["calibration_tokens"] == len(TEXT) assert report["bytes_after"] == sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert 0 < report["output_error"] < report["weight_error"] < 0.05
+    assert len(report["weights"]) == 7 * CONFIG.num_layers + 1
+    assert report["perplexity_before"] != report["perplexity_after"]
+    assert report["perplexity_after"] == pytest.approx(report["perplexity_before"], rel=0.2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text"]
+
+
+def test_the_table_for_people(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantised(tmp_path, source, "quant=int8")
+    said = capsys.readouterr()
+    for word in ("gate up", "down", "all", "lm_head: int8", "MB in 16 bits"):
+        assert word in said.out, said.out
+    assert said.err.startswith("wrote ")
+
+
+def test_an_lm_head_that_is_the_embedding_stays(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "tied", tie_embeddings=True)
+    out = quantised(tmp_path, source, "quant=int4-g64")
+    quantization = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert quantization["ignore"] == ["lm_head"] and quantization["format"] == "pack-quantized"
+    assert not any("lm_head" in name for name in tensors_in(out))
+
+
+def test_what_cannot_be_done_is_said_in_a_line(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = f"model={source}", f"out={tmp_path / 'out'}"
+    for word, match in (
+        ("quant=int5", "int4-g128-asym"),
+        ("quant=int8 clip=max", "must be one of"),
+        ("quant=int8 methd=rtn", "did you mean 'method'"),
+        ("quant=int8 samples=many", "whole number"),
+        ("quant=int8 damp=nan", "between 0 and 1"),
+        ("quant=int8 method=gptq", "calibration=FILE"),
+        ("quant=int8 method=rtn calibration=x", "does not look"),
+        ("quant=int8 calibration=/nowhere", "does not exist"),
+        ("quant=int8 perplexity=/dev/null", "device or a pipe"),
+        ("out= quant=int8", "out= is missing"),
+        ("quant=int8 word", "not key=value"),
+    ):
+        assert match in refused(capsys, model, out, *word.split())
+    # 96 columns: what fits is told, for this model.
+    said = refused(capsys, model, out, "quant=int4-g128")
+    assert Q_PROJ in said and "96 columns" in said and said.endswith(": int8, int4-g32, int4-g32-asym")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    assert "not empty" in refused(capsys, model, out, "quant=int8")
+
+
+def test_sources_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_folder(tmp_path / "model")
+    words = (f"model={source}", f"out={tmp_path / 'out'}", "quant=int8")
+    config = json.loads((source / "config.json").read_text())
+    changed = config | {"quantization_config": {"quant_method": "awq"}}
+    (source / "config.json").write_text(json.dumps(changed))
+    assert "quantised already" in refused(capsys, *words)
+    experts = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
+    (source / "config.json").write_text(json.dumps(config | experts))
+    assert "4 experts" in refused(capsys, *words)
+    (source / "config.json").write_text(json.dumps(config))
+    for name, bad in ((Q_PROJ, torch.nan), ("model.norm.weight", torch.inf)):
+        tensors = tensors_of(source)
+        tensors[name].view(-1)[-1] = bad
+        save_file(tensors, source / "model.safetensors")
+        said = refused(capsys, *words)
+        assert name in said and "not finite" in said
+        tensors[name].view(-1)[-1] = 1
+        save_file(tensors, source / "model.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_too_little_space_is_told_before(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr("tp.reshard_output.shutil.disk_usage", lambda folder: usage)
+    said = refused(capsys, f"model={source}", f"out={tmp_path / 'out'}", "quant=int8")
+    assert "1000 B free" in said and list(tmp_path.iterdir()) == []
+
+
+def test_what_is_chosen_where_nothing_is_said() -> None:
+    job = parse_job(["model=m", "quant=int4-g32", "out=o"])
+    assert not uses_gptq(job)
+    assert uses_gptq(parse_job(["model=m", "quant=int4-g32", "out=o", "calibration=t"]))
+    assert not searches(parse_job(["model=m", "quant=int8", "out=o"]))
+    with pytest.raises(InputError, match="quant= is missing"):
+        parse_job(["model=m", "out=o"])
+
+
+def test_the_help_is_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 50 and max(map(len, lines)) <= 104
+    for key in parse_job(["model=m", "quant=int8", "out=o"]).__dict__:
+        assert any(line.startswith(f"  {key}=") for line in lines), key
+
+
+@pytest.mark.slow
+def test_a_signal_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text(TEXT * 200)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "quantize", f"model={source}", "quant=int4-g32", f"out={tmp_path / 'out'}",
+         f"calibration={text}", "samples=100000", "sample_len=64"],
+        cwd=CHECKOUT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob(".out.partial-*/*.safetensors")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, said = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert said == "quantize: stopped by SIGTERM; nothing was left\n" and out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
