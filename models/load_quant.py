@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from models.config import ModelConfig
-from models.quant_rules import EMBEDDING, HEAD, HEAD_SCHEME, can_cut, check_quant
+from models.config import HEAD, ModelConfig
+from models.quant_rules import EMBEDDING, HEAD_SCHEME, can_cut, check_quant
 from tp.layers import Linear
 from weights.checkpoint import Checkpoint, Entry, Slices
 from weights.errors import InputError
