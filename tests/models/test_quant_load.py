@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from comm.group import Group
-from models.config import ModelConfig, expected_shapes
+from models.config import HEAD, ModelConfig, expected_shapes
 from models.decoder import Decoder
 from models.load import config_of, linears_of, load_model
 from models.load_quant import plan_layers, read_layer, read_rounded
-from models.quant_rules import EMBEDDING, HEAD, check_quant, is_linear, scheme_for, weight_bytes
+from models.quant_rules import EMBEDDING, check_quant, is_linear, scheme_for, weight_bytes
 from models.sizes import layout_of
 from tests.targets.quant import TOKENS, logits_of
 from tests.weights.quant_files import Kind, write
