@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from weights.quant import QuantWeight, pack_nibbles
-from weights.quantise import quantise_rtn
+from weights.quantise import TINY, quantise_rtn
 from weights.schemes import Scheme
 
 # Of the plain scale. Below 0.6 nothing was ever chosen; finer steps changed no perplexity that counts.
 SHRUNK = tuple(1 - 0.025 * i for i in range(17))
-_TINY = 2.0**-24  # the smallest float16 above 0: the scale of a group of zeros
 _PIECE = 1 << 20  # numbers that are tried at once: a few temporaries of 4 MiB
 
 
@@ -40,7 +39,8 @@ class Grid:
         """The nearest q of a weight [n, k]: float32 [n, k]."""
         n, groups = self.scale.shape
         scale, zero = self.scale.unsqueeze(-1), self.zero.unsqueeze(-1)
-        return (weight.view(n, groups, -1) / scale + zero).round_().clamp_(*self.limits).view_as(weight)
+        steps = (weight.view(n, groups, -1) * (1 / scale)).round_()  # as `quantise_rtn` has them
+        return steps.add_(zero).clamp_(*self.limits).view_as(weight)
 
     def values(self, q: Tensor) -> Tensor:
         """What the numbers q [n, k] stand for."""
@@ -87,7 +87,7 @@ def _search(weight: Tensor, grid: Grid, importance: Tensor | None) -> Tensor:
         scale = grid.scale * factor
         if grid.scheme.bits == 4:
             scale = scale.half().float()
-            scale = torch.where(scale == 0, _TINY, scale)
+            scale = torch.where(scale == 0, TINY, scale)
         tried = Grid(grid.scheme, scale, grid.zero)
         error = (tried.values(tried.integers(weight)) - weight).square_()
         if importance is not None:

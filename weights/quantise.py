@@ -18,7 +18,7 @@ from weights.schemes import Scheme
 
 BLOCK = 1 << 16  # numbers that are rounded at a time: the steps between stay in the caches
 _LARGEST = 65504.0  # of float16; a weight is nowhere near
-_SMALLEST = 1e-30
+TINY = 2.0**-24  # the smallest float16 above 0
 
 
 def quantise_rtn(weight: Tensor, scheme: Scheme) -> QuantWeight:
@@ -74,9 +74,9 @@ def _round(values: Tensor, scheme: Scheme, fine: torch.dtype) -> tuple[Tensor, T
             f"quantised to {scheme.name}: the file is damaged, or use quant=none"
         )
     scale = scale.to(fine)
+    scale = torch.where(scale.abs() < TINY, TINY, scale).to(fine)  # groups of zeros stay zeros
     used = scale.float()
-    # A group of zeros stays zero, and so does what is too small to divide by.
-    inverse = torch.where(used.abs() > _SMALLEST, 1 / used, 0.0).unsqueeze(-1)
+    inverse = (1 / used).unsqueeze(-1)
     q = values * inverse
     if scheme.bits == 8:
         return q.round_().clamp_(-127, 127), scale, scale

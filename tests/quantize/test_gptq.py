@@ -9,8 +9,8 @@ from torch import Tensor
 from quantize.gptq import gptq, inverse_factor
 from quantize.grid import Grid, range_grid, search_grid
 from weights.errors import InputError
+from weights.quant import Scheme, parse_scheme
 from weights.quantise import quantise_rtn
-from weights.schemes import Scheme, parse_scheme
 
 N, K = 24, 320
 
@@ -120,7 +120,7 @@ def test_a_grid_is_what_plain_rounding_uses_and_packs_to_the_same(name: str) -> 
     # What is stored stands for what was computed with, bit for bit.
     assert torch.equal(packed.dequantise(), grid.values(grid.integers(w)))
     # To the nearest: half a step, and at an end of 0..15 up to another half, where a zero point was
-    (rounded,)  # or the range is not as far to the other side.
+    # rounded, or the range is not as far to the other side.
     step = grid.scale.abs().repeat_interleave(packed.group_size, 1)
     within = 0.51 if scheme.bits == 8 else 1.01
     assert ((packed.dequantise() - w).abs() <= within * step + 1e-9).all()
@@ -151,7 +151,7 @@ def test_what_cannot_be_quantised_is_refused(name: str) -> None:
     for bad in (torch.nan, torch.inf, -torch.inf):
         w = torch.ones(2, 64)
         w[1, 40] = bad
-        with pytest.raises(InputError, match="not finite"):
+        with pytest.raises(InputError, match="not a number"):
             quantise_rtn(w, scheme)
     if scheme.bits == 4:
         with pytest.raises(InputError, match="too large"):
