@@ -28,18 +28,18 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[0] = str(HERE.parent)
 
-from models.find import find_weights
-from models.load import config_of
-from quantize.calibrate import Settings
-from quantize.plan import make_plan
-from quantize.read_back import read_back
-from quantize.report import output_error, products, weight_error
-from quantize.run import carry_out
-from quantize.texts import WINDOW, read_tokens, spread
-from quantize.walk import perplexity_of
-from weights.checkpoint import open_checkpoint
-from weights.errors import InputError
-from weights.quant import SCHEMES, parse_scheme
+from models.find import find_weights  # noqa: E402
+from models.load import config_of  # noqa: E402
+from quantize.calibrate import Settings  # noqa: E402
+from quantize.plan import make_plan  # noqa: E402
+from quantize.read_back import read_back  # noqa: E402
+from quantize.report import output_error, products, weight_error  # noqa: E402
+from quantize.run import carry_out  # noqa: E402
+from quantize.texts import WINDOW, read_tokens, spread  # noqa: E402
+from quantize.walk import perplexity_of  # noqa: E402
+from weights.checkpoint import open_checkpoint  # noqa: E402
+from weights.errors import InputError  # noqa: E402
+from weights.quant import SCHEMES, parse_scheme  # noqa: E402
 
 # (how the table calls it, GPTQ or rounding, scales searched, columns sorted)
 METHODS = (

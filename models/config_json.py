@@ -102,6 +102,8 @@ def _rope(rope: Rope, head_dim: int) -> dict[str, Any]:
 def _windows(config: ModelConfig) -> dict[str, Any]:
     if not config.window:
         return {}
+    if not config.windowed:
+        return {"sliding_window": config.window, "use_sliding_window": True}
     kinds = (config.is_windowed(i) for i in range(config.num_layers))
     types = ["sliding_attention" if windowed else "full_attention" for windowed in kinds]
     return {"sliding_window": config.window, "use_sliding_window": True, "layer_types": types}

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from vocabularies import TEXTS, gguf_of, train_bytes
+from vocabularies import SPECIAL, TEXTS, gguf_of, train_bytes
 
 from models.config import ModelConfig, Rope
 from models.config_hf import from_hf
@@ -64,12 +64,8 @@ def test_a_config_comes_back(case: str) -> None:
     config = CASES[case]
     keys = json.loads(json.dumps(to_hf(config, case.split(",")[0], "model.gguf")))
     found = from_hf(keys, "config.json")
-    assert replace(found, rope=config.rope, logits_scale=0) == replace(config, logits_scale=0) or (
-        found.window and replace(found, windowed=()) == replace(config, windowed=())
-    )
-    assert found.rope.kind == config.rope.kind and found.rope.theta == config.rope.theta
     assert found.logits_scale == pytest.approx(config.logits_scale)
-    assert [found.is_windowed(i) for i in range(4)] == [config.is_windowed(i) for i in range(4)]
+    assert replace(found, logits_scale=0.0) == replace(config, logits_scale=0.0)
 
 
 def test_what_the_keys_cannot_say_is_refused() -> None:
@@ -83,7 +79,8 @@ def test_what_the_keys_cannot_say_is_refused() -> None:
 def test_a_tokenizer_comes_back(first: bool, tmp_path: Path) -> None:
     split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     made = train_bytes(split, None)
-    path = gguf_of(tmp_path / "m.gguf", made, pre="gpt-2", add_bos_token=first, bos_token_id=3)
+    bos = made.token_to_id(SPECIAL[0])
+    path = gguf_of(tmp_path / "m.gguf", made, pre="gpt-2", add_bos_token=first, bos_token_id=bos)
     source = open_gguf(path)
     for name, content in tokenizer_files(path, source.config).items():
         (tmp_path / name).write_bytes(content)

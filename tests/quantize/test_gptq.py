@@ -120,7 +120,7 @@ def test_a_grid_is_what_plain_rounding_uses_and_packs_to_the_same(name: str) -> 
     # What is stored stands for what was computed with, bit for bit.
     assert torch.equal(packed.dequantise(), grid.values(grid.integers(w)))
     # To the nearest: half a step, and at an end of 0..15 up to another half, where a zero point was
-    (rounded,)  # or the range is not as far to the other side.
+    # rounded, or the range is not as far to the other side.
     step = grid.scale.abs().repeat_interleave(packed.group_size, 1)
     within = 0.51 if scheme.bits == 8 else 1.01
     assert ((packed.dequantise() - w).abs() <= within * step + 1e-9).all()

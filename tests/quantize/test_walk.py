@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tests.quantize.small import CONFIG, TEXT, make_folder
 from torch import Tensor
 
 from comm.group import Group
@@ -22,6 +22,7 @@ from quantize.read_back import read_back
 from quantize.run import carry_out
 from quantize.texts import spread
 from quantize.walk import Walk, perplexity_of
+from tests.quantize.small import CONFIG, TEXT, make_folder
 from weights.checkpoint import Checkpoint, open_checkpoint
 from weights.quant import parse_scheme
 from weights.random_io import random_checkpoint
@@ -76,9 +77,9 @@ def test_the_tokens_of_several_texts_count_alike() -> None:
     config = CONFIGS["llama"]
     checkpoint = random_model(config)
     both, (long, short) = texts(20, 9), texts(20, 9)
-    one, other = (torch.tensor(perplexity_of(checkpoint, config, [text])).log() for text in (long,
-    short))
-    wanted = float(((19 * one + 8 * other) / 27).exp()) assert perplexity_of(checkpoint, config, both) == pytest.approx(wanted, rel=1e-5)
+    one, other = (math.log(perplexity_of(checkpoint, config, [text])) for text in (long, short))
+    wanted = math.exp((19 * one + 8 * other) / 27)
+    assert perplexity_of(checkpoint, config, both) == pytest.approx(wanted, rel=1e-5)
 
 
 @torch.no_grad()
