@@ -24,7 +24,7 @@ COMMANDS = {
     "run": "start a program of yours on every rank: run [flags] script.py args... | -m module",
     "plan": "draw the machine and the ranks on it, with the reasons; start nothing",
     "doctor": "what this machine has, what will be used, what to change",
-    "quantize": "make weights of 8 or 4 bits: quantize model=... quant=int4-g32 out=DIR; quantize --help",
+    "quantize": "make weights of 8 or 4 bits: quantize model=... quant=... out=DIR; quantize --help",
     "models": "families and presets: sizes, what a rank of 1 to 8 needs: models [NAME...] [dtype=...]",
 }
 
