@@ -5,10 +5,11 @@ quantize` in each scheme, rounded to the nearest and by GPTQ. All weights come b
 that were written. GPTQ looks at a text of its own (bench/calibration.txt), never at the one that is
 measured. The last line is JSON.
 
-Read the figures with two things in mind. SmolLM2's weights are at hand in GGUF's Q4_1 alone: groups of
-32 with a minimum and a step of 4 bits each, so int4-g32-asym finds most of the grid that they lie on
-and is nearly free; symmetric schemes, and larger groups, are the honest ones. And 635 tokens are few:
-a difference of a per cent between two schemes may be the text's.
+Read the figures with two things in mind. SmolLM2's weights are at hand in GGUF's Q4_1 alone: they lie
+on a grid of 16 levels for each 32 of them, with a minimum of its own. int4-g32-asym has grids of nearly
+that kind (its zero point is a whole number, and Q4_1's minimum no multiple of its step), so it does
+better here than on weights that were never rounded; symmetric schemes, and larger groups, are the
+honest ones. And 670 tokens are few: a few per cent between two schemes may be the text's.
 
 What is not here: speed, and tasks other than predicting a text.
 """

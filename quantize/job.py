@@ -52,7 +52,8 @@ keys [default]:
   calibration=  a text like those that the model will be used for, of which are taken
   samples=      so many pieces at most, evenly over it [{samples}]
   sample_len=   of so many tokens each [{sample_len}]
-  clip=         mse (scales that err least) or none (scales that cover the range) [{clip}]
+  clip=         mse (scales that err least) or none (scales that cover the range) [mse for gptq in 4
+                bits, which knows which columns count; else none]
   damp=         what gptq adds to the diagonal of its Hessian, of the mean [{damp:g}]
   order=        act (gptq begins with the columns of the largest inputs) or none [{order}]
   perplexity=   a text: how well it is predicted before and after
@@ -119,5 +120,8 @@ def uses_gptq(job: Job) -> bool:
 
 
 def searches(job: Job) -> bool:
-    """Whether scales are searched: by default those of 4 bits, where a level is worth much."""
-    return job.clip == "mse" or (job.clip == "auto" and job.quant.startswith("int4"))
+    """Whether scales are searched. By default for GPTQ in 4 bits: weighed by what columns are multiplied
+    with, they help it most (docs/log.md); without that the largest numbers count for too little."""
+    return job.clip == "mse" or (
+        job.clip == "auto" and uses_gptq(job) and job.quant.startswith("int4")
+    )

@@ -214,7 +214,15 @@ def test_what_is_chosen_where_nothing_is_said() -> None:
     job = parse_job(["model=m", "quant=int4-g32", "out=o"])
     assert not uses_gptq(job)
     assert uses_gptq(parse_job(["model=m", "quant=int4-g32", "out=o", "calibration=t"]))
-    assert not searches(parse_job(["model=m", "quant=int8", "out=o"]))
+    for clip, calibration, quant, wanted in (
+        ("auto", "", "int4-g32", False),
+        ("auto", "text", "int4-g32", True),
+        ("auto", "text", "int8", False),
+        ("mse", "", "int8", True),
+        ("none", "text", "int4-g32", False),
+    ):
+        words = [f"clip={clip}", f"calibration={calibration}", f"quant={quant}", "model=m", "out=o"]
+        assert searches(parse_job(words)) == wanted
     with pytest.raises(InputError, match="quant= is missing"):
         parse_job(["model=m", "out=o"])
 
