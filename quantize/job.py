@@ -120,8 +120,7 @@ def uses_gptq(job: Job) -> bool:
 
 
 def searches(job: Job) -> bool:
-    """Whether scales are searched. By default for GPTQ in 4 bits: weighed by what columns are multiplied
-    with, they help it most (docs/log.md); without that the largest numbers count for too little."""
-    return job.clip == "mse" or (
-        job.clip == "auto" and uses_gptq(job) and job.quant.startswith("int4")
-    )
+    """Whether scales are searched. By default for GPTQ in 4 bits: weighed by what columns are
+    multiplied with, they help it most (docs/log.md); without that the largest numbers count for too
+    little."""
+    return job.clip == "mse" or (job.clip == "auto" and uses_gptq(job) and job.quant.startswith("int4"))
