@@ -41,7 +41,7 @@ OVERHEAD = (KERNELS, OTHERS, GUARDS, CALLS, LOOP_OPS, LOOP)
 
 _BY_PREFIX = {
     "yoke_kernels::linear": PRODUCTS,
-    "yoke_kernels::pack": PRODUCTS,
+    "yoke_kernels::quant_linear": PRODUCTS,
     "aten::addmm": PRODUCTS,
     "aten::mm": PRODUCTS,
     "aten::bmm": PRODUCTS,

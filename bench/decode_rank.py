@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Sequence
@@ -86,20 +87,17 @@ def _runner(model: Decoder, task: dict[str, Any], batch: int) -> Runner:
 
 
 def twin(model: Decoder) -> Decoder:
-    """The same model over the same parameters, not set up: caches are each one's own."""
-    with torch.device("meta"):
-        other = Decoder(model.config, model.group)
-    other.load_state_dict(model.state_dict(), assign=True)
-    if model.config.tie_embeddings:
-        other.head.weight = other.embed.weight
-    return other.eval()
+    """The same model over the same weights, not set up: caches are each one's own."""
+    shared = [*model.parameters(), *model.buffers(), model.group]
+    return copy.deepcopy(model, {id(each): each for each in shared})
 
 
 def weights_read(model: Decoder) -> list[Tensor]:
-    """What a token reads: all weights but the embedding, of which it reads a row (where the head is not
-    the same tensor)."""
-    tied = model.config.tie_embeddings
-    return [weight for weight in model.parameters() if weight is not model.embed.weight or tied]
+    """What a token reads: all weights and scales but the embedding, of which it reads a row (where the
+    head is not the same tensor)."""
+    tied = model.head.weight is model.embed.weight  # or both are packed, and a buffer
+    weights = [weight for weight in model.parameters() if weight is not model.embed.weight or tied]
+    return weights + [each for name, each in model.named_buffers() if ".packed_" in name]
 
 
 def _read(weights: Sequence[Tensor], group: Group) -> float:

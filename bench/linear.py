@@ -39,6 +39,7 @@ import torch  # noqa: E402
 
 from bench.allreduce import cpu_name, table  # noqa: E402
 from kernels.load import load_kernels  # noqa: E402
+from kernels.packed import pack_bf16  # noqa: E402
 from kernels.quant_linear import Packed, pack  # noqa: E402
 from weights.quant import QuantWeight  # noqa: E402
 from weights.schemes import parse_scheme  # noqa: E402
@@ -62,15 +63,11 @@ def make(scheme: str, n: int, k: int, total: int) -> Weights:
         weight = torch.randn(n, k).bfloat16()
         copies = [weight.clone() for _ in range(-(-total // weight.nbytes))]
         return Weights([lambda x, w=w: ops.linear(x, w, None) for w in copies], weight.nbytes)  # type: ignore[misc]
-    if scheme == PACKED:
-        data = torch.randn(-(-n // 32), k // 32, 2, 512).bfloat16().view(torch.uint8)
-        rest = (None, None, 16, 0, n, None)
-        copies = [data.clone() for _ in range(-(-total // data.nbytes))]
-        return Weights([lambda x, w=w: ops.quant_linear(x, w, *rest) for w in copies], data.nbytes)  # type: ignore[misc]
-    packed = _quantised(scheme, n, k)
-    nbytes = packed.data.nbytes + packed.scale.nbytes
+    packed = pack_bf16(torch.randn(n, k).bfloat16()) if scheme == PACKED else _quantised(scheme, n, k)
+    scale = packed.scale
+    nbytes = packed.data.nbytes + (0 if scale is None else scale.nbytes)
     all_packed = [
-        packed._replace(data=packed.data.clone(), scale=packed.scale.clone())
+        packed._replace(data=packed.data.clone(), scale=None if scale is None else scale.clone())
         for _ in range(-(-total // nbytes))
     ]
     return Weights([lambda x, w=w: ops.quant_linear(x, *w, None) for w in all_packed], nbytes)  # type: ignore[misc]

@@ -84,7 +84,7 @@ def where_time_goes(runner: Runner, prompt: int) -> dict[str, float]:
             run(runner, prompt)
         for event in seen.key_averages(group_by_input_shape=True):
             name = event.key
-            if name == "yoke_kernels::linear":
+            if name in ("yoke_kernels::linear", "yoke_kernels::quant_linear"):
                 name += f" {event.input_shapes[1]}"
             least[name] = min(least.get(name, float("inf")), event.self_cpu_time_total / 1e6)
     return dict(sorted(least.items(), key=lambda item: -item[1]))
@@ -93,8 +93,10 @@ def where_time_goes(runner: Runner, prompt: int) -> dict[str, float]:
 def operations(model: Decoder, config: ModelConfig, prompt: int) -> float:
     """Of this rank, for a prompt: products with weights, the head's for one token, and attention's
     with the tokens that each token sees (windows are not looked at)."""
-    head = model.head.weight.numel()
+    packed = [each for name, each in model.layers.named_buffers() if name.endswith(".packed_data")]
     products = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
+    products += sum(each.nbytes // 2 for each in packed)
+    head = model.layout.vocab_block * config.dim
     seen = prompt * (prompt + 1) // 2
     heads = model.layout.heads.q_stop - model.layout.heads.q_start
     attention = 4 * config.num_layers * heads * config.head_dim * seen

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.decode_rank import open_model, slowest, token_seconds
+from bench.decode_rank import open_model, slowest, token_seconds, weights_read
 from bench.quant import EAGER, PLAIN
 from comm import ops
 from comm.group import Group, Rendezvous, open_group
@@ -19,7 +19,6 @@ from engine.compiling import use_cache_folder
 from engine.opening import all_cores
 from engine.steps import EXTEND, GREEDY, Runner, extend, make_runner, warm_up
 from kernels.load import load_kernels
-from models.decoder import Decoder
 from models.load import load_model
 
 SHORT = 32  # tokens in use before the first that is timed
@@ -71,14 +70,6 @@ def main(env: Any, payload: str) -> int:
             }
             Path(task["out"]).write_text(json.dumps(found))
     return 0
-
-
-def weights_read(model: Decoder) -> list[Tensor]:
-    """What a token reads: all weights and scales but the embedding, of which it reads a row (where the
-    head is not the same tensor)."""
-    tied = model.head.weight is model.embed.weight
-    weights = [weight for weight in model.parameters() if weight is not model.embed.weight or tied]
-    return weights + [each for name, each in model.named_buffers() if ".packed_" in name]
 
 
 def _read(weights: list[Tensor], group: Group) -> float:

@@ -45,6 +45,7 @@ X86_FLAGS: dict[str, tuple[str, ...]] = {
     "quant_avx512.cpp": _AVX512,
     "quant_avx512bf16.cpp": (*_AVX512, "-mavx512bf16"),
     "quant_amx.cpp": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+    "packed_amx.cpp": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
     "attend_amx.cpp": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
 

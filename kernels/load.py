@@ -32,6 +32,8 @@ def load_kernels() -> bool:
         return False
     torch.library.register_fake("yoke_kernels::linear", _fake_linear)
     torch.library.register_fake("yoke_kernels::quant_linear", _fake_quant_linear)
+    torch.library.register_fake("yoke_kernels::pack_rows", lambda *_: None)
+    torch.library.register_fake("yoke_kernels::packed_rows", _fake_packed_rows)
     torch.library.register_fake("yoke_kernels::attend", _fake_attend)
     torch.library.register_fake("yoke_kernels::write_and_attend", _fake_attend)
     torch.library.register_fake("yoke_kernels::write_kv", lambda *_: None)
@@ -60,6 +62,10 @@ def _fake_quant_linear(
     round_x: bool = False,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], num_rows))
+
+
+def _fake_packed_rows(tokens: Tensor, data: Tensor, k: int, start: int, count: int) -> Tensor:
+    return tokens.new_empty((*tokens.shape, k), dtype=torch.bfloat16)
 
 
 def _fake_attend(q: Tensor, *_: object) -> Tensor:

@@ -41,6 +41,7 @@ def pack_cuda(weight: QuantWeight) -> Packed:
 
 def quant_linear_cuda(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """[..., k] x [n, k] -> [..., n]."""
+    assert packed.scale is not None, "bfloat16 is packed on a CPU alone"
     if packed.data.dtype == torch.int32:
         flat = x.reshape(-1, x.shape[-1])
         y = torch.ops.aten._weight_int4pack_mm(flat, packed.data, packed.group_size, packed.scale)

@@ -1,4 +1,4 @@
-"""y = x W^T with quantised weights, laid out for the processor.
+"""y = x W^T with quantised weights, or bfloat16 ones, laid out for the processor.
 
 What: the layout (`pack`, `unpack`; csrc/quant.h draws it), the product for any number of rows, and the
 slow reference in torch. A few rows read each weight once, so the time is that of reading: whole numbers
@@ -28,11 +28,12 @@ class Packed(NamedTuple):
     scales of zero.
 
     data: uint8 [panels, k / 32, 2, 512 (8 bits) or 256 (4 bits)]. scale, offset: float16 or float32
-    [panels, k / group_size, 2, 16].
+    [panels, k / group_size, 2, 16]. In 16 bits the numbers are bfloat16, 1024 bytes in place of 512,
+    without scales (see kernels.packed).
     """
 
     data: Tensor
-    scale: Tensor
+    scale: Tensor | None
     offset: Tensor | None
     bits: int
     group_size: int
@@ -69,7 +70,8 @@ def pack(weight: QuantWeight) -> Packed:
 
 
 def unpack(packed: Packed) -> QuantWeight:
-    """The weight that was packed."""
+    """The quantised weight that was packed."""
+    assert packed.scale is not None, "bfloat16 is not quantised"
     panels, steps = packed.data.shape[:2]
     if packed.bits == 4:
         nibbles = torch.stack((packed.data & 15, packed.data >> 4), dim=-1)
@@ -84,16 +86,24 @@ def unpack(packed: Packed) -> QuantWeight:
     return QuantWeight(data, scale, offset, packed.bits, packed.group_size)
 
 
+def unpack_bf16(packed: Packed, k: int) -> Tensor:
+    """The weight [n, k] of 16 bits that was packed."""
+    panels, steps = packed.data.shape[:2]
+    pairs = packed.data.view(torch.bfloat16).view(panels, steps, 2, STEP // 2, TILE, 2)
+    rows = pairs.permute(0, 2, 4, 1, 3, 5).reshape(panels * 2 * TILE, steps * STEP)
+    return rows[: packed.num_rows, :k]
+
+
 def quant_linear(
     x: Tensor, packed: Packed, bias: Tensor | None = None, round_x: bool = False
 ) -> Tensor:
     """[..., k] x [n, k] -> [..., n] of x's dtype. With bfloat16 on a CPU whole numbers are multiplied,
     and sums scaled, in float32, and rounded once; else it is the reference.
 
-    From 5 rows of x on, matrix units multiply weights that were rounded to bfloat16 (whole numbers,
-    where a row has one scale). `round_x`: where there are also such units for int8, weights have 8 bits
-    and a scale a row, and x has 33 rows or more, each row of x is rounded to 255 steps around zero,
-    and the sums are exact.
+    From 5 rows of x on, matrix units multiply weights that are bfloat16 or were rounded to it (whole
+    numbers, where a row has one scale). `round_x`: where there are also such units for int8, weights
+    have 8 bits and a scale a row, and x has 33 rows or more, each row of x is rounded to 255 steps
+    around zero, and the sums are exact.
     """
     if x.dtype == torch.bfloat16 and x.device.type == "cpu" and has_kernels():
         return torch.ops.yoke_kernels.quant_linear(x, *packed, bias, round_x)
@@ -104,7 +114,10 @@ def quant_linear_reference(x: Tensor, packed: Packed, bias: Tensor | None = None
     """The same, slowly, on any device: the weight and the product in float32 (float64 where x is),
     rounded once."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    weight = unpack(packed).dequantise(wide)
+    if packed.scale is None:
+        weight = unpack_bf16(packed, x.shape[-1]).to(wide)
+    else:
+        weight = unpack(packed).dequantise(wide)
     return F.linear(x.to(wide), weight, None if bias is None else bias.to(wide)).to(x.dtype)
 
 

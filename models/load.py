@@ -1,19 +1,21 @@
 """From a checkpoint to a model on this rank: check the names, then stream this rank's slices.
 
 The model is built without memory (meta device), given memory, and filled tensor by tensor, so no rank
-ever holds more than its own part and one slice being read. Layers that hold their weights quantised
-are filled by `models.load_quant`. A missing, unknown or mis-shaped weight is
-an error that names it: a tensor left uninitialised would be a model that is quietly wrong.
+ever holds more than its own part and one slice being read. Weights are laid out for the products as
+they are read, those of bfloat16 (`tp.layers.hold_packed`) and those that are quantised, which
+`models.load_quant` reads. A missing, unknown or mis-shaped weight is an error that names it: a tensor
+left uninitialised would be a model that is quietly wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from comm.group import Group
+from kernels.packed import PackedRows
 from models.config import HEAD, ModelConfig, expected_shapes
 from models.config_gguf import from_gguf
 from models.config_hf import from_hf
@@ -21,7 +23,16 @@ from models.decoder import Decoder
 from models.load_quant import PackedLayer, is_plain, name_of, plan_layers, read_layer, summary
 from models.mlp import Experts
 from models.quant_rules import EMBEDDING, is_linear
-from tp.layers import ColumnLinear, Linear, RowLinear, hold_quantised
+from tp.layers import (
+    ColumnLinear,
+    Linear,
+    RowLinear,
+    can_pack,
+    hold_packed,
+    hold_quantised,
+    packed_parts,
+    share_packed,
+)
 from tp.shard import find_spec, slices_of
 from weights.checkpoint import Checkpoint, Entry, Slices
 from weights.errors import InputError
@@ -63,15 +74,25 @@ def load_model(
     planned = plan_layers(config, checkpoint, linears, quant, group.size)
     for each in planned:
         each.layer.weight = None  # type: ignore[assignment]
-    model = model.to(dtype).to_empty(device=device)
-    if config.tie_embeddings and model.head.weight is not None:
+    model = model.to(dtype)
+    packed = [each for each in linears if can_pack(each[0], device)]
+    for layer, _ in packed:
+        hold_packed(layer)
+    if config.tie_embeddings and model.head.packing is not None:
+        model.embed.weight = None  # type: ignore[assignment]
+    model = model.to_empty(device=device)
+    if config.tie_embeddings and model.head.packing is not None:
+        share_packed(model.embed, model.head)
+    elif config.tie_embeddings and model.head.weight is not None:
         model.head.weight = model.embed.weight  # to_empty gave each its own memory
     # Rows of the last ranks' vocabulary blocks that lie past its end must not be noise.
     used = model.layout.vocab_stop - model.layout.vocab_start
     for padded in (model.embed.weight, model.head.weight, model.head.bias):
         if padded is not None:
             padded[used:].zero_()
-    targets = destinations(model)
+    targets: dict[str, Tensor | PackedRows] = {**destinations(model)}
+    for layer, parts in packed:
+        targets.update(zip(parts, packed_parts(layer, _sizes(model, layer, parts)), strict=True))
     names = targets.keys() | {name for each in planned for name in each.names}
     assert names == shapes.keys(), names ^ shapes.keys()
 
@@ -95,15 +116,18 @@ def load_model(
             unreleased = 0
         progress(done, total)
     for name, target in targets.items():
-        if find_spec(name).axis == "first" and group.rank:
+        entry = checkpoint.entries[name]
+        if isinstance(target, Tensor) and find_spec(name).axis == "first" and group.rank:
             target.zero_()  # rank 0 adds it for all
         else:
-            entry = checkpoint.entries[name]
             part = (entry.peek or entry.read)(slices_of(name, shapes[name], model.layout))
-            assert part.shape == target.shape, (name, part.shape, target.shape)
-            target.copy_(part)
+            unreleased += part.nbytes
+            if isinstance(target, PackedRows):
+                target.fill(part)
+            else:
+                assert part.shape == target.shape, (name, part.shape, target.shape)
+                target.copy_(part)
         done += target.nbytes
-        unreleased += part.nbytes
         if unreleased >= RELEASE_BYTES:
             # What was read stays in the page cache, but need not count as this process's memory.
             release_pages(files_of(checkpoint.path))
@@ -114,6 +138,16 @@ def load_model(
     if line and quant != "none":
         say(line)
     return model.eval()
+
+
+def _sizes(model: Decoder, layer: Linear, names: tuple[str, ...]) -> Sequence[int]:
+    """The rows of each of a layer's weights, of the head's those within the vocabulary."""
+    if layer is model.head:
+        return (model.layout.vocab_stop - model.layout.vocab_start,)
+    assert layer.packing is not None
+    if isinstance(layer, ColumnLinear) and len(names) > 1:
+        return layer.parts
+    return (layer.packing.num_rows,)
 
 
 def linears_of(model: Decoder) -> Iterator[tuple[Linear, tuple[str, ...]]]:
@@ -194,7 +228,9 @@ def _modules(model: Decoder) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]
 def destinations(model: Decoder) -> dict[str, Tensor]:
     """Where each canonical weight's slice goes: views into the model's (fused) parameters."""
     used = model.layout.vocab_stop - model.layout.vocab_start
-    targets: dict[str, Tensor] = {"model.embed_tokens.weight": model.embed.weight[:used]}
+    targets: dict[str, Tensor] = {}
+    if model.embed.weight is not None:
+        targets["model.embed_tokens.weight"] = model.embed.weight[:used]
 
     def put(prefix: str, module: nn.Module, names: tuple[str, ...]) -> None:
         """The parameters of a module, divided if they are several weights fused."""

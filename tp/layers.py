@@ -3,11 +3,14 @@
 ColumnLinear splits its outputs and RowLinear its inputs, so a pair of them needs a single allreduce
 (Shoeybi et al., Megatron-LM, 2019). Parameters have no gradients: Yoke only runs models.
 
-A product's layer holds a weight, or a quantised one as its product takes it (`hold_quantised`).
+A product's layer holds a weight, or it lies as its product takes it: a quantised one
+(`hold_quantised`), or one of bfloat16 (`hold_packed`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from comm import ops
 from comm.group import Group
 from kernels.linear import linear
+from kernels.packed import PackedRows, clear_rows, pack_bf16, packed_rows, prefers_packed
 from kernels.quant_cuda import pack_cuda, quant_linear_cuda
 from kernels.quant_linear import Packed, pack, quant_linear
 from weights.quant import QuantWeight
@@ -79,17 +83,23 @@ class VocabEmbedding(nn.Module):
     """Rows of a table that is split by token: int [...] -> [..., dim].
 
     Each rank looks up the tokens it holds and zeros for the others; the sum over ranks is the row.
-    `block` rows are allocated on every rank, those past the vocabulary are zero.
+    `block` rows are allocated on every rank, those past the vocabulary are zero. They may be those that
+    the head holds packed (`share_packed`).
     """
 
     def __init__(self, block: int, start: int, dim: int, group: Group) -> None:
         super().__init__()
         self.block = block
         self.start = start
+        self.dim = dim
         self.group = group
         self.weight = _parameter(block, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        data = self._buffers.get("packed_data")
+        if data is not None:
+            part = packed_rows(tokens, data, self.dim, self.start, self.block)
+            return part if self.group.size == 1 else ops.all_reduce(part, self.group)
         if self.group.size == 1:
             return F.embedding(tokens, self.weight)
         local = tokens - self.start
@@ -147,14 +157,48 @@ def hold_quantised(
         layer.register_buffer(f"packed_{name}", getattr(packed, name), persistent=False)
 
 
+def can_pack(layer: Linear, device: torch.device | str = "cpu") -> bool:
+    """Whether products gain by having this layer's weight packed: bfloat16 on a CPU that prefers it."""
+    weight = layer.weight
+    if weight is None or weight.dtype != torch.bfloat16 or weight.numel() == 0:
+        return False
+    return torch.device(device).type == "cpu" and prefers_packed()
+
+
+def hold_packed(layer: Linear) -> None:
+    """Have a layer hold its weight packed, and nothing else. On the meta device it is room for one, to
+    be filled (`packed_parts`)."""
+    packed = pack_bf16(layer.weight)
+    layer.weight = None  # type: ignore[assignment]
+    layer.packing = Packing(packed.bits, packed.group_size, packed.num_rows, False)
+    for name in ("data", "scale", "offset"):
+        layer.register_buffer(f"packed_{name}", getattr(packed, name), persistent=False)
+
+
+def packed_parts(layer: Linear, sizes: Sequence[int]) -> list[PackedRows]:
+    """Where the weights go that a layer holds packed, one after the other, of so many rows each. All
+    rows that they leave are zero."""
+    data = layer._buffers["packed_data"]
+    assert data is not None
+    clear_rows(data, sum(sizes))
+    firsts = accumulate(sizes, initial=0)
+    return [PackedRows(data, first, size) for first, size in zip(firsts, sizes, strict=False)]
+
+
+def share_packed(embed: VocabEmbedding, head: LMHead) -> None:
+    """Have the embedding look its rows up in what the head holds packed, which are the same."""
+    embed.weight = None  # type: ignore[assignment]
+    embed.register_buffer("packed_data", head._buffers["packed_data"], persistent=False)
+
+
 def _product(layer: Linear, x: Tensor) -> Tensor:
     if layer.packing is None:
         return linear(x, layer.weight, layer.bias)
-    data, scale = layer._buffers["packed_data"], layer._buffers["packed_scale"]
+    data = layer._buffers["packed_data"]
     assert data is not None
-    assert scale is not None
     bits, group_size, num_rows, round_x = layer.packing
-    packed = Packed(data, scale, layer._buffers["packed_offset"], bits, group_size, num_rows)
+    scale, offset = layer._buffers["packed_scale"], layer._buffers["packed_offset"]
+    packed = Packed(data, scale, offset, bits, group_size, num_rows)
     if x.is_cuda:
         return quant_linear_cuda(x, packed, layer.bias)
     return quant_linear(x, packed, layer.bias, round_x)

@@ -108,8 +108,10 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& data, const Optio
                         const OptionalTensor& bias, bool round_x) {
   QuantArgs a = weights(data, scale, offset, bits, group, n);
   TORCH_CHECK(x.scalar_type() == at::kBFloat16, "quant_linear: takes bfloat16, not ", x.scalar_type());
-  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == a.k, "quant_linear: x ", x.sizes(), " does not go with a weight of [", n,
-              ", ", a.k, "]");
+  // bfloat16 may be short of a whole step, and is filled up with zeros; so is x.
+  const std::int64_t missing = x.dim() == 0 ? 0 : a.k - x.size(-1);
+  TORCH_CHECK(x.dim() >= 1 && missing >= 0 && missing < (a.format == Format::bf16 ? kStep : 1), "quant_linear: x ",
+              x.sizes(), " does not go with a weight of [", n, ", ", a.k, "]");
   at::Tensor own_bias;
   if (bias.has_value()) {
     TORCH_CHECK(bias->scalar_type() == at::kBFloat16 && bias->dim() == 1 && bias->size(0) == n,
@@ -117,7 +119,7 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& data, const Optio
     own_bias = bias->contiguous();
     a.bias = numbers(own_bias);
   }
-  const at::Tensor rows = x.contiguous();
+  const at::Tensor rows = missing == 0 ? x.contiguous() : at::constant_pad_nd(x, {0, missing}).contiguous();
   a.m = a.k == 0 ? 0 : rows.numel() / a.k;
   std::vector<std::int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = n;
@@ -130,7 +132,7 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& data, const Optio
   a.y = reinterpret_cast<bf16*>(y.mutable_data_ptr<at::BFloat16>());
   const QuantKernels& kernels = chosen_quant();
   at::Tensor held, x_scale;
-  if (kernels.pack != nullptr && a.m >= kernels.pack_from && a.format != Format::bf16) {
+  if (kernels.pack != nullptr && a.m >= kernels.pack_from) {
     if (round_x && a.m >= kPrompt && a.scaled_last()) {
       x_scale = at::empty({a.m}, at::kFloat);
       scale_rows(a, x_scale.mutable_data_ptr<float>());

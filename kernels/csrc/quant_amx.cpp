@@ -12,40 +12,19 @@
 #include <string.h>
 
 #define YOKE_ISA isa_amx
-#include "quant_tiles.h"
+#include "amx_tiles.h"
 
 namespace yoke::kernels {
 namespace isa_amx {
 namespace {
 
-constexpr std::int64_t kSums = kTileRows * kTileRows;    // of a tile
-constexpr std::int64_t kLine = 64, kTile = 16 * kLine;   // bytes
-constexpr std::int64_t kPiece = 16;                      // steps: a panel of w is 32 KiB of the first cache's 48
-constexpr std::int64_t kBlock = 512;                     // rows of x: a piece is 512 KiB of the second's 2 MiB
-constexpr std::int64_t kWaiting = 1 << 19;               // sums that wait for the next piece: 2 MiB
 constexpr std::int64_t kRing = 8, kLead = 2;             // steps of w in `few`, and how far they are ahead
-
-struct alignas(64) TileConfig {
-  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  std::uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-// In memory for good: compilers do not see that the instruction reads all of it.
-const TileConfig kConfig;
 
 struct Scratch {
   alignas(4096) float waiting[kWaiting + 4 * kSums];  // or int32
   alignas(4096) std::uint8_t w[kPiece * 2 * kTile];
 };
 thread_local Scratch scratch;  // kept, so that it is in the caches already
-
-inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-
-inline std::int64_t parts(std::int64_t a, std::int64_t size) { return (a + size - 1) / size; }
-
-inline __mmask32 first_of(std::int64_t count) {
-  return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << (count < 0 ? 0 : count)) - 1;
-}
 
 // Tiles of bf16.
 struct Rounded {
@@ -101,19 +80,6 @@ struct Whole {
   static __m512 sums(const float* from) { return _mm512_cvtepi32_ps(_mm512_load_si512(from)); }
 };
 
-template <class T>
-inline std::int64_t steps_of(const QuantArgs& a) {
-  return parts(a.k, T::kNumbers);
-}
-
-// Where the tiles of a panel of x lie from `step` on, the first of a piece: as [piece][panel][step][2], so that what
-// is used together lies together.
-template <class T>
-inline std::int64_t place(const QuantArgs& a, std::int64_t panel, std::int64_t step) {
-  const std::int64_t length = least(kPiece, steps_of<T>(a) - step);
-  return (step * parts(a.m, kPanelRows) + panel * length) * 2 * kTile;
-}
-
 // Panels [first, last) of x -> tiles, zeros past the end.
 template <class T>
 void pack_tiles(const QuantArgs& a, std::uint8_t* packed, std::int64_t first, std::int64_t last) {
@@ -163,26 +129,6 @@ inline void multiply_step(const std::uint8_t* w, const std::uint8_t* x) {
 }
 
 #undef YOKE_MULTIPLY
-
-template <int B>
-inline void clear() {
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (B > 1) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-}
-
-template <int B>
-inline void keep(float* sums) {
-  _tile_stored(0, sums, kLine);
-  _tile_stored(1, sums + kSums, kLine);
-  if constexpr (B > 1) {
-    _tile_stored(2, sums + 2 * kSums, kLine);
-    _tile_stored(3, sums + 3 * kSums, kLine);
-  }
-}
 
 // The sums begin at zero or at what `sums` has, and end there; those that follow it are asked for, being the next
 // that are needed. Not inlined, or the loop's variables would lie on the stack.
@@ -307,7 +253,9 @@ void product(const QuantArgs& a, std::int64_t first, std::int64_t last) {
 void linear_quant(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   if (a.packed == nullptr) return avx512bf16_quant.linear(a, first, last);
   _tile_loadconfig(&kConfig);
-  if (a.x_scale != nullptr) {
+  if (a.format == Format::bf16) {
+    linear_packed(a, first, last);
+  } else if (a.x_scale != nullptr) {
     product<Whole>(a, first, last);
   } else {
     product<Rounded>(a, first, last);
@@ -318,8 +266,8 @@ void linear_quant(const QuantArgs& a, std::int64_t first, std::int64_t last) {
 }  // namespace
 }  // namespace isa_amx
 
-// Vectors multiply up to four rows of x sooner, and any rows by bf16 weights: the 15 are theirs.
-const QuantKernels amx_quant{isa_amx::linear_quant, 15, isa_amx::dequantise, isa_amx::pack, 5};
+// Vectors multiply up to four rows of x sooner.
+const QuantKernels amx_quant{isa_amx::linear_quant, 4, isa_amx::dequantise, isa_amx::pack, 5};
 
 }  // namespace yoke::kernels
 

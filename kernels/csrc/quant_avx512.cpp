@@ -15,7 +15,8 @@ namespace yoke::kernels {
 namespace isa_avx512 {
 namespace {
 
-constexpr std::int64_t kStreams = 4;   // panels that are read in turn
+constexpr std::int64_t kStreams = 4;   // panels that are read in turn; of bf16 more, which leaves time for that
+constexpr std::int64_t kWideStreams = 8;
 constexpr std::int64_t kAhead = 3072;  // bytes of each stream between what is read and what is asked for
 
 template <std::int64_t kBytes>
@@ -62,6 +63,7 @@ inline void multiply_i4(const std::uint8_t* tiles, __m512 table,
     for (int m = 0; m < M; ++m) sums[t][m] = own.total(t, m);
 }
 
+// What is asked for ahead is spread among the products: more at once would have to wait for memory.
 template <int M>
 inline void multiply_bf16(const std::uint8_t* tiles, const float* x, __m512 (&sums)[2][M]) {
   Sums<M, 2> own;
@@ -70,7 +72,9 @@ inline void multiply_bf16(const std::uint8_t* tiles, const float* x, __m512 (&su
   for (int pair = 0; pair < 16; ++pair) {
 #pragma GCC unroll 2
     for (int t = 0; t < 2; ++t) {
-      const __m512i v = line(tiles + t * tile_bytes(Format::bf16) + 64 * pair);
+      const std::uint8_t* from = tiles + t * tile_bytes(Format::bf16) + 64 * pair;
+      _mm_prefetch(reinterpret_cast<const char*>(from + kAhead), _MM_HINT_T0);
+      const __m512i v = line(from);
       const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
       const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(v, upper));
       for (int m = 0; m < M; ++m) {
@@ -117,6 +121,11 @@ inline void multiply_i8(const std::uint8_t* tiles, const float* x, __m512 (&sums
   }
 }
 
+template <Format F>
+constexpr std::int64_t streams() {
+  return F == Format::bf16 ? kWideStreams : kStreams;
+}
+
 // M rows of x from m0 on and `count` panels of w from `panel` on, a step of each in turn.
 template <Format F, int M>
 void few(const QuantArgs& a, std::int64_t m0, std::int64_t panel, std::int64_t count) {
@@ -127,7 +136,7 @@ void few(const QuantArgs& a, std::int64_t m0, std::int64_t panel, std::int64_t c
   const __m512 zero = _mm512_set1_ps(a.offset == nullptr ? 8 : 0);
   const __m512 table =
       _mm512_sub_ps(_mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), zero);
-  __m512 totals[kStreams][2][M];
+  __m512 totals[streams<F>()][2][M];
   for (auto& panels : totals)
     for (auto& tiles : panels)
       for (__m512& total : tiles) total = _mm512_setzero_ps();
@@ -137,7 +146,7 @@ void few(const QuantArgs& a, std::int64_t m0, std::int64_t panel, std::int64_t c
     for (std::int64_t p = 0; p < count; ++p) {
       __asm__("" : "+r"(x));  // compilers would keep x in registers that it has to be copied from: loads are free
       const std::uint8_t* tiles = data + p * steps * kBytes;
-      ask_for<kBytes>(tiles + kAhead);
+      if constexpr (F != Format::bf16) ask_for<kBytes>(tiles + kAhead);
       __m512 sums[2][M];
       if constexpr (F == Format::i4) multiply_i4<M>(tiles, table, x, sums);
       if constexpr (F == Format::i8) multiply_i8<M>(tiles, x, sums);
@@ -163,8 +172,8 @@ void few(const QuantArgs& a, std::int64_t m0, std::int64_t panel, std::int64_t c
 
 template <Format F>
 void panels(const QuantArgs& a, std::int64_t first, std::int64_t last) {
-  for (std::int64_t panel = first; panel < last; panel += kStreams) {
-    const std::int64_t count = last - panel < kStreams ? last - panel : kStreams;
+  for (std::int64_t panel = first; panel < last; panel += streams<F>()) {
+    const std::int64_t count = last - panel < streams<F>() ? last - panel : streams<F>();
     for (std::int64_t m = 0; m < a.m; m += kRowBlock) {
       switch (a.m - m) {
         case 1: few<F, 1>(a, m, panel, count); break;

@@ -1,0 +1,173 @@
+// AMX (Sapphire Rapids and later): products with weights of bfloat16 that lie packed, from five rows of x on.
+//
+// A tile of w is a right-hand side as it lies in memory, so nothing is copied or made: few rows of x stay on the left
+// while panels of w pass by once, as fast as memory gives them; many rows go through the caches in blocks. See
+// kernels_amx.cpp for the idea, quant_amx.cpp for weights that have to be made first.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define YOKE_ISA isa_amx
+#include "amx_tiles.h"
+
+namespace yoke::kernels {
+namespace isa_amx {
+namespace {
+
+constexpr std::int64_t kStreams = 4;   // panels that a few rows of x meet in turn,
+constexpr std::int64_t kTurn = 2;      // a page of each: so many steps
+constexpr std::int64_t kAhead = 3072;  // bytes of each between what is read and what is asked for
+
+struct Brains {
+  static constexpr std::int64_t kNumbers = kStep;
+};
+
+struct Waiting {
+  alignas(4096) float sums[kWaiting + 4 * kSums];
+};
+thread_local Waiting waiting;  // kept, so that it is in the caches already
+
+// Rows m to m + 32 of x and a panel of w: their sums, [2 of x][2 of w] tiles, with the bias, rounded, to y. `past`: not
+// into the caches, of which y would push out what is still needed.
+void finish_panel(const QuantArgs& a, std::int64_t m, std::int64_t panel, const float* sums, bool past) {
+  const std::int64_t n = panel * kPanelRows;
+  const __mmask32 mask = first_of(a.n - n);
+  __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  for (int t = 0; t < 2 && a.bias != nullptr; ++t) {
+    const __m256i some = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask >> (16 * t)), a.bias + n + t * kTileRows);
+    bias[t] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(some), 16));
+  }
+  for (std::int64_t j = 0; j < kPanelRows && m + j < a.m; ++j) {
+    const float* row = sums + j / kTileRows * 2 * kSums + j % kTileRows * kTileRows;
+    const __m512i both = rounded(_mm512_add_ps(_mm512_load_ps(row), bias[0]),
+                                 _mm512_add_ps(_mm512_load_ps(row + kSums), bias[1]));
+    bf16* y = a.y + (m + j) * a.n + n;
+    if (past) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(y), both);
+    } else {
+      _mm512_mask_storeu_epi16(y, mask, both);
+    }
+  }
+}
+
+inline void ask_for(const std::uint8_t* from) {
+#pragma GCC unroll 32
+  for (std::int64_t i = 0; i < 2 * kTile; i += kLine) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
+}
+
+// 16 B rows of x times a step of a panel. x shall not push w out of the first cache.
+template <int B>
+inline void multiply_step(const std::uint8_t* w, const std::uint8_t* x) {
+  _tile_loadd(6, w, kLine);
+  _tile_stream_loadd(4, x, kLine);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(7, w + kTile, kLine);
+  _tile_dpbf16ps(1, 4, 7);
+  if constexpr (B > 1) {
+    _tile_stream_loadd(5, x + kTile, kLine);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// The sums so far.
+template <int B>
+inline void begin(const float* sums, bool resume) {
+  if (!resume) return clear<B>();
+  _tile_loadd(0, sums, kLine);
+  _tile_loadd(1, sums + kSums, kLine);
+  if constexpr (B > 1) {
+    _tile_loadd(2, sums + 2 * kSums, kLine);
+    _tile_loadd(3, sums + 3 * kSums, kLine);
+  }
+}
+
+// 16 B rows of x, all that there are, and panels of w from `panel` on, a page of each in turn.
+template <int B>
+void few(const QuantArgs& a, std::int64_t panel, std::int64_t count) {
+  for (std::int64_t turn = 0; turn < a.steps(); turn += kTurn) {
+    const std::int64_t end = least(turn + kTurn, a.steps());
+    const std::uint8_t* begins = a.packed + place<Brains>(a, 0, turn / kPiece * kPiece) + turn % kPiece * 2 * kTile;
+    for (std::int64_t p = 0; p < count; ++p) {
+      const std::uint8_t *w = a.data + (panel + p) * a.panel_bytes() + turn * 2 * kTile, *x = begins;
+      float* sums = waiting.sums + p * 4 * kSums;
+      begin<B>(sums, turn > 0);
+      for (std::int64_t step = turn; step < end; ++step, w += 2 * kTile, x += 2 * kTile) {
+        ask_for(w + kAhead);
+        multiply_step<B>(w, x);
+      }
+      keep<B>(sums);
+    }
+  }
+  for (std::int64_t p = 0; p < count; ++p) finish_panel(a, 0, panel + p, waiting.sums + p * 4 * kSums, false);
+}
+
+// 16 B rows of x times a piece of a panel. The sums begin at zero or at what `sums` has, and end there; those that
+// follow are asked for, being the next that are needed, and so are `lines` lines of `ahead` at each step.
+template <int B>
+__attribute__((noinline)) void multiply_piece(const std::uint8_t* w, const std::uint8_t* x, std::int64_t steps,
+                                              float* sums, bool resume, const std::uint8_t* ahead, std::int64_t lines) {
+  begin<B>(sums, resume);
+  const float* next = sums + 4 * kSums;
+  for (const std::uint8_t* const end = w + steps * 2 * kTile; w != end; w += 2 * kTile, x += 2 * kTile) {
+    multiply_step<B>(w, x);
+    for (std::int64_t i = 0; i < lines; ++i, ahead += kLine) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+    }
+    for (int i = 0; i < 4; ++i) __builtin_prefetch(next + i * 16, 1, 3);
+    next += 4 * 16;
+  }
+  keep<B>(sums);
+}
+
+// Panels [first, last) of w, of which the sums fit `waiting`, times rows [m0, m1) of x: all panels of w for a piece of
+// k, then for the next.
+void strip_packed(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int64_t first, std::int64_t last,
+                  bool past) {
+  const std::int64_t across = parts(m1 - m0, kPanelRows), lines = parts(2 * kTile / kLine, across);
+  for (std::int64_t step = 0; step < a.steps(); step += kPiece) {
+    const std::int64_t count = least(kPiece, a.steps() - step);
+    for (std::int64_t panel = first; panel < last; ++panel) {
+      const std::uint8_t* w = a.data + panel * a.panel_bytes() + step * 2 * kTile;
+      // Asked for while this piece is multiplied: the next panel's, or the first one's next. Past the last, what
+      // follows may be no weight: asking for it is harmless.
+      const std::uint8_t* next = panel + 1 < last          ? w + a.panel_bytes()
+                                 : step + count < a.steps() ? a.data + first * a.panel_bytes() + (step + count) * 2 * kTile
+                                                            : a.data + last * a.panel_bytes();
+      for (std::int64_t j = 0; j < across; ++j, next += count * lines * kLine) {
+        const std::int64_t m = m0 + j * kPanelRows;
+        float* sums = waiting.sums + ((panel - first) * across + j) * 4 * kSums;
+        const std::uint8_t* x = a.packed + place<Brains>(a, m / kPanelRows, step);
+        if (m1 - m > kTileRows) {
+          multiply_piece<2>(w, x, count, sums, step > 0, next, lines);
+        } else {
+          multiply_piece<1>(w, x, count, sums, step > 0, next, lines);
+        }
+        if (step + count == a.steps()) finish_panel(a, m, panel, sums, past);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void linear_packed(const QuantArgs& a, std::int64_t first, std::int64_t last) {
+  if (a.m <= kPanelRows) {
+    for (std::int64_t panel = first; panel < last; panel += kStreams) {
+      const std::int64_t count = least(kStreams, last - panel);
+      a.m > kTileRows ? few<2>(a, panel, count) : few<1>(a, panel, count);
+    }
+    return;
+  }
+  const bool past = a.n % kPanelRows == 0 && reinterpret_cast<std::uintptr_t>(a.y) % kLine == 0;
+  for (std::int64_t m = 0; m < a.m; m += kBlock) {
+    const std::int64_t end = least(m + kBlock, a.m);
+    const std::int64_t length = kWaiting / (parts(end - m, kPanelRows) * 4 * kSums);
+    for (std::int64_t p = first; p < last; p += length) strip_packed(a, m, end, p, least(p + length, last), past);
+  }
+  _mm_sfence();
+}
+
+}  // namespace isa_amx
+}  // namespace yoke::kernels
+
+#endif
