@@ -19,7 +19,7 @@ def main(env: Any, payload: str) -> int:
     checkpoint = open_checkpoint(Path(json.loads(payload)["folder"]))
     group = Group(env.rank, env.world_size)  # a layout: loading needs no transport
     model = load_model(config_of(checkpoint), checkpoint, group, torch.bfloat16)
-    shard = sum(parameter.nbytes for parameter in model.parameters())
+    shard = sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
     peak = peak_rss_bytes()
     print(json.dumps({"rank": env.rank, "shard": shard, "peak": peak}), flush=True)
     return 0
