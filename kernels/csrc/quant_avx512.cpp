@@ -16,7 +16,7 @@ namespace isa_avx512 {
 namespace {
 
 constexpr std::int64_t kStreams = 4;   // panels that are read in turn; of bf16 more, which leaves time for that
-constexpr std::int64_t kWideStreams = 8;
+constexpr std::int64_t kWideStreams = 6;
 constexpr std::int64_t kAhead = 3072;  // bytes of each stream between what is read and what is asked for
 
 template <std::int64_t kBytes>
