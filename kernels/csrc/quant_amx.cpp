@@ -12,6 +12,7 @@
 #include <string.h>
 
 #define YOKE_ISA isa_amx
+#include "quant_amx_few.h"
 #include "quant_tiles.h"
 
 namespace yoke::kernels {
@@ -19,7 +20,7 @@ namespace isa_amx {
 namespace {
 
 constexpr std::int64_t kSums = kTileRows * kTileRows;    // of a tile
-constexpr std::int64_t kLine = 64, kTile = 16 * kLine;   // bytes
+constexpr std::int64_t kTile = 16 * kLine;               // bytes
 constexpr std::int64_t kPiece = 16;                      // steps: a panel of w is 32 KiB of the first cache's 48
 constexpr std::int64_t kBlock = 512;                     // rows of x: a piece is 512 KiB of the second's 2 MiB
 constexpr std::int64_t kWaiting = 1 << 19;               // sums that wait for the next piece: 2 MiB
@@ -29,9 +30,17 @@ struct alignas(64) TileConfig {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
   std::uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+
+  // All but the two of weights, 6 and 7, with so many rows.
+  static constexpr TileConfig of(std::uint8_t rows) {
+    TileConfig config;
+    for (int i = 0; i < 6; ++i) config.rows[i] = rows;
+    return config;
+  }
 };
 // In memory for good: compilers do not see that the instruction reads all of it.
-const TileConfig kConfig;
+const TileConfig kConfig, kFewConfigs[5] = {TileConfig::of(1), TileConfig::of(2), TileConfig::of(4), TileConfig::of(8),
+                                            TileConfig::of(16)};
 
 struct Scratch {
   alignas(4096) float waiting[kWaiting + 4 * kSums];  // or int32
@@ -132,7 +141,11 @@ void pack_tiles(const QuantArgs& a, std::uint8_t* packed, std::int64_t first, st
   }
 }
 
+inline bool takes_bytes(const QuantArgs& a) { return a.m <= kRowBlock && a.format == Format::i4; }
+
 void pack(const QuantArgs& a, std::uint8_t* packed, std::int64_t first, std::int64_t last) {
+  if (takes_bytes(a)) return pack_bytes(a, packed, first, last);
+  if (scales_sums(a)) return pack_few(a, packed);
   return a.x_scale != nullptr ? pack_tiles<Whole>(a, packed, first, last)
                               : pack_tiles<Rounded>(a, packed, first, last);
 }
@@ -304,10 +317,15 @@ void product(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   }
 }
 
+bool packs(const QuantArgs& a) { return a.format != Format::bf16 && (a.m >= 5 || scales_sums(a)); }
+
 void linear_quant(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   if (a.packed == nullptr) return avx512bf16_quant.linear(a, first, last);
-  _tile_loadconfig(&kConfig);
-  if (a.x_scale != nullptr) {
+  if (takes_bytes(a)) return linear_bytes(a, first, last);
+  _tile_loadconfig(scales_sums(a) ? &kFewConfigs[few_config(a.m)] : &kConfig);
+  if (scales_sums(a)) {
+    a.format == Format::i4 ? few_scaled<Format::i4>(a, first, last) : few_scaled<Format::i8>(a, first, last);
+  } else if (a.x_scale != nullptr) {
     product<Whole>(a, first, last);
   } else {
     product<Rounded>(a, first, last);
@@ -318,8 +336,8 @@ void linear_quant(const QuantArgs& a, std::int64_t first, std::int64_t last) {
 }  // namespace
 }  // namespace isa_amx
 
-// Vectors multiply up to four rows of x sooner, and any rows by bf16 weights: the 15 are theirs.
-const QuantKernels amx_quant{isa_amx::linear_quant, 15, isa_amx::dequantise, isa_amx::pack, 5};
+// What vectors are given the 15 rows are theirs: any rows by bf16 weights, and a few by those with a scale a row.
+const QuantKernels amx_quant{isa_amx::linear_quant, 15, isa_amx::dequantise, isa_amx::packs, isa_amx::pack};
 
 }  // namespace yoke::kernels
 
