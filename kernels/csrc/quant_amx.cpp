@@ -256,7 +256,8 @@ void finish(const QuantArgs& a, std::int64_t m, std::int64_t panel, const float*
 // One panel of x.
 template <class T, int B>
 void few(const QuantArgs& a, std::int64_t first, std::int64_t last) {
-  std::uint8_t* const ring = scratch.w;
+  Scratch& own = this_threads(scratch);
+  std::uint8_t* const ring = own.w;
   const std::int64_t steps = steps_of<T>(a);
   for (std::int64_t panel = first; panel < last; ++panel) {
     clear<B>();
@@ -268,8 +269,8 @@ void few(const QuantArgs& a, std::int64_t first, std::int64_t last) {
       const std::uint8_t* x = a.packed + place<T>(a, 0, step / kPiece * kPiece) + step % kPiece * 2 * kTile;
       multiply_step<T, B>(ring + step % kRing * 2 * kTile, x);
     }
-    keep<B>(scratch.waiting);
-    finish<T>(a, 0, panel, scratch.waiting);
+    keep<B>(own.waiting);
+    finish<T>(a, 0, panel, own.waiting);
   }
 }
 
@@ -277,7 +278,7 @@ void few(const QuantArgs& a, std::int64_t first, std::int64_t last) {
 // k, then for the next.
 template <class T>
 void strip(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int64_t first, std::int64_t last) {
-  Scratch& own = scratch;
+  Scratch& own = this_threads(scratch);
   const std::int64_t across = parts(m1 - m0, kPanelRows), steps = steps_of<T>(a);
   const std::int64_t bytes = 2 * tile_bytes(a.format) * (T::kNumbers / kStep);  // of a step
   for (std::int64_t step = 0; step < steps; step += kPiece) {

@@ -78,7 +78,7 @@ void multiply(const QuantArgs& a, std::int64_t m, std::int64_t panel, std::int64
 }
 
 void many(const QuantArgs& a, std::int64_t first, std::int64_t last) {
-  Scratch& own = scratch;
+  Scratch& own = this_threads(scratch);
   for (std::int64_t m0 = 0; m0 < a.m; m0 += kBlock) {
     const std::int64_t rows = a.m - m0 < kBlock ? a.m - m0 : kBlock;
     for (std::int64_t panel = first; panel < last; ++panel) {
