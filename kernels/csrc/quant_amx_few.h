@@ -18,9 +18,8 @@ namespace isa_amx {
 namespace {
 
 constexpr std::int64_t kLine = 64;      // bytes
-constexpr std::int64_t kTurn = 16;      // steps
+constexpr std::int64_t kTurn = 8;       // steps
 constexpr std::int64_t kStreams = 4;    // panels that are read in turn
-constexpr std::int64_t kAhead = 2048;   // bytes of each between what is read and what is asked for
 constexpr std::int64_t kLag = 2, kLagRing = 4;
 
 struct FewScratch {
@@ -57,9 +56,9 @@ void pack_few(const QuantArgs& a, std::uint8_t* packed) {
 }
 
 template <Format F>
-inline void make_whole(const std::uint8_t* from, __m512i table, std::uint8_t* to) {
+inline void make_whole(const std::uint8_t* from, std::int64_t ahead, __m512i table, std::uint8_t* to) {
   for (int i = 0; i < tile_bytes(F); i += kLine) {
-    _mm_prefetch(reinterpret_cast<const char*>(from + kAhead + i), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(from + ahead + i), _MM_HINT_T0);
   }
   if constexpr (F == Format::i4) {
     expand_i4(from, table, reinterpret_cast<bf16*>(to));
@@ -68,10 +67,10 @@ inline void make_whole(const std::uint8_t* from, __m512i table, std::uint8_t* to
   }
 }
 
-// Steps [step, step + count) of tile `t` of a panel.
+// Steps [step, step + count) of tile `t` of a panel. Asked for is what comes after them, `ahead` of what is read.
 template <Format F, int M>
 void turn(const QuantArgs& a, FewScratch& own, std::int64_t panel, std::int64_t t, std::int64_t step,
-          std::int64_t count, float (&totals)[kTileRows][kTileRows]) {
+          std::int64_t count, std::int64_t ahead, float (&totals)[kTileRows][kTileRows]) {
   constexpr std::int64_t kBytes = tile_bytes(F);
   const __m512i table = nibbles_bf16(a.offset != nullptr);
   const std::uint8_t* data = a.data + ((panel * a.steps() + step) * 2 + t) * kBytes;
@@ -84,7 +83,7 @@ void turn(const QuantArgs& a, FewScratch& own, std::int64_t panel, std::int64_t 
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) found[m] = step == 0 ? _mm512_setzero_ps() : _mm512_load_ps(totals[m]);
   for (std::int64_t i = 0; i < count + 2 * kLag; ++i) {
-    if (i < count) make_whole<F>(data + i * 2 * kBytes, table, own.w[i % kLagRing]);
+    if (i < count) make_whole<F>(data + i * 2 * kBytes, ahead, table, own.w[i % kLagRing]);
     __asm__ volatile("" ::: "memory");  // compilers do not see tiles read and write
     if (i >= kLag && i < count + kLag) {
       _tile_zero(0);
@@ -124,7 +123,8 @@ void few_turns(const QuantArgs& a, std::int64_t first, std::int64_t last) {
     for (std::int64_t step = 0; step < a.steps(); step += kTurn) {
       const std::int64_t count = a.steps() - step < kTurn ? a.steps() - step : kTurn;
       for (std::int64_t p = panel; p < end; ++p) {
-        for (std::int64_t t = 0; t < 2; ++t) turn<F, M>(a, own, p, t, step, count, own.totals[p - panel][t]);
+        const std::int64_t next = p + 1 < end ? a.panel_bytes() : (panel - p) * a.panel_bytes() + count * 2 * tile_bytes(F);
+        for (std::int64_t t = 0; t < 2; ++t) turn<F, M>(a, own, p, t, step, count, next, own.totals[p - panel][t]);
       }
     }
   }
