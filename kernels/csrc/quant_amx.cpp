@@ -39,8 +39,7 @@ struct alignas(64) TileConfig {
   }
 };
 // In memory for good: compilers do not see that the instruction reads all of it.
-const TileConfig kConfig, kFewConfigs[5] = {TileConfig::of(1), TileConfig::of(2), TileConfig::of(4), TileConfig::of(8),
-                                            TileConfig::of(16)};
+const TileConfig kConfig, kConfigOf8 = TileConfig::of(8);
 
 struct Scratch {
   alignas(4096) float waiting[kWaiting + 4 * kSums];  // or int32
@@ -318,12 +317,12 @@ void product(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   }
 }
 
-bool packs(const QuantArgs& a) { return a.format != Format::bf16 && (a.m >= 5 || scales_sums(a)); }
+bool packs(const QuantArgs& a) { return a.format != Format::bf16 && (a.m > kRowBlock || takes_bytes(a)); }
 
 void linear_quant(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   if (a.packed == nullptr) return avx512bf16_quant.linear(a, first, last);
   if (takes_bytes(a)) return linear_bytes(a, first, last);
-  _tile_loadconfig(scales_sums(a) ? &kFewConfigs[few_config(a.m)] : &kConfig);
+  _tile_loadconfig(scales_sums(a) && few_rows(a.m) == 8 ? &kConfigOf8 : &kConfig);
   if (scales_sums(a)) {
     a.format == Format::i4 ? few_scaled<Format::i4>(a, first, last) : few_scaled<Format::i8>(a, first, last);
   } else if (a.x_scale != nullptr) {

@@ -1,4 +1,4 @@
-// AMX: up to 16 rows of x, times weights that groups of k scale. Part of quant_amx.cpp.
+// AMX: five to 16 rows of x, times weights that groups of k scale. Part of quant_amx.cpp.
 //
 // Weights become whole numbers in bf16 and nothing more: to scale the sums of a step costs an instruction for each row
 // of x, to scale its weights some ten for each 32 of them. So a row of y is exact but for float's roundings, and has
@@ -31,13 +31,11 @@ thread_local FewScratch few_scratch;
 
 // Whether a product is one of these.
 inline bool scales_sums(const QuantArgs& a) {
-  return a.m <= kTileRows && a.format != Format::bf16 && !a.scaled_last();
+  return a.m > kRowBlock && a.m <= kTileRows && a.format != Format::bf16 && !a.scaled_last();
 }
 
 // Rows of x that are multiplied: more than m, if need be, of zeros.
-inline int few_config(std::int64_t m) { return m <= 2 ? static_cast<int>(m) - 1 : m <= 4 ? 2 : m <= 8 ? 3 : 4; }
-
-inline std::int64_t few_rows(std::int64_t m) { return std::int64_t{1} << few_config(m); }
+inline std::int64_t few_rows(std::int64_t m) { return m <= 8 ? 8 : 16; }
 
 // x as [step][few_rows(m)][32], and if there are offsets the sums of that, as floats.
 void pack_few(const QuantArgs& a, std::uint8_t* packed) {
@@ -68,7 +66,8 @@ inline void make_whole(const std::uint8_t* from, std::int64_t ahead, __m512i tab
 }
 
 // Steps [step, step + count) of tile `t` of a panel. Asked for is what comes after them, `ahead` of what is read.
-template <Format F, int M>
+// Each: that is a group.
+template <Format F, int M, bool Each>
 void turn(const QuantArgs& a, FewScratch& own, std::int64_t panel, std::int64_t t, std::int64_t step,
           std::int64_t count, std::int64_t ahead, float (&totals)[kTileRows][kTileRows]) {
   constexpr std::int64_t kBytes = tile_bytes(F);
@@ -78,7 +77,8 @@ void turn(const QuantArgs& a, FewScratch& own, std::int64_t panel, std::int64_t 
   const float* of_x = reinterpret_cast<const float*>(a.packed + a.steps() * M * kLine) + step * M;
   const std::int64_t steps_of_group = a.group / kStep;
   std::int64_t at = (panel * a.groups() + step / steps_of_group) * kPanelRows + t * kTileRows;
-  std::int64_t left = steps_of_group - step % steps_of_group;
+  std::int64_t left = steps_of_group - step % steps_of_group, unsummed = left;  // to the end of a group
+  bool fresh = true;  // the next step multiplied is the first of a sum
   __m512 found[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) found[m] = step == 0 ? _mm512_setzero_ps() : _mm512_load_ps(totals[m]);
@@ -86,18 +86,22 @@ void turn(const QuantArgs& a, FewScratch& own, std::int64_t panel, std::int64_t 
     if (i < count) make_whole<F>(data + i * 2 * kBytes, ahead, table, own.w[i % kLagRing]);
     __asm__ volatile("" ::: "memory");  // compilers do not see tiles read and write
     if (i >= kLag && i < count + kLag) {
-      _tile_zero(0);
+      if (Each || fresh) _tile_zero(0);
       _tile_loadd(4, x + (i - kLag) * M * kLine, kLine);
       _tile_loadd(6, own.w[(i - kLag) % kLagRing], kLine);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_stored(0, own.sums[i % kLagRing], kLine);
+      fresh = --unsummed == 0 || i == count + kLag - 1;
+      if (unsummed == 0) unsummed = steps_of_group;
+      if (Each || fresh) _tile_stored(0, own.sums[i % kLagRing], kLine);
     }
     __asm__ volatile("" ::: "memory");
     if (i < 2 * kLag) continue;
     const float* sums = own.sums[(i - kLag) % kLagRing];
-    const __m512 scale = scales(a, a.scale, at);
+    if (Each || left == 1 || i == count + 2 * kLag - 1) {
+      const __m512 scale = scales(a, a.scale, at);
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) found[m] = _mm512_fmadd_ps(scale, _mm512_load_ps(sums + 16 * m), found[m]);
+      for (int m = 0; m < M; ++m) found[m] = _mm512_fmadd_ps(scale, _mm512_load_ps(sums + 16 * m), found[m]);
+    }
     if (a.offset != nullptr) {
       const __m512 offset = scales(a, a.offset, at);
       const float* of_step = of_x + (i - 2 * kLag) * M;
@@ -115,7 +119,7 @@ void turn(const QuantArgs& a, FewScratch& own, std::int64_t panel, std::int64_t 
   for (int m = 0; m < a.m; ++m) finish(a, m, panel * kPanelRows + t * kTileRows, _mm512_load_ps(totals[m]));
 }
 
-template <Format F, int M>
+template <Format F, int M, bool Each>
 void few_turns(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   FewScratch& own = this_threads(few_scratch);
   for (std::int64_t panel = first; panel < last; panel += kStreams) {
@@ -124,21 +128,20 @@ void few_turns(const QuantArgs& a, std::int64_t first, std::int64_t last) {
       const std::int64_t count = a.steps() - step < kTurn ? a.steps() - step : kTurn;
       for (std::int64_t p = panel; p < end; ++p) {
         const std::int64_t next = p + 1 < end ? a.panel_bytes() : (panel - p) * a.panel_bytes() + count * 2 * tile_bytes(F);
-        for (std::int64_t t = 0; t < 2; ++t) turn<F, M>(a, own, p, t, step, count, next, own.totals[p - panel][t]);
+        for (std::int64_t t = 0; t < 2; ++t) turn<F, M, Each>(a, own, p, t, step, count, next, own.totals[p - panel][t]);
       }
     }
   }
 }
 
+template <Format F, int M>
+void few_scaled(const QuantArgs& a, std::int64_t first, std::int64_t last) {
+  a.group == kStep ? few_turns<F, M, true>(a, first, last) : few_turns<F, M, false>(a, first, last);
+}
+
 template <Format F>
 void few_scaled(const QuantArgs& a, std::int64_t first, std::int64_t last) {
-  switch (few_rows(a.m)) {
-    case 1: return few_turns<F, 1>(a, first, last);
-    case 2: return few_turns<F, 2>(a, first, last);
-    case 4: return few_turns<F, 4>(a, first, last);
-    case 8: return few_turns<F, 8>(a, first, last);
-    default: return few_turns<F, 16>(a, first, last);
-  }
+  few_rows(a.m) == 8 ? few_scaled<F, 8>(a, first, last) : few_scaled<F, 16>(a, first, last);
 }
 
 }  // namespace

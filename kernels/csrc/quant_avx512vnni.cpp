@@ -5,6 +5,7 @@
 // the largest of the 32 of its step of k: its upper and its lower bytes are multiplied apart. All sums of a step are
 // exact, and scaled in float; a row has the same bits whatever other rows there are.
 #if defined(__x86_64__)
+#include <math.h>
 #include <string.h>
 
 #define YOKE_ISA isa_avx512vnni
@@ -38,12 +39,14 @@ void round_step(const bf16* x, bool offset, Step& to) {
   const __m512i numbers = _mm512_permutexvar_epi16(order, line(x));
   const __m512 first = to_floats(_mm512_castsi512_si256(numbers));
   const __m512 second = to_floats(_mm512_extracti64x4_epi64(numbers, 1));
-  const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second)));
-  // Of numbers that are too small for that, or not finite, the scale says what there is to say.
-  const float inverse = kLargest / largest;
-  const bool is_usual = inverse <= 3e38f && inverse > 0.0f;
-  to.scale = is_usual ? largest * (1.0f / kLargest) : largest <= 3e38f ? 0.0f : largest - largest;
-  const __m512 times = _mm512_set1_ps(is_usual ? inverse : 0.0f);
+  const __m512 sizes[2] = {_mm512_abs_ps(first), _mm512_abs_ps(second)}, infinite = _mm512_set1_ps(INFINITY);
+  const bool is_finite = (_mm512_cmp_ps_mask(sizes[0], infinite, _CMP_LT_OQ) &
+                          _mm512_cmp_ps_mask(sizes[1], infinite, _CMP_LT_OQ)) == 0xffff;
+  const float largest = _mm512_reduce_max_ps(_mm512_max_ps(sizes[0], sizes[1]));
+  // Numbers of less than 1e-34 are zeros.
+  const bool is_usual = is_finite && largest > 1e-34f;
+  to.scale = is_usual ? largest / kLargest : is_finite ? 0.0f : NAN;
+  const __m512 times = _mm512_set1_ps(is_usual ? kLargest / largest : 0.0f);
   const __m512i half = _mm512_set1_epi32(128);
   const __m512i whole[2] = {_mm512_cvtps_epi32(_mm512_mul_ps(first, times)),
                             _mm512_cvtps_epi32(_mm512_mul_ps(second, times))};
