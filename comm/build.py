@@ -43,6 +43,7 @@ X86_FLAGS: dict[str, tuple[str, ...]] = {
     "attend_avx512.cpp": _AVX512,
     "quant_avx2.cpp": _AVX2,
     "quant_avx512.cpp": _AVX512,
+    "quant_avx512vnni.cpp": (*_AVX512, "-mavx512vnni"),
     "quant_avx512bf16.cpp": (*_AVX512, "-mavx512bf16"),
     "quant_amx.cpp": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     "packed_amx.cpp": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),

@@ -1,8 +1,8 @@
 """y = x W^T with quantised weights, or bfloat16 ones, laid out for the processor.
 
 What: the layout (`pack`, `unpack`; csrc/quant.h draws it), the product for any number of rows, and the
-slow reference in torch. A few rows read each weight once, so the time is that of reading: whole numbers
-are multiplied as they come, in float32, and the sums of 32 scaled.
+slow reference in torch. A few rows read each weight once, so the time shall be that of reading: whole
+numbers are multiplied as they come, and the sums of 32 scaled.
 
 What is not here: how weights are quantised, and their logical form (weights/quant.py).
 """
@@ -98,12 +98,14 @@ def quant_linear(
     x: Tensor, packed: Packed, bias: Tensor | None = None, round_x: bool = False
 ) -> Tensor:
     """[..., k] x [n, k] -> [..., n] of x's dtype. With bfloat16 on a CPU whole numbers are multiplied,
-    and sums scaled, in float32, and rounded once; else it is the reference.
+    and sums scaled in float32, and rounded once; else it is the reference.
 
-    From 5 rows of x on, matrix units multiply weights that are bfloat16 or were rounded to it (whole
-    numbers, where a row has one scale). `round_x`: where there are also such units for int8, weights
-    have 8 bits and a scale a row, and x has 33 rows or more, each row of x is rounded to 255 steps
-    around zero, and the sums are exact.
+    How depends on the processor, the format and the rows of x. A few rows times int4 may be products
+    of bytes: x is taken to 16 bits of the largest of each 32 numbers, and sums of a step are exact.
+    From 17 rows on, matrix units multiply weights that were scaled and rounded to bfloat16 (whole
+    numbers, where a row has one scale); plain bfloat16 they multiply from 5 rows on. `round_x`: where
+    there are also such units for int8, weights have 8 bits and a scale a row, and x has 33 rows or
+    more, each row of x is rounded to 255 steps around zero, and the sums are exact.
     """
     if x.dtype == torch.bfloat16 and x.device.type == "cpu" and has_kernels():
         return torch.ops.yoke_kernels.quant_linear(x, *packed, bias, round_x)

@@ -17,6 +17,13 @@ struct alignas(64) TileConfig {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
   std::uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+
+  // All but the two of weights, 6 and 7, with so many rows.
+  [[maybe_unused]] static constexpr TileConfig of(std::uint8_t rows) {
+    TileConfig config;
+    for (int i = 0; i < 6; ++i) config.rows[i] = rows;
+    return config;
+  }
 };
 // In memory for good: compilers do not see that the instruction reads all of it.
 const TileConfig kConfig;

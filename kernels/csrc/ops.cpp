@@ -41,7 +41,7 @@ std::vector<const Kernels*> runnable() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx512) found.push_back(&avx512_kernels);
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
     found.push_back(&avx512bf16_kernels);
     if (may_use_tiles()) found.push_back(&amx_kernels);
   }

@@ -132,7 +132,7 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& data, const Optio
   a.y = reinterpret_cast<bf16*>(y.mutable_data_ptr<at::BFloat16>());
   const QuantKernels& kernels = chosen_quant();
   at::Tensor held, x_scale;
-  if (kernels.pack != nullptr && a.m >= kernels.pack_from) {
+  if (kernels.packs != nullptr && kernels.packs(a)) {
     if (round_x && a.m >= kPrompt && a.scaled_last()) {
       x_scale = at::empty({a.m}, at::kFloat);
       scale_rows(a, x_scale.mutable_data_ptr<float>());

@@ -61,14 +61,17 @@ struct QuantKernels {
   // Weights of panel `panel` and steps [first, last) -> bf16 tiles [step][tile][16 pairs][16 rows][2], on a border of
   // 64 bytes: scale and offset applied in float, rounded once; with `scaled_last`, whole numbers. Or null.
   void (*dequantise)(const QuantArgs&, std::int64_t panel, std::int64_t first, std::int64_t last, bf16* tiles);
+  // Whether x is to be laid out for a product. Or null.
+  bool (*packs)(const QuantArgs&) = nullptr;
   // Lays 32 rows of x out in `packed`, two bytes a number at most, and those after them: [first, last) in units of 32.
-  // For products from `pack_from` rows of x on. Or null.
   void (*pack)(const QuantArgs&, std::uint8_t* packed, std::int64_t first, std::int64_t last) = nullptr;
-  std::int64_t pack_from = 0;
 };
 
 extern const QuantKernels base_quant;
 #if defined(__x86_64__)
+// Of int4 weights and a few rows of x, as `QuantKernels` has them.
+void pack_bytes(const QuantArgs&, std::uint8_t* packed, std::int64_t first, std::int64_t last);
+void linear_bytes(const QuantArgs&, std::int64_t first, std::int64_t last);
 extern const QuantKernels avx2_quant;
 extern const QuantKernels avx512_quant;
 extern const QuantKernels avx512bf16_quant;

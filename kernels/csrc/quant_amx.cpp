@@ -13,12 +13,15 @@
 
 #define YOKE_ISA isa_amx
 #include "amx_tiles.h"
+#include "quant_amx_few.h"
 
 namespace yoke::kernels {
 namespace isa_amx {
 namespace {
 
-constexpr std::int64_t kRing = 8, kLead = 2;             // steps of w in `few`, and how far they are ahead
+constexpr std::int64_t kRing = 8, kLead = 2;  // steps of w in `few`, and how far they are ahead
+
+const TileConfig kConfigOf8 = TileConfig::of(8);  // in memory for good, as kConfig
 
 struct Scratch {
   alignas(4096) float waiting[kWaiting + 4 * kSums];  // or int32
@@ -98,7 +101,11 @@ void pack_tiles(const QuantArgs& a, std::uint8_t* packed, std::int64_t first, st
   }
 }
 
+inline bool takes_bytes(const QuantArgs& a) { return a.m <= kRowBlock && a.format == Format::i4; }
+
 void pack(const QuantArgs& a, std::uint8_t* packed, std::int64_t first, std::int64_t last) {
+  if (takes_bytes(a)) return pack_bytes(a, packed, first, last);
+  if (scales_sums(a)) return pack_few(a, packed);
   return a.x_scale != nullptr ? pack_tiles<Whole>(a, packed, first, last)
                               : pack_tiles<Rounded>(a, packed, first, last);
 }
@@ -189,7 +196,8 @@ void finish(const QuantArgs& a, std::int64_t m, std::int64_t panel, const float*
 // One panel of x.
 template <class T, int B>
 void few(const QuantArgs& a, std::int64_t first, std::int64_t last) {
-  std::uint8_t* const ring = scratch.w;
+  Scratch& own = this_threads(scratch);
+  std::uint8_t* const ring = own.w;
   const std::int64_t steps = steps_of<T>(a);
   for (std::int64_t panel = first; panel < last; ++panel) {
     clear<B>();
@@ -201,8 +209,8 @@ void few(const QuantArgs& a, std::int64_t first, std::int64_t last) {
       const std::uint8_t* x = a.packed + place<T>(a, 0, step / kPiece * kPiece) + step % kPiece * 2 * kTile;
       multiply_step<T, B>(ring + step % kRing * 2 * kTile, x);
     }
-    keep<B>(scratch.waiting);
-    finish<T>(a, 0, panel, scratch.waiting);
+    keep<B>(own.waiting);
+    finish<T>(a, 0, panel, own.waiting);
   }
 }
 
@@ -210,7 +218,7 @@ void few(const QuantArgs& a, std::int64_t first, std::int64_t last) {
 // k, then for the next.
 template <class T>
 void strip(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int64_t first, std::int64_t last) {
-  Scratch& own = scratch;
+  Scratch& own = this_threads(scratch);
   const std::int64_t across = parts(m1 - m0, kPanelRows), steps = steps_of<T>(a);
   const std::int64_t bytes = 2 * tile_bytes(a.format) * (T::kNumbers / kStep);  // of a step
   for (std::int64_t step = 0; step < steps; step += kPiece) {
@@ -250,11 +258,16 @@ void product(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   }
 }
 
+bool packs(const QuantArgs& a) { return a.m > kRowBlock || takes_bytes(a); }
+
 void linear_quant(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   if (a.packed == nullptr) return avx512bf16_quant.linear(a, first, last);
-  _tile_loadconfig(&kConfig);
+  if (takes_bytes(a)) return linear_bytes(a, first, last);
+  _tile_loadconfig(scales_sums(a) && few_rows(a.m) == 8 ? &kConfigOf8 : &kConfig);
   if (a.format == Format::bf16) {
     linear_packed(a, first, last);
+  } else if (scales_sums(a)) {
+    a.format == Format::i4 ? few_scaled<Format::i4>(a, first, last) : few_scaled<Format::i8>(a, first, last);
   } else if (a.x_scale != nullptr) {
     product<Whole>(a, first, last);
   } else {
@@ -266,8 +279,8 @@ void linear_quant(const QuantArgs& a, std::int64_t first, std::int64_t last) {
 }  // namespace
 }  // namespace isa_amx
 
-// Vectors multiply up to four rows of x sooner.
-const QuantKernels amx_quant{isa_amx::linear_quant, 4, isa_amx::dequantise, isa_amx::pack, 5};
+// What vectors are given the 15 rows are theirs: a few by weights that have a scale a row.
+const QuantKernels amx_quant{isa_amx::linear_quant, 15, isa_amx::dequantise, isa_amx::packs, isa_amx::pack};
 
 }  // namespace yoke::kernels
 

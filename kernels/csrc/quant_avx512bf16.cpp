@@ -1,5 +1,5 @@
 // AVX-512 with products of bf16 pairs (Cooper Lake, Sapphire Rapids, Zen 4 and later): quantised weights times many
-// rows of x. A few rows are those of plain AVX-512.
+// rows of x. A few rows are those of plain AVX-512, or of bytes.
 //
 // Weights of a panel become whole numbers in bf16, a piece at a time that stays in the first cache for all rows of x;
 // the sums of a step are scaled in float.
@@ -78,7 +78,7 @@ void multiply(const QuantArgs& a, std::int64_t m, std::int64_t panel, std::int64
 }
 
 void many(const QuantArgs& a, std::int64_t first, std::int64_t last) {
-  Scratch& own = scratch;
+  Scratch& own = this_threads(scratch);
   for (std::int64_t m0 = 0; m0 < a.m; m0 += kBlock) {
     const std::int64_t rows = a.m - m0 < kBlock ? a.m - m0 : kBlock;
     for (std::int64_t panel = first; panel < last; ++panel) {
@@ -108,7 +108,10 @@ void many(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   }
 }
 
+bool packs(const QuantArgs& a) { return a.m <= kFew && a.format == Format::i4; }
+
 void quant_linear(const QuantArgs& a, std::int64_t first, std::int64_t last) {
+  if (a.packed != nullptr) return linear_bytes(a, first, last);
   if (a.m <= kFew) return avx512_quant.linear(a, first, last);
   many(a, first, last);
 }
@@ -116,7 +119,8 @@ void quant_linear(const QuantArgs& a, std::int64_t first, std::int64_t last) {
 }  // namespace
 }  // namespace isa_avx512bf16
 
-const QuantKernels avx512bf16_quant{isa_avx512bf16::quant_linear, isa_avx512bf16::kFew, isa_avx512bf16::dequantise};
+const QuantKernels avx512bf16_quant{isa_avx512bf16::quant_linear, isa_avx512bf16::kFew, isa_avx512bf16::dequantise,
+                                     isa_avx512bf16::packs, pack_bytes};
 
 }  // namespace yoke::kernels
 

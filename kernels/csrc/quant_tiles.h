@@ -16,6 +16,15 @@
 namespace yoke::kernels::YOKE_ISA {
 namespace {
 
+// What is a thread's own, looked up here: compilers would do it again where it is used, in loops, and a call leaves no
+// vector in a register.
+template <class T>
+inline T& this_threads(T& own) {
+  T* found = &own;
+  __asm__("" : "+r"(found));
+  return *found;
+}
+
 inline __m512i line(const void* from) { return _mm512_loadu_si512(from); }
 
 // What nibbles mean as whole numbers: bf16 of them less 8, or with offsets of them.

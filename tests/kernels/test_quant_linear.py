@@ -71,8 +71,14 @@ def check(
     if weight.offset is not None:  # `dequantise` rounds to float32
         bound = bound + x.double().abs() @ weight.dequantise(torch.float64).abs().T * 2**-22
     is_whole = weight.bits == 8 and weight.group_size == x.shape[-1] and weight.offset is None
-    if name == "amx" and x.shape[:-1].numel() > 4 and not is_whole:
-        # Matrix units take weights that are rounded to bfloat16.
+    m = x.shape[:-1].numel()
+    if weight.bits == 4 and m <= {"avx512bf16": 15, "amx": 4}.get(name, 0):
+        # Products of bytes take x to 16 bits of the largest of each 32.
+        steps = x.double().abs().unflatten(-1, (-1, 32)).amax(-1)
+        of_steps = weight.dequantise(torch.float64).abs().unflatten(1, (-1, 32)).sum(-1)
+        bound = bound + steps @ of_steps.T * 2**-15
+    if name == "amx" and m > 16 and not is_whole:
+        # Matrix units take weights that are rounded to bfloat16, where rows are many.
         bound = bound + x.double().abs() @ weight.dequantise(torch.float64).abs().T * 2**-9
     if bias is not None:
         wanted += bias.double()
@@ -178,17 +184,41 @@ def test_an_offset_that_no_half_holds() -> None:
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_row_is_the_same_whatever_the_others_are(name: str, bits: int) -> None:
-    """Bit for bit among a few rows, and among more of them, which may go another way: up to 15, or up
-    to 4 where matrix units take what is more."""
+    """Bit for bit among numbers of rows that go the same way."""
     OPS.use_instruction_set(name)
     packed, x = pack(random_weight(70, 320, bits, 64, True, True, 1)), random_x(131, 320, 1)
-    most = 4 if name == "amx" else 15
-    few, many = quant_linear(x[:most], packed), quant_linear(x, packed)
-    for end in range(1, most + 1):
-        start = end // 2
-        assert torch.equal(quant_linear(x[start:end], packed), few[start:end])
-    for start, end in ((0, most + 1), (0, 16), (13, 50), (50, 120), (7, 131)):
-        assert torch.equal(quant_linear(x[start:end], packed), many[start:end])
+    ways = [(1, 4), (5, 16), (17, 131)] if name == "amx" else [(1, 15), (16, 131)]
+    for least, most in ways:
+        wanted = quant_linear(x[:most], packed)
+        for count in {least, least + 1, (least + most) // 2, most}:
+            for start in {0, (most - count) // 2, most - count}:
+                got = quant_linear(x[start : start + count], packed)
+                assert torch.equal(got, wanted[start : start + count])
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("m", [2, 7, 40])
+def test_what_is_not_finite_stays_in_its_row(name: str, m: int) -> None:
+    OPS.use_instruction_set(name)
+    weight, x = random_weight(50, 160, 4, 32, False, True, 2), random_x(m, 160, 2)
+    wanted = quant_linear(x, pack(weight))
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        hurt = x.clone()
+        hurt[1, 70] = bad
+        got = quant_linear(hurt, pack(weight))
+        assert not got[1].isfinite().any()
+        got[1] = wanted[1]
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_rows_of_zeros_and_of_tiny_numbers(name: str) -> None:
+    OPS.use_instruction_set(name)
+    weight, x = random_weight(50, 160, 4, 32, True, True, 3), random_x(3, 160, 3)
+    x[1] = 0
+    x[2] *= 1e-36
+    got = quant_linear(x, pack(weight))
+    assert (got[1] == 0).all() and (got[2].abs() < 1e-30).all() and got[0].abs().min() > 0
 
 
 @pytest.mark.parametrize("name", SETS)
