@@ -1,5 +1,6 @@
 // AMX (Sapphire Rapids and later): products from four rows of x on, blocked for the caches.
 //
+// For weights that lie as they were loaded (most lie packed, see packed_amx.cpp; those of engine=hf and routers do not).
 // A tile of w is 16 rows of 32 numbers as they lie in memory, so w needs no other layout: it is x, the smaller
 // one, whose pairs are put where the tile instructions want the right-hand side. The product comes out
 // transposed, 16 rows of w by 16 rows of x, and is turned as it is rounded.

@@ -83,13 +83,13 @@ inline void begin(const float* sums, bool resume) {
 
 // 16 B rows of x, all that there are, and panels of w from `panel` on, a page of each in turn.
 template <int B>
-void few(const QuantArgs& a, std::int64_t panel, std::int64_t count) {
+void few(const QuantArgs& a, std::int64_t panel, std::int64_t count, float* all_sums) {
   for (std::int64_t turn = 0; turn < a.steps(); turn += kTurn) {
     const std::int64_t end = least(turn + kTurn, a.steps());
     const std::uint8_t* begins = a.packed + place<Brains>(a, 0, turn / kPiece * kPiece) + turn % kPiece * 2 * kTile;
     for (std::int64_t p = 0; p < count; ++p) {
       const std::uint8_t *w = a.data + (panel + p) * a.panel_bytes() + turn * 2 * kTile, *x = begins;
-      float* sums = waiting.sums + p * 4 * kSums;
+      float* sums = all_sums + p * 4 * kSums;
       begin<B>(sums, turn > 0);
       for (std::int64_t step = turn; step < end; ++step, w += 2 * kTile, x += 2 * kTile) {
         ask_for(w + kAhead);
@@ -98,7 +98,7 @@ void few(const QuantArgs& a, std::int64_t panel, std::int64_t count) {
       keep<B>(sums);
     }
   }
-  for (std::int64_t p = 0; p < count; ++p) finish_panel(a, 0, panel + p, waiting.sums + p * 4 * kSums, false);
+  for (std::int64_t p = 0; p < count; ++p) finish_panel(a, 0, panel + p, all_sums + p * 4 * kSums, false);
 }
 
 // 16 B rows of x times a piece of a panel. The sums begin at zero or at what `sums` has, and end there; those that
@@ -122,7 +122,7 @@ __attribute__((noinline)) void multiply_piece(const std::uint8_t* w, const std::
 // Panels [first, last) of w, of which the sums fit `waiting`, times rows [m0, m1) of x: all panels of w for a piece of
 // k, then for the next.
 void strip_packed(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int64_t first, std::int64_t last,
-                  bool past) {
+                  float* all_sums, bool past) {
   const std::int64_t across = parts(m1 - m0, kPanelRows), lines = parts(2 * kTile / kLine, across);
   for (std::int64_t step = 0; step < a.steps(); step += kPiece) {
     const std::int64_t count = least(kPiece, a.steps() - step);
@@ -135,7 +135,7 @@ void strip_packed(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int
                                                             : a.data + last * a.panel_bytes();
       for (std::int64_t j = 0; j < across; ++j, next += count * lines * kLine) {
         const std::int64_t m = m0 + j * kPanelRows;
-        float* sums = waiting.sums + ((panel - first) * across + j) * 4 * kSums;
+        float* sums = all_sums + ((panel - first) * across + j) * 4 * kSums;
         const std::uint8_t* x = a.packed + place<Brains>(a, m / kPanelRows, step);
         if (m1 - m > kTileRows) {
           multiply_piece<2>(w, x, count, sums, step > 0, next, lines);
@@ -151,10 +151,11 @@ void strip_packed(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int
 }  // namespace
 
 void linear_packed(const QuantArgs& a, std::int64_t first, std::int64_t last) {
+  float* const sums = waiting.sums;  // compilers call for where a thread's memory is
   if (a.m <= kPanelRows) {
     for (std::int64_t panel = first; panel < last; panel += kStreams) {
       const std::int64_t count = least(kStreams, last - panel);
-      a.m > kTileRows ? few<2>(a, panel, count) : few<1>(a, panel, count);
+      a.m > kTileRows ? few<2>(a, panel, count, sums) : few<1>(a, panel, count, sums);
     }
     return;
   }
@@ -162,7 +163,9 @@ void linear_packed(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   for (std::int64_t m = 0; m < a.m; m += kBlock) {
     const std::int64_t end = least(m + kBlock, a.m);
     const std::int64_t length = kWaiting / (parts(end - m, kPanelRows) * 4 * kSums);
-    for (std::int64_t p = first; p < last; p += length) strip_packed(a, m, end, p, least(p + length, last), past);
+    for (std::int64_t p = first; p < last; p += length) {
+      strip_packed(a, m, end, p, least(p + length, last), sums, past);
+    }
   }
   _mm_sfence();
 }
