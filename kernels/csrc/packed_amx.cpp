@@ -13,7 +13,8 @@ namespace yoke::kernels {
 namespace isa_amx {
 namespace {
 
-constexpr std::int64_t kStreams = 4;   // panels that a few rows of x meet in turn,
+constexpr std::int64_t kFewRows = 64;  // of x, whose sums stay in the first cache beside what is read:
+constexpr std::int64_t kStreams = 4;   // for up to 32 of them so many panels are read in turn, else half as many,
 constexpr std::int64_t kTurn = 2;      // a page of each: so many steps
 constexpr std::int64_t kAhead = 3072;  // bytes of each between what is read and what is asked for
 
@@ -81,24 +82,40 @@ inline void begin(const float* sums, bool resume) {
   }
 }
 
-// 16 B rows of x, all that there are, and panels of w from `panel` on, a page of each in turn.
+// 16 B rows of x times a turn of a panel, added to `sums`. `ask`: for what comes next of it, too.
 template <int B>
+inline void multiply_turn(const std::uint8_t* w, const std::uint8_t* x, std::int64_t steps, float* sums, bool resume,
+                          bool ask) {
+  begin<B>(sums, resume);
+  for (const std::uint8_t* const end = w + steps * 2 * kTile; w != end; w += 2 * kTile, x += 2 * kTile) {
+    if (ask) ask_for(w + kAhead);
+    multiply_step<B>(w, x);
+  }
+  keep<B>(sums);
+}
+
+// All rows of x, and `count` panels of w from `panel` on, a page of each in turn.
 void few(const QuantArgs& a, std::int64_t panel, std::int64_t count, float* all_sums) {
+  const std::int64_t across = parts(a.m, kPanelRows);
   for (std::int64_t turn = 0; turn < a.steps(); turn += kTurn) {
-    const std::int64_t end = least(turn + kTurn, a.steps());
-    const std::uint8_t* begins = a.packed + place<Brains>(a, 0, turn / kPiece * kPiece) + turn % kPiece * 2 * kTile;
+    const std::int64_t steps = least(kTurn, a.steps() - turn), piece = turn / kPiece * kPiece;
     for (std::int64_t p = 0; p < count; ++p) {
-      const std::uint8_t *w = a.data + (panel + p) * a.panel_bytes() + turn * 2 * kTile, *x = begins;
-      float* sums = all_sums + p * 4 * kSums;
-      begin<B>(sums, turn > 0);
-      for (std::int64_t step = turn; step < end; ++step, w += 2 * kTile, x += 2 * kTile) {
-        ask_for(w + kAhead);
-        multiply_step<B>(w, x);
+      const std::uint8_t* w = a.data + (panel + p) * a.panel_bytes() + turn * 2 * kTile;
+      for (std::int64_t j = 0; j < across; ++j) {
+        const std::uint8_t* x = a.packed + place<Brains>(a, j, piece) + (turn - piece) * 2 * kTile;
+        float* sums = all_sums + (p * across + j) * 4 * kSums;
+        if (a.m - j * kPanelRows > kTileRows) {
+          multiply_turn<2>(w, x, steps, sums, turn > 0, j == 0);
+        } else {
+          multiply_turn<1>(w, x, steps, sums, turn > 0, j == 0);
+        }
       }
-      keep<B>(sums);
     }
   }
-  for (std::int64_t p = 0; p < count; ++p) finish_panel(a, 0, panel + p, all_sums + p * 4 * kSums, false);
+  for (std::int64_t p = 0; p < count; ++p)
+    for (std::int64_t j = 0; j < across; ++j) {
+      finish_panel(a, j * kPanelRows, panel + p, all_sums + (p * across + j) * 4 * kSums, false);
+    }
 }
 
 // 16 B rows of x times a piece of a panel. The sums begin at zero or at what `sums` has, and end there; those that
@@ -152,10 +169,10 @@ void strip_packed(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int
 
 void linear_packed(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   float* const sums = waiting.sums;  // compilers call for where a thread's memory is
-  if (a.m <= kPanelRows) {
-    for (std::int64_t panel = first; panel < last; panel += kStreams) {
-      const std::int64_t count = least(kStreams, last - panel);
-      a.m > kTileRows ? few<2>(a, panel, count, sums) : few<1>(a, panel, count, sums);
+  if (a.m <= kFewRows) {
+    const std::int64_t streams = kStreams / parts(a.m, kPanelRows);
+    for (std::int64_t panel = first; panel < last; panel += streams) {
+      few(a, panel, least(streams, last - panel), sums);
     }
     return;
   }

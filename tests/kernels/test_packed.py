@@ -64,8 +64,8 @@ def test_products_of_any_shape(name: str, m: int, n: int, k: int, with_bias: boo
     check(m, n, k, with_bias, seed)
 
 
-# Past the sizes at which the way changes: 16, 32 and 512 rows, 512 numbers of k, panels that are read
-# in turn, sums of 2 MiB; and at each with remainders.
+# Past the sizes at which the way changes: 16, 32, 64 and 512 rows, 512 numbers of k, panels that are
+# read in turn, sums of 2 MiB; and at each with remainders.
 @pytest.mark.parametrize("name", SETS[-2:])
 @pytest.mark.parametrize(
     ("m", "n", "k"),
@@ -75,6 +75,8 @@ def test_products_of_any_shape(name: str, m: int, n: int, k: int, with_bias: boo
         (16, 129, 1041),
         (32, 96, 512),
         (33, 97, 513),
+        (64, 130, 600),
+        (65, 70, 600),
         (100, 33, 1030),
         (530, 1100, 545),
     ],
