@@ -1,7 +1,7 @@
 """What do quantised weights gain, from prompt to token? `python bench/quant.py [--quant int8 int4-g32]`
 
-The same model several times in the same ranks: in bfloat16, with each scheme, and in bfloat16 without
-compiling. Tokens of all of them, and prompts, take turns, so that a ratio is of one moment. Best and
+The same model several times in the same ranks: in bfloat16, with each scheme, and with `--eager` in
+bfloat16 without compiling, by torch's own products. Tokens of all of them, and prompts, take turns, so that a ratio is of one moment. Best and
 median; the last line is JSON. A preset has random weights; a folder or .gguf its own.
 
 What is not here: single products (bench/linear.py), what rounding costs in quality (bench/quality.py),
@@ -68,6 +68,16 @@ def summary(found: Found) -> list[Found]:
     return rows
 
 
+def over_eager(found: Found) -> dict[str, list[float]]:
+    """How many times as fast each variant's tokens are as those without compiling, [best, median]."""
+    *others, eager = found["variants"]
+    times = {}
+    for one in others:
+        ratios = [a / b for a, b in zip(eager["token_s"], one["token_s"], strict=True)]
+        times[one["name"]] = [min(eager["token_s"]) / min(one["token_s"]), statistics.median(ratios)]
+    return times
+
+
 def draw(rows: Sequence[Found], title: str) -> None:
     table = Table(title=title, title_justify="left")
     titles = ("ms a token", "tokens/s", "times", "GB of a rank", "of bare read", "ms a prompt", "times")
@@ -94,7 +104,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/quant.py", allow_abbrev=False)
     parser.add_argument("--model", default="llama-3.2-1b", help="a preset, a .gguf or a folder")
     parser.add_argument("--quant", nargs="+", default=["int8", "int4-g32"], choices=["auto", *SCHEMES])
-    parser.add_argument("--eager", action="store_true", help="bfloat16 without compiling as well")
+    parser.add_argument("--eager", action="store_true", help="torch's bfloat16, not compiled, as well")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--cores-per-rank", type=int, default=1, help="0: all of its place [1]")
     parser.add_argument("--batch", type=int, default=1)
@@ -116,6 +126,9 @@ def main(argv: Sequence[str]) -> int:
         f"{flags.ranks} ranks, batch of {flags.batch}, prompt of {flags.prompt}: best / median"
     )
     draw(rows, title)
+    if flags.eager:
+        for name, times in over_eager(found).items():
+            print(f"{name}: {_pair(times, 2)} times the tokens of eager bfloat16")
     print(json.dumps({"task": task, "ranks": flags.ranks, "variants": rows}))
     return 0
 
