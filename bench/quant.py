@@ -1,8 +1,9 @@
 """What do quantised weights gain, from prompt to token? `python bench/quant.py [--quant int8 int4-g32]`
 
 The same model several times in the same ranks: in bfloat16, with each scheme, and with `--eager` in
-bfloat16 without compiling, by torch's own products. Tokens of all of them, and prompts, take turns, so that a ratio is of one moment. Best and
-median; the last line is JSON. A preset has random weights; a folder or .gguf its own.
+bfloat16 without compiling, by torch's own products. Tokens of all of them, and prompts, take turns, so
+that a ratio is of one moment. Best and median; the last line is JSON. A preset has random weights; a
+folder or .gguf its own.
 
 What is not here: single products (bench/linear.py), what rounding costs in quality (bench/quality.py),
 other programs (bench/peers.py).
