@@ -1,4 +1,4 @@
-"""Which layers of a model hold their weights quantised, and filling those.
+"""Filling the layers of a model that hold their weights quantised (`models.quant_rules` decides which).
 
 `quant` is "none" (dequantise what is quantised), "auto" (keep what products can take) or a scheme:
 plain weights are rounded to it as they are read. A layer of fused weights is one product, so its parts
@@ -18,16 +18,15 @@ from dataclasses import dataclass
 import torch
 
 from models.config import HEAD, ModelConfig
-from models.quant_rules import EMBEDDING, HEAD_SCHEME, can_cut, check_quant
+from models.quant_rules import EMBEDDING, check_quant, held_quantised
 from tp.layers import Linear
+from weights import schemes
 from weights.checkpoint import Checkpoint, Entry, Slices
 from weights.errors import InputError
-from weights.mapped import DTYPES
 from weights.quant import QuantWeight, join_rows
 from weights.quantise import quantise_rtn
 from weights.schemes import Scheme, parse_scheme
 
-_HEADS = (HEAD, EMBEDDING)  # a tied head is the embedding, a second time
 BLOCK_BYTES = 32 << 20  # of a plain weight in float32, as it is being rounded
 
 
@@ -58,45 +57,34 @@ def plan_layers(
     if asked is not None:
         check_quant(config, asked, world_size)
     entries = checkpoint.entries
-    file_is_plain = all(is_plain(entries[name]) for _, names in linears for name in names)
-    planned = []
-    for layer, names in linears:
-        parts = tuple(entries[name] for name in names)
-        schemes = {part.scheme for part in parts}
-        own = schemes.pop() if len(schemes) == 1 else None
-        if own is not None and not can_cut(config, names[0], parts[0].shape, own, world_size):
-            own = None
-        wanted = None
-        if asked is not None:
-            wanted = HEAD_SCHEME if names[0] in _HEADS else asked
-            _check_asked(checkpoint, names[0], parts, wanted, asked)
-        if own is not None:
-            planned.append(PackedLayer(layer, names, parts, own, True))
-        elif wanted is not None and (file_is_plain or _is_fine(wanted, parts)):
-            planned.append(PackedLayer(layer, names, parts, wanted, False))
-    return planned
+    layers = {names: layer for layer, names in linears}
+    if asked is not None:
+        for names in layers:
+            _check_asked(checkpoint, names[0], tuple(entries[name] for name in names), asked)
+    return [
+        PackedLayer(
+            layers[each.names],
+            each.names,
+            tuple(entries[n] for n in each.names),
+            each.scheme,
+            each.kept,
+        )
+        for each in held_quantised(config, list(layers), entries, asked, world_size)
+    ]
 
 
 def is_plain(entry: Entry) -> bool:
     """Whether an entry's numbers are stored as such."""
-    return entry.stored_as in DTYPES or entry.stored_as == "random"
+    return schemes.is_plain(entry.stored_as)
 
 
-def _is_fine(wanted: Scheme, parts: tuple[Entry, ...]) -> bool:
-    """Whether weights that a file has quantised are to be rounded again: 8 bits keep what they have.
-    What it has left plain stays so."""
-    return wanted.bits == 8 and not all(map(is_plain, parts))
-
-
-def _check_asked(
-    checkpoint: Checkpoint, name: str, parts: tuple[Entry, ...], wanted: Scheme, asked: Scheme
-) -> None:
+def _check_asked(checkpoint: Checkpoint, name: str, parts: tuple[Entry, ...], asked: Scheme) -> None:
     """Raise InputError where weights would be rounded a second time with a loss. Those of 8 bits and
     GGUF's finer formats lose little by 8 bits."""
     for part in parts:
-        if is_plain(part) or part.scheme == asked or name in _HEADS:
+        if is_plain(part) or part.scheme == asked or name in (HEAD, EMBEDDING):
             continue
-        if wanted.bits == 8 and (part.scheme is None or part.scheme.bits == 8):
+        if asked.bits == 8 and (part.scheme is None or part.scheme.bits == 8):
             continue
         has = part.stored_as if part.scheme is None else f"{part.scheme.name} ({part.stored_as})"
         raise InputError(

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from weights.checkpoint import ReadQuant, Slices
 from weights.quant import QuantWeight, pack_nibbles
-from weights.schemes import Scheme
+from weights.schemes import GGUF_SCHEMES as SCHEMES
 
 SIZE = 32  # numbers in a block
-SCHEMES = {"Q4_0": Scheme(4, SIZE), "Q4_1": Scheme(4, SIZE, symmetric=False), "Q8_0": Scheme(8, SIZE)}
 _BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 
 

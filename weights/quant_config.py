@@ -40,6 +40,20 @@ class QuantConfig:
     reordered: bool = False
     minus_one: bool = False
 
+    def fitting(self, bits: int, groups: int, k: int, has_zeros: bool) -> Scheme | None:
+        """The declared scheme of a module whose rows of `k` have so many `groups`; None if there is
+        none."""
+        fitting = [
+            scheme
+            for scheme in self.schemes
+            if scheme.bits == bits
+            and groups * (scheme.group_size or k) == k
+            and k % MIN_GROUP == 0
+            and (has_zeros or scheme.symmetric)
+        ]
+        # Zero points may all be in the middle.
+        return min(fitting, key=lambda scheme: scheme.symmetric, default=None)
+
     @property
     def named(self) -> str:
         """For messages: what is declared."""
