@@ -29,6 +29,7 @@ from weights.schemes import SCHEMES, parse_scheme
 BASE_BYTES = 600 << 20
 CHUNK = 512  # tokens of prompts that are run at once: below that, products wait for the weights
 PADDED_CHUNK = 128  # the same where each call has this length
+_MOST_WEIGHTS = 1 << 18  # of a model of which nobody has listed them
 MAX_BATCH = 8  # rows, where nobody asks for another number
 
 
@@ -122,8 +123,11 @@ def _held(job: Job, config: ModelConfig, outline: Outline | None, world_size: in
     asked = parse_scheme(job.quant) if job.quant in SCHEMES else None
     if asked is None and (outline is None or not keeps_quantised(job)):
         return []
-    products = products_of(config)
     known = {} if outline is None else outline.weights
+    with_experts = sum(map(config.has_experts, range(config.num_layers)))
+    if config.num_layers + 3 * with_experts * config.num_experts > (len(known) or _MOST_WEIGHTS):
+        return []  # the file lacks weights that the config claims; the rank says which
+    products = products_of(config)
     plain = Stored("BF16")
     stored = {name: known.get(name, plain) for names in products for name in names}
     return held_quantised(config, products, stored, asked, world_size)

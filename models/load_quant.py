@@ -12,12 +12,13 @@ columns are cut.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from models.config import HEAD, ModelConfig
+from models.mlp import ExpertStack
 from models.quant_rules import EMBEDDING, check_quant, held_quantised
 from tp.layers import Linear
 from weights import schemes
@@ -30,12 +31,15 @@ from weights.schemes import Scheme, parse_scheme
 BLOCK_BYTES = 32 << 20  # of a plain weight in float32, as it is being rounded
 
 
+Holder = Linear | ExpertStack
+
+
 @dataclass(frozen=True)
 class PackedLayer:
     """A layer that is to hold its weights quantised: the entries of its parts and what they are read
     as. `kept`: as the file has them."""
 
-    layer: Linear
+    layer: Holder
     names: tuple[str, ...]
     entries: tuple[Entry, ...]
     scheme: Scheme
@@ -45,7 +49,7 @@ class PackedLayer:
 def plan_layers(
     config: ModelConfig,
     checkpoint: Checkpoint,
-    linears: Sequence[tuple[Linear, tuple[str, ...]]],
+    linears: Sequence[tuple[Holder, tuple[str, ...]]],
     quant: str,
     world_size: int,
 ) -> list[PackedLayer]:
@@ -95,11 +99,26 @@ def _check_asked(checkpoint: Checkpoint, name: str, parts: tuple[Entry, ...], as
 
 def read_layer(planned: PackedLayer, slices: Sequence[Slices]) -> QuantWeight:
     """This rank's part of a layer: of each of its weights the part that its slices say."""
+    return _read(planned, planned.entries, slices)
+
+
+def read_experts(
+    planned: PackedLayer, slices: Sequence[Slices], told: Callable[[], None] = lambda: None
+) -> Iterator[QuantWeight]:
+    """The same of each expert in a stack of them, one after the other; `told` is called after each."""
+    assert isinstance(planned.layer, ExpertStack)
+    size = len(planned.entries) // planned.layer.num_experts
+    for i in range(0, len(planned.entries), size):
+        yield _read(planned, planned.entries[i : i + size], slices[i : i + size])
+        told()
+
+
+def _read(planned: PackedLayer, entries: Sequence[Entry], slices: Sequence[Slices]) -> QuantWeight:
     return join_rows(
         [
             entry.quant(*part) if planned.kept and entry.quant is not None
             else read_rounded(entry, part, planned.scheme)
-            for entry, part in zip(planned.entries, slices, strict=True)
+            for entry, part in zip(entries, slices, strict=True)
         ]
     )  # fmt: skip
 
@@ -122,7 +141,7 @@ def read_rounded(entry: Entry, slices: Slices, scheme: Scheme) -> QuantWeight:
     return join_rows(found)
 
 
-def summary(planned: Sequence[PackedLayer], linears: Sequence[tuple[Linear, tuple[str, ...]]],
+def summary(planned: Sequence[PackedLayer], linears: Sequence[tuple[Holder, tuple[str, ...]]],
             checkpoint: Checkpoint, quant: str) -> str:  # fmt: skip
     """What became of the weights, in a line; "" where they are as they were."""
     held = {id(each.layer) for each in planned}

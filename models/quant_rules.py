@@ -2,9 +2,9 @@
 take. Free of torch, so that a job is refused before a rank exists; the loader and the estimate both ask
 here.
 
-The linear layers of attention and MLP have the scheme that is asked for; the head has int8 whatever
-that is, since its errors are those of the logits. The embedding is looked up and stays as it is. Norms,
-routers and experts are never quantised here.
+The linear layers of attention and MLP, and of experts, have the scheme that is asked for; the head has
+int8 whatever that is, since its errors are those of the logits. The embedding is looked up and stays as
+it is. Norms and routers are never quantised: they are small, and decide much.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from weights.schemes import MIN_GROUP, SCHEMES, Scheme, is_plain
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD_SCHEME = Scheme(8, 0)
-_LINEAR = re.compile(r"(model\.layers\.\d+\.)(self_attn\.[qkvo]|mlp\.(?:gate|up|down))_proj\.weight")
-_MOST_RANKS = 64  # of which a message says that they would do
-
+_LINEAR = re.compile(
+    r"(model\.layers\.\d+\.)"
+    r"(?:self_attn\.([qkvo])|mlp\.(gate|up|down)|mlp\.(experts)\.\d+\.(gate|up|down))_proj\.weight"
+)
 # Weights that are multiplied with the same input are one product.
-_FUSED = {"self_attn.q": "qkv", "self_attn.k": "qkv", "self_attn.v": "qkv", "mlp.gate": "gate_up",
-          "mlp.up": "gate_up"}  # fmt: skip
+_FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+_MOST_RANKS = 64  # of which a message says that they would do
 _PANEL = 32  # rows that `kernels.quant_linear` lays out together, and fills up
 
 
@@ -61,12 +62,15 @@ def is_linear(name: str) -> bool:
 @cache
 def products_of(config: ModelConfig) -> tuple[tuple[str, ...], ...]:
     """The products of a model that may be quantised, by the names of their weights: several where they
-    are fused. A tied head is the embedding's."""
-    found: dict[tuple[str, str], list[str]] = {}
+    are fused, and those of all experts of a layer, which are held as one stack. A tied head is the
+    embedding's."""
+    found: dict[tuple[str | None, ...], list[str]] = {}
     for name in expected_shapes(config):
         match = _LINEAR.fullmatch(name)
         if match is not None:
-            found.setdefault((match[1], _FUSED.get(match[2], match[2])), []).append(name)
+            layer, attention, mlp, experts, expert = match.groups()
+            part = attention or mlp or expert
+            found.setdefault((layer, experts, _FUSED.get(part, part)), []).append(name)
     return (*map(tuple, found.values()), (EMBEDDING if config.tie_embeddings else HEAD,))
 
 
@@ -117,11 +121,6 @@ def can_cut(config: ModelConfig, name: str, shape: tuple[int, ...], scheme: Sche
 
 def check_quant(config: ModelConfig, asked: Scheme, world_size: int) -> None:
     """Raise InputError if a model cannot be quantised so over so many ranks."""
-    if config.num_experts:
-        raise InputError(
-            f"quant={asked.name}: experts are not quantised, and this model has {config.num_experts}; "
-            "use quant=auto or none"
-        )
     kinds = [(kind.name, kind.shape) for kind in weight_kinds(config) if is_linear(kind.name)]
     kinds.append((HEAD, (config.vocab_size, config.dim)))
     for name, shape in kinds:
@@ -162,12 +161,14 @@ def weight_bytes(config: ModelConfig, layout: Layout, item: int, held: Collectio
     total = sum(
         kind.count * prod(_sizes(kind.name, kind.shape, layout)) * item for kind in weight_kinds(config)
     )
-    alike = Counter((_without_numbers(each.names[0]), len(each.names), each.scheme) for each in held)
+    alike = Counter((_without_numbers(each.names[0]), each.scheme) for each in held)
     samples = {(_without_numbers(each.names[0]), each.scheme): each for each in held}
-    for (name, _, scheme), count in alike.items():
+    for (name, scheme), count in alike.items():
         names = samples[name, scheme].names
         sizes = [_sizes(each, shapes[each], layout) for each in names]
-        total += count * _packed_bytes(sum(rows for rows, _ in sizes), names[0], shapes, scheme, layout)
+        stacked = config.num_experts if ".experts." in names[0] else 1  # laid out each by itself
+        rows = sum(each[0] for each in sizes) // stacked
+        total += count * stacked * _packed_bytes(rows, names[0], shapes, scheme, layout)
         if names != (EMBEDDING,):
             total -= count * sum(map(prod, sizes)) * item
     return total

@@ -30,7 +30,7 @@ from torch import Tensor
 from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
 from weights.errors import InputError
 from weights.files import DAMAGE, check_overlaps, damaged, regular_file
-from weights.gguf_blocks import reader_of_blocks
+from weights.gguf_blocks import reader_of_blocks, reader_of_stacked_blocks
 from weights.gguf_header import (
     FORM,
     Header,
@@ -193,5 +193,6 @@ def _blocks_entry(name: str, data: Bytes, kind: GGMLQuantizationType, shape: tup
         return torch.from_numpy(np.array(part, order="C"))
 
     quant = reader_of_blocks(kind.name, shape, read_raw)
-    scheme = None if quant is None else GGUF_SCHEMES[kind.name]
-    return Entry(shape, kind.name, read, block, read_raw, scheme=scheme, quant=quant)
+    quant_of = reader_of_stacked_blocks(kind.name, shape, read_raw)
+    scheme = None if quant is None and quant_of is None else GGUF_SCHEMES[kind.name]
+    return Entry(shape, kind.name, read, block, read_raw, scheme=scheme, quant=quant, quant_of=quant_of)

@@ -191,6 +191,19 @@ def test_what_cannot_be_read_has_no_outline(tmp_path: Path) -> None:
         assert read_outline(tmp_path) is None
 
 
+def test_weights_that_a_config_alone_claims_are_not_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3.6 million experts would take long to name."""
+    write(tmp_path, Kind("awq", 4, 64, False))
+    config = json.loads((tmp_path / "config.json").read_text())
+    claims = {"num_hidden_layers": 900, "num_local_experts": 4000, "num_experts_per_tok": 2}
+    config |= claims | {"architectures": ["MixtralForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("engine.memory.products_of", lambda config: pytest.fail("listed"))
+    assert len(job_needs(job_of(tmp_path), 2, thorough=False)) == 2
+
+
 def test_an_estimate_needs_no_torch(gguf: Path) -> None:
     code = (
         "import sys\n"
