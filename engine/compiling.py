@@ -20,7 +20,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # torch's own; one that is set already is kept
 _SEAL = "yoke-seal.json"
@@ -29,6 +28,9 @@ _SEAL = "yoke-seal.json"
 def use_cache_folder() -> Path:
     """Have torch keep compiled code in the user's cache folder, where it outlives the machine's next
     start, and return that folder. Must be called before anything is compiled."""
+    # Here, since it takes a second, which who compiles nothing need not wait.
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     # torch sets its own choice, which all programs on the machine share, as soon as it is imported.
     if os.environ.get(VARIABLE) in (None, default_cache_dir()):
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -1,12 +1,14 @@
-"""What a rank must hold to run a job: weights, KV cache, workspace. Pure, and free of torch.
+"""What a rank must hold to run a job: weights, KV cache, workspace. Free of torch.
 
-The weights are counted with the loader's own table, so that the estimate and the load agree. What is
-not here: what the machine has (`launcher.fit` compares).
+The weights are counted with the loader's own table and rules, so that the estimate and the load agree;
+how a file stores them is told by its header (weights.outline). What is not here: what the machine has
+(`launcher.fit` compares).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 
@@ -14,18 +16,20 @@ from engine.dtypes import BYTES, dtype_name, kv_dtype_name
 from engine.job import Job
 from engine.resolve import ResolvedJob
 from models.config import ModelConfig
+from models.config_gguf import from_gguf
 from models.config_hf import from_hf
-from models.quant_rules import SchemeOf, is_linear, scheme_for, weight_bytes
+from models.quant_rules import Held, held_quantised, products_of, weight_bytes
 from models.sizes import layout_of
 from weights.errors import InputError
-from weights.quant_config import read_quant_config
-from weights.schemes import SCHEMES, Scheme, parse_scheme
+from weights.outline import Outline, Stored, read_outline
+from weights.schemes import SCHEMES, parse_scheme
 
 # The interpreter, torch, the compiled code and what compiling leaves behind; measured as a rank's peak
 # resident memory less its weights and cache (docs/log.md).
 BASE_BYTES = 600 << 20
 CHUNK = 512  # tokens of prompts that are run at once: below that, products wait for the weights
 PADDED_CHUNK = 128  # the same where each call has this length
+_MOST_WEIGHTS = 1 << 18  # of a model of which nobody has listed them
 MAX_BATCH = 8  # rows, where nobody asks for another number
 
 
@@ -43,10 +47,10 @@ def rank_needs(
     num_rows: int = 1,
     kv_dtype: str = "auto",
     guesses: int = 0,
-    scheme_of: SchemeOf = lambda name: None,
+    held: Collection[Held] = (),
 ) -> dict[str, int]:
     """Bytes that one rank holds, by purpose, with a cache of `num_rows` texts and up to so many
-    `guesses` to be verified in each at once. `scheme_of` tells which weights are held quantised. Raises
+    `guesses` to be verified in each at once. `held` are the products with quantised weights. Raises
     InputError where the model cannot be split so."""
     item = BYTES[dtype_name(dtype)]
     layout = layout_of(config, rank, world_size)
@@ -59,7 +63,7 @@ def rank_needs(
     num_logits = max(2, num_rows, min(num_rows * (1 + guesses), CHUNK))
     logits = 2 * num_logits * layout.vocab_block * world_size * 4
     return {
-        "weights": weight_bytes(config, layout, item, scheme_of),
+        "weights": weight_bytes(config, layout, item, held),
         "kv_cache": kv_cache,
         "workspace": BASE_BYTES + activations + logits,
     }
@@ -84,10 +88,12 @@ def smaller_batch(asked: ResolvedJob, tried: ResolvedJob) -> ResolvedJob | None:
 def job_needs(resolved: ResolvedJob, world_size: int, thorough: bool) -> list[dict[str, int]]:
     """What each rank of a job `with_batch` needs; [] where the dimensions cannot be told without
     opening the weights and `thorough` does not ask for that (it loads torch, which takes seconds)."""
-    config = resolved.config or _declared(resolved, thorough)
+    outline = None if resolved.checkpoint is None else read_outline(resolved.checkpoint)
+    config = resolved.config or _declared(resolved, outline, thorough)
     if config is None:
         return []
     job = resolved.job
+    held = _held(job, config, outline, world_size)
     guesses = job.draft_tokens if job.draft else 0
     needs = [
         rank_needs(
@@ -99,7 +105,7 @@ def job_needs(resolved: ResolvedJob, world_size: int, thorough: bool) -> list[di
             max(job.batch, 1),
             job.kv_dtype,
             guesses,
-            _schemes(resolved),
+            held,
         )
         for rank in range(world_size)
     ]
@@ -111,21 +117,20 @@ def job_needs(resolved: ResolvedJob, world_size: int, thorough: bool) -> list[di
     return needs
 
 
-def _schemes(resolved: ResolvedJob) -> SchemeOf:
-    """Which weights of a job's model are held quantised, as far as that is known without opening them:
-    those that quant= asks for, or that a config.json declares and quant=auto keeps."""
-    quant, checkpoint = resolved.job.quant, resolved.checkpoint
-    if quant in SCHEMES:
-        asked = parse_scheme(quant)
-        return lambda name: scheme_for(name, asked)
-    kept: Scheme | None = None
-    file = None if checkpoint is None else checkpoint / "config.json"
-    if file is not None and keeps_quantised(resolved.job) and file.is_file():
-        with suppress(json.JSONDecodeError, InputError):  # the rank that opens it says what is wrong
-            declared = read_quant_config(json.loads(file.read_text()), str(file))
-            if declared is not None and not declared.reordered:
-                kept = max(declared.schemes, key=lambda scheme: scheme.nbytes(1, 1 << 16))
-    return lambda name: kept if is_linear(name) else None
+def _held(job: Job, config: ModelConfig, outline: Outline | None, world_size: int) -> list[Held]:
+    """Which products hold quantised weights: as the loader decides it. What a file is not known to have
+    quantised is taken for plain."""
+    asked = parse_scheme(job.quant) if job.quant in SCHEMES else None
+    if asked is None and (outline is None or not keeps_quantised(job)):
+        return []
+    known = {} if outline is None else outline.weights
+    with_experts = sum(map(config.has_experts, range(config.num_layers)))
+    if config.num_layers + 3 * with_experts * config.num_experts > (len(known) or _MOST_WEIGHTS):
+        return []  # the file lacks weights that the config claims; the rank says which
+    products = products_of(config)
+    plain = Stored("BF16")
+    stored = {name: known.get(name, plain) for names in products for name in names}
+    return held_quantised(config, products, stored, asked, world_size)
 
 
 def keeps_quantised(job: Job, device: str = "cpu") -> bool:
@@ -136,7 +141,7 @@ def keeps_quantised(job: Job, device: str = "cpu") -> bool:
     return job.quant == "auto" and on_cpu and own
 
 
-def _declared(resolved: ResolvedJob, thorough: bool) -> ModelConfig | None:
+def _declared(resolved: ResolvedJob, outline: Outline | None, thorough: bool) -> ModelConfig | None:
     checkpoint = resolved.checkpoint
     if checkpoint is None:
         return None
@@ -150,6 +155,9 @@ def _declared(resolved: ResolvedJob, thorough: bool) -> ModelConfig | None:
             if resolved.job.engine != "hf":
                 raise
             return None  # a family that only transformers knows: there is no estimate
+    if outline is not None and outline.format == "gguf":
+        with suppress(InputError):  # the rank says that
+            return from_gguf(outline.config, outline.weights, str(checkpoint))
     if not thorough:
         return None
     from models.load import config_of

@@ -121,17 +121,18 @@ def open_engine(env: Any, resolved: ResolvedJob, group: Group, names: Sequence[s
                 f"rank {group.rank}: {env.plan.device} has too little memory for its weights and cache "
                 f"({str(error).splitlines()[0]}); use more GPUs, or a smaller max_seq_len or batch"
             ) from error
-        folder, keeps = use_cache_folder(), env.local_rank == 0 and job.compile
-        if keeps and drop_if_damaged(folder):
-            say(f"the compiled code in {folder} was damaged and is dropped")
+        folder = use_cache_folder() if job.compile else None
+        keeps = folder if env.local_rank == 0 else None
+        if keeps is not None and drop_if_damaged(keeps):
+            say(f"the compiled code in {keeps} was damaged and is dropped")
         ops.barrier(group)
         with compile_progress(job.compile, enabled=group.rank == 0) as told:
             compile_s = warm_up(runners[0], names, told)
             for runner in runners[1:]:
                 compile_s += warm_up(runner, (EXTEND, GREEDY), told)
     ops.barrier(group)
-    if keeps:
-        seal(folder)
+    if keeps is not None:
+        seal(keeps)
     set_timeout(group, env.comm_timeout_s)
     return Opened(
         group=group,

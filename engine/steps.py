@@ -54,6 +54,7 @@ class Runner:
     chunk: int
     padded: bool
     mixed: bool
+    compiled: bool
     steps: dict[str, Step]
 
 
@@ -87,6 +88,7 @@ def make_runner(
         chunk=CHUNK if own else PADDED_CHUNK,
         padded=not own,
         mixed=own,
+        compiled=compiled,
         steps=_steps(model, compiled),
     )
 
@@ -178,9 +180,10 @@ def extend(
     chosen = [*wanted, *[0] * max(0, 2 - len(wanted))]
     places = torch.tensor(where, device=runner.device)
     index = torch.tensor(chosen, device=runner.device)
-    if not runner.padded:
-        torch._dynamo.maybe_mark_dynamic(places, 1)
-    torch._dynamo.maybe_mark_dynamic(index, 0)
+    if runner.compiled:
+        if not runner.padded:
+            torch._dynamo.maybe_mark_dynamic(places, 1)
+        torch._dynamo.maybe_mark_dynamic(index, 0)
     return runner.steps[EXTEND](places, index)[: len(wanted)]
 
 

@@ -10,6 +10,7 @@ left uninitialised would be a model that is quietly wrong.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,17 @@ from models.config import HEAD, ModelConfig, expected_shapes
 from models.config_gguf import from_gguf
 from models.config_hf import from_hf
 from models.decoder import Decoder
-from models.load_quant import PackedLayer, is_plain, name_of, plan_layers, read_layer, summary
-from models.mlp import Experts
+from models.load_quant import (
+    Holder,
+    PackedLayer,
+    is_plain,
+    name_of,
+    plan_layers,
+    read_experts,
+    read_layer,
+    summary,
+)
+from models.mlp import Experts, ExpertStack
 from models.quant_rules import EMBEDDING, is_linear
 from tp.layers import (
     ColumnLinear,
@@ -75,7 +85,11 @@ def load_model(
     for each in planned:
         each.layer.weight = None  # type: ignore[assignment]
     model = model.to(dtype)
-    packed = [each for each in linears if can_pack(each[0], device)]
+    packed = [
+        (layer, names)
+        for layer, names in linears
+        if not isinstance(layer, ExpertStack) and can_pack(layer, device)
+    ]
     for layer, _ in packed:
         hold_packed(layer)
     if config.tie_embeddings and model.head.packing is not None:
@@ -104,35 +118,42 @@ def load_model(
 
     total = sum(target.nbytes for target in targets.values()) + sum(map(size_of, planned))
     done = unreleased = 0
-    for each in planned:
-        weight = read_layer(each, local(each))
-        if each.layer is model.head:
-            weight = weight.padded(model.layout.vocab_block)
-        hold_quantised(each.layer, weight, device, round_prompts)
-        done += size_of(each)
-        unreleased += size_of(each) if each.kept else RELEASE_BYTES
+
+    def count(filled: int, read: int) -> None:
+        """Tell so many bytes of the model, for which so many of the files were read. What was read
+        stays in the page cache, but need not count as this process's memory."""
+        nonlocal done, unreleased
+        done, unreleased = done + filled, unreleased + read
         if unreleased >= RELEASE_BYTES:
             release_pages(files_of(checkpoint.path))
             unreleased = 0
         progress(done, total)
+
+    for each in planned:
+        filled = size_of(each)
+        if isinstance(each.layer, ExpertStack):
+            one = filled // each.layer.num_experts
+            told = partial(count, one, one if each.kept else 4 * one)
+            each.layer.hold_quantised(read_experts(each, local(each), told), device, round_prompts)
+            continue
+        weight = read_layer(each, local(each))
+        if each.layer is model.head:
+            weight = weight.padded(model.layout.vocab_block)
+        hold_quantised(each.layer, weight, device, round_prompts)
+        count(filled, filled if each.kept else RELEASE_BYTES)
     for name, target in targets.items():
         entry = checkpoint.entries[name]
         if isinstance(target, Tensor) and find_spec(name).axis == "first" and group.rank:
             target.zero_()  # rank 0 adds it for all
+            count(target.nbytes, 0)
         else:
             part = (entry.peek or entry.read)(slices_of(name, shapes[name], model.layout))
-            unreleased += part.nbytes
             if isinstance(target, PackedRows):
                 target.fill(part)
             else:
                 assert part.shape == target.shape, (name, part.shape, target.shape)
                 target.copy_(part)
-        done += target.nbytes
-        if unreleased >= RELEASE_BYTES:
-            # What was read stays in the page cache, but need not count as this process's memory.
-            release_pages(files_of(checkpoint.path))
-            unreleased = 0
-        progress(done, total)
+            count(target.nbytes, part.nbytes)
     model.quantised = name_of(planned)
     line = summary(planned, linears, checkpoint, quant)
     if line and quant != "none":
@@ -150,12 +171,19 @@ def _sizes(model: Decoder, layer: Linear, names: tuple[str, ...]) -> Sequence[in
     return (layer.packing.num_rows,)
 
 
-def linears_of(model: Decoder) -> Iterator[tuple[Linear, tuple[str, ...]]]:
+def linears_of(model: Decoder) -> Iterator[tuple[Holder, tuple[str, ...]]]:
     """The layers that may hold their weights quantised, and the canonical names of these."""
     for prefix, module, names in _modules(model):
         weights = tuple(f"{prefix}{name}.weight" for name in names)
         if isinstance(module, ColumnLinear | RowLinear) and is_linear(weights[0]):
             yield module, weights
+    for prefix, experts in _experts_of(model):
+        for stack, names in (
+            (experts.gate_ups, ("gate_proj", "up_proj")),
+            (experts.downs, ("down_proj",)),
+        ):
+            count = model.config.num_experts
+            yield stack, tuple(f"{prefix}.{i}.{name}.weight" for i in range(count) for name in names)
     yield model.head, (EMBEDDING,) if model.config.tie_embeddings else (HEAD,)
 
 
@@ -240,10 +268,8 @@ def destinations(model: Decoder) -> dict[str, Tensor]:
 
     for prefix, module, names in _modules(model):
         put(prefix, module, names)
-    for i, block in enumerate(model.layers):
-        for module in block.modules():
-            if isinstance(module, Experts):
-                targets.update(_experts(f"model.layers.{i}.mlp.experts", module))
+    for prefix, experts in _experts_of(model):
+        targets.update(_experts(prefix, experts))
     put("model.", model.norm, ("norm",))
     if not model.config.tie_embeddings:
         if model.head.weight is not None:
@@ -253,11 +279,21 @@ def destinations(model: Decoder) -> dict[str, Tensor]:
     return targets
 
 
+def _experts_of(model: Decoder) -> Iterator[tuple[str, Experts]]:
+    for i, block in enumerate(model.layers):
+        for module in block.modules():
+            if isinstance(module, Experts):
+                yield f"model.layers.{i}.mlp.experts", module
+
+
 def _experts(prefix: str, experts: Experts) -> dict[str, Tensor]:
+    """Where the plain weights of experts go."""
     targets = {}
-    for i, (gate_up, down) in enumerate(zip(experts.gate_up, experts.down, strict=True)):
-        gate, up = gate_up.chunk(2)
-        targets[f"{prefix}.{i}.gate_proj.weight"] = gate
-        targets[f"{prefix}.{i}.up_proj.weight"] = up
-        targets[f"{prefix}.{i}.down_proj.weight"] = down
+    for i in range(experts.downs.num_experts):
+        if experts.gate_ups.weight is not None:
+            gate, up = experts.gate_ups.weight[i].chunk(2)
+            targets[f"{prefix}.{i}.gate_proj.weight"] = gate
+            targets[f"{prefix}.{i}.up_proj.weight"] = up
+        if experts.downs.weight is not None:
+            targets[f"{prefix}.{i}.down_proj.weight"] = experts.downs.weight[i]
     return targets

@@ -1,4 +1,4 @@
-"""Which layers of a model hold their weights quantised, and filling those.
+"""Filling the layers of a model that hold their weights quantised (`models.quant_rules` decides which).
 
 `quant` is "none" (dequantise what is quantised), "auto" (keep what products can take) or a scheme:
 plain weights are rounded to it as they are read. A layer of fused weights is one product, so its parts
@@ -12,23 +12,26 @@ columns are cut.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from models.config import HEAD, ModelConfig
-from models.quant_rules import EMBEDDING, HEAD_SCHEME, can_cut, check_quant
+from models.mlp import ExpertStack
+from models.quant_rules import EMBEDDING, check_quant, held_quantised
 from tp.layers import Linear
+from weights import schemes
 from weights.checkpoint import Checkpoint, Entry, Slices
 from weights.errors import InputError
-from weights.mapped import DTYPES
 from weights.quant import QuantWeight, join_rows
 from weights.quantise import quantise_rtn
 from weights.schemes import Scheme, parse_scheme
 
-_HEADS = (HEAD, EMBEDDING)  # a tied head is the embedding, a second time
 BLOCK_BYTES = 32 << 20  # of a plain weight in float32, as it is being rounded
+
+
+Holder = Linear | ExpertStack
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class PackedLayer:
     """A layer that is to hold its weights quantised: the entries of its parts and what they are read
     as. `kept`: as the file has them."""
 
-    layer: Linear
+    layer: Holder
     names: tuple[str, ...]
     entries: tuple[Entry, ...]
     scheme: Scheme
@@ -46,7 +49,7 @@ class PackedLayer:
 def plan_layers(
     config: ModelConfig,
     checkpoint: Checkpoint,
-    linears: Sequence[tuple[Linear, tuple[str, ...]]],
+    linears: Sequence[tuple[Holder, tuple[str, ...]]],
     quant: str,
     world_size: int,
 ) -> list[PackedLayer]:
@@ -58,45 +61,34 @@ def plan_layers(
     if asked is not None:
         check_quant(config, asked, world_size)
     entries = checkpoint.entries
-    file_is_plain = all(is_plain(entries[name]) for _, names in linears for name in names)
-    planned = []
-    for layer, names in linears:
-        parts = tuple(entries[name] for name in names)
-        schemes = {part.scheme for part in parts}
-        own = schemes.pop() if len(schemes) == 1 else None
-        if own is not None and not can_cut(config, names[0], parts[0].shape, own, world_size):
-            own = None
-        wanted = None
-        if asked is not None:
-            wanted = HEAD_SCHEME if names[0] in _HEADS else asked
-            _check_asked(checkpoint, names[0], parts, wanted, asked)
-        if own is not None:
-            planned.append(PackedLayer(layer, names, parts, own, True))
-        elif wanted is not None and (file_is_plain or _is_fine(wanted, parts)):
-            planned.append(PackedLayer(layer, names, parts, wanted, False))
-    return planned
+    layers = {names: layer for layer, names in linears}
+    if asked is not None:
+        for names in layers:
+            _check_asked(checkpoint, names[0], tuple(entries[name] for name in names), asked)
+    return [
+        PackedLayer(
+            layers[each.names],
+            each.names,
+            tuple(entries[n] for n in each.names),
+            each.scheme,
+            each.kept,
+        )
+        for each in held_quantised(config, list(layers), entries, asked, world_size)
+    ]
 
 
 def is_plain(entry: Entry) -> bool:
     """Whether an entry's numbers are stored as such."""
-    return entry.stored_as in DTYPES or entry.stored_as == "random"
+    return schemes.is_plain(entry.stored_as)
 
 
-def _is_fine(wanted: Scheme, parts: tuple[Entry, ...]) -> bool:
-    """Whether weights that a file has quantised are to be rounded again: 8 bits keep what they have.
-    What it has left plain stays so."""
-    return wanted.bits == 8 and not all(map(is_plain, parts))
-
-
-def _check_asked(
-    checkpoint: Checkpoint, name: str, parts: tuple[Entry, ...], wanted: Scheme, asked: Scheme
-) -> None:
+def _check_asked(checkpoint: Checkpoint, name: str, parts: tuple[Entry, ...], asked: Scheme) -> None:
     """Raise InputError where weights would be rounded a second time with a loss. Those of 8 bits and
     GGUF's finer formats lose little by 8 bits."""
     for part in parts:
-        if is_plain(part) or part.scheme == asked or name in _HEADS:
+        if is_plain(part) or part.scheme == asked or name in (HEAD, EMBEDDING):
             continue
-        if wanted.bits == 8 and (part.scheme is None or part.scheme.bits == 8):
+        if asked.bits == 8 and (part.scheme is None or part.scheme.bits == 8):
             continue
         has = part.stored_as if part.scheme is None else f"{part.scheme.name} ({part.stored_as})"
         raise InputError(
@@ -107,11 +99,26 @@ def _check_asked(
 
 def read_layer(planned: PackedLayer, slices: Sequence[Slices]) -> QuantWeight:
     """This rank's part of a layer: of each of its weights the part that its slices say."""
+    return _read(planned, planned.entries, slices)
+
+
+def read_experts(
+    planned: PackedLayer, slices: Sequence[Slices], told: Callable[[], None] = lambda: None
+) -> Iterator[QuantWeight]:
+    """The same of each expert in a stack of them, one after the other; `told` is called after each."""
+    assert isinstance(planned.layer, ExpertStack)
+    size = len(planned.entries) // planned.layer.num_experts
+    for i in range(0, len(planned.entries), size):
+        yield _read(planned, planned.entries[i : i + size], slices[i : i + size])
+        told()
+
+
+def _read(planned: PackedLayer, entries: Sequence[Entry], slices: Sequence[Slices]) -> QuantWeight:
     return join_rows(
         [
             entry.quant(*part) if planned.kept and entry.quant is not None
             else read_rounded(entry, part, planned.scheme)
-            for entry, part in zip(planned.entries, slices, strict=True)
+            for entry, part in zip(entries, slices, strict=True)
         ]
     )  # fmt: skip
 
@@ -134,7 +141,7 @@ def read_rounded(entry: Entry, slices: Slices, scheme: Scheme) -> QuantWeight:
     return join_rows(found)
 
 
-def summary(planned: Sequence[PackedLayer], linears: Sequence[tuple[Linear, tuple[str, ...]]],
+def summary(planned: Sequence[PackedLayer], linears: Sequence[tuple[Holder, tuple[str, ...]]],
             checkpoint: Checkpoint, quant: str) -> str:  # fmt: skip
     """What became of the weights, in a line; "" where they are as they were."""
     held = {id(each.layer) for each in planned}

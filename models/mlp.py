@@ -7,15 +7,18 @@ W width of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.quant_cuda import quant_linear_cuda
+from kernels.quant_linear import Packed, quant_linear
 from models.config import ModelConfig
-from tp.layers import ColumnLinear, RowLinear
+from tp.layers import ColumnLinear, Packing, RowLinear, pack_on
 from tp.shard import Layout
+from weights.quant import QuantWeight
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -65,6 +68,61 @@ class MLP(nn.Module):
         return self.down(self.act(self.up(x)))
 
 
+class ExpertStack(nn.Module):
+    """One weight of all experts: plain, [E, out, in], or quantised, each expert's laid out alone."""
+
+    def __init__(self, num_experts: int, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.packing: Packing | None = None
+        shape = (num_experts, out_features, in_features)
+        self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
+
+    def hold_quantised(
+        self,
+        experts: Iterable[QuantWeight],
+        device: torch.device | str = "cpu",
+        round_prompts: bool = False,
+    ) -> None:
+        """Hold this rank's part of each expert's weight, and nothing else. They are taken one after the
+        other; all have one scheme. The rest is as in `tp.layers.hold_quantised`."""
+        first: Packed | None = None
+        scales, offsets = [], []
+        for index, weight in enumerate(experts):
+            packed = pack_on(weight, device)
+            if first is None:
+                first = packed
+                data = packed.data.new_empty((self.num_experts, *packed.data.shape))
+            assert (packed.bits, packed.group_size) == (first.bits, first.group_size)
+            data[index] = packed.data
+            scales.append(packed.scale)
+            offsets += [] if packed.offset is None else [packed.offset]
+        assert (
+            first is not None
+            and len(offsets) in (0, self.num_experts)
+            and index + 1 == self.num_experts
+        )
+        # Halves beside floats become floats.
+        wide = max((each.dtype for each in (*scales, *offsets)), key=lambda dtype: dtype.itemsize)
+        self.weight = None  # type: ignore[assignment]
+        self.packing = Packing(first.bits, first.group_size, first.num_rows, round_prompts)
+        for name, tensor in (
+            ("data", data),
+            ("scale", torch.stack([each.to(wide) for each in scales])),
+            ("offset", torch.stack([each.to(wide) for each in offsets]) if offsets else None),
+        ):
+            self.register_buffer(f"packed_{name}", tensor, persistent=False)
+
+    def operands(self) -> tuple[list[Tensor], list[int]]:
+        """What `run_experts` takes: the weight alone; or its packed tensors, and the numbers of its
+        `Packing`."""
+        if self.packing is None:
+            return [self.weight], []
+        names = ("packed_data", "packed_scale", "packed_offset")
+        tensors = [self._buffers[name] for name in names]
+        return [each for each in tensors if each is not None], [int(each) for each in self.packing]
+
+
 class Experts(nn.Module):
     """A few gated MLPs of many, chosen per token by a router that all ranks hold (Mixtral, 2024).
 
@@ -79,55 +137,107 @@ class Experts(nn.Module):
         self.norm_topk = config.norm_topk
         self.activation = config.activation
         self.router = ColumnLinear(config.dim, (config.num_experts,))
-        shape = (config.num_experts, 2 * width, config.dim)
-        self.gate_up = nn.Parameter(torch.empty(shape), requires_grad=False)
-        shape = (config.num_experts, config.dim, width)
-        self.down = nn.Parameter(torch.empty(shape), requires_grad=False)
+        self.gate_ups = ExpertStack(config.num_experts, 2 * width, config.dim)
+        self.downs = ExpertStack(config.num_experts, config.dim, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts of each token and their shares, [N, n] each: in x's dtype, and int64."""
         probabilities = torch.softmax(self.router(x).float(), dim=-1)
-        weights, experts = torch.topk(probabilities, self.count, dim=-1)  # [N, n]
+        weights, experts = torch.topk(probabilities, self.count, dim=-1)
         if self.norm_topk:
             weights = weights / weights.sum(-1, keepdim=True)
-        own = weights.to(x.dtype)
-        return run_experts(x, own, experts, self.gate_up, self.down, self.activation)
+        return weights.to(x.dtype), experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, experts = self.route(x)
+        gate_up, up_form = self.gate_ups.operands()
+        down, down_form = self.downs.operands()
+        return run_experts(x, weights, experts, gate_up, up_form, down, down_form, self.activation)
 
 
 @torch.library.custom_op("yoke_models::run_experts", mutates_args=(), device_types="cpu")
 def run_experts(
-    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, activation: str
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    gate_up: list[Tensor],
+    up_form: list[int],
+    down: list[Tensor],
+    down_form: list[int],
+    activation: str,
 ) -> Tensor:
     """Each token's chosen experts, weighted and added up: [N, D] -> [N, D].
 
-    x [N, D]; weights [N, n] and experts int64 [N, n] of the router; gate_up [E, 2 W, D]; down
-    [E, D, W]. One operator, because which experts are needed is known only as it runs: it reads the
-    weights of those alone, where they lie.
+    x [N, D]; weights [N, n] and experts int64 [N, n] of the router; gate_up [E, 2 W, D] and down
+    [E, D, W], as `ExpertStack.operands` has them. One operator, because which experts are needed is
+    known only as it runs: it reads the weights of those alone, where they lie.
     """
-    act = ACTIVATIONS[activation]
     result = torch.zeros_like(x)
     for expert in experts.unique().tolist():
         tokens, place = (experts == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(x[tokens], gate_up[expert]).chunk(2, dim=-1)
-        part = F.linear(act(gate) * up, down[expert]) * weights[tokens, place].unsqueeze(1)
-        result.index_add_(0, tokens, part)
+        part = _expert(x[tokens], expert, gate_up, up_form, down, down_form, activation)
+        result.index_add_(0, tokens, part * weights[tokens, place].unsqueeze(1))
     return result
 
 
 @run_experts.register_fake
 def _(
-    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, activation: str
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    gate_up: list[Tensor],
+    up_form: list[int],
+    down: list[Tensor],
+    down_form: list[int],
+    activation: str,
 ) -> Tensor:
     return torch.empty_like(x)
 
 
 @run_experts.register_kernel("cuda")
 def run_experts_dense(
-    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, activation: str
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    gate_up: list[Tensor],
+    up_form: list[int],
+    down: list[Tensor],
+    down_form: list[int],
+    activation: str,
 ) -> Tensor:
     """The same with every expert for every token, and no look at the values: the slow reference, and
     what a CUDA graph can hold."""
-    share = torch.zeros(x.shape[0], gate_up.shape[0], dtype=x.dtype, device=x.device)
+    share = torch.zeros(x.shape[0], gate_up[0].shape[0], dtype=x.dtype, device=x.device)
     share.scatter_(1, experts, weights)
-    gate, up = torch.einsum("nd,ewd->new", x, gate_up).chunk(2, dim=-1)
+    if up_form or down_form:
+        result = torch.zeros_like(x)
+        for expert in range(share.shape[1]):
+            part = _expert(x, expert, gate_up, up_form, down, down_form, activation)
+            result += part * share[:, expert : expert + 1]
+        return result
+    gate, up = torch.einsum("nd,ewd->new", x, gate_up[0]).chunk(2, dim=-1)
     hidden = ACTIVATIONS[activation](gate) * up
-    return torch.einsum("new,edw,ne->nd", hidden, down, share)
+    return torch.einsum("new,edw,ne->nd", hidden, down[0], share)
+
+
+def _expert(
+    x: Tensor,
+    expert: int,
+    gate_up: list[Tensor],
+    up_form: list[int],
+    down: list[Tensor],
+    down_form: list[int],
+    activation: str,
+) -> Tensor:
+    """One expert's MLP: [M, D] -> [M, D]."""
+    gate, up = _product(x, expert, gate_up, up_form).chunk(2, dim=-1)
+    return _product(ACTIVATIONS[activation](gate) * up, expert, down, down_form)
+
+
+def _product(x: Tensor, expert: int, held: list[Tensor], form: list[int]) -> Tensor:
+    if not form:
+        return F.linear(x, held[0][expert])
+    bits, group_size, num_rows, round_x = form
+    offset = held[2][expert] if len(held) > 2 else None
+    packed = Packed(held[0][expert], held[1][expert], offset, bits, group_size, num_rows)
+    return quant_linear_cuda(x, packed) if x.is_cuda else quant_linear(x, packed, None, bool(round_x))

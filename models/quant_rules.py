@@ -1,34 +1,108 @@
-"""Which weights of a model are quantised, by what scheme, and whether ranks can share them. Free of
-torch, so that a job is refused before a rank exists.
+"""Which weights of a model are quantised, by what scheme, whether ranks can share them, and what they
+take. Free of torch, so that a job is refused before a rank exists; the loader and the estimate both ask
+here.
 
-The linear layers of attention and MLP have the scheme that is asked for; the head has int8 whatever
-that is, since its errors are those of the logits. The embedding is looked up and stays as it is. Norms,
-routers and experts are never quantised here.
+The linear layers of attention and MLP, and of experts, have the scheme that is asked for; the head has
+int8 whatever that is, since its errors are those of the logits. The embedding is looked up and stays as
+it is. Norms and routers are never quantised: they are small, and decide much.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
+from typing import Protocol
 
-from models.config import HEAD, ModelConfig
+from models.config import HEAD, ModelConfig, expected_shapes
 from models.sizes import layout_of, weight_kinds
-from tp.shard import Layout, slices_of
+from tp.shard import Layout, find_spec, slices_of
 from weights.errors import InputError
-from weights.schemes import MIN_GROUP, SCHEMES, Scheme
+from weights.schemes import MIN_GROUP, SCHEMES, Scheme, is_plain
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD_SCHEME = Scheme(8, 0)
-_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.weight")
+_LINEAR = re.compile(
+    r"(model\.layers\.\d+\.)"
+    r"(?:self_attn\.([qkvo])|mlp\.(gate|up|down)|mlp\.(experts)\.\d+\.(gate|up|down))_proj\.weight"
+)
+# Weights that are multiplied with the same input are one product.
+_FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
 _MOST_RANKS = 64  # of which a message says that they would do
+_PANEL = 32  # rows that `kernels.quant_linear` lays out together, and fills up
 
-SchemeOf = Callable[[str], Scheme | None]
+
+class Stored(Protocol):
+    """What `weights.checkpoint.Entry` and `weights.outline.Stored` tell of a weight."""
+
+    @property
+    def stored_as(self) -> str: ...
+    @property
+    def scheme(self) -> Scheme | None: ...
+
+
+@dataclass(frozen=True)
+class Held:
+    """The weights of a product, by their names, that are held quantised by `scheme`. `kept`: as the
+    file has them."""
+
+    names: tuple[str, ...]
+    scheme: Scheme
+    kept: bool
 
 
 def is_linear(name: str) -> bool:
     """Whether a weight is multiplied in every token's attention or MLP."""
     return _LINEAR.fullmatch(name) is not None
+
+
+@cache
+def products_of(config: ModelConfig) -> tuple[tuple[str, ...], ...]:
+    """The products of a model that may be quantised, by the names of their weights: several where they
+    are fused, and those of all experts of a layer, which are held as one stack. A tied head is the
+    embedding's."""
+    found: dict[tuple[str | None, ...], list[str]] = {}
+    for name in expected_shapes(config):
+        match = _LINEAR.fullmatch(name)
+        if match is not None:
+            layer, attention, mlp, experts, expert = match.groups()
+            part = attention or mlp or expert
+            found.setdefault((layer, experts, _FUSED.get(part, part)), []).append(name)
+    return (*map(tuple, found.values()), (EMBEDDING if config.tie_embeddings else HEAD,))
+
+
+def held_quantised(
+    config: ModelConfig,
+    products: Sequence[tuple[str, ...]],
+    stored: Mapping[str, Stored],
+    asked: Scheme | None,
+    world_size: int,
+) -> list[Held]:
+    """Which of the `products` hold quantised weights: what is kept of how the file has `stored` them,
+    and, where a scheme is `asked` for, what is rounded to that. A product has one scheme: where a file
+    mixes them, it is dequantised."""
+    shapes = expected_shapes(config)
+    file_is_plain = all(is_plain(stored[name].stored_as) for names in products for name in names)
+    held = []
+    for names in products:
+        parts = [stored[name] for name in names]
+        schemes = {part.scheme for part in parts}
+        own = schemes.pop() if len(schemes) == 1 else None
+        if own is not None and not can_cut(config, names[0], shapes[names[0]], own, world_size):
+            own = None
+        wanted = None
+        if asked is not None:
+            wanted = HEAD_SCHEME if names[0] in (HEAD, EMBEDDING) else asked
+        # 8 bits keep what a file's own quantised weights have; what it has left plain stays.
+        some = not all(is_plain(part.stored_as) for part in parts)
+        if own is not None:
+            held.append(Held(names, own, True))
+        elif wanted is not None and (file_is_plain or (wanted.bits == 8 and some)):
+            held.append(Held(names, wanted, False))
+    return held
 
 
 def scheme_for(name: str, asked: Scheme) -> Scheme | None:
@@ -47,11 +121,6 @@ def can_cut(config: ModelConfig, name: str, shape: tuple[int, ...], scheme: Sche
 
 def check_quant(config: ModelConfig, asked: Scheme, world_size: int) -> None:
     """Raise InputError if a model cannot be quantised so over so many ranks."""
-    if config.num_experts:
-        raise InputError(
-            f"quant={asked.name}: experts are not quantised, and this model has {config.num_experts}; "
-            "use quant=auto or none"
-        )
     kinds = [(kind.name, kind.shape) for kind in weight_kinds(config) if is_linear(kind.name)]
     kinds.append((HEAD, (config.vocab_size, config.dim)))
     for name, shape in kinds:
@@ -85,18 +154,42 @@ def _group(name: str) -> int:
     return int(found[1]) if found else MIN_GROUP
 
 
-def weight_bytes(config: ModelConfig, layout: Layout, item: int, scheme_of: SchemeOf) -> int:
-    """What one rank's weights take: `item` bytes a number where there is no scheme. A tied head that
-    has a scheme is a copy of its own."""
-    total = 0
-    for kind in weight_kinds(config):
-        sizes = [part.stop - part.start for part in slices_of(kind.name, kind.shape, layout)]
-        scheme = scheme_of(kind.name)
-        if scheme is None or len(sizes) != 2:
-            total += kind.count * prod(sizes) * item
-        else:
-            total += kind.count * scheme.nbytes(sizes[0], sizes[1])
-    head = scheme_of(HEAD)
-    if config.tie_embeddings and head is not None:
-        total += head.nbytes(layout.vocab_block, config.dim)
+def weight_bytes(config: ModelConfig, layout: Layout, item: int, held: Collection[Held] = ()) -> int:
+    """What one rank's weights take: `item` bytes a number, but for those that are `held` quantised. A
+    tied head among these is a copy of its own."""
+    shapes = expected_shapes(config) if held else {}
+    total = sum(
+        kind.count * prod(_sizes(kind.name, kind.shape, layout)) * item for kind in weight_kinds(config)
+    )
+    alike = Counter((_without_numbers(each.names[0]), each.scheme) for each in held)
+    samples = {(_without_numbers(each.names[0]), each.scheme): each for each in held}
+    for (name, scheme), count in alike.items():
+        names = samples[name, scheme].names
+        sizes = [_sizes(each, shapes[each], layout) for each in names]
+        stacked = config.num_experts if ".experts." in names[0] else 1  # laid out each by itself
+        rows = sum(each[0] for each in sizes) // stacked
+        total += count * stacked * _packed_bytes(rows, names[0], shapes, scheme, layout)
+        if names != (EMBEDDING,):
+            total -= count * sum(map(prod, sizes)) * item
     return total
+
+
+def _sizes(name: str, shape: tuple[int, ...], layout: Layout) -> list[int]:
+    """The shape of what one rank holds. Vocabularies are filled up to whole blocks."""
+    if find_spec(name).axis == "vocab":
+        return [layout.vocab_block, *shape[1:]]
+    return [part.stop - part.start for part in slices_of(name, shape, layout)]
+
+
+def _packed_bytes(
+    rows: int, name: str, shapes: Mapping[str, tuple[int, ...]], scheme: Scheme, layout: Layout
+) -> int:
+    """What so many rows of a product take, laid out in whole panels, with the columns of one rank."""
+    columns = slices_of(name, shapes[name], layout)[1]
+    size = scheme.group_within(columns.start, columns.stop) if scheme.group_size else 0
+    held = replace(scheme, group_size=size)
+    return held.nbytes(-(-rows // _PANEL) * _PANEL, columns.stop - columns.start)
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".", name)

@@ -2,20 +2,22 @@
 
 The inputs of a product come through the layers before it as they were quantised, and through the
 products before it in its own layer: queries, keys and values, then what follows attention, gate and
-up, down.
+up, down. An expert has the inputs of the tokens that the router gives it.
 
 What is not here: GPTQ itself (`quantize.gptq`), and reading and writing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.load import PARTS
+from models.mlp import ACTIVATIONS, Experts
 from quantize.gptq import gptq
 from quantize.grid import range_grid, search_grid
 from quantize.walk import Walk
@@ -42,7 +44,8 @@ class Settings:
 @dataclass(frozen=True)
 class Errors:
     """What quantising did to a weight, by its canonical name: the squared error of the weight and of
-    its product's output over the calibration text (None without one), and what they are relative to."""
+    its product's output over the calibration text (None without one, and for an expert that no token of
+    it met), and what they are relative to."""
 
     name: str
     error: float
@@ -63,45 +66,80 @@ def quantise_block(
         product = found[path]
         assert isinstance(product, ColumnLinear | RowLinear)
         names = [f"model.layers.{index}.{part}.weight" for part in PARTS[path]]
-        hessian = hessian_of(walk.inputs(block, product), product.weight.shape[1])
-        try:
-            quantised, values = quantise_product(product.weight, hessian, settings)
-        except InputError as error:
-            raise InputError(f"{names[0]}: {error}") from error
-        change = values - product.weight
         sizes = product.parts if isinstance(product, ColumnLinear) else product.weight.shape[:1]
-        start = 0
-        for name, size in zip(names, sizes, strict=True):
-            rows = slice(start, start + size)
-            old, new = product.weight[rows], change[rows]
-            errors = Errors(
-                name,
-                float(new.square().sum()),
-                float(old.square().sum()),
-                _energy(new, hessian),
-                _energy(old, hessian),
+        inputs = walk.inputs(block, product)
+        yield from _quantise(product.weight, dict(zip(names, sizes, strict=True)), inputs, settings)
+    for module in block.modules():
+        if isinstance(module, Experts):
+            prefix = f"model.layers.{index}.mlp.experts"
+            yield from _quantise_experts(module, prefix, list(walk.inputs(block, module)), settings)
+
+
+def _quantise_experts(
+    experts: Experts, prefix: str, inputs: Sequence[Tensor], settings: Settings
+) -> Iterator[tuple[Errors, QuantWeight]]:
+    """The same of experts, each with those of the `inputs` that the router gives it."""
+    chosen = [experts.route(x)[1] for x in inputs]
+    act = ACTIVATIONS[experts.activation]
+    for i in range(experts.downs.num_experts):
+        gate_up, down = experts.gate_ups.weight[i], experts.downs.weight[i]
+        width = down.shape[1]
+        own = [x[(ids == i).any(-1)] for x, ids in zip(inputs, chosen, strict=True)]
+        sizes = {f"{prefix}.{i}.{part}_proj.weight": width for part in ("gate", "up")}
+        yield from _quantise(gate_up, sizes, iter(own), settings)
+        halves = (F.linear(x, gate_up).chunk(2, dim=-1) for x in own)
+        hidden = (act(gate) * up for gate, up in halves)
+        yield from _quantise(down, {f"{prefix}.{i}.down_proj.weight": len(down)}, hidden, settings)
+
+
+def _quantise(
+    weight: Tensor, sizes: Mapping[str, int], inputs: Iterator[Tensor], settings: Settings
+) -> Iterator[tuple[Errors, QuantWeight]]:
+    """Quantise a weight [n, k] in place, of which so many rows (`sizes`) are called so. One that no
+    input meets is rounded to the nearest."""
+    hessian = hessian_of(inputs, weight.shape[1])
+    try:
+        quantised, values = quantise_product(weight, hessian, settings)
+    except InputError as error:
+        raise InputError(f"{next(iter(sizes))}: {error}") from error
+    change = values - weight
+    start = 0
+    for name, size in sizes.items():
+        rows = slice(start, start + size)
+        old, new = weight[rows], change[rows]
+        errors = Errors(name, float(new.square().sum()), float(old.square().sum()))
+        if hessian is not None:
+            errors = replace(
+                errors, output_error=_energy(new, hessian), output_square=_energy(old, hessian)
             )
-            yield errors, quantised.rows(rows.start, rows.stop)
-            start += size
-        product.weight.copy_(values)
+        yield errors, quantised.rows(rows.start, rows.stop)
+        start += size
+    weight.copy_(values)
 
 
-def hessian_of(inputs: Iterator[Tensor], size: int) -> Tensor:
-    """The mean of x x^T over all tokens' inputs x: float32 [size, size]."""
+def hessian_of(inputs: Iterator[Tensor], size: int) -> Tensor | None:
+    """The mean of x x^T over all tokens' inputs x: float32 [size, size]; None where there are none."""
     hessian, count = torch.zeros(size, size), 0
     for x in inputs:
         hessian.addmm_(x.t(), x)
         count += len(x)
-    return hessian / max(count, 1)
+    return hessian / count if count else None
 
 
-def quantise_product(weight: Tensor, hessian: Tensor, settings: Settings) -> tuple[QuantWeight, Tensor]:
-    """A weight float32 [n, k] quantised, and what it stands for. Raises InputError."""
+def quantise_product(
+    weight: Tensor, hessian: Tensor | None, settings: Settings
+) -> tuple[QuantWeight, Tensor]:
+    """A weight float32 [n, k] quantised, and what it stands for: rounded to the nearest where there is
+    no `hessian`. Raises InputError."""
     if settings.search:
-        grid = search_grid(weight, settings.scheme, hessian.diagonal())
+        importance = None if hessian is None else hessian.diagonal()
+        grid = search_grid(weight, settings.scheme, importance)
     else:
         grid = range_grid(weight, settings.scheme)
-    q = gptq(weight, hessian, grid, settings.damp, settings.sort)
+    if hessian is None:
+        q = grid.integers(weight)
+    else:
+        q = gptq(weight, hessian, grid, settings.damp, settings.sort)
     return grid.packed(q), grid.values(q)
 
 

@@ -18,6 +18,7 @@ Source: the compressors `pack_quantized` and `int_quantized` of the compressed-t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,8 +68,11 @@ def stored_tensors(name: str, weight: QuantWeight) -> dict[str, Tensor]:
     return tensors
 
 
-def quantization_config(scheme: Scheme, head: Scheme | None) -> dict[str, Any]:
-    """What config.json says of it. `head`: how lm_head is quantised, None where it is not."""
+def quantization_config(
+    scheme: Scheme, head: Scheme | None, plain: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What config.json says of it. `head`: how lm_head is quantised, None where it is not; `plain`:
+    other linear modules that are not."""
     groups = [_group(scheme, "Linear")]
     if head is not None and head != scheme:
         groups.append(_group(head, "lm_head"))
@@ -78,7 +82,7 @@ def quantization_config(scheme: Scheme, head: Scheme | None) -> dict[str, Any]:
         "quantization_status": "compressed",
         "format": groups[0]["format"] if len(formats) == 1 else "mixed-precision",
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
-        "ignore": [] if head is not None else ["lm_head"],
+        "ignore": [*plain, *([] if head is not None else ["lm_head"])],
     }
 
 

@@ -59,8 +59,8 @@ keys [default]:
   perplexity=   a text: how well it is predicted before and after
   output=       text (a table of errors) or json [{output}]
 
-Norms, biases and the embedding stay as they are; an lm_head of its own becomes int8. Mixtures of
-experts are refused.
+Norms, biases, routers and the embedding stay as they are; an lm_head of its own becomes int8. An expert
+that no token of the calibration text meets is rounded to the nearest.
 
 examples:
   python launch.py quantize model=smollm2-135m quant=int8 out=smollm2-int8

@@ -1,8 +1,8 @@
 """What a quantised folder will hold, file by file, before a number is computed; and what is refused.
 
-Norms, biases and the embedding stay as they are, of a source of blocks (GGUF) in bfloat16. An lm_head
-of its own becomes int8 per channel whatever the layers are: it is read for every token, and its errors
-meet the result unsoftened. Experts are refused: left alone, they would be most of the file.
+Norms, biases, routers and the embedding stay as they are, of a source of blocks (GGUF) in bfloat16. An
+lm_head of its own becomes int8 per channel whatever the layers are: it is read for every token, and its
+errors meet the result unsoftened.
 
 Names are the canonical ones, which for most families are also those of transformers. Where a family
 fuses projections or calls them otherwise (Phi 3, GPT-J, Falcon), and for Meta's files, Yoke reads the
@@ -12,7 +12,6 @@ folder and other programs may not.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -20,6 +19,7 @@ from typing import Any
 
 from models.config import HEAD, ModelConfig, expected_shapes
 from models.load import check_names, config_of
+from models.quant_rules import HEAD_SCHEME, is_linear
 from quantize.compressed import Shapes, quantization_config, stored_shapes
 from quantize.small_files import small_files
 from tp.reshard_plan import INDEX, SHARD_BYTES, hf_files
@@ -27,11 +27,6 @@ from weights.checkpoint import Checkpoint, Entry
 from weights.errors import InputError
 from weights.schemes import SCHEMES, Scheme, parse_scheme
 from weights.writer import DTYPES, Tensors
-
-HEAD_SCHEME = Scheme(8, 0)
-_PRODUCT = re.compile(
-    r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight", re.ASCII
-)
 
 
 @dataclass(frozen=True)
@@ -65,8 +60,8 @@ class Plan:
 
 
 def make_plan(checkpoint: Checkpoint, scheme: Scheme) -> Plan:
-    """Raises InputError for a source that is quantised already, has experts, or has a weight that the
-    scheme's groups do not divide."""
+    """Raises InputError for a source that is quantised already, or has a weight that the scheme's
+    groups do not divide."""
     found = checkpoint.config.get("quantization_config")
     if found is not None:
         method = found.get("quant_method") if isinstance(found, dict) else None
@@ -75,14 +70,9 @@ def make_plan(checkpoint: Checkpoint, scheme: Scheme) -> Plan:
             "quantise the model that it was made from"
         )
     config = config_of(checkpoint)
-    if config.num_experts:
-        raise InputError(
-            f"{checkpoint.path} is a mixture of {config.num_experts} experts, which are not quantised "
-            "so far; they would stay as they are, and with them most of the model"
-        )
     shapes = expected_shapes(config)
     check_names(checkpoint, shapes, config.tie_embeddings)
-    schemes = {name: scheme for name in shapes if _PRODUCT.fullmatch(name)}
+    schemes = {name: scheme for name in shapes if is_linear(name)}
     if HEAD in shapes:
         schemes[HEAD] = HEAD_SCHEME
     _check_groups({name: shapes[name][1] for name in schemes if schemes[name] == scheme}, scheme)
@@ -94,7 +84,9 @@ def make_plan(checkpoint: Checkpoint, scheme: Scheme) -> Plan:
         else:
             stored[name] = (kept[name], shape)
     files = hf_files(stored, SHARD_BYTES)
-    texts = small_files(checkpoint, config, quantization_config(scheme, schemes.get(HEAD)))
+    routers = [name.removesuffix(".weight") for name in kept if name.endswith(".mlp.gate.weight")]
+    about = quantization_config(scheme, schemes.get(HEAD), routers)
+    texts = small_files(checkpoint, config, about)
     if len(files) > 1:
         texts[INDEX] = _index(files)
     return Plan(checkpoint, config, scheme, shapes, schemes, kept, files, texts)

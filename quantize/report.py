@@ -40,12 +40,19 @@ def weight_error(errors: Sequence[Errors]) -> float:
 
 
 def output_error(errors: Sequence[Errors]) -> float | None:
-    """The same of their outputs, where all have it."""
-    if not errors or any(one.output_error is None for one in errors):
+    """The same of the outputs of those that have any."""
+    if all(one.output_error is None for one in errors):
         return None
     return sum(one.output_error or 0.0 for one in errors) / (
         sum(one.output_square or 0.0 for one in errors) or 1.0
     )
+
+
+def unmet(report: Report) -> list[str]:
+    """The experts' weights that no token of a calibration text met, rounded to the nearest."""
+    if report.method != "gptq":
+        return []
+    return [one.name for one in products(report.errors) if one.output_error is None]
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -60,6 +67,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "seconds": report.seconds,
         "weight_error": weight_error(report.errors),
         "output_error": output_error(products(report.errors)),
+        "rounded_experts": unmet(report),
         "perplexity_before": report.perplexity_before,
         "perplexity_after": report.perplexity_after,
         "weights": [
@@ -124,6 +132,11 @@ def show(report: Report) -> None:
     for one in report.errors:
         if _layer(one) is None:
             console.print(f"{one.name.removesuffix('.weight')}: int8, {_percent(weight_error([one]))}")
+    if few := unmet(report):
+        console.print(
+            f"{len(few)} weights of experts that no token of the calibration text met were rounded to "
+            "the nearest; a longer text meets more"
+        )
     before, after = report.perplexity_before, report.perplexity_after
     if before is not None and after is not None:
         console.print(

@@ -41,6 +41,16 @@ def gguf() -> Path:
     return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+@pytest.fixture(scope="session")
+def reference_model(gguf: Path) -> Any:
+    """The embedded file as the transformers library has it, in float32; that takes long to read."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder, name = gguf.parent, gguf.name
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
+
+
 def yoke(*words: str, timeout: float = 600, **env: str) -> subprocess.CompletedProcess[str]:
     """Run `python launch.py words...` to its end."""
     return subprocess.run(

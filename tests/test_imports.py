@@ -51,6 +51,11 @@ def test_the_launcher_needs_only_the_standard_library_and_psutil() -> None:
         assert not foreign, f"{file} imports {foreign}"
 
 
+def test_a_rank_does_not_import_the_compiler_before_it_compiles() -> None:
+    code = "import sys, engine.rank, engine.session; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=True)
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -149,12 +149,18 @@ def hold_quantised(
 ) -> None:
     """Have a layer hold `weight`, this rank's part, and nothing else. On a CPU its columns are a
     multiple of 32. With `round_prompts` what it multiplies with many rows may be rounded to int8."""
-    on_gpu = torch.device(device).type == "cuda"
-    packed = pack_cuda(weight.with_rows(lambda each: each.to(device))) if on_gpu else pack(weight)
+    packed = pack_on(weight, device)
     layer.weight = None  # type: ignore[assignment]
     layer.packing = Packing(packed.bits, packed.group_size, packed.num_rows, round_prompts)
     for name in ("data", "scale", "offset"):
         layer.register_buffer(f"packed_{name}", getattr(packed, name), persistent=False)
+
+
+def pack_on(weight: QuantWeight, device: torch.device | str) -> Packed:
+    """Lay a weight out for the products of a device."""
+    if torch.device(device).type == "cuda":
+        return pack_cuda(weight.with_rows(lambda each: each.to(device)))
+    return pack(weight)
 
 
 def can_pack(layer: Linear, device: torch.device | str = "cpu") -> bool:

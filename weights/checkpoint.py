@@ -40,8 +40,9 @@ class Entry:
     copies it at once. `file` holds it, where one of several does.
 
     A matrix that is quantised by `scheme` is read as such by `quant(rows, columns)`; it raises
-    InputError for columns that cut a group below what products take. Both are None for others, also for
-    those that can only be dequantised.
+    InputError for columns that cut a group below what products take. Of a stack of matrices
+    `quant_of(index, rows, columns)` reads one. They are None for others, also for those that can only
+    be dequantised.
     """
 
     shape: tuple[int, ...]
@@ -53,6 +54,7 @@ class Entry:
     file: Path | None = None
     scheme: Scheme | None = None
     quant: ReadQuant | None = None
+    quant_of: Callable[[int, slice, slice], QuantWeight] | None = None
 
 
 @dataclass(frozen=True)

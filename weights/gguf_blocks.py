@@ -11,16 +11,16 @@ Source: `block_q4_0`, `block_q4_1` and `block_q8_0` of ggml's `ggml-common.h`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from weights.checkpoint import ReadQuant, Slices
 from weights.quant import QuantWeight, pack_nibbles
-from weights.schemes import Scheme
+from weights.schemes import GGUF_SCHEMES as SCHEMES
 
 SIZE = 32  # numbers in a block
-SCHEMES = {"Q4_0": Scheme(4, SIZE), "Q4_1": Scheme(4, SIZE, symmetric=False), "Q8_0": Scheme(8, SIZE)}
 _BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 
 
@@ -46,10 +46,26 @@ def reader_of_blocks(
     """How to read the quantised form of a matrix of blocks; None if it has none."""
     if form not in SCHEMES or len(shape) != 2:
         return None
+    return partial(_read, form, read_raw, ())
 
-    def quant(rows: slice, columns: slice) -> QuantWeight:
-        first, last = columns.start // SIZE * SIZE, -(-columns.stop // SIZE) * SIZE
-        whole = from_blocks(read_raw((rows, slice(first, last))), form)
-        return whole.columns(columns.start - first, columns.stop - first)
 
-    return quant
+def reader_of_stacked_blocks(
+    form: str, shape: tuple[int, ...], read_raw: Callable[[Slices], Tensor]
+) -> Callable[[int, slice, slice], QuantWeight] | None:
+    """The same of a stack of such matrices, by the index of one."""
+    if form not in SCHEMES or len(shape) != 3:
+        return None
+
+    def quant_of(index: int, rows: slice, columns: slice) -> QuantWeight:
+        return _read(form, read_raw, (slice(index, index + 1),), rows, columns)
+
+    return quant_of
+
+
+def _read(
+    form: str, read_raw: Callable[[Slices], Tensor], where: Slices, rows: slice, columns: slice
+) -> QuantWeight:
+    first, last = columns.start // SIZE * SIZE, -(-columns.stop // SIZE) * SIZE
+    raw = read_raw((*where, rows, slice(first, last)))
+    whole = from_blocks(raw.flatten(0, -2), form)
+    return whole.columns(columns.start - first, columns.stop - first)

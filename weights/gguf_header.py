@@ -21,10 +21,12 @@ import numpy as np
 
 from weights.errors import InputError
 from weights.files import damaged
+from weights.gguf_names import ARCHITECTURES
 
 FORM = "GGUF"
 _VERSIONS = (2, 3)
 _MAX_DIMS = 4
+_MAX_EXPERTS = 1 << 14
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 # By the format's number of a value type: how struct and numpy call it, and its size.
 _SCALARS = {
@@ -157,6 +159,38 @@ def read_header(path: Path) -> Header:
     if type(alignment) is not int or not 1 <= alignment <= 1 << 30 or alignment & (alignment - 1):
         raise ValueError(f"an alignment of {alignment!r}; it must be a power of two")
     return Header(values, tuple(tensors), -(-cursor.at // alignment) * alignment)
+
+
+def architecture_of(header: Header, path: Path) -> str:
+    """The architecture of a file that is whole and of one of `ARCHITECTURES`. Raises InputError."""
+    architecture = header.values.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise InputError(
+            f"{path} holds a model of architecture {architecture!r}; supported: "
+            + ", ".join(ARCHITECTURES)
+        )
+    if header.values.get("split.count", 1) not in (0, 1):
+        raise InputError(
+            f"{path} is one of {header.values['split.count']} files; join them with "
+            "llama.cpp's llama-gguf-split --merge, and give the joined file"
+        )
+    return architecture
+
+
+def num_experts_of(
+    header: Header, path: Path, architecture: str, name: str, shape: tuple[int, ...]
+) -> int:
+    """How many experts the tensor `name` stacks: as many as the metadata say. Raises InputError."""
+    key = f"{architecture}.expert_count"
+    count = header.values.get(key)
+    if type(count) is not int or not 1 <= count <= _MAX_EXPERTS:
+        raise InputError(f"{path}: {key} must be from 1 to {_MAX_EXPERTS}, not {str(count)[:100]}")
+    if len(shape) != 3 or shape[0] != count:
+        raise InputError(
+            f"{path}: {name!r} has shape {shape}; it must be the matrices of {count} experts, as "
+            f"{key} says"
+        )
+    return count
 
 
 def _tensor(cursor: _Cursor) -> TensorInfo:

@@ -30,10 +30,16 @@ from torch import Tensor
 from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
 from weights.errors import InputError
 from weights.files import DAMAGE, check_overlaps, damaged, regular_file
-from weights.gguf_blocks import SCHEMES, reader_of_blocks
-from weights.gguf_header import FORM, Header, TensorInfo, read_header
+from weights.gguf_blocks import reader_of_blocks, reader_of_stacked_blocks
+from weights.gguf_header import (
+    FORM,
+    Header,
+    TensorInfo,
+    architecture_of,
+    num_experts_of,
+    read_header,
+)
 from weights.gguf_names import (
-    ARCHITECTURES,
     FACTORS,
     naming_of,
     same_for_all_layers,
@@ -41,10 +47,10 @@ from weights.gguf_names import (
 )
 from weights.mapped import Bytes, map_file, plain_entry
 from weights.names import Piece
+from weights.schemes import GGUF_SCHEMES
 from weights.views import present
 
 _MAX_FACTORS = 1 << 12  # half of a head's size; what is longer cannot be rotary factors
-_MAX_EXPERTS = 1 << 14
 _PLAIN = ("F64", "F32", "F16", "BF16")  # numbers as they are; everything else comes in blocks
 
 
@@ -53,18 +59,7 @@ def open_gguf(path: Path) -> Checkpoint:
     size = regular_file(path, FORM)
     try:
         header = read_header(path)
-        config = header.values
-        architecture = config.get("general.architecture")
-        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-            raise InputError(
-                f"{path} holds a model of architecture {architecture!r}; supported: "
-                + ", ".join(ARCHITECTURES)
-            )
-        if config.get("split.count", 1) not in (0, 1):
-            raise InputError(
-                f"{path} is one of {config['split.count']} files; join them with "
-                "llama.cpp's llama-gguf-split --merge, and give the joined file"
-            )
+        architecture = architecture_of(header, path)
         stored = _stored_entries(path, size, header)
         factors = {name: _factors(path, name, stored.pop(name)) for name in FACTORS if name in stored}
         config = header.values.plus(factors)
@@ -73,7 +68,7 @@ def open_gguf(path: Path) -> Checkpoint:
         def canonical(name: str) -> tuple[Piece, ...]:
             num_experts = 0
             if "_exps." in name:
-                num_experts = _num_experts(path, config, architecture, name, stored[name])
+                num_experts = num_experts_of(header, path, architecture, name, stored[name].shape)
             pieces = translate_gguf(name, naming, num_experts)
             if not pieces:
                 raise InputError(f"{path} holds a tensor {name!r} that Yoke does not know")
@@ -99,22 +94,6 @@ def _factors(path: Path, name: str, entry: Entry) -> Callable[[], list[float]]:
         return found
 
     return values
-
-
-def _num_experts(
-    path: Path, config: Mapping[str, Any], architecture: str, name: str, entry: Entry
-) -> int:
-    """How many experts a tensor stacks: as many as the metadata say."""
-    key = f"{architecture}.expert_count"
-    count = config.get(key)
-    if type(count) is not int or not 1 <= count <= _MAX_EXPERTS:
-        raise InputError(f"{path}: {key} must be from 1 to {_MAX_EXPERTS}, not {str(count)[:100]}")
-    if len(entry.shape) != 3 or entry.shape[0] != count:
-        raise InputError(
-            f"{path}: {name!r} has shape {entry.shape}; it must be the matrices of {count} experts, as "
-            f"{key} says"
-        )
-    return count
 
 
 def _heads(path: Path, config: Mapping[str, Any], prefix: str) -> tuple[int, int]:
@@ -214,5 +193,6 @@ def _blocks_entry(name: str, data: Bytes, kind: GGMLQuantizationType, shape: tup
         return torch.from_numpy(np.array(part, order="C"))
 
     quant = reader_of_blocks(kind.name, shape, read_raw)
-    scheme = None if quant is None else SCHEMES[kind.name]
-    return Entry(shape, kind.name, read, block, read_raw, scheme=scheme, quant=quant)
+    quant_of = reader_of_stacked_blocks(kind.name, shape, read_raw)
+    scheme = None if quant is None and quant_of is None else GGUF_SCHEMES[kind.name]
+    return Entry(shape, kind.name, read, block, read_raw, scheme=scheme, quant=quant, quant_of=quant_of)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from weights.checkpoint import Entry, Slices, check_slices
+from weights.schemes import is_plain
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -38,6 +39,7 @@ DTYPES: dict[str, tuple[str, torch.dtype]] = {
     "U8": ("u1", torch.uint8),
     "BOOL": ("u1", torch.bool),
 }
+assert all(map(is_plain, DTYPES))
 _MAX_DIMS = 8
 # Views of a mapping may not be written, and nobody does: they are copied.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from weights.checkpoint import Entry
 from weights.quant import QuantWeight
+from weights.quant_config import MIXED
 from weights.quant_parts import (
     HALVES,
     Module,
@@ -36,6 +37,8 @@ ENDS = frozenset({
 def open_stored(module: Module) -> Stored:
     """The weight of a module. Raises InputError."""
     packed = module.config.format == "pack-quantized"
+    if module.config.format == MIXED:
+        packed = "weight" not in module.parts
     return _packed(module) if packed else _plain_integers(module)
 
 

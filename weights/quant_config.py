@@ -1,8 +1,8 @@
 """What `quantization_config` of a Hugging Face `config.json` says. Pure; free of torch.
 
-Three methods are read: "compressed-tensors" (pack-quantized, int-quantized), "gptq" and "awq". Patterns
-("re:...") are not run: they come with the file. Which modules are quantised is told by the tensors,
-and those must have one of the schemes that the config declares.
+Three methods are read: "compressed-tensors" (pack-quantized, int-quantized, or both), "gptq" and "awq".
+Patterns ("re:...") are not run: they come with the file. Which modules are quantised is told by the
+tensors, and those must have one of the schemes that the config declares.
 
 What is not here: how activations were quantised. They stay as they are, which is more exact.
 
@@ -21,6 +21,7 @@ from weights.schemes import MIN_GROUP, Scheme
 
 METHODS = ("compressed-tensors", "gptq", "awq")
 FORMATS = ("pack-quantized", "int-quantized")
+MIXED = "mixed-precision"  # each group of modules has one of FORMATS
 _MAX_GROUP = 1 << 16
 _MAX_GROUPS_OF_MODULES = 64
 _WAY_OUT = "take the model unquantised, or quantised in one of these ways"
@@ -28,9 +29,10 @@ _WAY_OUT = "take the model unquantised, or quantised in one of these ways"
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """`method` of METHODS; `format` of FORMATS for compressed-tensors. A module has one of `schemes`,
-    unless `ignored` names it. `reordered`: columns were quantised in another order than they are
-    stored in (act-order). `minus_one`: zero points are stored less 1. `source` is for messages."""
+    """`method` of METHODS; `format` of FORMATS, or MIXED, for compressed-tensors. A module has one
+    of `schemes`, unless `ignored` names it. `reordered`: columns were quantised in another order than
+    they are stored in (act-order). `minus_one`: zero points are stored less 1. `source` is for
+    messages."""
 
     source: str
     method: str
@@ -39,6 +41,20 @@ class QuantConfig:
     ignored: frozenset[str] = frozenset()
     reordered: bool = False
     minus_one: bool = False
+
+    def fitting(self, bits: int, groups: int, k: int, has_zeros: bool) -> Scheme | None:
+        """The declared scheme of a module whose rows of `k` have so many `groups`; None if there is
+        none."""
+        fitting = [
+            scheme
+            for scheme in self.schemes
+            if scheme.bits == bits
+            and groups * (scheme.group_size or k) == k
+            and k % MIN_GROUP == 0
+            and (has_zeros or scheme.symmetric)
+        ]
+        # Zero points may all be in the middle.
+        return min(fitting, key=lambda scheme: scheme.symmetric, default=None)
 
     @property
     def named(self) -> str:
@@ -69,12 +85,7 @@ def read_quant_config(config: Mapping[str, Any], source: str) -> QuantConfig | N
 
 
 def _compressed(found: Mapping[str, Any], where: str) -> QuantConfig:
-    form = found.get("format")
-    if form not in FORMATS:
-        raise InputError(
-            f"{where} has format {str(form)[:100]!r}, which is not read; read are "
-            f"{', '.join(FORMATS)}: {_WAY_OUT}"
-        )
+    form = _format(found.get("format"), (*FORMATS, MIXED), where)
     groups = found.get("config_groups")
     if not isinstance(groups, Mapping) or not 1 <= len(groups) <= _MAX_GROUPS_OF_MODULES:
         raise InputError(f"{where} must have an object 'config_groups' that is not empty")
@@ -89,17 +100,29 @@ def _compressed(found: Mapping[str, Any], where: str) -> QuantConfig:
                 f"{at} has type {str(weights['type'])[:40]!r}; only integers are read: {_WAY_OUT}"
             )
         strategy = weights.get("strategy")
+        own = form
+        if form == MIXED:
+            own = _format(group.get("format"), FORMATS, f"{where}.config_groups.{name[:40]}")
         whole_rows = strategy in ("channel", "tensor") or weights.get("group_size") == -1
         if strategy not in ("channel", "tensor", "group", None):
             raise InputError(
                 f"{at} has strategy {str(strategy)[:40]!r}; read are channel, tensor and group"
             )
-        bits = _bits(weights.get("num_bits"), (8,) if form == "int-quantized" else (4, 8), at)
+        bits = _bits(weights.get("num_bits"), (8,) if own == "int-quantized" else (4, 8), at)
         size = 0 if whole_rows else _group(weights.get("group_size"), at)
         schemes.append(Scheme(bits, size, _flag(weights, "symmetric", True, at)))
         reordered |= weights.get("actorder") in ("group", True)
     ignored = _names(found, "ignore", where)
     return QuantConfig(where, "compressed-tensors", form, tuple(schemes), ignored, reordered)
+
+
+def _format(form: Any, allowed: tuple[str, ...], where: str) -> str:
+    if not isinstance(form, str) or form not in allowed:
+        raise InputError(
+            f"{where} has format {str(form)[:100]!r}, which is not read; read are "
+            f"{', '.join(allowed)}: {_WAY_OUT}"
+        )
+    return form
 
 
 def _gptq(found: Mapping[str, Any], where: str) -> QuantConfig:

@@ -20,7 +20,7 @@ from weights import quant_awq, quant_compressed, quant_gptq
 from weights.checkpoint import Entry, Slices, check_slices
 from weights.errors import InputError
 from weights.quant import QuantWeight
-from weights.quant_config import read_quant_config
+from weights.quant_config import MIXED, read_quant_config
 from weights.quant_parts import Module, Stored
 from weights.schemes import MIN_GROUP
 
@@ -58,7 +58,8 @@ def with_quantised(
         module = Module(name, parts, declared)
         if name in declared.ignored:
             raise module.error(f"{name} is stored quantised, although the config leaves it out")
-        if weight is not None and declared.format != "int-quantized":
+        packed = "weight_packed" in parts or declared.format not in ("int-quantized", MIXED)
+        if weight is not None and packed:
             raise module.error(f"{name} is stored twice, quantised and as {name}.weight")
         if weight is not None:
             parts["weight"] = weight

@@ -15,7 +15,7 @@ from weights.checkpoint import Entry
 from weights.errors import InputError
 from weights.quant import QuantWeight
 from weights.quant_config import QuantConfig
-from weights.schemes import MIN_GROUP, Scheme
+from weights.schemes import Scheme
 
 HALVES = ("F16", "BF16", "F32")  # in which scales are stored
 
@@ -63,20 +63,13 @@ class Module:
 
     def scheme(self, bits: int, groups: int, k: int, has_zeros: bool = True) -> Scheme:
         """The declared scheme that tensors of so many `groups` a row have. Raises InputError."""
-        fitting = [
-            scheme
-            for scheme in self.config.schemes
-            if scheme.bits == bits
-            and groups * (scheme.group_size or k) == k
-            and k % MIN_GROUP == 0
-            and (has_zeros or scheme.symmetric)
-        ]
-        if not fitting:
+        found = self.config.fitting(bits, groups, k, has_zeros)
+        if found is None:
             raise self.error(
                 f"{self.name} is stored with {bits} bits a number and {groups} scales for a row of "
                 f"{k}{'' if has_zeros else ', without zero points'}"
             )
-        return min(fitting, key=lambda scheme: scheme.symmetric)  # zero points may all be in the middle
+        return found
 
     def error(self, what: str) -> InputError:
         return InputError(

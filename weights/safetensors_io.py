@@ -1,35 +1,23 @@
 """Safetensors, as one file or as Hugging Face's sharded folder with an index.
 
-A file is eight bytes of length, a JSON header of that length, and the tensors' bytes. The header is
-checked here against the file before anything is mapped: lengths, dtypes, shapes, offsets, overlaps.
-
-Source: the format's description in the README of the safetensors project.
+The header (weights.safetensors_header) is checked here against the file before anything is mapped:
+lengths, dtypes, shapes, offsets, overlaps.
 """
 
 from __future__ import annotations
 
 import math
-import struct
 from pathlib import Path
 from typing import Any
 
 from weights.checkpoint import Checkpoint, Entry
 from weights.errors import InputError
-from weights.files import (
-    DAMAGE,
-    HEADER_LIMIT,
-    check_overlaps,
-    damaged,
-    parse_json,
-    read_index,
-    regular_file,
-)
+from weights.files import DAMAGE, check_overlaps, damaged, read_index
 from weights.files import read_json as read_json
 from weights.folder import assemble, gather
 from weights.mapped import check_shape, item_size, map_file, plain_entry
 from weights.names import as_stored, translate
-
-_FORM = "safetensors"
+from weights.safetensors_header import FORM, read_header
 
 
 def open_safetensors(path: Path, translated: bool = True) -> Checkpoint:
@@ -47,21 +35,13 @@ def open_safetensors(path: Path, translated: bool = True) -> Checkpoint:
         if not files:
             raise InputError(f"{path} holds no *.safetensors file")
         stored = gather(path, files, stored_entries)
-    return assemble(path, _FORM, stored, names=translate if translated else as_stored)
+    return assemble(path, FORM, stored, names=translate if translated else as_stored)
 
 
 def stored_entries(file: Path) -> dict[str, Entry]:
     """The tensors of one file, under the names that it gives them. Raises InputError."""
-    size = regular_file(file, _FORM)
     try:
-        with file.open("rb") as opened:
-            length = struct.unpack("<Q", opened.read(8))[0] if size >= 8 else size
-            if length > min(size - 8, HEADER_LIMIT):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = parse_json(opened.read(length), unique=True)
-        if not isinstance(header, dict):
-            raise ValueError(f"its header is of type {type(header).__name__}")
-        header.pop("__metadata__", None)
+        header, data_start, size = read_header(file)
         data = map_file(file)
         entries, ranges = {}, []
         for name, about in header.items():
@@ -69,17 +49,17 @@ def stored_entries(file: Path) -> dict[str, Entry]:
             count = math.prod(shape)
             if stop - start != count * item_size(dtype):
                 raise ValueError(f"{name!r} has {stop - start} bytes for shape {shape} of {dtype}")
-            entries[name] = plain_entry(name, data, 8 + length + start, count, dtype, shape)
+            entries[name] = plain_entry(name, data, data_start + start, count, dtype, shape)
             ranges.append((start, stop, name))
         check_overlaps(ranges)
-        end = 8 + length + max((stop for _, stop, _ in ranges), default=0)
+        end = data_start + max((stop for _, stop, _ in ranges), default=0)
         if end != size:
             raise ValueError(f"its tensors end at byte {end} of {size}")
         return entries
     except InputError:
         raise
     except DAMAGE as error:
-        raise damaged(file, _FORM, error) from error
+        raise damaged(file, FORM, error) from error
 
 
 def _described(name: str, about: Any) -> tuple[str, tuple[int, ...], int, int]:

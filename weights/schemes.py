@@ -18,6 +18,11 @@ SCHEMES = (
     "int4-g128-asym",
 )
 MIN_GROUP = 32  # numbers that a kernel takes with one scale at least
+# What numbers that are not quantised are stored as: safetensors' dtypes, and those of weights=random.
+_PLAIN = frozenset({
+    "F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL",
+    "random",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,10 @@ class Scheme:
         return 0 if size % MIN_GROUP else size
 
 
+# GGUF's blocks that are kept as they are (weights.gguf_blocks); others are dequantised.
+GGUF_SCHEMES = {"Q4_0": Scheme(4, 32), "Q4_1": Scheme(4, 32, symmetric=False), "Q8_0": Scheme(8, 32)}
+
+
 def parse_scheme(text: str) -> Scheme:
     """The scheme of a name such as "int8" or "int4-g32-asym". Raises InputError."""
     found = re.fullmatch(r"int([48])(?:-g(\d+))?(-asym)?", text)
@@ -57,3 +66,8 @@ def parse_scheme(text: str) -> Scheme:
             f"quant={text} is not a scheme that Yoke has; take one of {', '.join(SCHEMES)}"
         )
     return Scheme(int(found[1]), int(found[2] or 0), found[3] is None)
+
+
+def is_plain(stored_as: str) -> bool:
+    """Whether numbers that are stored so are stored as such, not quantised."""
+    return stored_as in _PLAIN

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,9 @@ def _rebuild(
     quant = None if entry.quant is None or wrap_quant is None else wrap_quant(entry.quant)
     scheme = None if quant is None else entry.scheme
     return replace(
-        entry, shape=shape, read=wrap(entry.read), read_raw=raw, peek=peek, scheme=scheme, quant=quant
-    )
+        entry, shape=shape, read=wrap(entry.read), read_raw=raw, peek=peek, scheme=scheme, quant=quant,
+        quant_of=None,
+    )  # fmt: skip
 
 
 def rows_of(entry: Entry, start: int, stop: int) -> Entry:
@@ -124,8 +126,7 @@ def rows_of(entry: Entry, start: int, stop: int) -> Entry:
 
 
 def matrix_of(entry: Entry, index: int) -> Entry:
-    """One matrix of a stack of them, by its first index. It is not read quantised: experts have no
-    products for that."""
+    """One matrix of a stack of them, by its first index."""
     shape = entry.shape[1:]
 
     def wrap(read: Read) -> Read:
@@ -135,7 +136,10 @@ def matrix_of(entry: Entry, index: int) -> Entry:
 
         return part
 
-    return _rebuild(entry, shape, wrap)
+    found = _rebuild(entry, shape, wrap)
+    if entry.quant_of is None:
+        return found
+    return replace(found, scheme=entry.scheme, quant=partial(entry.quant_of, index))
 
 
 def less_one(entry: Entry) -> Entry:

@@ -23,8 +23,9 @@ from torch import Tensor
 from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
 from weights.errors import InputError
 from weights.files import damaged, parse_json, read_json, regular_file
-from weights.gguf_blocks import SCHEMES, reader_of_blocks
+from weights.gguf_blocks import reader_of_blocks
 from weights.safetensors_io import stored_entries
+from weights.schemes import GGUF_SCHEMES
 from weights.writer import DTYPES, header_of
 from weights.yoke_manifest import (
     Blocks,
@@ -176,7 +177,7 @@ def _entry(folder: YokeFolder, tensor: StoredTensor, prefer: int | None) -> Entr
         return values[..., columns.start - first : columns.stop - first]
 
     quant = reader_of_blocks(blocks.format, tensor.shape, read_raw)
-    scheme = None if quant is None else SCHEMES[blocks.format]
+    scheme = None if quant is None else GGUF_SCHEMES[blocks.format]
     return Entry(
         tensor.shape, blocks.format, read_values, blocks.elements, read_raw, scheme=scheme, quant=quant
     )

@@ -65,11 +65,12 @@ def test_gloo_gives_the_same_sums(run_ranks: Callable) -> None:
     assert code == 0, err
 
 
-@pytest.mark.parametrize("case", ["operators", "block", "functions"])
-def test_torch_accepts_the_operators_and_compiles_them(case: str, run_ranks: Callable) -> None:
+def test_torch_accepts_the_operators_and_compiles_them(run_ranks: Callable) -> None:
     """opcheck; one graph of a block, with its collectives and no copies around them; `out` forms."""
-    code, _, err = run_ranks("traced", 2, "shm", case=case)
+    cases = ["operators", "block", "functions"]
+    code, out, err = run_ranks("traced", 2, "shm", cases=cases)
     assert code == 0, err
+    assert out.split() == cases
 
 
 @pytest.mark.parametrize("case", ["join", "late"])

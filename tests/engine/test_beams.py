@@ -203,7 +203,9 @@ def _table_runner(width: int) -> tuple[Runner, Tensor]:
         return torch.stack([_next(text) for text in texts.tolist()])
 
     steps = {EXTEND: run, BEAMS: beams}
-    return Runner(Group(0, 1), torch.device("cpu"), width, 16, 16, 4, 8, False, True, steps), cache
+    return Runner(
+        Group(0, 1), torch.device("cpu"), width, 16, 16, 4, 8, False, True, False, steps
+    ), cache
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0])

@@ -23,10 +23,13 @@ from weights.errors import InputError
 
 
 def counted_one_by_one(config: ModelConfig, rank: int, size: int) -> int:
-    """The slow reference: every weight by its name, as the loader goes through them."""
+    """The slow reference: every weight by its name, as the loader goes through them; of a vocabulary a
+    whole block."""
     layout = layout_of(config, rank, size)
+    missing = layout.vocab_block - (layout.vocab_stop - layout.vocab_start)
     return sum(
         prod(part.stop - part.start for part in slices_of(name, shape, layout))
+        + (missing * prod(shape[1:]) if shape[0] == config.vocab_size else 0)
         for name, shape in expected_shapes(config).items()
     )
 

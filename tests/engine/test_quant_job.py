@@ -23,7 +23,6 @@ WORDS = ["model=llama-3.2-1b", "weights=random", "prompt=hi", "dtype=bfloat16"]
         (["quant=int5"], "quant=int5: must be one of auto, none, int8, .*, did you mean 'int"),
         (["quant=int8", "dtype=float32"], "goes with dtype=bfloat16, .* not with dtype=float32"),
         (["quant=int4-g32", "weights=auto", "engine=hf"], "quant=int4-g32 does not go with engine=hf"),
-        (["quant=int8", "model=mixtral-8x7b"], "experts are not quantised"),
         (["quant=int4-g128", "model=tiny"], "rows of 96, .* use one of int8, int4-g32"),
     ],
 )

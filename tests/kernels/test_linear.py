@@ -11,10 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.linear import linear
-from kernels.load import load_kernels
+from kernels.load import has_kernels, load_kernels
 
 assert load_kernels()
 SETS = torch.ops.yoke_kernels.instruction_sets()
+
+
+def test_whether_there_are_kernels_is_a_constant_of_compiled_code() -> None:
+    """Marked without importing the compiler, as torch's own decorator marks it."""
+    marked = torch.compiler.assume_constant_result(lambda: True)
+    assert vars(marked).items() <= vars(has_kernels).items()
+    assert vars(marked)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -163,6 +165,15 @@ def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@cache
+def own_report(ranks: int, comm: str) -> dict[str, Any]:
+    """What `GENERATE` gives with our own launcher."""
+    flags = ["--bind-cores-to-rank", "--ranks", str(ranks), "--comm", comm]
+    result = run(sys.executable, LAUNCH, *flags, *GENERATE)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
 def lines(out: str) -> dict[int, dict]:
     found = [json.loads(line) for line in out.splitlines() if line.startswith('{"rank"')]
     return {line["rank"]: line for line in found}
@@ -200,11 +211,9 @@ def test_a_program_under_a_manager(manager: list[str], program: str) -> None:
 @pytest.mark.parametrize("comm", ["shm", "gloo"])
 def test_generation_under_a_manager_is_that_of_our_own_launcher(manager: list[str], comm: str) -> None:
     flags = ["--bind-cores-to-rank", "--comm", comm]
-    own = run(sys.executable, LAUNCH, "--ranks", "2", *flags, *GENERATE)
-    assert own.returncode == 0, own.stderr
     result = run(*manager, LAUNCH, *flags, *GENERATE)
     assert result.returncode == 0, result.stderr
-    theirs, ours = json.loads(result.stdout), json.loads(own.stdout)
+    theirs, ours = json.loads(result.stdout), own_report(2, comm)
     for key in ("token_ids", "plan", "comm"):
         assert theirs[key] == ours[key]
 
@@ -283,8 +292,7 @@ def test_two_hosts(hosts: tuple[str, str], program: str) -> None:
     assert [code for code, _, _ in results] == [0, 0], results
     report = json.loads(results[0][2])
     assert results[1][2] == ""
-    alone = run(sys.executable, LAUNCH, "--ranks", "2", "--comm", "gloo", *GENERATE)
-    assert report["token_ids"] == json.loads(alone.stdout)["token_ids"]
+    assert report["token_ids"] == own_report(2, "gloo")["token_ids"]
     assert report["comm"] == "gloo"
 
 
@@ -294,5 +302,4 @@ def test_two_hosts_of_two_ranks(hosts: tuple[str, str]) -> None:
     report = json.loads(results[0][2])
     assert report["comm"] == "shm+gloo"
     assert len(report["peak_rss_bytes"]) == 4
-    alone = run(sys.executable, LAUNCH, "--ranks", "4", "--comm", "gloo", *GENERATE)
-    assert report["token_ids"] == json.loads(alone.stdout)["token_ids"]
+    assert report["token_ids"] == own_report(4, "gloo")["token_ids"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,18 +67,13 @@ def test_the_formula(tiny: Decoder) -> None:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_real_weights_and_a_real_text_as_transformers_has_it(gguf: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
+def test_real_weights_and_a_real_text_as_transformers_has_it(gguf: Path, reference_model: Any) -> None:
     checkpoint = open_checkpoint(gguf)
     model = load_model(config_of(checkpoint), checkpoint, Group(0, 1), torch.float32)
     tokens = torch.tensor([load_codec(checkpoint).encode(text(), True)[:WINDOW]])
     assert tokens.shape == (1, WINDOW)
     ours = perplexity(model, tokens)
-    reference = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    ).eval()
-    theirs = reference(tokens, labels=tokens).loss.exp().item()
+    theirs = reference_model(tokens, labels=tokens).loss.exp().item()
     assert ours == pytest.approx(theirs, rel=1e-3)
     # The order of words is what a model goes by: a broken one does no better on the text as it is.
     short = tokens[:, :64]

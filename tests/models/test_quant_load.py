@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 
 from comm.group import Group
 from kernels.quant_linear import Packed, unpack_bf16
@@ -15,8 +16,9 @@ from models.config import HEAD, ModelConfig, expected_shapes
 from models.decoder import Decoder
 from models.load import config_of, linears_of, load_model
 from models.load_quant import plan_layers, read_layer, read_rounded
-from models.quant_rules import EMBEDDING, check_quant, is_linear, scheme_for, weight_bytes
+from models.quant_rules import EMBEDDING, check_quant, is_linear, scheme_for
 from models.sizes import layout_of
+from tests.models.expert_files import write_folder, write_gguf
 from tests.targets.quant import TOKENS, logits_of
 from tests.weights.quant_files import Kind, write
 from tp.reshard_plan import make_plan
@@ -85,10 +87,6 @@ def test_a_tied_head_is_a_copy_and_the_embedding_stays() -> None:
     assert model.head.packing is not None
     assert model.head.packing.bits == 8
     assert all(p.ndim == 1 or p is model.embed.weight for p in model.parameters())
-    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    asked = parse_scheme("int4-g32")
-    counted = weight_bytes(CONFIG, model.layout, 2, lambda name: scheme_for(name, asked))
-    assert held == pytest.approx(counted, rel=0.1)  # products may pad what they take
 
 
 def parts_of(checkpoint: Checkpoint, config: ModelConfig, quant: str, size: int) -> dict:
@@ -146,8 +144,14 @@ def test_ranks_compute_what_one_computes(
         folder.mkdir()
         write(folder, Kind(method, bits, group, method[0] == "i"))
         file = folder / "model.safetensors"
-        torch.save(logits_of(file, "auto", ALONE), folder / "wanted-auto.pt")
-        models.append((str(file), "auto"))
+        models.append((file, "auto"))
+    experts = [write_folder(tmp_path / "awq", Kind("awq", 4, 32, False)) / "model.safetensors"]
+    (tmp_path / "gguf").mkdir()
+    experts.append(write_gguf(tmp_path / "gguf" / "m.gguf", lambda name: GGMLQuantizationType.Q4_0))
+    models += [(file, "auto") for file in experts]
+    for file, quant in models:
+        torch.save(logits_of(file, quant, ALONE), file.parent / f"wanted-{quant}.pt")
+    models = [(str(file), quant) for file, quant in models]
     code, _, err = run_ranks("quant", 3, sizes=[2, 3], models=models)
     assert code == 0, err
 
@@ -233,11 +237,8 @@ def test_what_cannot_be_cut_is_refused_with_the_numbers_that_can() -> None:
         InputError, match=r"rows of 192, .* of 128; use one of int8, int4-g32, int4-g64"
     ):
         check_quant(CONFIG, parse_scheme("int4-g128"), 1)
-    experts = replace(CONFIG, num_experts=4, experts_per_token=2, expert_dim=64)
-    with pytest.raises(InputError, match="experts are not quantised, and this model has 4"):
-        check_quant(experts, parse_scheme("int8"), 1)
     assert not is_linear("model.layers.0.mlp.gate.weight")
-    assert not is_linear("model.layers.0.mlp.experts.1.up_proj.weight")
+    assert is_linear("model.layers.0.mlp.experts.1.up_proj.weight")
 
 
 @torch.no_grad()
@@ -245,6 +246,7 @@ def test_a_model_of_packed_layers_is_one_graph_for_any_number_of_tokens() -> Non
     config = replace(CONFIG, num_layers=1)
     model = load_model(config, checkpoint_of(config), ALONE, torch.bfloat16, quant="int4-g32")
     model.setup(1, 64)
+    torch._dynamo.reset()  # of other models, whose code is the same
     # Captured, not compiled: what is asked is whether there is one graph.
     step = torch.compile(model.extend, backend="eager", fullgraph=True, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -185,10 +185,6 @@ def test_sources_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     }
     (source / "config.json").write_text(json.dumps(changed))
     assert "quantised already" in refused(capsys, *words)
-    experts: dict[str, object] = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    experts["architectures"] = ["MixtralForCausalLM"]
-    (source / "config.json").write_text(json.dumps(config | experts))
-    assert "4 experts" in refused(capsys, *words)
     (source / "config.json").write_text(json.dumps(config))
     for name, bad in ((Q_PROJ, torch.nan), ("model.norm.weight", torch.inf)):
         tensors = tensors_of(source)

@@ -121,6 +121,7 @@ LIES: list[tuple[Kind, Callable[[Stored, About], None], str]] = [
     (PACKED, put(f"{Q}.weight_shape", torch.tensor([-1, DIM])), "of a weight of"),
     (PACKED, drop(f"{DOWN}.weight_scale"), "weight_scale is missing"),
     (PACKED, say(format="nvfp4-pack-quantized"), "'nvfp4-pack-quantized', which is not read"),
+    (PACKED, say(format="mixed-precision"), "group_0 has format 'None', which is not read"),
     (PACKED, say(config_groups={}), "that is not empty"),
     (PACKED, say(config_groups={"a": 3}), "must be an object"),
     (PACKED, weights(num_bits=8), r"int8-g64, but .* is stored with 4 bits"),

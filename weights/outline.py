@@ -1,0 +1,140 @@
+"""What a checkpoint holds, told by the headers of its files: which weights there are, and which of them
+are stored quantised.
+
+For who must know before a rank exists, so it is free of torch, and quick: the loader opens the same
+files by `weights.checkpoint`, and a test holds the two to the same answers. What is not here: pickles,
+which take a reader of their own; what is wrong with a file; and the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weights.files import DAMAGE, folder_format, read_index, read_json
+from weights.names import Piece, translate
+from weights.quant_config import QuantConfig, read_quant_config
+from weights.schemes import GGUF_SCHEMES, Scheme
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a weight is stored, as `weights.checkpoint.Entry` has it: `scheme` is None for what is plain
+    or can only be dequantised."""
+
+    stored_as: str
+    scheme: Scheme | None = None
+
+
+@dataclass(frozen=True)
+class Outline:
+    """`format` is "gguf" where `config` holds the key-values of such a file, and not the keys of a
+    config.json. `weights` have their canonical names."""
+
+    format: str
+    config: Mapping[str, Any]
+    weights: Mapping[str, Stored]
+
+
+def read_outline(path: Path) -> Outline | None:
+    """The outline of a GGUF file, of a folder of safetensors with its config.json, or of one in Yoke's
+    own form; None of other checkpoints, and of what cannot be read: the rank that opens it says what is
+    wrong."""
+    try:
+        if path.suffix == ".gguf" and not path.is_dir():
+            return _gguf(path)
+        if not path.is_dir():
+            return None
+        form, files = folder_format(path) or ("", [])
+        if form == "gguf" and len(files) == 1:
+            return _gguf(files[0])
+        if form == "yoke":
+            return _yoke(path)
+        return _safetensors(path, files) if form == "safetensors" else None
+    except DAMAGE:
+        return None
+
+
+def _gguf(path: Path) -> Outline:
+    from gguf import GGMLQuantizationType
+
+    from weights.gguf_header import architecture_of, num_experts_of, read_header
+    from weights.gguf_names import FACTORS, naming_of, translate_gguf
+
+    header = read_header(path)
+    architecture = architecture_of(header, path)
+    naming = naming_of(architecture, {tensor.name for tensor in header.tensors})
+    weights: dict[str, Stored] = {}
+    for tensor in header.tensors:
+        if tensor.name in FACTORS:
+            continue
+        shape = tuple(reversed(tensor.dims))
+        stacks = "_exps." in tensor.name
+        count = num_experts_of(header, path, architecture, tensor.name, shape) if stacks else 0
+        kind = GGMLQuantizationType(tensor.kind).name
+        stored = Stored(kind, GGUF_SCHEMES.get(kind) if len(shape) > 1 else None)
+        _put(weights, translate_gguf(tensor.name, naming, count), stored)
+    # What divides rotary frequencies is a list of numbers, for which the data would have to be read.
+    factors = {t.name: lambda: [1.0] for t in header.tensors if t.name in FACTORS}
+    return Outline("gguf", header.values.plus(factors), weights)
+
+
+def _put(weights: dict[str, Stored], pieces: Iterable[Piece], stored: Stored) -> None:
+    for piece in pieces:
+        weights[piece.name] = Stored(stored.stored_as) if piece.plus_one else stored
+
+
+def _yoke(folder: Path) -> Outline:
+    manifest = read_json(folder / "yoke.json")
+    weights = {}
+    for tensor in manifest["tensors"]:
+        form = tensor["blocks"]["format"] if tensor["blocks"] else tensor["dtype"]
+        weights[tensor["name"]] = Stored(form, GGUF_SCHEMES.get(form))
+    return Outline(manifest["source_format"], manifest["config"], weights)
+
+
+def _safetensors(folder: Path, files: list[Path]) -> Outline:
+    from weights.safetensors_header import read_header
+
+    config = read_json(folder / "config.json")
+    declared = read_quant_config(config, str(folder / "config.json"))
+    if files[0].name.endswith(".index.json"):
+        files = [folder / name for name in sorted(set(read_index(files[0]).values()))]
+    found: dict[str, Mapping[str, Any]] = {}
+    for file in files:
+        found |= read_header(file)[0]
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    weights: dict[str, Stored] = {}
+    for name, about in found.items():
+        module, _, end = name.rpartition(".")
+        shape = tuple(about["shape"])
+        modules.setdefault(module, {})[end] = shape
+        if end in ("weight", "bias"):
+            _put(weights, translate(name), Stored(about["dtype"]))
+    for module, parts in modules.items():
+        if declared is not None and ({"qweight", "weight_packed", "weight_scale"} & parts.keys()):
+            stored = Stored(f"{declared.method} module", _scheme_of(declared, parts))
+            _put(weights, translate(f"{module}.weight"), stored)
+    return Outline("safetensors", config, weights)
+
+
+def _scheme_of(declared: QuantConfig, parts: Mapping[str, tuple[int, ...]]) -> Scheme | None:
+    """The scheme by which a module's weight can be kept, by the shapes of what it is stored as."""
+    bits = declared.schemes[0].bits
+    if declared.method == "awq":
+        return declared.fitting(bits, parts["scales"][0], parts["qweight"][0], True)
+    if declared.method == "gptq":
+        if declared.reordered and "g_idx" in parts:
+            return None
+        return declared.fitting(bits, parts["scales"][0], parts["qweight"][0] * 32 // bits, True)
+    if "weight_g_idx" in parts:
+        return None
+    scales, zeros = parts["weight_scale"], "weight_zero_point" in parts
+    groups = scales[1] if len(scales) == 2 else 1
+    if "weight" in parts:
+        return declared.fitting(8, groups, parts["weight"][1], zeros)
+    width = parts["weight_packed"][1] * 32
+    found = (declared.fitting(bits, groups, width // bits, zeros) for bits in (4, 8))
+    return next((scheme for scheme in found if scheme is not None), None)
