@@ -87,7 +87,8 @@ class ExpertStack(nn.Module):
         """Hold this rank's part of each expert's weight, and nothing else. They are taken one after the
         other; all have one scheme. The rest is as in `tp.layers.hold_quantised`."""
         first: Packed | None = None
-        scales, offsets = [], []
+        scales: list[Tensor] = []
+        offsets: list[Tensor] = []
         for index, weight in enumerate(experts):
             packed = pack_on(weight, device)
             if first is None:
@@ -95,7 +96,7 @@ class ExpertStack(nn.Module):
                 data = packed.data.new_empty((self.num_experts, *packed.data.shape))
             assert (packed.bits, packed.group_size) == (first.bits, first.group_size)
             data[index] = packed.data
-            scales.append(packed.scale)
+            scales += [] if packed.scale is None else [packed.scale]
             offsets += [] if packed.offset is None else [packed.offset]
         assert (
             first is not None
