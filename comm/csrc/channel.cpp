@@ -12,8 +12,8 @@ namespace yoke {
 namespace {
 
 constexpr std::size_t kPage = 4096;
-constexpr int kSpins = 400;              // about 20 us of pauses: longer than a step between idle cores
-constexpr double kYieldSeconds = 2e-4;   // then let a rank that shares this core run; then sleep
+constexpr int kSpins = 16;               // pauses between two looks at the clock
+constexpr double kAwakeSeconds = 2e-4;   // longer than ranks on cores of their own are apart; then sleep
 constexpr double kSleepSeconds = 0.05;   // a lost wake-up would cost at most this
 constexpr double kLookSeconds = 0.2;     // how often a waiting rank looks whether its peer lives
 
@@ -109,6 +109,7 @@ void Channel::commit(const char* op_name, const StepDescription& description) {
   const std::uint32_t step = ++step_;
   Control& own = control(rank_);
   own.description[step & 1] = description;
+  own.core.store(sched_getcpu() + 1, std::memory_order_relaxed);
   own.step.store(step, std::memory_order_seq_cst);
   if (own.sleepers.load(std::memory_order_seq_cst) != 0) futex_wake_all(own.step);
   for (int peer = 0; peer < world_; ++peer) {
@@ -120,10 +121,6 @@ void Channel::commit(const char* op_name, const StepDescription& description) {
 
 void Channel::await(int peer, const char* op_name) {
   Control& theirs = control(peer);
-  for (int spin = 0; spin < kSpins; ++spin) {
-    pause_cpu();
-    if (reached(theirs.step.load(std::memory_order_acquire), step_)) return;
-  }
   const double start = now();
   double look = start + kLookSeconds;
   for (double time = start;; time = now()) {
@@ -141,8 +138,15 @@ void Channel::await(int peer, const char* op_name) {
       how_long << timeout_s_ << " s ";
       fail_peer(peer, op_name, ", which is at step " + std::to_string(seen), how_long.str());
     }
-    if (time < start + kYieldSeconds) {
-      sched_yield();
+    if (time < start + kAwakeSeconds) {
+      if (shares_core(peer)) {
+        sched_yield();
+        continue;
+      }
+      for (int spin = 0; spin < kSpins; ++spin) {
+        pause_cpu();
+        if (reached(theirs.step.load(std::memory_order_acquire), step_)) return;
+      }
       continue;
     }
     // Announce the sleep, then look again: the publisher stores its step and then reads `sleepers`,
@@ -152,6 +156,10 @@ void Channel::await(int peer, const char* op_name) {
     if (!reached(seen, step_)) futex_wait(theirs.step, seen, kSleepSeconds);
     theirs.sleepers.fetch_sub(1, std::memory_order_seq_cst);
   }
+}
+
+bool Channel::shares_core(int peer) const {
+  return control(peer).core.load(std::memory_order_relaxed) == sched_getcpu() + 1;
 }
 
 void Channel::fail_peer(int peer, const char* op_name, const std::string& what, const std::string& how_long) {

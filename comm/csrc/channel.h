@@ -10,8 +10,10 @@
 // which it begins only after it saw every peer publish k+1, and a peer publishes k+1 only after it has
 // finished reading step k.
 //
-// Waiting: spin with pauses for some 20 us, then yield (a rank that shares this core may run), then
-// sleep on a futex in the shared memory. Every wait has a deadline, and looks whether the peer lives.
+// Waiting: spin with pauses for some 200 us, or yield where the peer was last seen on this very core, then
+// sleep on a futex in the shared memory. Yielding to anybody else would cost a rank whose core is not its
+// own a whole slice of the scheduler's, at every step. Every wait has a deadline, and looks whether the
+// peer lives.
 // A group in which anything has failed is broken for good: ranks that are out of step would read each
 // other's old numbers.
 #pragma once
@@ -50,6 +52,7 @@ struct alignas(kLine) Control {
   std::atomic<std::uint32_t> step;
   std::atomic<std::uint32_t> sleepers;  // peers that sleep on `step`
   std::atomic<std::int32_t> pid;
+  std::atomic<std::int32_t> core;       // where it last published a step, and 1; 0 at first
   StepDescription description[2];  // by step parity: a peer may be one step ahead of its reader
 };
 
@@ -84,6 +87,7 @@ class Channel {
     return base_ + data_offset_ + (2 * static_cast<std::size_t>(rank) + (step & 1)) * slot_bytes_;
   }
   void await(int peer, const char* op_name);
+  bool shares_core(int peer) const;
   [[noreturn]] void fail_peer(int peer, const char* op_name, const std::string& what, const std::string& how_long);
   [[noreturn]] void fail_mismatch(int peer, const char* op_name, const StepDescription& mine);
 
