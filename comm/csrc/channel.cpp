@@ -1,7 +1,7 @@
 #include "channel.h"
 
 #include <linux/futex.h>
-#include <sched.h>
+#include <sched.h>  // sched_getcpu
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -138,11 +138,7 @@ void Channel::await(int peer, const char* op_name) {
       how_long << timeout_s_ << " s ";
       fail_peer(peer, op_name, ", which is at step " + std::to_string(seen), how_long.str());
     }
-    if (time < start + kAwakeSeconds) {
-      if (shares_core(peer)) {
-        sched_yield();
-        continue;
-      }
+    if (time < start + kAwakeSeconds && !shares_core(peer)) {
       for (int spin = 0; spin < kSpins; ++spin) {
         pause_cpu();
         if (reached(theirs.step.load(std::memory_order_acquire), step_)) return;

@@ -10,10 +10,10 @@
 // which it begins only after it saw every peer publish k+1, and a peer publishes k+1 only after it has
 // finished reading step k.
 //
-// Waiting: spin with pauses for some 200 us, or yield where the peer was last seen on this very core, then
-// sleep on a futex in the shared memory. Yielding to anybody else would cost a rank whose core is not its
-// own a whole slice of the scheduler's, at every step. Every wait has a deadline, and looks whether the
-// peer lives.
+// Waiting: spin with pauses for some 200 us, or not at all where the peer was last seen on this very core,
+// then sleep on a futex in the shared memory. Nobody yields: where something else wants the core too, that
+// costs a slice of the scheduler's at every step. Every wait has a deadline, and looks whether the peer
+// lives.
 // A group in which anything has failed is broken for good: ranks that are out of step would read each
 // other's old numbers.
 #pragma once
