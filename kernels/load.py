@@ -32,7 +32,7 @@ def load_kernels() -> bool:
         return False
     torch.library.register_fake("yoke_kernels::linear", _fake_linear)
     torch.library.register_fake("yoke_kernels::attend", _fake_attend)
-    torch.library.register_fake("yoke_kernels::write_and_attend", _fake_attend)
+    torch.library.register_fake("yoke_kernels::write_and_attend", _fake_write_and_attend)
     torch.library.register_fake("yoke_kernels::write_kv", lambda *_: None)
     return True
 
@@ -43,12 +43,25 @@ def has_kernels() -> bool:
     return load_kernels()
 
 
+def last_error() -> str:
+    """Why the last operator failed that compiled C++ has called in this thread; "" if torch does not
+    know (before 2.13). Only with `has_kernels`."""
+    reason: str = torch.ops.yoke_kernels.last_error()
+    return reason
+
+
 def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _fake_attend(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
+
+
+def _fake_write_and_attend(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool, k: Tensor, *_: object
+) -> Tensor:
+    return qkv.new_empty((qkv.shape[0], qkv.shape[1] - 2 * k.shape[1] * k.shape[3]))
 
 
 if __name__ == "__main__":
