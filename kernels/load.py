@@ -46,6 +46,13 @@ def has_kernels() -> bool:
     return load_kernels()
 
 
+def last_error() -> str:
+    """Why the last operator failed that compiled C++ has called in this thread; "" if torch does not
+    know (before 2.13). Only with `has_kernels`."""
+    reason: str = torch.ops.yoke_kernels.last_error()
+    return reason
+
+
 def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
