@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from comm.group import Group
 from engine.memory import CHUNK, PADDED_CHUNK, cache_length
 from engine.requests import pack
+from kernels.load import has_kernels, last_error
 from models.decoder import Decoder
 
 if TYPE_CHECKING:  # transformers is loaded for engine=hf alone
@@ -89,7 +91,7 @@ def make_runner(
         padded=not own,
         mixed=own,
         compiled=compiled,
-        steps=_steps(model, compiled),
+        steps=_steps(model, compiled, group),
     )
 
 
@@ -111,9 +113,14 @@ _UNGUARDED: dict[str, Any] = {
     "size_asserts": False,
     "alignment_asserts": False,
 }
+# A single token's operators are done as fast as Python calls them: C++ saves 1 ms of SmolLM2's.
+# A module's worth of C++ takes long to compile, so prompts, which do not gain by it, go without.
+_CALLED_IN_CPP: dict[str, Any] = {"cpp_wrapper": True}
+# Older ones call an operator that takes a list through Python.
+_CAN_CALL_IN_CPP = TorchVersion(torch.__version__) >= "2.13"
 
 
-def _steps(model: AnyModel, compiled: bool) -> dict[str, Step]:
+def _steps(model: AnyModel, compiled: bool, group: Group) -> dict[str, Step]:
     # A function each, because the compiler keeps its results by function.
     def extend(where: Tensor, wanted: Tensor) -> Tensor:
         return model.extend(where[0], where[1], where[2], wanted)
@@ -134,10 +141,13 @@ def _steps(model: AnyModel, compiled: bool) -> dict[str, Step]:
     if not compiled:
         return steps
     own, on_gpu = isinstance(model, Decoder), next(model.parameters()).is_cuda
-    return {name: _compiled(name, step, own, on_gpu) for name, step in steps.items()}
+    # The collectives of other backends take longer than calling them.
+    own_ops = own and has_kernels() and (group.size == 1 or group.backend == "shm")
+    in_cpp = own_ops and _CAN_CALL_IN_CPP
+    return {name: _compiled(name, step, own, on_gpu, in_cpp) for name, step in steps.items()}
 
 
-def _compiled(name: str, step: Step, own: bool, on_gpu: bool) -> Step:
+def _compiled(name: str, step: Step, own: bool, on_gpu: bool, in_cpp: bool) -> Step:
     """`own`: the model is a Decoder, whose code depends on nothing that changes after `setup`."""
     assert isinstance(step, FunctionType)
     # Dynamo finds what it has compiled by code object, and these are the same for all runners. A copy
@@ -146,7 +156,11 @@ def _compiled(name: str, step: Step, own: bool, on_gpu: bool) -> Step:
     if name == EXTEND or not on_gpu:
         dynamic = None if name == EXTEND else False
         options = dict(_UNGUARDED) if own else None  # torch takes the filter out of what it is given
-        return torch.compile(step, fullgraph=True, dynamic=dynamic, options=options)
+        if options is None or name == EXTEND or not in_cpp:
+            return torch.compile(step, fullgraph=True, dynamic=dynamic, options=options)
+        return _telling(
+            torch.compile(step, fullgraph=True, dynamic=False, options=options | _CALLED_IN_CPP)
+        )
     # A CUDA graph, collectives and all: a launch for each kernel would take longer than the kernels.
     recorded = torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
@@ -156,6 +170,21 @@ def _compiled(name: str, step: Step, own: bool, on_gpu: bool) -> Step:
         return result
 
     return replay
+
+
+def _telling(step: Step) -> Step:
+    """The same step, whose errors say why: the generated C++ says only which call failed."""
+
+    def call(*inputs: Tensor) -> Tensor:
+        try:
+            return step(*inputs)
+        except RuntimeError as error:
+            reason = last_error() if "API call failed" in str(error) else ""
+            if not reason:
+                raise
+            raise RuntimeError(reason) from None
+
+    return call
 
 
 @torch.no_grad()

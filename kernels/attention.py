@@ -5,7 +5,10 @@ operator, and so is writing the cache. Tokens come in any mixture, each with the
 belongs to and its position there. Consecutive tokens of a row are a chunk (of a prompt, or what a draft
 proposed) and share the reading of keys and values; a token that is alone has loops of its own.
 
-`attend_reference` and `write_reference` are the same in torch, over the whole cache: what operators are
+A layer of a model calls `write_and_attend`, which also turns queries and keys by their positions: a
+call costs a token some microseconds, whatever is done in it. `write` and `attend` are its parts.
+
+The functions called `..._reference` are the same in torch, over the whole cache: what operators are
 tested against, and what any device and compiler takes.
 """
 
@@ -19,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.load import has_kernels
+from kernels.rotary import Angles, rotate
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Runs = Sequence[tuple[int, int, int, int]]
@@ -97,9 +101,8 @@ def attend(
 
 
 def write_and_attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
+    angles: Angles | None,
     cache: KVCache,
     rows: Tensor | None,
     positions: Tensor,
@@ -109,14 +112,54 @@ def write_and_attend(
     window: int = 0,
     sources: Tensor | None = None,
 ) -> Tensor:
-    """`write` and then `attend`, where there are operators in a single call."""
-    if not can_attend(q.device, q.dtype):
-        write_reference(cache, k, v, rows, positions)
-        return attend_reference(q, cache, rows, positions, runs, scale, cap, window, sources)
+    """All between a layer's products: [N, (H + 2 K) * h], the heads of queries, keys and values of N
+    tokens, -> [N, H * h].
+
+    Queries and keys are turned by the `angles` of their positions (None: not at all), in float32 and
+    rounded once, to the same bits as `kernels.rotary.rotate` has; then `write` and `attend`, which tell
+    of the rest.
+    """
+    if not can_attend(qkv.device, qkv.dtype):
+        return write_and_attend_reference(
+            qkv, angles, cache, rows, positions, runs, scale, cap, window, sources
+        )
     flat = [number for run in runs for number in run]
     return torch.ops.yoke_kernels.write_and_attend(
-        q, k, v, *cache, rows, positions, flat, scale, cap, window, sources
+        qkv,
+        *(angles or (None, None, False)),
+        *cache,
+        rows,
+        positions,
+        flat,
+        scale,
+        cap,
+        window,
+        sources,
     )
+
+
+def write_and_attend_reference(
+    qkv: Tensor,
+    angles: Angles | None,
+    cache: KVCache,
+    rows: Tensor | None,
+    positions: Tensor,
+    runs: Runs,
+    scale: float,
+    cap: float = 0.0,
+    window: int = 0,
+    sources: Tensor | None = None,
+) -> Tensor:
+    """As `write_and_attend`, on any device."""
+    _, num_kv, _, head_dim = cache.k.shape
+    heads = qkv.unflatten(-1, (-1, head_dim))
+    num_q = heads.shape[-2] - 2 * num_kv
+    qk, v = heads.split((num_q + num_kv, num_kv), dim=-2)
+    if angles is not None:  # queries and keys as one, in one kernel
+        qk = rotate(qk, angles.cos[positions], angles.sin[positions], angles.interleaved)
+    q, k = qk.split((num_q, num_kv), dim=-2)
+    write_reference(cache, k, v, rows, positions)
+    return attend_reference(q, cache, rows, positions, runs, scale, cap, window, sources).flatten(1)
 
 
 def write_reference(

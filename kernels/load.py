@@ -35,7 +35,7 @@ def load_kernels() -> bool:
     torch.library.register_fake("yoke_kernels::pack_rows", lambda *_: None)
     torch.library.register_fake("yoke_kernels::packed_rows", _fake_packed_rows)
     torch.library.register_fake("yoke_kernels::attend", _fake_attend)
-    torch.library.register_fake("yoke_kernels::write_and_attend", _fake_attend)
+    torch.library.register_fake("yoke_kernels::write_and_attend", _fake_write_and_attend)
     torch.library.register_fake("yoke_kernels::write_kv", lambda *_: None)
     return True
 
@@ -48,6 +48,13 @@ def has_kernels() -> bool:
 # What torch.compiler.assume_constant_result does; but that imports the compiler, a second of a start
 # in which nothing may be compiled. A test compares the two.
 has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def last_error() -> str:
+    """Why the last operator failed that compiled C++ has called in this thread; "" if torch does not
+    know (before 2.13). Only with `has_kernels`."""
+    reason: str = torch.ops.yoke_kernels.last_error()
+    return reason
 
 
 def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -74,6 +81,12 @@ def _fake_packed_rows(tokens: Tensor, data: Tensor, k: int, start: int, count: i
 
 def _fake_attend(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
+
+
+def _fake_write_and_attend(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool, k: Tensor, *_: object
+) -> Tensor:
+    return qkv.new_empty((qkv.shape[0], qkv.shape[1] - 2 * k.shape[1] * k.shape[3]))
 
 
 if __name__ == "__main__":

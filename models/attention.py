@@ -13,30 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from kernels.attention import KVCache, new_cache, write_and_attend
+from kernels.rotary import Angles
 from models.config import ModelConfig
 from models.norms import norm_of
-from models.rope import rotate
 from tp.heads import Heads
 from tp.layers import ColumnLinear, RowLinear
 from tp.shard import Layout
 
 
-class View(NamedTuple):
-    """The angles that the layers of one kind turn a call's tokens by: cos and sin [N, r/2]."""
-
-    cos: Tensor
-    sin: Tensor
-
-
 class Step(NamedTuple):
     """What all layers of a call share: the tokens' cache rows [N] (None: token i has row i) and
-    positions [N], where a token's keys lie if not in its row ([N, S]), and the two kinds of view."""
+    positions [N], where a token's keys lie if not in its row ([N, S]), and the angles of layers that
+    see all and of windowed ones."""
 
     rows: Tensor | None
     positions: Tensor
     sources: Tensor | None
-    full: View
-    windowed: View
+    full: Angles
+    windowed: Angles
 
 
 class Attention(nn.Module):
@@ -61,21 +55,17 @@ class Attention(nn.Module):
         )
         self.out = RowLinear(q, config.dim, config.attention_out_bias)
         self.has_rope = layer not in config.no_rope
-        self.interleaved = config.rope.interleaved
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """x [N, D] -> this rank's part of the result, [N, D]."""
-        view = step.windowed if self.is_windowed else step.full
-        heads = self.inner.heads
-        turned, kept = heads.num_q + heads.num_kv, heads.num_kv
-        qk, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split((turned, kept), dim=-2)
+        qkv = self.qkv(x)
         if self.has_norms:
-            q, k = qk.split((heads.num_q, heads.num_kv), dim=-2)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=-2)
-        if self.has_rope:  # queries and keys as one, in one kernel
-            qk = rotate(qk, view.cos, view.sin, self.interleaved)
-        q, k = qk.split((heads.num_q, heads.num_kv), dim=-2)
-        return self.out(self.inner(q, k, v, step))
+            q, k, v = (
+                part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(self.qkv.parts, -1)
+            )
+            qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=-2).flatten(1)
+        angles = step.windowed if self.is_windowed else step.full
+        return self.out(self.inner(qkv, angles if self.has_rope else None, step))
 
 
 class CachedAttention(nn.Module):
@@ -107,11 +97,10 @@ class CachedAttention(nn.Module):
         for name, part in zip(("k_cache", "v_cache", "k_scale", "v_scale"), cache, strict=True):
             self.register_buffer(name, part, persistent=False)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
-        """q [N, H, h], k and v [N, K, h] -> [N, H * h]."""
+    def forward(self, qkv: Tensor, angles: Angles | None, step: Step) -> Tensor:
+        """[N, (H + 2 K) * h] -> [N, H * h]; queries and keys are turned by the `angles`, if any."""
         cache = KVCache(self.k_cache, self.v_cache, self.k_scale, self.v_scale)
-        attended = write_and_attend(
-            q, k, v, cache, step.rows, step.positions, self.runs, self.scale, self.cap, self.window,
+        return write_and_attend(
+            qkv, angles, cache, step.rows, step.positions, self.runs, self.scale, self.cap, self.window,
             step.sources,
         )  # fmt: skip
-        return attended.flatten(1)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from comm import ops
 from comm.group import Group
+from kernels.rotary import Angles
 from models import gemma, llama, parallel
-from models.attention import CachedAttention, Step, View
+from models.attention import CachedAttention, Step
 from models.config import ModelConfig
 from models.norms import Norm, norm_of
 from models.rope import rope_tables
@@ -150,7 +151,7 @@ class Decoder(nn.Module):
         return self.hidden(tokens.flatten(), positions.expand(batch, length).flatten(), rows)
 
     def _step(self, positions: Tensor, rows: Tensor | None, sources: Tensor | None) -> Step:
-        full = windowed = View(self.cos[positions], self.sin[positions])  # [N, r/2]
+        full = windowed = Angles(self.cos, self.sin, self.config.rope.interleaved)
         if self.config.local_rope is not None:
-            windowed = View(self.local_cos[positions], self.local_sin[positions])
+            windowed = full._replace(cos=self.local_cos, sin=self.local_sin)
         return Step(rows, positions, sources, full, windowed)

@@ -1,4 +1,4 @@
-"""Rotary position embeddings, real-valued: the tables of cos and sin, and the rotation.
+"""Rotary position embeddings, real-valued: the tables of cos and sin.
 
 Which number of a head turns with which frequency, and how the frequencies are stretched for contexts
 longer than those of the training, differs by family; `models.config.Rope` says so. Sources: Su et al.,
@@ -6,8 +6,9 @@ RoFormer (2021); "linear": Chen et al., Position Interpolation (2023); "dynamic"
 (bloc97 and emozilla, 2023); "yarn": Peng et al. (2023); "longrope": Ding et al. (2024); "llama3": the
 reference code of Llama 3.1 (2024).
 
-What is not here: changing frequencies while a text grows. Kinds that depend on its length take the
-length that a run has room for, so that all keys in the cache were turned by the same angles.
+What is not here: the rotation (`kernels.attention`, in torch `kernels.rotary`); changing frequencies
+while a text grows. Kinds that depend on its length take the length that a run has room for, so that all
+keys in the cache were turned by the same angles.
 """
 
 from __future__ import annotations
@@ -69,19 +70,3 @@ def _yarn(rope: Rope, plain: Tensor) -> Tensor:
     span = last - first or 0.001
     stretched = ((torch.arange(dim // 2, dtype=torch.float32) - first) / span).clamp(0, 1)
     return plain / rope.factor * stretched + plain * (1 - stretched)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Turn the first r numbers of each head: x [..., heads, h], cos and sin [..., r / 2]."""
-    size = 2 * cos.shape[-1]
-    turned, kept = x[..., :size].float(), x[..., size:]
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    if interleaved:
-        first, second = turned[..., 0::2], turned[..., 1::2]
-        pairs = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        turned = pairs.flatten(-2)
-    else:
-        first, second = turned.chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    turned = turned.to(x.dtype)
-    return turned if size == x.shape[-1] else torch.cat((turned, kept), dim=-1)

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comm.group import Group
-from models.attention import CachedAttention, Step, View
+from kernels.rotary import Angles
+from models.attention import CachedAttention, Step
 from models.config import HEAD, ModelConfig
 from models.decoder import Decoder
 from models.load import destinations
@@ -51,9 +52,10 @@ class Walk:
         table = whole(checkpoint, EMBEDDING)
         self.states = [F.embedding(text, table).float() * config.embedding_scale for text in texts]
         self.longest = max(map(len, texts))
-        local = config.local_rope or config.rope
-        self._full = rope_tables(config.rope, config.head_dim, self.longest)
-        self._windowed = rope_tables(local, config.head_dim, self.longest)
+        self._full, self._windowed = (
+            Angles(*rope_tables(rope, config.head_dim, self.longest), config.rope.interleaved)
+            for rope in (config.rope, config.local_rope or config.rope)
+        )
 
     def layer(self, index: int) -> nn.Module:
         """The block of a layer with its weights. `leave` lets go of it."""
@@ -90,10 +92,7 @@ class Walk:
 
     def _through(self, block: nn.Module, x: Tensor) -> Tensor:
         positions = torch.arange(len(x))
-        full, windowed = (
-            View(cos[: len(x)], sin[: len(x)]) for cos, sin in (self._full, self._windowed)
-        )
-        step = Step(torch.zeros_like(positions), positions, None, full, windowed)
+        step = Step(torch.zeros_like(positions), positions, None, self._full, self._windowed)
         norm: nn.Module = block.norm  # type: ignore[assignment]
         # What follows is normalised by its own norm, when its turn comes: this one's stands for it.
         after: Tensor = block(norm(x), x, norm, step)[1]

@@ -52,6 +52,19 @@ struct WriteArgs {
   std::int64_t h;
 };
 
+// `heads` heads of a token, [heads, h] of `type`, on their way from the product to where they attend: the first
+// 2 * half numbers of each are turned (rotary embedding), number i with number i + half, or interleaved number 2 i
+// with 2 i + 1, by the angles of which cos and sin [half] are given; the rest is copied.
+struct TurnArgs {
+  const void* from;
+  void* to;
+  const float* cos;
+  const float* sin;
+  Type type;
+  std::int64_t heads, h, half;
+  bool interleaved;
+};
+
 constexpr std::int64_t kKeyBlock = 256;  // positions that a chunk attends to at a time
 
 constexpr std::int64_t round_up(std::int64_t count, std::int64_t unit) { return (count + unit - 1) / unit * unit; }
@@ -70,6 +83,7 @@ struct Attention {
   void (*token)(const TokenArgs&);
   void (*chunk)(const ChunkArgs&);
   void (*write)(const WriteArgs&);
+  void (*turn)(const TurnArgs&);
 };
 
 extern const Attention base_attention;

@@ -9,6 +9,7 @@
 
 #define YOKE_ISA isa_amx
 #include "attend_chunk.h"
+#include "attend_turn.h"
 
 namespace yoke::kernels {
 namespace isa_amx {
@@ -207,7 +208,7 @@ void chunk_in_tiles(const ChunkArgs& a) {
 }  // namespace
 }  // namespace isa_amx
 
-const Attention amx_attention{isa_amx::token, isa_amx::chunk_in_tiles, isa_amx::write};
+const Attention amx_attention{isa_amx::token, isa_amx::chunk_in_tiles, isa_amx::write, isa_amx::turn};
 
 }  // namespace yoke::kernels
 

@@ -1,8 +1,9 @@
 #define YOKE_ISA isa_base
 #include "attend_chunk.h"
+#include "attend_turn.h"
 
 namespace yoke::kernels {
 
-const Attention base_attention{isa_base::token, isa_base::chunk, isa_base::write};
+const Attention base_attention{isa_base::token, isa_base::chunk, isa_base::write, isa_base::turn};
 
 }  // namespace yoke::kernels

@@ -9,6 +9,10 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
+#if __has_include(<torch/csrc/shim_exception_state.h>)  // torch 2.13 has it
+#include <torch/csrc/shim_exception_state.h>
+#define YOKE_KNOWS_ERRORS
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -150,7 +154,17 @@ double peak(std::int64_t rounds) {
   return done.load();
 }
 
+// Why the last call failed that this thread made from compiled C++, which itself tells only that it did.
+std::string last_error() {
+#ifdef YOKE_KNOWS_ERRORS
+  return torch::csrc::shim::details::get_torch_exception_what_without_backtrace();
+#else
+  return {};
+#endif
+}
+
 TORCH_LIBRARY(yoke_kernels, library) {
+  library.def("last_error() -> str", last_error);
   library.def("read(Tensor x) -> int");
   library.def("instruction_sets() -> str[]", instruction_sets);
   library.def("few_rows() -> int", [] { return chosen()->few_rows; });

@@ -1,8 +1,10 @@
-"""What the compiler sees of a step: one graph, the expected collectives, nothing to compile later."""
+"""What the compiler sees of a step: one graph, the expected collectives, nothing to compile later. And
+what the compiled step says when another rank does not come."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 
 import pytest
@@ -31,3 +33,5 @@ def test_steps_are_whole_graphs_and_later_prompts_compile_nothing(
     gather = "yoke::all_gather" if comm == "shm" else "_c10d_functional::all_gather_into_tensor"
     # The prompt step gathers logits; the token step compares the ranks' candidates.
     assert ends == [[gather], ["yoke::argmax"] if comm == "shm" else [gather, gather]]
+    if comm == "shm":
+        assert re.match(r"all_reduce.*rank 0 waited 0.5 s for rank 1", seen["failure"])

@@ -1,4 +1,5 @@
-"""Compiled steps: each runner's are of its own model, although no guard looks at models."""
+"""Compiled steps: each runner's are of its own model, although no guard looks at models; those that
+call operators from C++ compute what the eager ones do, and fail with the same words."""
 
 from __future__ import annotations
 
@@ -8,7 +9,10 @@ import pytest
 import torch
 
 from comm.group import Group
-from engine.steps import GREEDY, Runner, make_runner
+from engine import steps
+from engine.steps import DECODE, GREEDY, Runner, make_runner
+from kernels.attention import new_cache, write
+from kernels.load import load_kernels
 from models.config import ModelConfig, expected_shapes
 from models.decoder import Decoder
 from models.load import load_model
@@ -58,3 +62,50 @@ def test_two_models_in_one_process() -> None:
         # And nothing of the model is: a guard on this would be a recompilation.
         model.embedding_scale = 5.0
         compiled.steps[GREEDY](both, both.clone())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("experts", "quant"), [(4, "none"), (0, "int4-g32")])
+@torch.no_grad()
+def test_steps_that_call_from_cpp_are_the_eager_ones(experts: int, quant: str) -> None:
+    chosen = 2 if experts else 0
+    config = replace(
+        PRESETS["tiny"],
+        num_layers=1,
+        num_experts=experts,
+        experts_per_token=chosen,
+        expert_dim=32 * chosen,
+    )
+    weights = random_checkpoint(expected_shapes(config), 1)
+    found = []
+    for compiled in (True, False):
+        model = load_model(config, weights, ALONE, torch.float32, quant=quant)
+        runner = make_runner(model, ALONE, 32, compiled, num_rows=2)
+        logits = []
+        for position in range(3):
+            positions = torch.tensor([position, position + 4])
+            logits.append(runner.steps[DECODE](torch.tensor([3, 5]), positions).clone())
+        found.append(torch.stack(logits))
+        with pytest.raises(RuntimeError, match=r"^attend: position 32 in a cache of 32"):
+            runner.steps[DECODE](torch.tensor([3, 5]), torch.tensor([0, 32]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not steps._CAN_CALL_IN_CPP, reason="this torch does not call lists from C++")
+def test_what_fails_below_compiled_cpp_says_why() -> None:
+    """Operators that torch calls through its C interface, which keeps what they threw to itself."""
+    assert load_kernels()
+    cache = new_cache(2, 1, 8, 4, torch.float32, "cpu")
+
+    def step(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        write(cache, x, x, None, positions)
+        return x + 1
+
+    x = torch.zeros(2, 1, 4)
+    compiled = torch.compile(step, fullgraph=True, options=dict(steps._CALLED_IN_CPP))
+    assert torch.equal(compiled(x, torch.tensor([0, 7])), x + 1)
+    with pytest.raises(RuntimeError, match="API call failed"):
+        compiled(x, torch.tensor([0, 8]))
+    with pytest.raises(RuntimeError, match=r"^attend: position 8 in a cache of 8"):
+        steps._telling(compiled)(x, torch.tensor([0, 8]))

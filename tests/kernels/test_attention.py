@@ -19,7 +19,8 @@ from kernels.attention import (
     write,
 )
 from kernels.load import load_kernels
-from models.attention import CachedAttention, Step, View
+from kernels.rotary import Angles
+from models.attention import CachedAttention, Step
 from tp.heads import split_heads
 
 assert load_kernels()
@@ -250,15 +251,15 @@ def test_the_layer_makes_the_same_with_torchs_attention(
     layer.setup(2, 24, torch.float32)
     layer.k_cache.normal_()
     layer.v_cache.normal_()
-    q, k = torch.randn(2 * length, part.num_q, 16), torch.randn(2 * length, part.num_kv, 16)
+    qkv = torch.randn(2 * length, (part.num_q + 2 * part.num_kv) * 16)
     rows = torch.arange(2).repeat_interleave(length)
     positions = torch.tensor([3, 20]).repeat_interleave(length) + torch.arange(length).repeat(2)
-    view = View(q[:, 0], q[:, 0])
-    step = Step(rows if length > 1 else None, positions, None, view, view)
-    assert can_attend(q.device, q.dtype)
-    own = layer(q, k, k, step)
+    angles = Angles(*torch.randn(2, 24, 8), False)
+    step = Step(rows if length > 1 else None, positions, None, angles, angles)
+    assert can_attend(qkv.device, qkv.dtype)
+    own = layer(qkv, angles, step)
     monkeypatch.setattr("kernels.attention.can_attend", lambda device, dtype: False)
-    torch.testing.assert_close(own, layer(q, k, k, step), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(own, layer(qkv, angles, step), rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_not_in_use_is_not_read() -> None:

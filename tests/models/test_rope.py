@@ -9,9 +9,10 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from kernels.rotary import rotate
 from models.config import Rope
 from models.config_hf import from_hf
-from models.rope import frequencies, rope_tables, rotate
+from models.rope import frequencies, rope_tables
 
 LENGTHS = (1, 15, 16, 17, 63, 64, 65, 1000)
 HEADS = 4

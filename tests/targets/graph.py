@@ -1,17 +1,20 @@
-"""Compile a tiny model's steps and print what the compiler saw: breaks, collectives, recompiles."""
+"""Compile a tiny model's steps and print what the compiler saw: breaks, collectives, recompiles; and
+what a compiled step says where a rank does not come."""
 
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
 
-from comm.group import Rendezvous, open_group
+from comm import ops
+from comm.group import Group, Rendezvous, open_group, set_timeout
 from engine.loop import generate
 from engine.requests import Request
-from engine.steps import EXTEND, GREEDY, make_runner, warm_up
+from engine.steps import EXTEND, GREEDY, Runner, make_runner, warm_up
 from models.load import expected_shapes, load_model
 from models.presets import PRESETS
 from weights.random_io import random_checkpoint
@@ -50,6 +53,8 @@ def main(env: Any, payload: str) -> int:
         with torch.compiler.set_stance("fail_on_recompile"):
             for lengths in ((1,), (2,), (3, 50), (128, 1, 129), (511,), (512, 2), (513,), (1000, 3)):
                 generate(runner, [Request((7,) * length, 5) for length in lengths])
+        after = dict(counters["stats"])
+        failure = _left_alone(runner, group) if env.backend == "shm" else ""
         if env.rank == 0:
             print(
                 json.dumps(
@@ -57,8 +62,24 @@ def main(env: Any, payload: str) -> int:
                         "graphs": graphs,
                         "breaks": dict(counters["graph_break"]),
                         "compiled": compiled,
-                        "after": dict(counters["stats"]),
+                        "after": after,
+                        "failure": failure,
                     }
                 )
             )
     return 0
+
+
+@torch.no_grad()
+def _left_alone(runner: Runner, group: Group) -> str:
+    """What rank 0 is told when it alone takes a token step."""
+    ops.barrier(group)
+    set_timeout(group, 0.5)
+    if group.rank != 0:
+        time.sleep(2)
+        return ""
+    try:
+        runner.steps[GREEDY](torch.tensor([7, 7]), torch.tensor([0, 0]))
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return "nothing"

@@ -1,0 +1,38 @@
+"""The rotation of rotary position embeddings (Su et al., RoFormer, 2021), in torch: the slow reference
+of what the operator of `kernels.attention` does to queries and keys, and what any device takes.
+
+What is not here: which number turns by which angle at which position (`models.rope`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Angles(NamedTuple):
+    """cos and sin, float32 [S, r / 2], of positions 0..S-1 and the frequencies of a head's first r
+    numbers: number i turns together with i + r / 2, or `interleaved` number 2 i with 2 i + 1."""
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Turn the first r numbers of each head: x [..., heads, h], cos and sin [..., r / 2]. Computed in
+    float32 and rounded once."""
+    size = 2 * cos.shape[-1]
+    turned, kept = x[..., :size].float(), x[..., size:]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    if interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+        pairs = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        turned = pairs.flatten(-2)
+    else:
+        first, second = turned.chunk(2, dim=-1)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    turned = turned.to(x.dtype)
+    return turned if size == x.shape[-1] else torch.cat((turned, kept), dim=-1)
