@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import gguf
 import numpy as np
@@ -93,11 +94,13 @@ def job_of(path: Path, *words: str) -> ResolvedJob:
 
 
 def held(path: Path, quant: str, rank: int, size: int) -> int:
-    """Bytes of a loaded model, each of its tensors once."""
+    """Bytes of a loaded model, each of its tensors once. What fills packed bfloat16 up to whole panels
+    is not counted: the launcher does not know whether the processor wants them packed."""
     checkpoint = open_checkpoint(path)
-    model = load_model(
-        config_of(checkpoint), checkpoint, Group(rank, size), torch.bfloat16, quant=quant
-    )
+    with mock.patch("tp.layers.prefers_packed", return_value=False):
+        model = load_model(
+            config_of(checkpoint), checkpoint, Group(rank, size), torch.bfloat16, quant=quant
+        )
     return sum({t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
 
 
