@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from engine.resolve import ResolvedJob
 
 CHECKOUT = Path(__file__).resolve().parent
+HEAR_SECONDS = (
+    2.0  # a manager ends all ranks when one has ended: the one that tells a mistake comes first
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -60,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
         # Every rank that torchrun or mpirun started comes by here with the same mistake.
         if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0":
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(HEAR_SECONDS)
         return 2
 
 
