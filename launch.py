@@ -36,9 +36,8 @@ if TYPE_CHECKING:
     from engine.resolve import ResolvedJob
 
 CHECKOUT = Path(__file__).resolve().parent
-HEAR_SECONDS = (
-    2.0  # a manager ends all ranks when one has ended: the one that tells a mistake comes first
-)
+# A manager ends all ranks with the first that ends: the one that tells a mistake shall be that one.
+HEAR_SECONDS = 2.0
 
 
 def main(argv: Sequence[str]) -> int:
