@@ -162,8 +162,9 @@ __attribute__((noinline)) void multiply(const std::uint8_t* w, const std::uint8_
 }
 
 // Sums of rows m to m + 32 of x and of a panel of w, scaled if they are not yet, with the bias, rounded, to y.
+// `past`: not by way of the caches, which y, on borders of 64 bytes, would only fill.
 template <class T>
-void finish(const QuantArgs& a, std::int64_t m, std::int64_t panel, const float* sums) {
+void finish(const QuantArgs& a, std::int64_t m, std::int64_t panel, const float* sums, bool past) {
   const std::int64_t n = panel * kPanelRows;
   const __mmask32 mask = first_of(a.n - n);
   __m512 scale[2] = {_mm512_set1_ps(1.0f), _mm512_set1_ps(1.0f)}, bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -185,7 +186,9 @@ void finish(const QuantArgs& a, std::int64_t m, std::int64_t panel, const float*
     first = _mm512_fmadd_ps(first, scale[0], bias[0]);
     second = _mm512_fmadd_ps(second, scale[1], bias[1]);
     bf16* y = a.y + (m + j) * a.n + n;
-    if (mask == ~__mmask32{0}) {
+    if (past) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(y), rounded(first, second));
+    } else if (mask == ~__mmask32{0}) {
       _mm512_storeu_si512(y, rounded(first, second));
     } else {
       _mm512_mask_storeu_epi16(y, mask, rounded(first, second));
@@ -210,7 +213,7 @@ void few(const QuantArgs& a, std::int64_t first, std::int64_t last) {
       multiply_step<T, B>(ring + step % kRing * 2 * kTile, x);
     }
     keep<B>(own.waiting);
-    finish<T>(a, 0, panel, own.waiting);
+    finish<T>(a, 0, panel, own.waiting, false);
   }
 }
 
@@ -221,6 +224,7 @@ void strip(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int64_t fi
   Scratch& own = this_threads(scratch);
   const std::int64_t across = parts(m1 - m0, kPanelRows), steps = steps_of<T>(a);
   const std::int64_t bytes = 2 * tile_bytes(a.format) * (T::kNumbers / kStep);  // of a step
+  const bool past = a.n % kPanelRows == 0 && reinterpret_cast<std::uintptr_t>(a.y) % kLine == 0;
   for (std::int64_t step = 0; step < steps; step += kPiece) {
     const std::int64_t end = least(step + kPiece, steps);
     for (std::int64_t panel = first; panel < last; ++panel) {
@@ -241,7 +245,7 @@ void strip(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int64_t fi
         } else {
           multiply<T, 1>(own.w, x, end - step, sums, step > 0);
         }
-        if (end == steps) finish<T>(a, m, panel, sums);
+        if (end == steps) finish<T>(a, m, panel, sums, past);
       }
     }
   }
@@ -256,6 +260,7 @@ void product(const QuantArgs& a, std::int64_t first, std::int64_t last) {
     const std::int64_t length = kWaiting / (parts(end - m, kPanelRows) * 4 * kSums);
     for (std::int64_t p = first; p < last; p += length) strip<T>(a, m, end, p, least(p + length, last));
   }
+  _mm_sfence();
 }
 
 bool packs(const QuantArgs& a) { return a.m > kRowBlock || takes_bytes(a); }
