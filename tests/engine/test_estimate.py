@@ -93,23 +93,31 @@ def job_of(path: Path, *words: str) -> ResolvedJob:
     return with_batch(resolve(parse_job([*common, *words])))
 
 
-def held(path: Path, quant: str, rank: int, size: int) -> int:
-    """Bytes of a loaded model, each of its tensors once. What fills packed bfloat16 up to whole panels
-    is not counted: the launcher does not know whether the processor wants them packed."""
+def held(path: Path, quant: str, rank: int, size: int) -> tuple[int, int]:
+    """Bytes of a loaded model, each of its tensors once, and the most that packed bfloat16 weights are
+    filled up with: less than a panel of rows and a step of columns each."""
     checkpoint = open_checkpoint(path)
-    with mock.patch("tp.layers.prefers_packed", return_value=False):
-        model = load_model(
-            config_of(checkpoint), checkpoint, Group(rank, size), torch.bfloat16, quant=quant
-        )
-    return sum({t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
+    model = load_model(
+        config_of(checkpoint), checkpoint, Group(rank, size), torch.bfloat16, quant=quant
+    )
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}.values()
+    packed = [
+        t.shape for t in tensors if t.dim() == 4 and t.dtype == torch.uint8 and t.shape[3] == 1024
+    ]
+    filled = sum(2 * 31 * (32 * steps + 32 * panels) for panels, steps, *_ in packed)
+    return sum(t.nbytes for t in tensors), filled
 
 
 def check(path: Path, quant: str) -> list[int]:
-    """Compare for 1 and 2 ranks; what one rank holds."""
+    """Compare for 1 and 2 ranks; what one rank holds. The launcher does not know whether the processor
+    wants bfloat16 packed: what that adds is bounded, and without it the sizes are the same."""
     for size in (1, 2):
         needs = job_needs(job_of(path, f"quant={quant}"), size, thorough=False)
-        found = [held(path, quant, rank, size) for rank in range(size)]
-        assert [need["weights"] for need in needs] == found, (path.name, quant, size)
+        for rank, need in enumerate(needs):
+            found, filled = held(path, quant, rank, size)
+            assert 0 <= found - need["weights"] <= filled, (path.name, quant, size)
+            with mock.patch("tp.layers.prefers_packed", return_value=False):
+                assert held(path, quant, rank, size) == (need["weights"], 0), (path.name, quant, size)
     return [need["weights"] for need in job_needs(job_of(path, f"quant={quant}"), 1, False)]
 
 
