@@ -17,6 +17,7 @@ constexpr std::int64_t kFewRows = 64;  // of x, whose sums stay in the first cac
 constexpr std::int64_t kStreams = 4;   // for up to 32 of them so many panels are read in turn, else half as many,
 constexpr std::int64_t kTurn = 2;      // a page of each: so many steps
 constexpr std::int64_t kAhead = 3072;  // bytes of each between what is read and what is asked for
+constexpr std::int64_t kRowsAStep = kPanelRows / kPiece;  // of a block that is finished beside the next one's products
 
 struct Brains {
   static constexpr std::int64_t kNumbers = kStep;
@@ -27,21 +28,27 @@ struct Waiting {
 };
 thread_local Waiting waiting;  // kept, so that it is in the caches already
 
-// Rows m to m + 32 of x and a panel of w: their sums, [2 of x][2 of w] tiles, with the bias, rounded, to y. `past`: not
-// into the caches, of which y would push out what is still needed.
-void finish_panel(const QuantArgs& a, std::int64_t m, std::int64_t panel, const float* sums, bool past) {
-  const std::int64_t n = panel * kPanelRows;
+// Sums of rows m to m + 32 of x and of a panel of w, [2 of x][2 of w] tiles.
+struct Block {
+  const float* sums;
+  std::int64_t m, panel;
+};
+
+// Rows [first, last) of a block, with the bias, rounded, to y. `past`: not into the caches, of which y would push out
+// what is still needed.
+inline void finish(const QuantArgs& a, const Block& block, std::int64_t first, std::int64_t last, bool past) {
+  const std::int64_t n = block.panel * kPanelRows;
   const __mmask32 mask = first_of(a.n - n);
   __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   for (int t = 0; t < 2 && a.bias != nullptr; ++t) {
     const __m256i some = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask >> (16 * t)), a.bias + n + t * kTileRows);
     bias[t] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(some), 16));
   }
-  for (std::int64_t j = 0; j < kPanelRows && m + j < a.m; ++j) {
-    const float* row = sums + j / kTileRows * 2 * kSums + j % kTileRows * kTileRows;
+  for (std::int64_t j = first; j < least(last, a.m - block.m); ++j) {
+    const float* row = block.sums + j / kTileRows * 2 * kSums + j % kTileRows * kTileRows;
     const __m512i both = rounded(_mm512_add_ps(_mm512_load_ps(row), bias[0]),
                                  _mm512_add_ps(_mm512_load_ps(row + kSums), bias[1]));
-    bf16* y = a.y + (m + j) * a.n + n;
+    bf16* y = a.y + (block.m + j) * a.n + n;
     if (past) {
       _mm512_stream_si512(reinterpret_cast<__m512i*>(y), both);
     } else {
@@ -114,17 +121,20 @@ void few(const QuantArgs& a, std::int64_t panel, std::int64_t count, float* all_
   }
   for (std::int64_t p = 0; p < count; ++p)
     for (std::int64_t j = 0; j < across; ++j) {
-      finish_panel(a, j * kPanelRows, panel + p, all_sums + (p * across + j) * 4 * kSums, false);
+      finish(a, {all_sums + (p * across + j) * 4 * kSums, j * kPanelRows, panel + p}, 0, kPanelRows, false);
     }
 }
 
 // 16 B rows of x times a piece of a panel. The sums begin at zero or at what `sums` has, and end there; those that
-// follow are asked for, being the next that are needed, and so are `lines` lines of `ahead` at each step.
-template <int B>
+// follow are asked for, being the next that are needed, and so are `lines` lines of `ahead` at each step. With F the
+// block that was summed before is finished meanwhile, some rows at each step: vectors work while tiles do.
+template <int B, bool F>
 __attribute__((noinline)) void multiply_piece(const std::uint8_t* w, const std::uint8_t* x, std::int64_t steps,
-                                              float* sums, bool resume, const std::uint8_t* ahead, std::int64_t lines) {
+                                              float* sums, bool resume, const std::uint8_t* ahead, std::int64_t lines,
+                                              const QuantArgs& a, const Block& before, bool past) {
   begin<B>(sums, resume);
   const float* next = sums + 4 * kSums;
+  std::int64_t row = 0;
   for (const std::uint8_t* const end = w + steps * 2 * kTile; w != end; w += 2 * kTile, x += 2 * kTile) {
     multiply_step<B>(w, x);
     for (std::int64_t i = 0; i < lines; ++i, ahead += kLine) {
@@ -132,7 +142,12 @@ __attribute__((noinline)) void multiply_piece(const std::uint8_t* w, const std::
     }
     for (int i = 0; i < 4; ++i) __builtin_prefetch(next + i * 16, 1, 3);
     next += 4 * 16;
+    if constexpr (F) {
+      finish(a, before, row, row + kRowsAStep, past);
+      row += kRowsAStep;
+    }
   }
+  if constexpr (F) finish(a, before, row, kPanelRows, past);
   keep<B>(sums);
 }
 
@@ -141,6 +156,7 @@ __attribute__((noinline)) void multiply_piece(const std::uint8_t* w, const std::
 void strip_packed(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int64_t first, std::int64_t last,
                   float* all_sums, bool past) {
   const std::int64_t across = parts(m1 - m0, kPanelRows), lines = parts(2 * kTile / kLine, across);
+  Block before{nullptr, 0, 0};
   for (std::int64_t step = 0; step < a.steps(); step += kPiece) {
     const std::int64_t count = least(kPiece, a.steps() - step);
     for (std::int64_t panel = first; panel < last; ++panel) {
@@ -154,15 +170,15 @@ void strip_packed(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int
         const std::int64_t m = m0 + j * kPanelRows;
         float* sums = all_sums + ((panel - first) * across + j) * 4 * kSums;
         const std::uint8_t* x = a.packed + place<Brains>(a, m / kPanelRows, step);
-        if (m1 - m > kTileRows) {
-          multiply_piece<2>(w, x, count, sums, step > 0, next, lines);
-        } else {
-          multiply_piece<1>(w, x, count, sums, step > 0, next, lines);
-        }
-        if (step + count == a.steps()) finish_panel(a, m, panel, sums, past);
+        const bool one = m1 - m <= kTileRows, has_before = before.sums != nullptr;
+        const auto multiply = has_before ? one ? multiply_piece<1, true> : multiply_piece<2, true>
+                                         : one ? multiply_piece<1, false> : multiply_piece<2, false>;
+        multiply(w, x, count, sums, step > 0, next, lines, a, before, past);
+        before = step + count == a.steps() ? Block{sums, m, panel} : Block{nullptr, 0, 0};
       }
     }
   }
+  finish(a, before, 0, kPanelRows, past);
 }
 
 }  // namespace
