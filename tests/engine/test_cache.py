@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 
 import pytest
@@ -14,4 +15,5 @@ def test_compiled_collectives_are_found_again(run_ranks: Callable) -> None:
     for _ in range(2):  # in the first, one rank may find what the other has just made
         code, out, err = run_ranks("cached", 2, "shm", number=number)
         assert code == 0, err
-    assert [line.partition("hits")[2] for line in out.splitlines()] == [" 1 bypasses 0"] * 2
+    # Not by lines: two ranks that write at once may share one.
+    assert re.findall(r"hits (\d+) bypasses (\d+)", out) == [("1", "0")] * 2, out
