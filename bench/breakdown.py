@@ -42,6 +42,7 @@ OVERHEAD = (KERNELS, OTHERS, GUARDS, CALLS, LOOP_OPS, LOOP)
 _BY_PREFIX = {
     "yoke_kernels::linear": PRODUCTS,
     "yoke_kernels::quant_linear": PRODUCTS,
+    "yoke_kernels::gated_mlp": PRODUCTS,
     "aten::addmm": PRODUCTS,
     "aten::mm": PRODUCTS,
     "aten::bmm": PRODUCTS,

@@ -9,6 +9,7 @@ import functools
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from comm.build import COMMON_FLAGS, Extension, build_extension
 from comm.errors import BuildError
 
 # Loops marked `omp simd` may be summed in any order; nothing looks at errno or floating-point traps.
+_DOWN_NUM_ROWS = 12  # its place among the arguments of gated_mlp after x
 _MATH = ("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 KERNELS = Extension("yoke_kernels", Path(__file__).parent / "csrc", (*COMMON_FLAGS, *_MATH))
 
@@ -32,6 +34,7 @@ def load_kernels() -> bool:
         return False
     torch.library.register_fake("yoke_kernels::linear", _fake_linear)
     torch.library.register_fake("yoke_kernels::quant_linear", _fake_quant_linear)
+    torch.library.register_fake("yoke_kernels::gated_mlp", _fake_gated_mlp)
     torch.library.register_fake("yoke_kernels::pack_rows", lambda *_: None)
     torch.library.register_fake("yoke_kernels::packed_rows", _fake_packed_rows)
     torch.library.register_fake("yoke_kernels::attend", _fake_attend)
@@ -73,6 +76,10 @@ def _fake_quant_linear(
     round_x: bool = False,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], num_rows))
+
+
+def _fake_gated_mlp(x: Tensor, *others: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], others[_DOWN_NUM_ROWS]))
 
 
 def _fake_packed_rows(tokens: Tensor, data: Tensor, k: int, start: int, count: int) -> Tensor:

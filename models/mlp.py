@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.gated_mlp import gated_mlp, takes_gated_mlp
 from kernels.quant_cuda import quant_linear_cuda
 from kernels.quant_linear import Packed, quant_linear
 from models.config import ModelConfig
-from tp.layers import ColumnLinear, Packing, RowLinear, pack_on
+from tp.layers import ColumnLinear, Packing, RowLinear, pack_on, packed_of
 from tp.shard import Layout
 from weights.quant import QuantWeight
 
@@ -45,13 +46,18 @@ class GatedMLP(nn.Module):
     def __init__(self, config: ModelConfig, layout: Layout) -> None:
         super().__init__()
         width = layout.ffn_stop - layout.ffn_start
-        self.act = ACTIVATIONS[config.activation]
+        self.activation = config.activation
         self.gate_up = ColumnLinear(config.dim, (width, width), config.mlp_bias)
         self.down = RowLinear(width, config.dim, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        ups, downs = packed_of(self.gate_up), packed_of(self.down)
+        if ups is not None and downs is not None and takes_gated_mlp(x, self.activation):
+            rounds = self.gate_up.packing is not None and self.gate_up.packing.round_x
+            biases = self.gate_up.bias, self.down.bias
+            return gated_mlp(x, ups, downs, self.activation, *biases, rounds)
         gate, up = self.gate_up.split(x)
-        return self.down(self.act(gate) * up)
+        return self.down(ACTIVATIONS[self.activation](gate) * up)
 
 
 class MLP(nn.Module):

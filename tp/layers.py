@@ -197,14 +197,20 @@ def share_packed(embed: VocabEmbedding, head: LMHead) -> None:
     embed.register_buffer("packed_data", head._buffers["packed_data"], persistent=False)
 
 
-def _product(layer: Linear, x: Tensor) -> Tensor:
-    if layer.packing is None:
-        return linear(x, layer.weight, layer.bias)
-    data = layer._buffers["packed_data"]
-    assert data is not None
-    bits, group_size, num_rows, round_x = layer.packing
+def packed_of(layer: Linear) -> Packed | None:
+    """What a layer holds packed, or None if that is a plain weight."""
+    data = layer._buffers.get("packed_data")
+    if layer.packing is None or data is None:
+        return None
+    bits, group_size, num_rows, _ = layer.packing
     scale, offset = layer._buffers["packed_scale"], layer._buffers["packed_offset"]
-    packed = Packed(data, scale, offset, bits, group_size, num_rows)
+    return Packed(data, scale, offset, bits, group_size, num_rows)
+
+
+def _product(layer: Linear, x: Tensor) -> Tensor:
+    packed = packed_of(layer)
+    if layer.packing is None or packed is None:
+        return linear(x, layer.weight, layer.bias)
     if x.is_cuda:
         return quant_linear_cuda(x, packed, layer.bias)
-    return quant_linear(x, packed, layer.bias, round_x)
+    return quant_linear(x, packed, layer.bias, layer.packing.round_x)

@@ -9,6 +9,7 @@ namespace {
 
 constexpr std::int64_t kSums = kTileRows * kTileRows;    // of a tile
 constexpr std::int64_t kLine = 64, kTile = 16 * kLine;   // bytes
+constexpr std::int64_t kFewRows = 64;                    // of x, up to which products with bf16 take w by once
 constexpr std::int64_t kPiece = 16;                      // steps: a panel of w is 32 KiB of the first cache's 48
 constexpr std::int64_t kBlock = 512;                     // rows of x: a piece is 512 KiB of the second's 2 MiB
 constexpr std::int64_t kWaiting = 1 << 19;               // sums that wait for the next piece: 2 MiB
@@ -41,12 +42,15 @@ inline std::int64_t steps_of(const QuantArgs& a) {
   return parts(a.k, T::kNumbers);
 }
 
-// Where the tiles of a panel of x lie from `step` on, the first of a piece: as [piece][panel][step][2], so that what
-// is used together lies together.
+// Where the tiles of a panel of m rows of x lie from `step` of `steps` on, the first of a piece: as
+// [piece][panel][step][2], so that what is used together lies together.
+inline std::int64_t place(std::int64_t m, std::int64_t steps, std::int64_t panel, std::int64_t step) {
+  return (step * parts(m, kPanelRows) + panel * least(kPiece, steps - step)) * 2 * kTile;
+}
+
 template <class T>
 inline std::int64_t place(const QuantArgs& a, std::int64_t panel, std::int64_t step) {
-  const std::int64_t length = least(kPiece, steps_of<T>(a) - step);
-  return (step * parts(a.m, kPanelRows) + panel * length) * 2 * kTile;
+  return place(a.m, steps_of<T>(a), panel, step);
 }
 
 // The first tiles are sums: [B of x][2 of w].

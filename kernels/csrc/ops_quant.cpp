@@ -1,4 +1,4 @@
-// torch.ops.yoke_kernels.quant_linear: checks, and the division among threads.
+// torch.ops.yoke_kernels.quant_linear; and its parts: checks, and the division among threads.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -10,12 +10,9 @@
 #include <string_view>
 #include <vector>
 
-#include "quant.h"
+#include "ops_quant.h"
 
 namespace yoke::kernels {
-namespace {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 const QuantKernels& chosen_quant() {
 #if defined(__x86_64__)
@@ -28,10 +25,6 @@ const QuantKernels& chosen_quant() {
   return base_quant;
 }
 
-const bf16* numbers(const at::Tensor& x) { return reinterpret_cast<const bf16*>(x.const_data_ptr<at::BFloat16>()); }
-
-// Of the weights of [panels, k / 32, 2, bytes]: everything but x, bias and y. `bits` is 4, 8 or 16 (bf16, which has
-// no scales).
 QuantArgs weights(const at::Tensor& data, const OptionalTensor& scale, const OptionalTensor& offset,
                   std::int64_t bits, std::int64_t group, std::int64_t n) {
   TORCH_CHECK(bits == 4 || bits == 8 || bits == 16, "quant_linear: weights have 4, 8 or 16 bits, not ", bits);
@@ -70,6 +63,8 @@ QuantArgs weights(const at::Tensor& data, const OptionalTensor& scale, const Opt
   return a;
 }
 
+namespace {
+
 float to_float(bf16 x) {
   const std::uint32_t bits = static_cast<std::uint32_t>(x) << 16;
   float value;
@@ -86,8 +81,6 @@ void scale_rows(const QuantArgs& a, float* scale) {
   }
 }
 
-constexpr std::int64_t kPrompt = 33;  // rows of x from which on they may be rounded: those of a prompt
-
 // The sums of x's steps, and x as floats if there is room for them.
 void widen(const QuantArgs& a, float* to, float* sums) {
   for (std::int64_t row = 0; row < a.m; ++row) {
@@ -103,47 +96,45 @@ void widen(const QuantArgs& a, float* to, float* sums) {
   }
 }
 
-at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& data, const OptionalTensor& scale,
-                        const OptionalTensor& offset, std::int64_t bits, std::int64_t group, std::int64_t n,
-                        const OptionalTensor& bias, bool round_x) {
-  QuantArgs a = weights(data, scale, offset, bits, group, n);
+}  // namespace
+
+at::Tensor set_bias(QuantArgs& a, const OptionalTensor& bias) {
+  if (!bias.has_value()) return {};
+  TORCH_CHECK(bias->scalar_type() == at::kBFloat16 && bias->dim() == 1 && bias->size(0) == a.n,
+              "quant_linear: the bias must be bfloat16 [", a.n, "]");
+  at::Tensor own = bias->contiguous();
+  a.bias = numbers(own);
+  return own;
+}
+
+at::Tensor set_x(QuantArgs& a, const at::Tensor& x) {
   TORCH_CHECK(x.scalar_type() == at::kBFloat16, "quant_linear: takes bfloat16, not ", x.scalar_type());
   // bfloat16 may be short of a whole step, and is filled up with zeros; so is x.
   const std::int64_t missing = x.dim() == 0 ? 0 : a.k - x.size(-1);
   TORCH_CHECK(x.dim() >= 1 && missing >= 0 && missing < (a.format == Format::bf16 ? kStep : 1), "quant_linear: x ",
-              x.sizes(), " does not go with a weight of [", n, ", ", a.k, "]");
-  at::Tensor own_bias;
-  if (bias.has_value()) {
-    TORCH_CHECK(bias->scalar_type() == at::kBFloat16 && bias->dim() == 1 && bias->size(0) == n,
-                "quant_linear: the bias must be bfloat16 [", n, "]");
-    own_bias = bias->contiguous();
-    a.bias = numbers(own_bias);
-  }
-  const at::Tensor rows = missing == 0 ? x.contiguous() : at::constant_pad_nd(x, {0, missing}).contiguous();
+              x.sizes(), " does not go with a weight of [", a.n, ", ", a.k, "]");
+  at::Tensor rows = missing == 0 ? x.contiguous() : at::constant_pad_nd(x, {0, missing}).contiguous();
   a.m = a.k == 0 ? 0 : rows.numel() / a.k;
-  std::vector<std::int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = n;
-  if (a.m == 0 || n == 0) {
-    const at::Tensor zero = at::zeros(shape, x.options());
-    return own_bias.defined() ? zero + own_bias : zero;
-  }
-  at::Tensor y = at::empty(shape, x.options());
   a.x = numbers(rows);
-  a.y = reinterpret_cast<bf16*>(y.mutable_data_ptr<at::BFloat16>());
+  return rows;
+}
+
+void multiply(QuantArgs& a, bool round_x) {
   const QuantKernels& kernels = chosen_quant();
   at::Tensor held, x_scale;
-  if (kernels.packs != nullptr && kernels.packs(a)) {
-    if (round_x && a.m >= kPrompt && a.scaled_last()) {
+  if (a.packed == nullptr && kernels.packs != nullptr && kernels.packs(a)) {
+    if (rounds_x(a, round_x)) {
       x_scale = at::empty({a.m}, at::kFloat);
       scale_rows(a, x_scale.mutable_data_ptr<float>());
       a.x_scale = x_scale.const_data_ptr<float>();
     }
-    const std::int64_t panels = (a.m + kPanelRows - 1) / kPanelRows;
-    held = at::empty({panels * kPanelRows * (a.k + kStep) * 2}, at::kByte);
+    held = at::empty({packed_bytes(a)}, at::kByte);
     std::uint8_t* packed = held.mutable_data_ptr<std::uint8_t>();
-    at::parallel_for(0, panels, 1, [&](std::int64_t first, std::int64_t last) { kernels.pack(a, packed, first, last); });
+    at::parallel_for(0, panels_of(a.m), 1, [&](std::int64_t first, std::int64_t last) {
+      kernels.pack(a, packed, first, last);
+    });
     a.packed = packed;
-  } else {
+  } else if (a.packed == nullptr) {
     const bool wide = a.m <= kernels.wide_rows;
     held = at::empty({a.m * (a.steps() + (wide ? a.k : 0))}, at::kFloat);
     float* sums = held.mutable_data_ptr<float>();
@@ -152,9 +143,26 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& data, const Optio
     if (wide || a.offset != nullptr) widen(a, wide ? sums + a.m * a.steps() : nullptr, sums);
   }
   const std::int64_t grain = std::max<std::int64_t>(1, 32768 / (kPanelRows * a.k));
-  at::parallel_for(0, data.size(0), grain, [&](std::int64_t first, std::int64_t last) {
-    kernels.linear(a, first, last);
-  });
+  const std::int64_t panels = panels_of(a.n) / (a.gate == nullptr ? 1 : 2);
+  at::parallel_for(0, panels, grain, [&](std::int64_t first, std::int64_t last) { kernels.linear(a, first, last); });
+}
+
+namespace {
+
+at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& data, const OptionalTensor& scale,
+                        const OptionalTensor& offset, std::int64_t bits, std::int64_t group, std::int64_t n,
+                        const OptionalTensor& bias, bool round_x) {
+  QuantArgs a = weights(data, scale, offset, bits, group, n);
+  const at::Tensor rows = set_x(a, x), own_bias = set_bias(a, bias);
+  std::vector<std::int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = n;
+  if (a.m == 0 || n == 0) {
+    const at::Tensor zero = at::zeros(shape, x.options());
+    return own_bias.defined() ? zero + own_bias : zero;
+  }
+  at::Tensor y = at::empty(shape, x.options());
+  a.y = numbers(y);
+  multiply(a, round_x);
   return y;
 }
 

@@ -24,6 +24,16 @@ constexpr std::int64_t tile_bytes(Format format) {
   return format == Format::bf16 ? 1024 : format == Format::i8 ? 512 : 256;
 }
 
+// What a gated MLP does with the first half of the rows of w, before the second half is multiplied with it.
+enum class Activation { silu, gelu_tanh };
+
+// In place of y: act(gate) * up, rounded, as the x of the next product lies (`QuantKernels::pack`). The halves are
+// whole panels.
+struct Gate {
+  Activation activation;
+  std::uint8_t* hidden;
+};
+
 // y = x W^T + bias, where w = scale * q + offset, and without offsets w = scale * q (int8), scale * (q - 8) (int4),
 // or the numbers themselves (bf16, without scales). x [m, k], bias [n] or null, y [m, n].
 struct QuantArgs {
@@ -40,6 +50,7 @@ struct QuantArgs {
   std::int64_t m, n, k, group;  // numbers of k that share a scale: a multiple of 32
   const float* x_scale = nullptr;        // [m], where x is to be rounded to int8 times this
   const std::uint8_t* packed = nullptr;  // x once more as `pack` has laid it out, or null
+  const Gate* gate = nullptr;            // or y is wanted
 
   constexpr std::int64_t steps() const { return k / kStep; }
   constexpr std::int64_t groups() const { return k / group; }
@@ -55,8 +66,10 @@ constexpr std::int64_t sums_at(const QuantArgs& a, std::int64_t row, std::int64_
 }
 
 struct QuantKernels {
-  // The rows of w of panels [first, last), for any m.
+  // The rows of w of panels [first, last), for any m; with a gate of those of the first half, and of the second.
   void (*linear)(const QuantArgs&, std::int64_t first, std::int64_t last);
+  // act(gate) * up of rows [first, last): both [m, 2 width] -> y [m, width].
+  void (*gate)(Activation, const bf16* both, std::int64_t width, bf16* y, std::int64_t first, std::int64_t last);
   std::int64_t wide_rows;  // up to so many rows of x it wants them as floats too
   // Weights of panel `panel` and steps [first, last) -> bf16 tiles [step][tile][16 pairs][16 rows][2], on a border of
   // 64 bytes: scale and offset applied in float, rounded once; with `scaled_last`, whole numbers. Or null.
@@ -65,6 +78,8 @@ struct QuantKernels {
   bool (*packs)(const QuantArgs&) = nullptr;
   // Lays 32 rows of x out in `packed`, two bytes a number at most, and those after them: [first, last) in units of 32.
   void (*pack)(const QuantArgs&, std::uint8_t* packed, std::int64_t first, std::int64_t last) = nullptr;
+  // Whether `linear` takes these with a gate. Or null.
+  bool (*gates)(const QuantArgs&) = nullptr;
 };
 
 extern const QuantKernels base_quant;

@@ -13,6 +13,7 @@
 
 #define YOKE_ISA isa_amx
 #include "amx_tiles.h"
+#include "gate.h"
 #include "quant_amx_few.h"
 
 namespace yoke::kernels {
@@ -265,6 +266,10 @@ void product(const QuantArgs& a, std::int64_t first, std::int64_t last) {
 
 bool packs(const QuantArgs& a) { return a.m > kRowBlock || takes_bytes(a); }
 
+bool gates(const QuantArgs& a) {
+  return a.format == Format::bf16 && packs(a) && a.m > kFewRows && a.n % (2 * kPanelRows) == 0;
+}
+
 void linear_quant(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   if (a.packed == nullptr) return avx512bf16_quant.linear(a, first, last);
   if (takes_bytes(a)) return linear_bytes(a, first, last);
@@ -285,7 +290,8 @@ void linear_quant(const QuantArgs& a, std::int64_t first, std::int64_t last) {
 }  // namespace isa_amx
 
 // What vectors are given the 15 rows are theirs: a few by weights that have a scale a row.
-const QuantKernels amx_quant{isa_amx::linear_quant, 15, isa_amx::dequantise, isa_amx::packs, isa_amx::pack};
+const QuantKernels amx_quant{isa_amx::linear_quant, isa_amx::gate_rows, 15, isa_amx::dequantise, isa_amx::packs, isa_amx::pack,
+                             isa_amx::gates};
 
 }  // namespace yoke::kernels
 

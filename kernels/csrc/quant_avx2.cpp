@@ -1,10 +1,11 @@
 #if defined(__x86_64__)
 #define YOKE_ISA isa_avx2
+#include "gate.h"
 #include "quant_impl.h"
 
 namespace yoke::kernels {
 
-const QuantKernels avx2_quant{isa_avx2::quant_linear, INT64_MAX, nullptr};
+const QuantKernels avx2_quant{isa_avx2::quant_linear, isa_avx2::gate_rows, INT64_MAX, nullptr};
 
 }  // namespace yoke::kernels
 

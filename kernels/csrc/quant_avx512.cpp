@@ -9,6 +9,7 @@
 #include <string.h>
 
 #define YOKE_ISA isa_avx512
+#include "gate.h"
 #include "quant_tiles.h"
 
 namespace yoke::kernels {
@@ -196,7 +197,7 @@ void quant_linear(const QuantArgs& a, std::int64_t first, std::int64_t last) {
 }  // namespace
 }  // namespace isa_avx512
 
-const QuantKernels avx512_quant{isa_avx512::quant_linear, INT64_MAX, nullptr};
+const QuantKernels avx512_quant{isa_avx512::quant_linear, isa_avx512::gate_rows, INT64_MAX, nullptr};
 
 }  // namespace yoke::kernels
 

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #define YOKE_ISA isa_avx512bf16
+#include "gate.h"
 #include "quant_tiles.h"
 
 namespace yoke::kernels {
@@ -119,7 +120,7 @@ void quant_linear(const QuantArgs& a, std::int64_t first, std::int64_t last) {
 }  // namespace
 }  // namespace isa_avx512bf16
 
-const QuantKernels avx512bf16_quant{isa_avx512bf16::quant_linear, isa_avx512bf16::kFew, isa_avx512bf16::dequantise,
+const QuantKernels avx512bf16_quant{isa_avx512bf16::quant_linear, isa_avx512bf16::gate_rows, isa_avx512bf16::kFew, isa_avx512bf16::dequantise,
                                      isa_avx512bf16::packs, pack_bytes};
 
 }  // namespace yoke::kernels

@@ -1,8 +1,9 @@
 #define YOKE_ISA isa_base
+#include "gate.h"
 #include "quant_impl.h"
 
 namespace yoke::kernels {
 
-const QuantKernels base_quant{isa_base::quant_linear, INT64_MAX, nullptr};
+const QuantKernels base_quant{isa_base::quant_linear, isa_base::gate_rows, INT64_MAX, nullptr};
 
 }  // namespace yoke::kernels
