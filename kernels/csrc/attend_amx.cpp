@@ -17,12 +17,16 @@ namespace {
 
 constexpr int64_t kDepth = 32;  // numbers of a tile's row
 constexpr int64_t kTile = 256;  // floats or pairs of a tile
+constexpr int64_t kAlong = 64;  // numbers of the values that are weighed while the softmax goes on
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
+
+// What tiles are loaded from has been stored before: compilers do not see that the instruction reads it.
+inline void settle() { asm volatile("" ::: "memory"); }
 
 // Two rows of numbers to pairs (a, b).
 inline Ints pairs(Lanes a, Lanes b) {
@@ -50,18 +54,16 @@ struct Tiles {
   static constexpr int64_t kStep = 32;  // keys
 
   // Tiles [tile][wide / 32] of [pair][query].
-  static void queries(const ChunkArgs& a, const Room& room, int64_t wide) {
-    const brain* q = static_cast<const brain*>(a.q);
-    float* to = room.queries;
-    for (int64_t row = 0; row < a.tokens * a.group; row += kLanes) {
-      for (int64_t d = 0; d < wide; d += kDepth, to += kTile) {
-        Ints x[kLanes] = {};
-        for (int64_t r = row; r < row + kLanes && r < a.tokens * a.group; ++r) {
-          x[r - row] = brains(q + r / a.group * a.token_stride + r % a.group * a.q_stride + d, a.h - d);
-        }
-        transpose(x);
-        memcpy(to, x, sizeof x);
+  static void queries(const ChunkArgs& a, const Room& room, int64_t row, int64_t wide) {
+    const Places places(a, row, a.token_stride, a.q_stride);
+    float* to = room.queries + row / kLanes * (wide / kDepth) * kTile;
+    for (int64_t d = 0; d < wide; d += kDepth, to += kTile) {
+      Ints x[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        x[i] = brains(static_cast<const brain*>(a.q) + places.at[i] + d, a.h - d);
       }
+      transpose(x);
+      memcpy(to, x, sizeof x);
     }
   }
 
@@ -127,6 +129,7 @@ struct Tiles {
   template <int W>
   static void multiply(const float* q, const brain* k, int64_t from, int64_t to, float* scores, int64_t wide) {
     const float* more = q + wide / kDepth * kTile;
+    settle();
     for (int64_t t = from; t < to; t += kStep) {
       _tile_zero(0);
       _tile_zero(1);
@@ -153,6 +156,43 @@ struct Tiles {
     }
   }
 
+  // The first kAlong numbers of a tile's sums stay in four tiles while its weights are made: the matrix unit
+  // multiplies those of one step while the vectors make the next ones.
+  static void begin(const Room& room, int64_t tile, int64_t wide) {
+    const float* const sums = room.sums + tile * wide * kLanes;
+    settle();
+    _tile_loadd(0, sums, 64);
+    _tile_loadd(1, sums + kTile, 64);
+    if (wide < kAlong) return;
+    _tile_loadd(2, sums + 2 * kTile, 64);
+    _tile_loadd(3, sums + 3 * kTile, 64);
+  }
+
+  static void weigh_along(const Room& room, int j, int64_t t, int64_t wide) {
+    const float* const value = room.values + t / kStep * wide / kLanes * kTile;
+    settle();
+    _tile_loadd(6, room.weights + (j * kKeyBlock + t) / 2 * kLanes, 64);
+    _tile_loadd(4, value, 64);
+    _tile_loadd(5, value + kTile, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 5, 6);
+    if (wide < kAlong) return;
+    _tile_loadd(4, value + 2 * kTile, 64);
+    _tile_loadd(5, value + 3 * kTile, 64);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_dpbf16ps(3, 5, 6);
+  }
+
+  static void end(const Room& room, int64_t tile, int64_t wide) {
+    float* const sums = room.sums + tile * wide * kLanes;
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + kTile, 64);
+    if (wide < kAlong) return;
+    _tile_stored(2, sums + 2 * kTile, 64);
+    _tile_stored(3, sums + 3 * kTile, 64);
+  }
+
+  // The rest of the numbers.
   static void add(const Room& room, int64_t tile, int64_t num, int64_t from, int64_t to, int64_t wide) {
     float* sums = room.sums + tile * wide * kLanes;
     if (num == 2) {
@@ -164,7 +204,7 @@ struct Tiles {
 
   template <int W>
   static void weigh(const Room& room, int64_t from, int64_t to, float* into, int64_t wide) {
-    for (int64_t d = 0; d < wide; d += kDepth) {
+    for (int64_t d = kAlong; d < wide; d += kDepth) {
       float* const first = into + d * kLanes;
       float* const second = first + wide * kLanes;
       _tile_loadd(0, first, 64);

@@ -70,23 +70,27 @@ inline void softmax(const Room& room, int64_t tile, int j, int64_t base, int64_t
   const Ints first = load(room.first + tile * kLanes) - static_cast<int32_t>(base);
   const Ints last = load(room.last + tile * kLanes) - static_cast<int32_t>(base);
   const auto prepare = [&](int64_t t, int64_t stop, auto form_of, auto is_masked) {
-    constexpr int kAtOnce = 4;  // maxima: each waits for the last one
-    Lanes most[kAtOnce] = {now, now, now, now};
-    for (; t < stop; t += kAtOnce) {
-      for (int i = 0; i < kAtOnce && t + i < stop; ++i) {
-        float* const at = scores + (t + i) * kRow;
-        Lanes score = load(at);
-        if constexpr (form_of != kRaw) score *= room.k_factor[t + i];
-        if constexpr (form_of == kCapped) score = tanh(score) * cap;
-        if constexpr (is_masked != 0) {
-          const int32_t key = static_cast<int32_t>(t + i);
-          score = ((first <= key) & (last >= key)) ? score : all(-INFINITY);
-        }
-        if constexpr (form_of != kRaw || is_masked != 0) store(score, at);
-        most[i] = larger(score, most[i]);
+    const auto score_of = [&](int64_t key) {
+      float* const at = scores + key * kRow;
+      Lanes score = load(at);
+      if constexpr (form_of != kRaw) score *= room.k_factor[key];
+      if constexpr (form_of == kCapped) score = tanh(score) * cap;
+      if constexpr (is_masked != 0) {
+        const int32_t k = static_cast<int32_t>(key);
+        score = ((first <= k) & (last >= k)) ? score : all(-INFINITY);
       }
+      if constexpr (form_of != kRaw || is_masked != 0) store(score, at);
+      return score;
+    };
+    Lanes second = now, third = now, fourth = now;  // each maximum waits for the last one
+    for (; t + 4 <= stop; t += 4) {
+      now = larger(score_of(t), now);
+      second = larger(score_of(t + 1), second);
+      third = larger(score_of(t + 2), third);
+      fourth = larger(score_of(t + 3), fourth);
     }
-    now = larger(larger(most[0], most[1]), larger(most[2], most[3]));
+    for (; t < stop; ++t) now = larger(score_of(t), now);
+    now = larger(larger(now, second), larger(third, fourth));
   };
   // Queries come in the order of their positions: all see what the first and the last of them see.
   const auto within = [](int64_t t, int64_t low, int64_t high) { return t < low ? low : t > high ? high : t; };
@@ -104,58 +108,79 @@ inline void softmax(const Room& room, int64_t tile, int j, int64_t base, int64_t
   } else {
     prepare_all(Number<kCapped>{});
   }
-  Lanes even = {}, odd = {};
-  for (int64_t t = from; t < to; t += 2) {
-    Lanes a = Engine::power((load(scores + t * kRow) - now) * slope);
-    Lanes b = Engine::power((load(scores + (t + 1) * kRow) - now) * slope);
-    even += a;
-    odd += b;
-    if constexpr (kScaled) {
-      a *= room.v_factor[t];
-      b *= room.v_factor[t + 1];
-    }
-    Engine::put(room, j, t, a, b);
-  }
   const Lanes kept = exp2((before - now) * slope), none = all(-INFINITY);  // 0 at first: `before` is minus infinity
-  store(load(at_total) * kept + (even + odd), at_total);
-  if (memcmp(&before, &now, sizeof now) == 0) return;
+  // Unless the sums are zero still.
+  if (memcmp(&before, &now, sizeof now) != 0 && memcmp(&before, &none, sizeof none) != 0) {
+    float* sums = room.sums + tile * wide * kLanes;
+    for (int64_t d = 0; d < wide * kLanes; d += kLanes) store(load(sums + d) * kept, sums + d);
+  }
   store(now, at_largest);
-  if (memcmp(&before, &none, sizeof none) == 0) return;  // sums are zero still
-  float* sums = room.sums + tile * wide * kLanes;
-  for (int64_t d = 0; d < wide * kLanes; d += kLanes) store(load(sums + d) * kept, sums + d);
+  Lanes even = {}, odd = {};
+  Engine::begin(room, tile, wide);
+  for (int64_t step = from; step < to; step += Engine::kStep) {
+    for (int64_t t = step; t < step + Engine::kStep; t += 2) {
+      Lanes a = Engine::power((load(scores + t * kRow) - now) * slope);
+      Lanes b = Engine::power((load(scores + (t + 1) * kRow) - now) * slope);
+      even += a;
+      odd += b;
+      if constexpr (kScaled) {
+        a *= room.v_factor[t];
+        b *= room.v_factor[t + 1];
+      }
+      Engine::put(room, j, t, a, b);
+    }
+    if (step > from) Engine::weigh_along(room, j, step - Engine::kStep, wide);
+  }
+  Engine::weigh_along(room, j, to - Engine::kStep, wide);
+  Engine::end(room, tile, wide);
+  store(load(at_total) * kept + (even + odd), at_total);
 }
 
-// A tile's queries from column d on, turned.
-template <class Q>
-inline void turned_queries(const ChunkArgs& a, int64_t row, int64_t d, Ints (&x)[kLanes]) {
-  const Q* q = static_cast<const Q*>(a.q);
-  for (int64_t i = 0; i < kLanes; ++i) {
-    const int64_t r = row + i, left = a.h - d;
-    x[i] = Ints{};
-    if (r >= a.tokens * a.group || left <= 0) continue;
-    const Q* from = q + r / a.group * a.token_stride + r % a.group * a.q_stride + d;
-    x[i] = as<Ints>(left >= kLanes ? load(from) : load(from, left));
+// Where the rows of a tile lie, in numbers, found without a division for each: rows are (token, head). Beyond
+// the last it is repeated, so that a tile is full whatever is there.
+struct Places {
+  int64_t count, at[kLanes];
+
+  Places(const ChunkArgs& a, int64_t row, int64_t token_stride, int64_t head_stride) {
+    const int64_t left = a.tokens * a.group - row;
+    count = left < kLanes ? left : kLanes;
+    int64_t token = row / a.group, head = row % a.group;
+    for (int64_t i = 0; i < kLanes; ++i) {
+      at[i] = i < count ? token * token_stride + head * head_stride : at[count - 1];
+      if (++head == a.group) ++token, head = 0;
+    }
   }
-  transpose(x);
+};
+
+// Asks for the queries and the places of the results of a tile: a token's are far from the next one's, and the
+// processor does not see where this goes.
+inline void ask_for_tile(const ChunkArgs& a, int64_t row) {
+  const int64_t size = a.q_type == Type::f32 ? 4 : 2;
+  const Places queries(a, row, a.token_stride, a.q_stride), results(a, row, a.out_stride, a.h);
+  for (int64_t i = 0; i < queries.count; ++i) {
+    for (int64_t byte = 0; byte < a.h * size; byte += 64) {
+      __builtin_prefetch(static_cast<const char*>(a.q) + queries.at[i] * size + byte);
+      __builtin_prefetch(static_cast<char*>(a.out) + results.at[i] * size + byte, 1);
+    }
+  }
 }
 
 template <class Q>
 inline void finish(const ChunkArgs& a, const Room& room, int64_t wide) {
-  const int64_t rows = a.tokens * a.group;
-  Q* out = static_cast<Q*>(a.out);
-  for (int64_t row = 0; row < rows; row += kLanes) {
+  for (int64_t row = 0; row < a.tokens * a.group; row += kLanes) {
+    const Places places(a, row, a.out_stride, a.h);
     const Lanes inverse = 1.0f / load(room.total + row);
     for (int64_t d = 0; d < a.h; d += kLanes) {
       Ints x[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) x[i] = as<Ints>(load(room.sums + row * wide + (d + i) * kLanes) * inverse);
       transpose(x);
       const int64_t left = a.h - d;
-      for (int64_t r = row; r < rows && r < row + kLanes; ++r) {
-        Q* to = out + r / a.group * a.out_stride + r % a.group * a.h + d;
+      for (int64_t i = 0; i < places.count; ++i) {
+        Q* const to = static_cast<Q*>(a.out) + places.at[i] + d;
         if (left >= kLanes) {
-          store(as<Lanes>(x[r - row]), to);
+          store(as<Lanes>(x[i]), to);
         } else {
-          store(as<Lanes>(x[r - row]), to, left);
+          store(as<Lanes>(x[i]), to, left);
         }
       }
     }
@@ -175,13 +200,13 @@ void attend_chunk(const ChunkArgs& a) {
     room.total[row] = 0;
   }
   memset(room.sums, 0, sizeof(float) * static_cast<size_t>(tiles * kLanes * wide));
-  Engine::queries(a, room, wide);
   constexpr bool kScaled = sizeof(T) == 1;
   const float factor = a.cap != 0 ? a.scale / a.cap : a.scale;
   const Form form = a.cap != 0 ? kCapped : kScaled || !(factor > 0) ? kFactors : kRaw;
   const float slope = form == kRaw ? factor * kLog2E : kLog2E;
   const int64_t end = room.last[rows - 1] + 1;
-  for (int64_t base = room.first[0] / kKeyBlock * kKeyBlock; base < end; base += kKeyBlock) {
+  const int64_t begin = room.first[0] / kKeyBlock * kKeyBlock;
+  for (int64_t base = begin; base < end; base += kKeyBlock) {
     const int64_t count = end - base < kKeyBlock ? end - base : kKeyBlock;
     const auto* k = Engine::keys(static_cast<const T*>(a.k) + base * a.h, count, a.h, wide, room);
     const int64_t unseen = room.first[0] - base;  // before the first token's window: weights are 0, values anything
@@ -192,6 +217,10 @@ void attend_chunk(const ChunkArgs& a) {
     }
     for (int64_t tile = 0; tile < tiles; tile += kTiles) {
       const int64_t num = tiles - tile < kTiles ? tiles - tile : kTiles;
+      if (base == begin) {
+        for (int64_t next = tile + num; next < tiles && next < tile + 2 * kTiles; ++next) ask_for_tile(a, next * kLanes);
+        for (int64_t i = tile; i < tile + num; ++i) Engine::queries(a, room, i * kLanes, wide);
+      }
       int64_t to = room.last[(tile + num) * kLanes - 1] + 1 - base, from = room.first[tile * kLanes] - base;
       to = round_up(to < count ? to : count, Engine::kStep);
       from = from > 0 ? from / Engine::kStep * Engine::kStep : 0;
@@ -213,22 +242,26 @@ constexpr int kDeep = 4;  // sums [kDeep][kTiles] fit the registers
 struct Floats {
   static constexpr int64_t kStep = 4;  // keys
 
-  static void queries(const ChunkArgs& a, const Room& room, int64_t wide) {
+  static void queries(const ChunkArgs& a, const Room& room, int64_t row, int64_t wide) {
     switch (a.q_type) {
-      case Type::bf16: return queries_of<brain>(a, room, wide);
-      case Type::f16: return queries_of<half>(a, room, wide);
-      default: return queries_of<float>(a, room, wide);
+      case Type::bf16: return queries_of<brain>(a, room, row, wide);
+      case Type::f16: return queries_of<half>(a, room, row, wide);
+      default: return queries_of<float>(a, room, row, wide);
     }
   }
 
   template <class Q>
-  static void queries_of(const ChunkArgs& a, const Room& room, int64_t wide) {
-    for (int64_t row = 0; row < a.tokens * a.group; row += kLanes) {
-      for (int64_t d = 0; d < wide; d += kLanes) {
-        Ints x[kLanes];
-        turned_queries<Q>(a, row, d, x);
-        memcpy(room.queries + row * wide + d * kLanes, x, sizeof x);
+  static void queries_of(const ChunkArgs& a, const Room& room, int64_t row, int64_t wide) {
+    const Places places(a, row, a.token_stride, a.q_stride);
+    for (int64_t d = 0; d < wide; d += kLanes) {
+      const int64_t left = a.h - d;
+      Ints x[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const Q* const from = static_cast<const Q*>(a.q) + places.at[i] + d;
+        x[i] = left >= kLanes ? as<Ints>(load(from)) : left > 0 ? as<Ints>(load(from, left)) : Ints{};
       }
+      transpose(x);
+      memcpy(room.queries + row * wide + d * kLanes, x, sizeof x);
     }
   }
 
@@ -284,6 +317,11 @@ struct Floats {
       }
     }
   }
+
+  // Nothing is weighed along with the softmax.
+  static void begin(const Room&, int64_t, int64_t) {}
+  static void weigh_along(const Room&, int, int64_t, int64_t) {}
+  static void end(const Room&, int64_t, int64_t) {}
 
   static void add(const Room& room, int64_t tile, int64_t num, int64_t from, int64_t to, int64_t wide) {
     float* sums = room.sums + tile * wide * kLanes;

@@ -156,7 +156,13 @@ inline void store(Lanes x, half* to) {
 #endif
 }
 
-inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }  // b where either is a NaN
+inline Lanes larger(Lanes a, Lanes b) {  // b where either is a NaN
+#if defined(__AVX512F__)
+  return (Lanes)_mm512_max_ps((__m512)a, (__m512)b);  // compilers compare and choose
+#else
+  return a > b ? a : b;
+#endif
+}
 
 typedef float Four __attribute__((vector_size(16)));
 
