@@ -108,7 +108,19 @@ struct Tiles {
     }
   }
 
-  static Lanes power(Lanes x) { return rough_exp2(x); }
+  // 2^(slope * (score - largest)) to within 2^-18 of it, for it is rounded to bfloat16 (2^-9); the product is not
+  // rounded before the largest is taken off. 2^x is 2^floor(x) times a polynomial of the rest, which is 1 at 0
+  // and has the least largest relative error otherwise (by reweighted least squares).
+  static Lanes weight(Lanes score, Lanes largest, float slope) {
+    const Lanes top = larger(largest * slope, all(-0x1p127f));  // nothing may have been seen yet
+    const __m512 x = _mm512_fmsub_ps((__m512)score, (__m512)all(slope), (__m512)top);
+    const Lanes r = (Lanes)_mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    Lanes p = r * 1.342668441e-2f + 5.224247390e-2f;
+    p = p * r + 2.412802050e-1f;
+    p = p * r + 6.930448449e-1f;
+    p = p * r + 1.0f;
+    return (Lanes)_mm512_scalef_ps((__m512)p, x);
+  }
 
   // Tiles [j][key / 32] of [pair][query].
   static void put(const Room& room, int j, int64_t t, Lanes a, Lanes b) {

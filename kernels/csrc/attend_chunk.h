@@ -108,7 +108,7 @@ inline void softmax(const Room& room, int64_t tile, int j, int64_t base, int64_t
   } else {
     prepare_all(Number<kCapped>{});
   }
-  const Lanes kept = exp2((before - now) * slope), none = all(-INFINITY);  // 0 at first: `before` is minus infinity
+  const Lanes kept = Engine::weight(before, now, slope), none = all(-INFINITY);  // 0 at first, for none
   // Unless the sums are zero still.
   if (memcmp(&before, &now, sizeof now) != 0 && memcmp(&before, &none, sizeof none) != 0) {
     float* sums = room.sums + tile * wide * kLanes;
@@ -119,8 +119,8 @@ inline void softmax(const Room& room, int64_t tile, int j, int64_t base, int64_t
   Engine::begin(room, tile, wide);
   for (int64_t step = from; step < to; step += Engine::kStep) {
     for (int64_t t = step; t < step + Engine::kStep; t += 2) {
-      Lanes a = Engine::power((load(scores + t * kRow) - now) * slope);
-      Lanes b = Engine::power((load(scores + (t + 1) * kRow) - now) * slope);
+      Lanes a = Engine::weight(load(scores + t * kRow), now, slope);
+      Lanes b = Engine::weight(load(scores + (t + 1) * kRow), now, slope);
       even += a;
       odd += b;
       if constexpr (kScaled) {
@@ -151,19 +151,6 @@ struct Places {
     }
   }
 };
-
-// Asks for the queries and the places of the results of a tile: a token's are far from the next one's, and the
-// processor does not see where this goes.
-inline void ask_for_tile(const ChunkArgs& a, int64_t row) {
-  const int64_t size = a.q_type == Type::f32 ? 4 : 2;
-  const Places queries(a, row, a.token_stride, a.q_stride), results(a, row, a.out_stride, a.h);
-  for (int64_t i = 0; i < queries.count; ++i) {
-    for (int64_t byte = 0; byte < a.h * size; byte += 64) {
-      __builtin_prefetch(static_cast<const char*>(a.q) + queries.at[i] * size + byte);
-      __builtin_prefetch(static_cast<char*>(a.out) + results.at[i] * size + byte, 1);
-    }
-  }
-}
 
 template <class Q>
 inline void finish(const ChunkArgs& a, const Room& room, int64_t wide) {
@@ -200,13 +187,13 @@ void attend_chunk(const ChunkArgs& a) {
     room.total[row] = 0;
   }
   memset(room.sums, 0, sizeof(float) * static_cast<size_t>(tiles * kLanes * wide));
+  for (int64_t tile = 0; tile < tiles; ++tile) Engine::queries(a, room, tile * kLanes, wide);
   constexpr bool kScaled = sizeof(T) == 1;
   const float factor = a.cap != 0 ? a.scale / a.cap : a.scale;
   const Form form = a.cap != 0 ? kCapped : kScaled || !(factor > 0) ? kFactors : kRaw;
   const float slope = form == kRaw ? factor * kLog2E : kLog2E;
   const int64_t end = room.last[rows - 1] + 1;
-  const int64_t begin = room.first[0] / kKeyBlock * kKeyBlock;
-  for (int64_t base = begin; base < end; base += kKeyBlock) {
+  for (int64_t base = room.first[0] / kKeyBlock * kKeyBlock; base < end; base += kKeyBlock) {
     const int64_t count = end - base < kKeyBlock ? end - base : kKeyBlock;
     const auto* k = Engine::keys(static_cast<const T*>(a.k) + base * a.h, count, a.h, wide, room);
     const int64_t unseen = room.first[0] - base;  // before the first token's window: weights are 0, values anything
@@ -217,10 +204,6 @@ void attend_chunk(const ChunkArgs& a) {
     }
     for (int64_t tile = 0; tile < tiles; tile += kTiles) {
       const int64_t num = tiles - tile < kTiles ? tiles - tile : kTiles;
-      if (base == begin) {
-        for (int64_t next = tile + num; next < tiles && next < tile + 2 * kTiles; ++next) ask_for_tile(a, next * kLanes);
-        for (int64_t i = tile; i < tile + num; ++i) Engine::queries(a, room, i * kLanes, wide);
-      }
       int64_t to = room.last[(tile + num) * kLanes - 1] + 1 - base, from = room.first[tile * kLanes] - base;
       to = round_up(to < count ? to : count, Engine::kStep);
       from = from > 0 ? from / Engine::kStep * Engine::kStep : 0;
@@ -284,7 +267,7 @@ struct Floats {
     }
   }
 
-  static Lanes power(Lanes x) { return exp2(x); }
+  static Lanes weight(Lanes score, Lanes largest, float slope) { return exp2((score - largest) * slope); }
 
   static void put(const Room& room, int j, int64_t t, Lanes a, Lanes b) {
     store(a, room.scores + t * kRow + j * kLanes);
