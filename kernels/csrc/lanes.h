@@ -198,20 +198,42 @@ inline float largest_of(Lanes x) {
   return found;
 }
 
-// 2^x for x < 127, to within 2 units in the last place; exactly 0 from -127 down, and for a NaN. Rounding to
-// whole numbers by adding 1.5 * 2^23 leaves them in the low bits, from where they go to the exponent.
-// Coefficients: Cephes' exp2f (Moshier).
+// x <= 0 in two parts, a whole number and a rest of half a unit at most; below -127, and for a NaN, -127.
+// Rounding by adding 1.5 * 2^23 leaves the whole number in the low bits, from where it goes to the exponent:
+// of 2^rest, which makes 2^x, and exactly 0 from -127 down.
+struct Power {
+  Lanes shifted, rest;
+
+  explicit Power(Lanes x) {
+    x = larger(x, all(-127.0f));
+    shifted = x + 0x1.8p23f;
+    rest = x - (shifted - 0x1.8p23f);
+  }
+  Lanes of(Lanes power_of_rest) const { return as<Lanes>(as<Ints>(power_of_rest) + (as<Ints>(shifted) << 23)); }
+};
+
+// 2^x for x < 127, to within 2 units in the last place; exactly 0 from -127 down, and for a NaN. Coefficients:
+// Cephes' exp2f (Moshier).
 inline Lanes exp2(Lanes x) {
-  x = larger(x, all(-127.0f));
-  const Lanes shifted = x + 0x1.8p23f;
-  const Lanes r = x - (shifted - 0x1.8p23f);
+  const Power power(x);
+  const Lanes r = power.rest;
   Lanes p = r * 1.535336188e-4f + 1.339887440e-3f;
   p = p * r + 9.618437358e-3f;
   p = p * r + 5.550332471e-2f;
   p = p * r + 2.402264791e-1f;
   p = p * r + 6.931472029e-1f;
-  p = p * r + 1.0f;
-  return as<Lanes>(as<Ints>(p) + (as<Ints>(shifted) << 23));
+  return power.of(p * r + 1.0f);
+}
+
+// The same to within 2^-18 of it, and exactly 1 for 0: for what is rounded to bfloat16 (2^-9). Coefficients: the
+// least largest relative error of polynomials that are 1 at 0, by reweighted least squares.
+inline Lanes rough_exp2(Lanes x) {
+  const Power power(x);
+  const Lanes r = power.rest;
+  Lanes p = r * 9.582852945e-3f + 5.590642616e-2f;
+  p = p * r + 2.402409911e-1f;
+  p = p * r + 6.931241751e-1f;
+  return power.of(p * r + 1.0f);
 }
 
 constexpr float kLog2E = 1.44269504f;
