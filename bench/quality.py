@@ -5,6 +5,9 @@ quantize` in each scheme, rounded to the nearest and by GPTQ. All weights come b
 that were written. GPTQ looks at a text of its own (bench/calibration.txt), never at the one that is
 measured. The last line is JSON.
 
+Rows that `--only` asks for may have the head's scheme behind the others', as quant_head= calls it:
+"int4-g32/same rtn". Without it SmolLM2's head, which is the embedding, stays.
+
 Read the figures with two things in mind. SmolLM2's weights are at hand in GGUF's Q4_1 alone: they lie
 on a grid of 16 levels for each 32 of them, with a minimum of its own. int4-g32-asym has grids of nearly
 that kind (its zero point is a whole number, and Q4_1's minimum no multiple of its step), so it does
@@ -31,6 +34,7 @@ sys.path[0] = str(HERE.parent)
 
 from models.find import find_weights  # noqa: E402
 from models.load import config_of  # noqa: E402
+from models.quant_rules import parse_asked  # noqa: E402
 from quantize.calibrate import Settings  # noqa: E402
 from quantize.plan import make_plan  # noqa: E402
 from quantize.read_back import read_back  # noqa: E402
@@ -40,7 +44,7 @@ from quantize.texts import WINDOW, read_tokens, spread  # noqa: E402
 from quantize.walk import perplexity_of  # noqa: E402
 from weights.checkpoint import open_checkpoint  # noqa: E402
 from weights.errors import InputError  # noqa: E402
-from weights.quant import SCHEMES, parse_scheme  # noqa: E402
+from weights.schemes import HEADS, SCHEMES  # noqa: E402
 
 # (how the table calls it, GPTQ or rounding, scales searched, columns sorted)
 METHODS = (
@@ -50,6 +54,8 @@ METHODS = (
     ("gptq, mse", True, True, True),
     ("gptq, mse, unsorted", True, True, False),
 )
+VARIANTS = [f"{name}{head}" for name in SCHEMES for head in ("", *(f"/{head}" for head in HEADS))]
+ROWS = [f"{variant} {method}" for variant in VARIANTS for method, *_ in METHODS]
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -61,21 +67,24 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     plain = perplexity_of(checkpoint, config, judged)
     print(f"float32: perplexity {plain:.3f} of {sum(map(len, judged))} tokens", flush=True)
     rows: list[dict[str, Any]] = []
-    for name in SCHEMES:
+    asked = options.only or [row for row in ROWS if "/" not in row]
+    for name in VARIANTS:
+        if not any(row.startswith(f"{name} ") for row in asked):
+            continue
         try:
-            plan = make_plan(checkpoint, parse_scheme(name))
+            plan = make_plan(checkpoint, parse_asked(name), untie="/" in name)
         except InputError as error:
             print(f"{name}: {error}", flush=True)
             continue
         for method, calibrated, search, sort in METHODS:
-            if options.only and f"{name} {method}" not in options.only:
+            if f"{name} {method}" not in asked:
                 continue
             settings = (Settings(plan.scheme, search, 0.01, sort), texts) if calibrated else None
             start = time.perf_counter()
             with tempfile.TemporaryDirectory(prefix="yoke-bench-") as folder:
                 errors = carry_out(plan, Path(folder), search, settings)
                 seconds = time.perf_counter() - start
-                after = perplexity_of(read_back(plan, Path(folder)), config, judged)
+                after = perplexity_of(read_back(plan, Path(folder)), plan.config, judged)
             rows.append({
                 "quant": name, "method": method, "perplexity": after, "change": after / plain - 1,
                 "weight_error": weight_error(errors), "output_error": output_error(products(errors)),
@@ -94,7 +103,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def line(row: dict[str, Any]) -> str:
     output = "" if row["output_error"] is None else f"{100 * row['output_error']:.3f} %"
     return (
-        f"{row['quant']:<15}{row['method']:<21}{row['perplexity']:>9.3f}{100 * row['change']:>+8.2f} %"
+        f"{row['quant']:<20}{row['method']:<21}{row['perplexity']:>9.3f}{100 * row['change']:>+8.2f} %"
         f"   weights {100 * row['weight_error']:.3f} %   outputs {output:<8} {row['seconds']:>6.1f} s"
     )
 
@@ -106,8 +115,12 @@ def main() -> int:
     parser.add_argument("--calibration", default=str(HERE / "calibration.txt"))
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sample-len", type=int, default=512)
-    parser.add_argument("--only", nargs="*", help='such as "int4-g32 rtn" "int4-g32 gptq"')
-    report = measure(parser.parse_args())
+    parser.add_argument("--only", nargs="+", help='such as "int4-g32 gptq" "int4-g32/same rtn"')
+    options = parser.parse_args()
+    for row in options.only or ():
+        if row not in ROWS:
+            parser.error(f"there is no row {row!r}; methods: {'; '.join(each[0] for each in METHODS)}")
+    report = measure(options)
     print(json.dumps(report))
     return 0
 

@@ -3,7 +3,7 @@
 The same model several times in the same ranks: in bfloat16, with each scheme, and with `--eager` in
 bfloat16 without compiling, by torch's own products. Tokens of all of them, and prompts, take turns, so
 that a ratio is of one moment. Best and median; the last line is JSON. A preset has random weights; a
-folder or .gguf its own.
+folder or .gguf its own. A scheme may have the head's behind it, as quant_head= calls it: int4-g32/same.
 
 What is not here: single products (bench/linear.py), what rounding costs in quality (bench/quality.py),
 other programs (bench/peers.py).
@@ -30,7 +30,8 @@ from rich.table import Table  # noqa: E402
 from launcher.plan import LaunchRequest, make_plan  # noqa: E402
 from launcher.spawn import RunOptions, launch, new_session  # noqa: E402
 from launcher.topology import read_topology  # noqa: E402
-from weights.schemes import SCHEMES  # noqa: E402
+from models.quant_rules import parse_asked  # noqa: E402
+from weights.errors import InputError  # noqa: E402
 
 PLAIN, EAGER = "none", "eager"  # bfloat16, compiled and not
 Found = dict[str, Any]
@@ -101,10 +102,20 @@ def _pair(values: Sequence[float], digits: int) -> str:
     return " / ".join(f"{value:.{digits}f}" for value in values)
 
 
+def _variant(text: str) -> str:
+    """auto, or what the loader rounds to."""
+    try:
+        if text != "auto":
+            parse_asked(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/quant.py", allow_abbrev=False)
     parser.add_argument("--model", default="llama-3.2-1b", help="a preset, a .gguf or a folder")
-    parser.add_argument("--quant", nargs="+", default=["int8", "int4-g32"], choices=["auto", *SCHEMES])
+    parser.add_argument("--quant", nargs="+", default=["int8", "int4-g32"], type=_variant)
     parser.add_argument("--eager", action="store_true", help="torch's bfloat16, not compiled, as well")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--cores-per-rank", type=int, default=1, help="0: all of its place [1]")

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from engine.dtypes import dtype_name, kv_dtype_name
 from models.sampling_params import Sampling, check_sampling
 from weights.errors import InputError, nearest
-from weights.schemes import SCHEMES
+from weights.schemes import HEADS, SCHEMES
 
 LOOKUP = "lookup"  # the draft that needs no model
 
@@ -38,6 +38,7 @@ class Job:
     dtype: str = "auto"
     kv_dtype: str = "auto"
     quant: str = "auto"
+    quant_head: str = "int8"
     activations: str = "auto"
     temperature: float = 0.0
     top_k: int = 0
@@ -79,6 +80,7 @@ HELP: dict[str, str] = {
     "batch": "texts made at once; 0: up to 8, as there are prompts and memory",
     "dtype": "auto, float32, bfloat16 or float16; kv_dtype= of the KV cache, int8 too",
     "quant": "auto (keep weights that the file has quantised), none, or to: " + ", ".join(SCHEMES),
+    "quant_head": "the LM head, where quant= names a scheme: int8, same (as quant=) or none",
     "activations": "int8 rounds a prompt's to 8 bits where weights have 8: faster with AMX",
     "temperature": "0 is greedy; what limits the choice: top_k= [0], top_p= [1], min_p= [0]",
     "logit_bias": "ID:BIAS,... is added to logits; repetition_penalty= [1], presence_penalty= and "
@@ -116,6 +118,7 @@ _CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "kv_dtype": ("auto", "float32", "bfloat16", "float16", "int8"),
     "quant": ("auto", "none", *SCHEMES),
+    "quant_head": HEADS,
     "activations": ("auto", "int8"),
     "output": ("text", "json"),
 }
@@ -140,6 +143,11 @@ def parse_job(words: Sequence[str], need_prompt: bool = True) -> Job:
         raise InputError("prompt= and prompts= are both given; one of them says what to continue")
     job = _typed(values)
     _check_values(job)
+    if "quant_head" in values and job.quant not in SCHEMES:
+        raise InputError(
+            f"quant_head={job.quant_head} goes with a scheme for the layers, and quant={job.quant} is "
+            f"none; leave quant_head= out, or add quant= with one of {', '.join(SCHEMES)}"
+        )
     return job
 
 
@@ -226,6 +234,11 @@ def _check_modes(job: Job) -> None:
     kv_dtype_name(job.kv_dtype, job.dtype, job.device)
     if job.kv_dtype != "auto" and job.engine == "hf":
         raise InputError(f"kv_dtype={job.kv_dtype} does not go with engine=hf, which keeps dtype=")
+
+
+def quant_of(job: Job) -> str:
+    """What the loader is told (`models.load_quant`)."""
+    return f"{job.quant}/{job.quant_head}" if job.quant in SCHEMES else job.quant
 
 
 def check_beams(job: Job, sampling: Sampling) -> None:

@@ -13,16 +13,16 @@ from contextlib import suppress
 from dataclasses import replace
 
 from engine.dtypes import BYTES, dtype_name, kv_dtype_name
-from engine.job import Job
+from engine.job import Job, quant_of
 from engine.resolve import ResolvedJob
 from models.config import ModelConfig
 from models.config_gguf import from_gguf
 from models.config_hf import from_hf
-from models.quant_rules import Held, held_quantised, products_of, weight_bytes
+from models.quant_rules import Held, held_quantised, parse_asked, products_of, weight_bytes
 from models.sizes import layout_of
 from weights.errors import InputError
 from weights.outline import Outline, Stored, read_outline
-from weights.schemes import SCHEMES, parse_scheme
+from weights.schemes import SCHEMES
 
 # The interpreter, torch, the compiled code and what compiling leaves behind; measured as a rank's peak
 # resident memory less its weights and cache (docs/log.md).
@@ -120,7 +120,7 @@ def job_needs(resolved: ResolvedJob, world_size: int, thorough: bool) -> list[di
 def _held(job: Job, config: ModelConfig, outline: Outline | None, world_size: int) -> list[Held]:
     """Which products hold quantised weights: as the loader decides it. What a file is not known to have
     quantised is taken for plain."""
-    asked = parse_scheme(job.quant) if job.quant in SCHEMES else None
+    asked = parse_asked(quant_of(job)) if job.quant in SCHEMES else None
     if asked is None and (outline is None or not keeps_quantised(job)):
         return []
     known = {} if outline is None else outline.weights

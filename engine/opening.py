@@ -20,7 +20,7 @@ from comm import ops
 from comm.group import Group, Rendezvous, open_group, set_timeout
 from engine.compiling import drop_if_damaged, seal, use_cache_folder
 from engine.dtypes import dtype_name, kv_dtype_name
-from engine.job import Job
+from engine.job import Job, quant_of
 from engine.memory import keeps_quantised
 from engine.report import compile_progress, progress_bar, say
 from engine.resolve import ResolvedJob, check_draft, check_ranks
@@ -202,7 +202,7 @@ def _quant(job: Job, device: str) -> str:
     """What is done about quantised weights: auto is to keep them where our own products are used."""
     if job.quant == "auto" and not (keeps_quantised(job, device) and has_kernels()):
         return "none"
-    return job.quant
+    return quant_of(job)
 
 
 def _open_hf(resolved: ResolvedJob, group: Group, device: str) -> _Source:

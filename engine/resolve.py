@@ -10,16 +10,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.job import LOOKUP, Job
+from engine.job import LOOKUP, Job, quant_of
 from engine.prompts import Prompt, prompt_from_dict, read_prompts
 from models import hf_config
 from models.config import OVERRIDES, ModelConfig, from_dict, override
 from models.find import find_weights
 from models.presets import PRESETS
-from models.quant_rules import check_quant
+from models.quant_rules import check_quant, parse_asked
 from tp.heads import check_world_size
 from weights.errors import InputError, nearest
-from weights.schemes import SCHEMES, parse_scheme
+from weights.schemes import SCHEMES
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def check_ranks(resolved: ResolvedJob, world_size: int) -> None:
     if resolved.config is not None:
         check_world_size(resolved.config.num_heads, world_size)
         if resolved.job.quant in SCHEMES:
-            check_quant(resolved.config, parse_scheme(resolved.job.quant), world_size)
+            check_quant(resolved.config, parse_asked(quant_of(resolved.job)), world_size)
     elif resolved.job.engine == "hf" and resolved.checkpoint is not None:
         hf_config.check_ranks(resolved.checkpoint, world_size)
     if resolved.draft is not None:

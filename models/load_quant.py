@@ -1,8 +1,9 @@
 """Filling the layers of a model that hold their weights quantised (`models.quant_rules` decides which).
 
-`quant` is "none" (dequantise what is quantised), "auto" (keep what products can take) or a scheme:
-plain weights are rounded to it as they are read. A layer of fused weights is one product, so its parts
-must have one scheme; where a file mixes them (GGUF's K-quants beside others) the layer is dequantised.
+`quant` is "none" (dequantise what is quantised), "auto" (keep what products can take) or what
+`models.quant_rules.parse_asked` reads, a scheme with or without the head's: plain weights are rounded
+to it as they are read. A layer of fused weights is one product, so its parts must have one scheme;
+where a file mixes them (GGUF's K-quants beside others) the layer is dequantised.
 
 Shard first, pack last: a rank reads its part of each weight in the logical form (weights.quant), the
 same bits at any world size, and lays out what it holds. Rounding takes whole rows or groups, before
@@ -19,14 +20,21 @@ import torch
 
 from models.config import HEAD, ModelConfig
 from models.mlp import ExpertStack
-from models.quant_rules import EMBEDDING, check_quant, held_quantised
+from models.quant_rules import (
+    EMBEDDING,
+    Asked,
+    check_quant,
+    held_quantised,
+    parse_asked,
+    product_scheme,
+)
 from tp.layers import Linear
 from weights import schemes
 from weights.checkpoint import Checkpoint, Entry, Slices
 from weights.errors import InputError
 from weights.quant import QuantWeight, join_rows
 from weights.quantise import quantise_rtn
-from weights.schemes import Scheme, parse_scheme
+from weights.schemes import Scheme
 
 BLOCK_BYTES = 32 << 20  # of a plain weight in float32, as it is being rounded
 
@@ -57,14 +65,14 @@ def plan_layers(
     InputError where the file or the model does not go with `quant`."""
     if quant == "none":
         return []
-    asked = None if quant == "auto" else parse_scheme(quant)
+    asked = None if quant == "auto" else parse_asked(quant)
     if asked is not None:
         check_quant(config, asked, world_size)
     entries = checkpoint.entries
     layers = {names: layer for layer, names in linears}
     if asked is not None:
         for names in layers:
-            _check_asked(checkpoint, names[0], tuple(entries[name] for name in names), asked)
+            _check_asked(checkpoint, names, asked)
     return [
         PackedLayer(
             layers[each.names],
@@ -82,17 +90,19 @@ def is_plain(entry: Entry) -> bool:
     return schemes.is_plain(entry.stored_as)
 
 
-def _check_asked(checkpoint: Checkpoint, name: str, parts: tuple[Entry, ...], asked: Scheme) -> None:
+def _check_asked(checkpoint: Checkpoint, names: tuple[str, ...], asked: Asked) -> None:
     """Raise InputError where weights would be rounded a second time with a loss. Those of 8 bits and
-    GGUF's finer formats lose little by 8 bits."""
-    for part in parts:
-        if is_plain(part) or part.scheme == asked or name in (HEAD, EMBEDDING):
+    GGUF's finer formats lose little by 8 bits; a head of 4 bits is kept where 8 are asked for."""
+    wanted = product_scheme(names, asked)
+    is_head = names[0] in (HEAD, EMBEDDING)
+    for part in (checkpoint.entries[name] for name in names):
+        if wanted is None or is_plain(part) or part.scheme == wanted:
             continue
-        if asked.bits == 8 and (part.scheme is None or part.scheme.bits == 8):
+        if wanted.bits == 8 and (is_head or part.scheme is None or part.scheme.bits == 8):
             continue
         has = part.stored_as if part.scheme is None else f"{part.scheme.name} ({part.stored_as})"
         raise InputError(
-            f"quant={asked.name}: {checkpoint.path} is quantised already, {name} as {has}; use "
+            f"{asked.words}: {checkpoint.path} is quantised already, {names[0]} as {has}; use "
             "quant=auto, which keeps that, or a file that is not quantised"
         )
 

@@ -3,8 +3,9 @@ take. Free of torch, so that a job is refused before a rank exists; the loader a
 here.
 
 The linear layers of attention and MLP, and of experts, have the scheme that is asked for; the head has
-int8 whatever that is, since its errors are those of the logits. The embedding is looked up and stays as
-it is. Norms and routers are never quantised: they are small, and decide much.
+int8 whatever that is, since its errors are those of the logits, unless it is asked to be the same or to
+stay plain. The embedding is looked up and stays as it is. Norms and routers are never quantised: they
+are small, and decide much.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from models.config import HEAD, ModelConfig, expected_shapes
 from models.sizes import layout_of, weight_kinds
 from tp.shard import Layout, find_spec, slices_of
 from weights.errors import InputError
-from weights.schemes import MIN_GROUP, SCHEMES, Scheme, is_plain
+from weights.schemes import HEADS, MIN_GROUP, SCHEMES, Scheme, is_plain, parse_scheme
 
 EMBEDDING = "model.embed_tokens.weight"
-HEAD_SCHEME = Scheme(8, 0)
+HEAD_SCHEME = Scheme(8, 0)  # unless another is asked for
 _LINEAR = re.compile(
     r"(model\.layers\.\d+\.)"
     r"(?:self_attn\.([qkvo])|mlp\.(gate|up|down)|mlp\.(experts)\.\d+\.(gate|up|down))_proj\.weight"
@@ -42,6 +43,33 @@ class Stored(Protocol):
     def stored_as(self) -> str: ...
     @property
     def scheme(self) -> Scheme | None: ...
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What plain weights are to be rounded to: those of the layers, and the head (None: it stays)."""
+
+    layers: Scheme
+    head: Scheme | None = HEAD_SCHEME
+
+    @property
+    def words(self) -> str:
+        """The keys that ask for this, for messages."""
+        words = f"quant={self.layers.name}"
+        if self.head == HEAD_SCHEME:
+            return words
+        return f"{words} quant_head={'none' if self.head is None else 'same'}"
+
+
+def parse_asked(text: str) -> Asked:
+    """What is asked for by the name of a scheme, or by one with the head's of `HEADS` behind it:
+    "int4-g32", "int4-g32/same". Raises InputError."""
+    name, slash, head = text.partition("/")
+    layers = parse_scheme(name)
+    heads = dict(zip(HEADS, (HEAD_SCHEME, layers, None), strict=True))
+    if slash and head not in heads:
+        raise InputError(f"quant_head={head}: must be one of {', '.join(HEADS)}")
+    return Asked(layers, heads[head] if slash else HEAD_SCHEME)
 
 
 @dataclass(frozen=True)
@@ -78,24 +106,24 @@ def held_quantised(
     config: ModelConfig,
     products: Sequence[tuple[str, ...]],
     stored: Mapping[str, Stored],
-    asked: Scheme | None,
+    asked: Asked | None,
     world_size: int,
 ) -> list[Held]:
     """Which of the `products` hold quantised weights: what is kept of how the file has `stored` them,
-    and, where a scheme is `asked` for, what is rounded to that. A product has one scheme: where a file
-    mixes them, it is dequantised."""
+    and, where schemes are `asked` for, what is rounded to those. A product has one scheme: where a file
+    mixes them, it is dequantised; so is a head that is asked to be plain."""
     shapes = expected_shapes(config)
     file_is_plain = all(is_plain(stored[name].stored_as) for names in products for name in names)
     held = []
     for names in products:
+        wanted = None if asked is None else product_scheme(names, asked)
+        if asked is not None and wanted is None:
+            continue
         parts = [stored[name] for name in names]
         schemes = {part.scheme for part in parts}
         own = schemes.pop() if len(schemes) == 1 else None
         if own is not None and not can_cut(config, names[0], shapes[names[0]], own, world_size):
             own = None
-        wanted = None
-        if asked is not None:
-            wanted = HEAD_SCHEME if names[0] in (HEAD, EMBEDDING) else asked
         # 8 bits keep what a file's own quantised weights have; what it has left plain stays.
         some = not all(is_plain(part.stored_as) for part in parts)
         if own is not None:
@@ -105,9 +133,14 @@ def held_quantised(
     return held
 
 
-def scheme_for(name: str, asked: Scheme) -> Scheme | None:
-    """What a weight is quantised to where `asked` is."""
-    return HEAD_SCHEME if name == HEAD else asked if is_linear(name) else None
+def scheme_for(name: str, asked: Asked) -> Scheme | None:
+    """What a weight is quantised to where `asked` is; None: it stays."""
+    return asked.head if name == HEAD else asked.layers if is_linear(name) else None
+
+
+def product_scheme(names: tuple[str, ...], asked: Asked) -> Scheme | None:
+    """The same of one of `products_of`: of the embedding as the head that is tied to it."""
+    return scheme_for(HEAD if names == (EMBEDDING,) else names[0], asked)
 
 
 def can_cut(config: ModelConfig, name: str, shape: tuple[int, ...], scheme: Scheme, size: int) -> bool:
@@ -119,32 +152,32 @@ def can_cut(config: ModelConfig, name: str, shape: tuple[int, ...], scheme: Sche
     )
 
 
-def check_quant(config: ModelConfig, asked: Scheme, world_size: int) -> None:
+def check_quant(config: ModelConfig, asked: Asked, world_size: int) -> None:
     """Raise InputError if a model cannot be quantised so over so many ranks."""
-    kinds = [(kind.name, kind.shape) for kind in weight_kinds(config) if is_linear(kind.name)]
-    kinds.append((HEAD, (config.vocab_size, config.dim)))
-    for name, shape in kinds:
-        scheme = scheme_for(name, asked)
-        assert scheme is not None
+    shapes = {kind.name: kind.shape for kind in weight_kinds(config)}
+    shapes[HEAD] = (config.vocab_size, config.dim)  # of a tied one, too
+    kinds = [
+        (name, shape, scheme)
+        for name, shape in shapes.items()
+        if (scheme := scheme_for(name, asked)) is not None
+    ]
+    for name, shape, scheme in kinds:
         if shape[1] % (scheme.group_size or MIN_GROUP):
             fitting = ", ".join(s for s in SCHEMES if shape[1] % _group(s) == 0)
             raise InputError(
-                f"quant={asked.name}: {name} has rows of {shape[1]}, which are not whole groups of "
+                f"{asked.words}: {name} has rows of {shape[1]}, which are not whole groups of "
                 f"{scheme.group_size or MIN_GROUP}; use "
                 + (f"one of {fitting}" if fitting else "quant=none")
             )
 
     def fits(size: int) -> bool:
-        schemes = [(name, shape, scheme_for(name, asked)) for name, shape in kinds]
-        return all(
-            s is not None and can_cut(config, name, shape, s, size) for name, shape, s in schemes
-        )
+        return all(can_cut(config, name, shape, scheme, size) for name, shape, scheme in kinds)
 
     if not fits(world_size):
         others = [n for n in range(1, min(config.num_heads, _MOST_RANKS) + 1) if n != world_size]
         fitting = ", ".join(str(n) for n in others if fits(n))
         raise InputError(
-            f"quant={asked.name}: with {world_size} ranks some hold columns that are not whole groups "
+            f"{asked.words}: with {world_size} ranks some hold columns that are not whole groups "
             f"of {MIN_GROUP}; use --ranks N with N of {fitting}, or quant=none"
         )
 

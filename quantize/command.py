@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from models.config import HEAD
 from models.find import find_weights
 from quantize.job import Job, help_text, parse_job, searches, uses_gptq
 from tp.reshard_output import Interrupted, check_space, check_target, interruptible, new_folder
@@ -40,6 +41,9 @@ def run(job: Job) -> None:
     check_target(out)
     source = find_weights(job.model)
     # torch is loaded once the words have been understood.
+    from models.load import config_of
+    from models.quant_rules import parse_asked
+    from models.sizes import num_parameters
     from quantize import report as reports
     from quantize.calibrate import Settings
     from quantize.plan import make_plan
@@ -48,11 +52,11 @@ def run(job: Job) -> None:
     from quantize.texts import WINDOW, read_tokens, spread
     from quantize.walk import perplexity_of
     from weights.checkpoint import open_checkpoint
-    from weights.schemes import parse_scheme
 
-    scheme = parse_scheme(job.quant)
+    named = job.quant_head != "auto"
+    asked = parse_asked(f"{job.quant}/{job.quant_head}" if named else job.quant)
     checkpoint = open_checkpoint(source)
-    plan = make_plan(checkpoint, scheme)
+    plan = make_plan(checkpoint, asked, untie=named)
     check_space(out.parent, plan.needed_bytes)
     note(checkpoint.path, {entry.stored_as for entry in checkpoint.entries.values() if entry.block > 1})
     judged = calibration = None
@@ -61,7 +65,7 @@ def run(job: Job) -> None:
         judged = [text for text in judged if len(text) > 1]
     if uses_gptq(job):
         tokens = read_tokens(job.calibration, "calibration", checkpoint, plan.config)
-        settings = Settings(scheme, searches(job), job.damp, job.order == "act")
+        settings = Settings(plan.scheme, searches(job), job.damp, job.order == "act")
         calibration = settings, spread(tokens, job.samples, job.sample_len)
     start = time.perf_counter()
     with new_folder(out) as partial:
@@ -71,14 +75,15 @@ def run(job: Job) -> None:
         before = after = None
         if judged is not None:
             say("measuring perplexity")
-            before = perplexity_of(checkpoint, plan.config, judged)
+            before = perplexity_of(plan.checkpoint, plan.config, judged)
             after = perplexity_of(read_back(plan, partial), plan.config, judged)
     report = reports.Report(
         str(out),
-        scheme.name,
+        plan.scheme.name,
+        plan.schemes[HEAD].name if HEAD in plan.schemes else "none",
         "gptq" if calibration else "rtn",
         tuple(errors),
-        plan.bytes_in_16_bits,
+        2 * num_parameters(config_of(checkpoint)),
         plan.total_bytes,
         seconds,
         sum(map(len, calibration[1])) if calibration else 0,

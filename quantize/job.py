@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from weights.errors import InputError, nearest
+from weights.schemes import HEADS
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Job:
 
     model: str = ""
     quant: str = ""
+    quant_head: str = "auto"
     out: str = ""
     method: str = "auto"
     clip: str = "auto"
@@ -28,6 +30,7 @@ class Job:
 
 
 _CHOICES = {
+    "quant_head": ("auto", *HEADS),
     "method": ("auto", "rtn", "gptq"),
     "clip": ("auto", "mse", "none"),
     "order": ("act", "none"),
@@ -46,6 +49,8 @@ keys [default]:
   model=        a preset, a .gguf file, a folder of safetensors, or OWNER/NAME in the hub cache
   quant=        int8 (a scale for each row), int4-g32, int4-g64, int4-g128 (one for so many numbers of
                 a row), or one of these with -asym: 0 need not lie in the middle
+  quant_head=   the lm_head: int8, same (as quant=) or none; one that is the embedding gets weights of
+                its own for that, and the embedding stays [int8, none where it is the embedding]
   out=          a folder that is new or empty
   method=       rtn (to the nearest number) or gptq (columns make up for each other's errors)
                 [gptq where there is a calibration text, else rtn]
@@ -59,8 +64,8 @@ keys [default]:
   perplexity=   a text: how well it is predicted before and after
   output=       text (a table of errors) or json [{output}]
 
-Norms, biases, routers and the embedding stay as they are; an lm_head of its own becomes int8. An expert
-that no token of the calibration text meets is rounded to the nearest.
+Norms, biases, routers and the embedding stay as they are. The lm_head is rounded to the nearest, and so
+is an expert that no token of the calibration text meets.
 
 examples:
   python launch.py quantize model=smollm2-135m quant=int8 out=smollm2-int8

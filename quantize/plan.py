@@ -1,8 +1,8 @@
 """What a quantised folder will hold, file by file, before a number is computed; and what is refused.
 
 Norms, biases, routers and the embedding stay as they are, of a source of blocks (GGUF) in bfloat16. An
-lm_head of its own becomes int8 per channel whatever the layers are: it is read for every token, and its
-errors meet the result unsoftened.
+lm_head that is the embedding stays so, or gets weights of its own: the quantised copy that a run which
+rounds while loading makes for itself.
 
 Names are the canonical ones, which for most families are also those of transformers. Where a family
 fuses projections or calls them otherwise (Phi 3, GPT-J, Falcon), and for Meta's files, Yoke reads the
@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
 from typing import Any
 
 from models.config import HEAD, ModelConfig, expected_shapes
 from models.load import check_names, config_of
-from models.quant_rules import HEAD_SCHEME, is_linear
+from models.quant_rules import EMBEDDING, Asked, scheme_for
 from quantize.compressed import Shapes, quantization_config, stored_shapes
 from quantize.small_files import small_files
 from tp.reshard_plan import INDEX, SHARD_BYTES, hf_files
@@ -31,9 +30,9 @@ from weights.writer import DTYPES, Tensors
 
 @dataclass(frozen=True)
 class Plan:
-    """`schemes`: how each weight is quantised; those in `kept` stay, in the dtype that is given, in
-    safetensors' spelling. `files`: names to contents; `texts`: the small files. All weights are in the
-    order of the model."""
+    """`scheme`: the layers'. `schemes`: how each weight is quantised; those in `kept` stay, in the
+    dtype that is given, in safetensors' spelling. `files`: names to contents; `texts`: the small files.
+    All weights are in the order of the model."""
 
     checkpoint: Checkpoint
     config: ModelConfig
@@ -51,17 +50,14 @@ class Plan:
         return self.total_bytes + sum(map(len, self.texts.values())) + 8192 * (count + 4)
 
     @property
-    def bytes_in_16_bits(self) -> int:
-        return 2 * sum(prod(shape) for shape in self.shapes.values())
-
-    @property
     def total_bytes(self) -> int:
         return sum(contents.file_bytes for contents in self.files.values())
 
 
-def make_plan(checkpoint: Checkpoint, scheme: Scheme) -> Plan:
-    """Raises InputError for a source that is quantised already, or has a weight that the scheme's
-    groups do not divide."""
+def make_plan(checkpoint: Checkpoint, asked: Asked, untie: bool = False) -> Plan:
+    """`untie`: a head that is the embedding gets weights of its own, where it is to be quantised; else
+    it stays so. Raises InputError for a source that is quantised already, or has a weight that the
+    scheme's groups do not divide."""
     found = checkpoint.config.get("quantization_config")
     if found is not None:
         method = found.get("quant_method") if isinstance(found, dict) else None
@@ -72,10 +68,12 @@ def make_plan(checkpoint: Checkpoint, scheme: Scheme) -> Plan:
     config = config_of(checkpoint)
     shapes = expected_shapes(config)
     check_names(checkpoint, shapes, config.tie_embeddings)
-    schemes = {name: scheme for name in shapes if is_linear(name)}
-    if HEAD in shapes:
-        schemes[HEAD] = HEAD_SCHEME
-    _check_groups({name: shapes[name][1] for name in schemes if schemes[name] == scheme}, scheme)
+    if untie and config.tie_embeddings and asked.head is not None:
+        return make_plan(_untied(checkpoint), asked)
+    wanted = ((name, scheme_for(name, asked)) for name in shapes)
+    schemes = {name: scheme for name, scheme in wanted if scheme is not None}
+    grouped = [name for name, scheme in schemes.items() if scheme == asked.layers]
+    _check_groups({name: shapes[name][1] for name in grouped}, asked)
     kept = {name: _kept_dtype(checkpoint.entries[name]) for name in shapes if name not in schemes}
     stored: Shapes = {}
     for name, shape in shapes.items():
@@ -85,15 +83,24 @@ def make_plan(checkpoint: Checkpoint, scheme: Scheme) -> Plan:
             stored[name] = (kept[name], shape)
     files = hf_files(stored, SHARD_BYTES)
     routers = [name.removesuffix(".weight") for name in kept if name.endswith(".mlp.gate.weight")]
-    about = quantization_config(scheme, schemes.get(HEAD), routers)
+    about = quantization_config(asked.layers, schemes.get(HEAD), routers)
     texts = small_files(checkpoint, config, about)
     if len(files) > 1:
         texts[INDEX] = _index(files)
-    return Plan(checkpoint, config, scheme, shapes, schemes, kept, files, texts)
+    return Plan(checkpoint, config, asked.layers, shapes, schemes, kept, files, texts)
 
 
-def _check_groups(columns: Mapping[str, int], scheme: Scheme) -> None:
-    group = scheme.group_size
+def _untied(checkpoint: Checkpoint) -> Checkpoint:
+    """The same model with a head of its own, which has the embedding's weights."""
+    entries = {**checkpoint.entries, HEAD: checkpoint.entries[EMBEDDING]}
+    if checkpoint.format == "gguf":  # whose config is told by its weights
+        return replace(checkpoint, entries=entries)
+    config = {**checkpoint.config, "tie_word_embeddings": False}
+    return replace(checkpoint, entries=entries, config=config)
+
+
+def _check_groups(columns: Mapping[str, int], asked: Asked) -> None:
+    group = asked.layers.group_size
     for name, k in columns.items():
         if group and k % group:
             fitting = [
@@ -102,7 +109,7 @@ def _check_groups(columns: Mapping[str, int], scheme: Scheme) -> None:
                 if not any(k % (parse_scheme(other).group_size or 1) for k in columns.values())
             ]
             raise InputError(
-                f"quant={scheme.name}: {name} has {k} columns, which is no multiple of {group}; what "
+                f"{asked.words}: {name} has {k} columns, which is no multiple of {group}; what "
                 f"fits all weights of this model: {', '.join(fitting)}"
             )
 

@@ -20,10 +20,12 @@ _KINDS = (
 
 @dataclass(frozen=True)
 class Report:
-    """`bytes_before` are those of the weights in 16 bits; perplexities are None unless asked for."""
+    """`head` is the lm_head's scheme, or none. `bytes_before` are those of the weights in 16 bits;
+    perplexities are None unless asked for."""
 
     out: str
     scheme: str
+    head: str
     method: str
     errors: tuple[Errors, ...]
     bytes_before: int
@@ -60,6 +62,7 @@ def to_json(report: Report) -> dict[str, Any]:
     return {
         "out": report.out,
         "quant": report.scheme,
+        "quant_head": report.head,
         "method": report.method,
         "calibration_tokens": report.calibration_tokens,
         "bytes_before": report.bytes_before,
@@ -131,7 +134,8 @@ def show(report: Report) -> None:
     console.print(table)
     for one in report.errors:
         if _layer(one) is None:
-            console.print(f"{one.name.removesuffix('.weight')}: int8, {_percent(weight_error([one]))}")
+            name = one.name.removesuffix(".weight")
+            console.print(f"{name}: {report.head}, {_percent(weight_error([one]))}")
     if few := unmet(report):
         console.print(
             f"{len(few)} weights of experts that no token of the calibration text met were rounded to "

@@ -17,6 +17,7 @@ SCHEMES = (
     "int4-g64-asym",
     "int4-g128-asym",
 )
+HEADS = ("int8", "same", "none")  # quant_head=: the LM head's scheme, where others have one of SCHEMES
 MIN_GROUP = 32  # numbers that a kernel takes with one scale at least
 # What numbers that are not quantised are stored as: safetensors' dtypes, and those of weights=random.
 _PLAIN = frozenset({

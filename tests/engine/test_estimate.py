@@ -111,14 +111,16 @@ def held(path: Path, quant: str, rank: int, size: int) -> tuple[int, int]:
 def check(path: Path, quant: str) -> list[int]:
     """Compare for 1 and 2 ranks; what one rank holds. The launcher does not know whether the processor
     wants bfloat16 packed: what that adds is bounded, and without it the sizes are the same."""
+    scheme, slash, head = quant.partition("/")
+    words = [f"quant={scheme}", *([f"quant_head={head}"] if slash else [])]
     for size in (1, 2):
-        needs = job_needs(job_of(path, f"quant={quant}"), size, thorough=False)
+        needs = job_needs(job_of(path, *words), size, thorough=False)
         for rank, need in enumerate(needs):
             found, filled = held(path, quant, rank, size)
             assert 0 <= found - need["weights"] <= filled, (path.name, quant, size)
             with mock.patch("tp.layers.prefers_packed", return_value=False):
                 assert held(path, quant, rank, size) == (need["weights"], 0), (path.name, quant, size)
-    return [need["weights"] for need in job_needs(job_of(path, f"quant={quant}"), 1, False)]
+    return [need["weights"] for need in job_needs(job_of(path, *words), 1, False)]
 
 
 @pytest.mark.parametrize("form", ["Q4_0", "Q4_1", "Q8_0", "Q6_K", "mixed"])
@@ -143,9 +145,22 @@ def test_a_quantised_folder(kind: Kind, tmp_path: Path) -> None:
     check(tmp_path, "auto")
 
 
-def test_plain_weights_that_are_rounded(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", lambda layer, name: Form.BF16, tied=True)
-    assert check(path, "int4-g32") < check(path, "int8") < check(path, "none")
+@pytest.mark.parametrize("tied", [True, False])
+def test_plain_weights_that_are_rounded(tied: bool, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", lambda layer, name: Form.BF16, tied)
+    default = check(path, "int4-g32")
+    assert default < check(path, "int8") < check(path, "none")
+    # A head of its own is 2 bytes a number, one byte or 9/16; of a tied one there is a copy, or none.
+    table = VOCAB * DIM
+    same, plain = (check(path, f"int4-g32/{head}")[0] for head in ("same", "none"))
+    assert same == default[0] - table * 7 // 16 - 4 * VOCAB
+    assert plain == default[0] - 4 * VOCAB + (-table if tied else table)
+    assert check(path, "int8/same") == check(path, "int8")
+
+
+def test_a_quantised_head_that_shall_be_plain(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", lambda layer, name: Form.Q4_0, tied=False)
+    assert check(path, "int4-g32/none") > check(path, "int4-g32/same") == check(path, "auto")
 
 
 def same_outline(path: Path) -> None:

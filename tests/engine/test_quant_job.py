@@ -24,6 +24,14 @@ WORDS = ["model=llama-3.2-1b", "weights=random", "prompt=hi", "dtype=bfloat16"]
         (["quant=int8", "dtype=float32"], "goes with dtype=bfloat16, .* not with dtype=float32"),
         (["quant=int4-g32", "weights=auto", "engine=hf"], "quant=int4-g32 does not go with engine=hf"),
         (["quant=int4-g128", "model=tiny"], "rows of 96, .* use one of int8, int4-g32"),
+        (
+            ["quant=int4-g128", "quant_head=same", "model=tiny"],
+            "^quant=int4-g128 quant_head=same: .* rows of 96, .* use one of int8, int4-g32",
+        ),
+        (["quant=int8", "quant_head=int4"], "quant_head=int4: must be one of int8, same, none"),
+        (["quant_head=int8"], "quant_head=int8 .* quant=auto is none; leave quant_head= out, or add"),
+        (["quant=none", "quant_head=none"], "quant_head=none goes .* quant=none is none; leave .* out"),
+        (["quant=auto", "quant_head=same", "engine=hf"], "quant_head=same goes .* one of int8, int4"),
     ],
 )
 def test_what_does_not_go_is_refused(words: list[str], match: str) -> None:
@@ -40,7 +48,8 @@ def test_ranks_that_would_cut_too_little_are_refused() -> None:
 
 def test_a_draft_keeps_what_its_file_has() -> None:
     for quant, wanted in (("int8", "auto"), ("auto", "auto"), ("none", "none")):
-        resolved = resolve(parse_job([*WORDS, "draft=llama-3.2-1b", f"quant={quant}"]))
+        head = ["quant_head=same"] if quant == "int8" else []
+        resolved = resolve(parse_job([*WORDS, "draft=llama-3.2-1b", f"quant={quant}", *head]))
         assert resolved.draft is not None
         assert resolved.draft.job.quant == wanted
 
@@ -51,9 +60,12 @@ def test_the_estimate_counts_packed_weights(tmp_path: Path) -> None:
 
     plain, eight, four = weights(), weights("quant=int8"), weights("quant=int4-g32")
     embedding = 128256 * 2048
+    same, tied = (weights("quant=int4-g32", f"quant_head={head}") for head in ("same", "none"))
     linears = plain // 2 - embedding  # but for some norms
     assert eight == pytest.approx(linears + 3 * embedding, rel=0.01)
     assert four == pytest.approx(linears * 9 / 16 + 3 * embedding, rel=0.01)
+    assert same == pytest.approx(linears * 9 / 16 + 2.5625 * embedding, rel=0.01)
+    assert tied == pytest.approx(linears * 9 / 16 + 2 * embedding, rel=0.01)
     write(tmp_path, Kind("gptq", 4, 64, True))
     kept, undone = (weights("weights=auto", f"model={tmp_path}", f"quant={q}", "max_seq_len=64",
                             "max_new_tokens=2") for q in ("auto", "none"))  # fmt: skip
@@ -70,13 +82,18 @@ def test_auto_keeps_what_our_products_take() -> None:
 def test_a_run_tells_its_scheme_and_bad_words_end_with_2(gguf: Path, run_yoke: Callable) -> None:
     words = ["prompt=hi", "max_new_tokens=2", "max_seq_len=64", "compile=false", "output=json",
              "dtype=bfloat16"]  # fmt: skip
-    done = run_yoke("model=tiny", "weights=random", "quant=int4-g32", *words)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["quant"] == "int4-g32"
-    assert "layers: 8 of int4-g32, 1 of int8" in done.stderr
+    for head, told in (
+        ([], "layers: 8 of int4-g32, 1 of int8"),
+        (["quant_head=same"], "layers: 9 of int4-g32"),
+    ):
+        done = run_yoke("model=tiny", "weights=random", "quant=int4-g32", *head, *words)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["quant"] == "int4-g32"
+        assert told in done.stderr
     for bad, match in (
         (["model=tiny", "weights=random", "quant=int9"], "quant=int9: must be one of"),
         (["--ranks=2", "model=tiny", "weights=random", "quant=int8"], "use --ranks N with N of 1, 3"),
+        (["model=tiny", "weights=random", "quant_head=same"], "quant_head=same goes with a scheme"),
         ([f"model={gguf}", "quant=int8"], "quantised already"),
     ):
         done = run_yoke(*bad, *words)

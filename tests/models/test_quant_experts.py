@@ -20,7 +20,7 @@ from models.decoder import Decoder
 from models.load import config_of, load_model
 from models.load_quant import read_rounded
 from models.mlp import Experts, run_experts, run_experts_dense
-from models.quant_rules import check_quant, scheme_for
+from models.quant_rules import check_quant, parse_asked, scheme_for
 from tests.models.expert_files import CONFIG, DIM, MIXTRAL, WIDTH, write_folder, write_gguf
 from tests.targets.quant import TOKENS
 from tests.weights.quant_files import Kind
@@ -53,7 +53,7 @@ def dequantised(checkpoint: Checkpoint, name: str) -> Checkpoint:
     """The same weights, rounded and back."""
 
     def rounded(weight: str, entry: Entry) -> Entry:
-        own = scheme_for(weight, parse_scheme(name))
+        own = scheme_for(weight, parse_asked(name))
         if own is None:
             return entry
 
@@ -149,13 +149,13 @@ def test_experts_of_several_schemes_are_dequantised_and_said_so(tmp_path: Path) 
 
 
 def test_what_experts_cannot_be_cut_into_is_refused() -> None:
-    check_quant(CONFIG, parse_scheme("int8"), 3)
+    check_quant(CONFIG, parse_asked("int8"), 3)
     narrow = replace(CONFIG, expert_dim=80)
     with pytest.raises(InputError, match=r"experts\.0\.down_proj.* has rows of 80"):
-        check_quant(narrow, parse_scheme("int8"), 1)
+        check_quant(narrow, parse_asked("int8"), 1)
     narrow = replace(CONFIG, expert_dim=32)
     with pytest.raises(InputError, match=r"with 2 ranks .* use --ranks N with N of 1, 3|of 1, or"):
-        check_quant(narrow, parse_scheme("int8"), 2)
+        check_quant(narrow, parse_asked("int8"), 2)
 
 
 @torch.no_grad()

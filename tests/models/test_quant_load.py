@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,26 +11,39 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
+import tp.layers
 from comm.group import Group
 from kernels.quant_linear import Packed, unpack_bf16
 from models.config import HEAD, ModelConfig, expected_shapes
 from models.decoder import Decoder
 from models.load import config_of, linears_of, load_model
 from models.load_quant import plan_layers, read_layer, read_rounded
-from models.quant_rules import EMBEDDING, check_quant, is_linear, scheme_for
+from models.quant_rules import (
+    EMBEDDING,
+    HEAD_SCHEME,
+    Asked,
+    check_quant,
+    held_quantised,
+    is_linear,
+    parse_asked,
+    products_of,
+    scheme_for,
+)
 from models.sizes import layout_of
 from tests.models.expert_files import write_folder, write_gguf
-from tests.targets.quant import TOKENS, logits_of
-from tests.weights.quant_files import Kind, write
+from tests.targets.quant import TOKENS, logits_of, wanted_file
+from tests.weights.quant_files import CONFIG as KEYS
+from tests.weights.quant_files import Kind, save, write
 from tp.reshard_plan import make_plan
 from tp.reshard_run import Reader
 from tp.reshard_run import write as write_parts
 from tp.shard import slices_of
 from weights.checkpoint import Checkpoint, Entry, open_checkpoint
 from weights.errors import InputError
+from weights.outline import Stored
 from weights.quant import QuantWeight
 from weights.random_io import random_checkpoint
-from weights.schemes import Scheme, parse_scheme
+from weights.schemes import Scheme
 
 ALONE = Group(0, 1)
 CONFIG = ModelConfig(192, 2, 6, 3, 32, 384, 128, 256, tie_embeddings=True)
@@ -39,12 +53,13 @@ def checkpoint_of(config: ModelConfig) -> Checkpoint:
     return random_checkpoint(expected_shapes(config), 3)
 
 
-def dequantised(config: ModelConfig, scheme: Scheme) -> Checkpoint:
-    """The same weights, rounded and back: what a model with quantised weights must compute with."""
-    found = checkpoint_of(config)
+def dequantised(found: Checkpoint, quant: str) -> Checkpoint:
+    """The same weights, rounded and back: what a model with quantised weights must compute with. The
+    head has weights of its own."""
+    entries = {HEAD: found.entries[EMBEDDING], **found.entries}
 
     def rounded(name: str, entry: Entry) -> Entry:
-        own = scheme_for(name, scheme)
+        own = scheme_for(name, parse_asked(quant))
         if own is None:
             return entry
 
@@ -54,7 +69,7 @@ def dequantised(config: ModelConfig, scheme: Scheme) -> Checkpoint:
 
         return Entry(entry.shape, "random", read)
 
-    return replace(found, entries={n: rounded(n, e) for n, e in found.entries.items()})
+    return replace(found, entries={n: rounded(n, e) for n, e in entries.items()})
 
 
 @torch.no_grad()
@@ -65,28 +80,57 @@ def logits(config: ModelConfig, checkpoint: Checkpoint, quant: str) -> torch.Ten
     return model.all_logits(tokens, torch.arange(tokens.shape[1]))
 
 
-@pytest.mark.parametrize("name", ["int8", "int4-g64", "int4-g32-asym"])
-def test_a_model_computes_with_its_rounded_weights(name: str) -> None:
-    config = replace(CONFIG, tie_embeddings=False)
-    wanted = logits(config, dequantised(config, parse_scheme(name)), "none")
-    found = logits(config, checkpoint_of(config), name)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "quant",
+    ["int8", "int4-g64", "int4-g32-asym", "int4-g32/same", "int4-g64-asym/same", "int4-g32/none"],
+)
+def test_a_model_computes_with_its_rounded_weights(quant: str, tied: bool) -> None:
+    config = replace(CONFIG, tie_embeddings=tied)
+    rounded = dequantised(checkpoint_of(config), quant)
+    wanted = logits(replace(config, tie_embeddings=False), rounded, "none")
+    found = logits(config, checkpoint_of(config), quant)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
     plain = logits(config, checkpoint_of(config), "none")
     assert not torch.allclose(found, plain, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
 
-def test_a_tied_head_is_a_copy_and_the_embedding_stays() -> None:
+@pytest.mark.parametrize(
+    ("quant", "bits", "said"),
+    [("int4-g32", 8, "8 of int4-g32, 1 of int8"), ("int4-g32/same", 4, "9 of int4-g32")],
+)
+def test_a_tied_head_is_a_copy_and_the_embedding_stays(quant: str, bits: int, said: str) -> None:
     lines: list[str] = []
     model = load_model(
-        CONFIG, checkpoint_of(CONFIG), ALONE, torch.bfloat16, quant="int4-g32", say=lines.append
+        CONFIG, checkpoint_of(CONFIG), ALONE, torch.bfloat16, quant=quant, say=lines.append
     )
     assert model.quantised == "int4-g32"
-    assert lines == ["layers: 8 of int4-g32, 1 of int8"]
+    assert lines == [f"layers: {said}"]
     assert model.embed.weight.dtype == torch.bfloat16
     assert model.head.weight is None
     assert model.head.packing is not None
-    assert model.head.packing.bits == 8
+    assert model.head.packing.bits == bits
     assert all(p.ndim == 1 or p is model.embed.weight for p in model.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_tied_head_that_stays_is_the_table(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tp.layers, "prefers_packed", lambda: packed)
+    lines: list[str] = []
+    model, plain = (
+        load_model(CONFIG, checkpoint_of(CONFIG), ALONE, torch.bfloat16, quant=quant, say=lines.append)
+        for quant in ("int4-g32/none", "none")
+    )
+    assert lines == ["layers: 8 of int4-g32"]
+    if packed:
+        assert model.embed.weight is None and model.head.weight is None
+        assert model.embed.packed_data is model.head.packed_data
+    else:
+        assert model.head.weight is model.embed.weight is not None
+    rows = model.embed(torch.tensor(TOKENS))
+    assert torch.equal(rows, plain.embed(torch.tensor(TOKENS)))
+    assert torch.equal(model.head(rows), plain.head(rows))
 
 
 def parts_of(checkpoint: Checkpoint, config: ModelConfig, quant: str, size: int) -> dict:
@@ -135,6 +179,18 @@ def test_the_parts_of_all_ranks_are_the_whole_bit_for_bit(
             assert torch.equal(torch.cat(q), wanted[: 6 * config.head_dim]), name
 
 
+def write_plain(folder: Path, tied: bool) -> Path:
+    """The model of `quant_files` with its weights in float32."""
+    folder.mkdir()
+    stored, weights = write(folder, Kind("gptq", 4, 32, True))
+    plain = {name: tensor for name, tensor in stored.items() if name.endswith(".weight")}
+    if tied:
+        del plain[HEAD]
+    save(folder, plain | weights, None)
+    (folder / "config.json").write_text(json.dumps(KEYS | {"tie_word_embeddings": tied}))
+    return folder / "model.safetensors"
+
+
 def test_ranks_compute_what_one_computes(
     gguf: Path, tmp_path: Path, run_ranks: Callable[..., tuple[int, str, str]]
 ) -> None:
@@ -149,8 +205,11 @@ def test_ranks_compute_what_one_computes(
     (tmp_path / "gguf").mkdir()
     experts.append(write_gguf(tmp_path / "gguf" / "m.gguf", lambda name: GGMLQuantizationType.Q4_0))
     models += [(file, "auto") for file in experts]
+    for tied in (True, False):
+        file = write_plain(tmp_path / f"tied-{tied}", tied)
+        models += [(file, f"int4-g32{head}") for head in ("", "/same", "/none")]
     for file, quant in models:
-        torch.save(logits_of(file, quant, ALONE), file.parent / f"wanted-{quant}.pt")
+        torch.save(logits_of(file, quant, ALONE), wanted_file(file, quant))
     models = [(str(file), quant) for file, quant in models]
     code, _, err = run_ranks("quant", 3, sizes=[2, 3], models=models)
     assert code == 0, err
@@ -212,6 +271,29 @@ def test_a_layer_of_mixed_parts_is_dequantised_and_said_so(tmp_path: Path) -> No
     assert torch.equal(held[-entry.shape[0] :], wanted)
 
 
+def test_a_head_that_a_file_has_quantised(tmp_path: Path) -> None:
+    """Is not rounded to 4 bits a second time, and is dequantised where it shall be plain."""
+    write(tmp_path, Kind("gptq", 4, 64, True))
+    checkpoint = open_checkpoint(tmp_path)
+    odd = replace(checkpoint.entries[HEAD], stored_as="Q6_K")
+    mixed = replace(checkpoint, entries=dict(checkpoint.entries) | {HEAD: odd})
+    config = config_of(checkpoint)
+    for head, bits, said in (
+        ("", 8, "layers: 4 of int4-g64, 1 of int8, 1 rounded again (Q6_K)"),
+        ("/none", None, "layers: 4 of int4-g64, 1 dequantised (Q6_K)"),
+    ):
+        lines: list[str] = []
+        model = load_model(
+            config, mixed, ALONE, torch.float32, quant=f"int4-g64{head}", say=lines.append
+        )
+        assert lines == [said]
+        assert (model.head.packing and model.head.packing.bits) == bits
+    with pytest.raises(
+        InputError, match=r"quant=int4-g64 quant_head=same: .* already, lm_head\.weight as Q6_K"
+    ):
+        load_model(config, mixed, ALONE, torch.float32, quant="int4-g64/same")
+
+
 def test_biases_of_zeros_that_a_model_lacks_are_passed_over(tmp_path: Path) -> None:
     write(tmp_path, Kind("gptq", 4, 64, True))
     checkpoint = open_checkpoint(tmp_path)
@@ -226,17 +308,61 @@ def test_biases_of_zeros_that_a_model_lacks_are_passed_over(tmp_path: Path) -> N
                 load_model(config_of(checkpoint), more, ALONE, torch.bfloat16, quant="auto")
 
 
+def test_what_is_asked_of_the_head() -> None:
+    four, asym = Scheme(4, 32), Scheme(4, 64, symmetric=False)
+    for text, wanted, words in (
+        ("int4-g32", Asked(four, Scheme(8, 0)), "quant=int4-g32"),
+        ("int4-g32/int8", Asked(four, Scheme(8, 0)), "quant=int4-g32"),
+        ("int4-g64-asym/same", Asked(asym, asym), "quant=int4-g64-asym quant_head=same"),
+        ("int4-g32/none", Asked(four, None), "quant=int4-g32 quant_head=none"),
+        ("int8/same", Asked(Scheme(8, 0), Scheme(8, 0)), "quant=int8"),
+    ):
+        assert parse_asked(text) == wanted
+        assert wanted.words == words
+    for text, match in (
+        ("int4-g32/", "quant_head=: must be one of int8, same, none"),
+        ("int4-g32/int4", "quant_head=int4: must be"),
+        ("auto/same", "quant=auto is not a scheme"),
+        ("/same", "quant= is not a scheme"),
+    ):
+        with pytest.raises(InputError, match=match):
+            parse_asked(text)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_how_a_head_is_held(tied: bool) -> None:
+    config = replace(CONFIG, tie_embeddings=tied)
+    products = products_of(config)
+    head = (EMBEDDING if tied else HEAD,)
+    plain = {name: Stored("BF16") for names in products for name in names}
+    four, other = Scheme(4, 32), Scheme(4, 32, symmetric=False)
+    own = plain | {head[0]: Stored("Q4_1", other)}
+    finer = plain | {head[0]: Stored("Q6_K")}
+    for text, rounded, kept, again in (
+        ("int4-g32", HEAD_SCHEME, other, HEAD_SCHEME),
+        ("int4-g32/same", four, other, None),
+        ("int4-g32/none", None, None, None),
+    ):
+        asked = parse_asked(text)
+        for stored, wanted in ((plain, rounded), (own, kept), (finer, again)):
+            held = {each.names: each for each in held_quantised(config, products, stored, asked, 1)}
+            assert (held[head].scheme if head in held else None) == wanted, text
+            assert head not in held or held[head].kept == (stored is own)
+            if stored is plain:
+                assert {held[names].scheme for names in products if names != head} == {four}
+
+
 def test_what_cannot_be_cut_is_refused_with_the_numbers_that_can() -> None:
     narrow = replace(CONFIG, head_dim=16)
-    check_quant(narrow, parse_scheme("int8"), 3)
+    check_quant(narrow, parse_asked("int8"), 3)
     with pytest.raises(
         InputError, match=r"with 2 ranks .* use --ranks N with N of 1, 3, or quant=none"
     ):
-        check_quant(narrow, parse_scheme("int8"), 2)
+        check_quant(narrow, parse_asked("int8"), 2)
     with pytest.raises(
         InputError, match=r"rows of 192, .* of 128; use one of int8, int4-g32, int4-g64"
     ):
-        check_quant(CONFIG, parse_scheme("int4-g128"), 1)
+        check_quant(CONFIG, parse_asked("int4-g128"), 1)
     assert not is_linear("model.layers.0.mlp.gate.weight")
     assert is_linear("model.layers.0.mlp.experts.1.up_proj.weight")
 

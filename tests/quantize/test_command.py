@@ -17,9 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.load import config_of
+from comm.group import Group
+from models.config_hf import from_hf
+from models.load import config_of, load_model
+from models.quant_rules import parse_asked
 from quantize.command import main
 from quantize.job import parse_job, searches, uses_gptq
+from quantize.plan import make_plan
 from tests.conftest import CHECKOUT
 from tests.quantize.small import CONFIG, TEXT, make_folder, tensors_of
 from weights.checkpoint import open_checkpoint
@@ -134,9 +138,9 @@ def test_gptq_end_to_end(source: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_the_table_for_people(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quantised(tmp_path, source, "quant=int8")
+    quantised(tmp_path, source, "quant=int4-g32", "quant_head=same")
     said = capsys.readouterr()
-    for word in ("gate up", "down", "all", "lm_head: int8", "MB in 16 bits"):
+    for word in ("gate up", "down", "all", "lm_head: int4-g32, 0.", "MB in 16 bits"):
         assert word in said.out, said.out
     assert said.err.startswith("wrote ")
 
@@ -149,6 +153,58 @@ def test_an_lm_head_that_is_the_embedding_stays(tmp_path: Path) -> None:
     assert not any("lm_head" in name for name in tensors_in(out))
 
 
+def held(folder: Path, quant: str) -> dict[str, Tensor]:
+    """All that a run holds of a model which it loads so."""
+    checkpoint = open_checkpoint(folder)
+    model = load_model(config_of(checkpoint), checkpoint, Group(0, 1), torch.bfloat16, quant=quant)
+    return {**dict(model.named_parameters()), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "quant", ["int4-g32/same", "int4-g32-asym/same", "int4-g32/int8", "int4-g32/none", "int8/none"]
+)
+def test_a_folder_holds_what_a_run_makes_for_itself(
+    quant: str, tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_folder(tmp_path / "source", tie_embeddings=tied)
+    scheme, _, head = quant.partition("/")
+    (tmp_path / "text").write_text(TEXT)
+    words = (f"quant={scheme}", f"quant_head={head}", f"perplexity={tmp_path / 'text'}", "output=json")
+    out = quantised(tmp_path, source, *words)
+    wanted, found = held(source, quant), held(out, "auto")
+    assert wanted.keys() == found.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+    # Untied for the sake of its copy alone, and the table as it was.
+    config, stored, before = (
+        json.loads((out / "config.json").read_text()),
+        tensors_in(out),
+        tensors_of(source),
+    )
+    assert config["tie_word_embeddings"] == (tied and head == "none")
+    embedding = "model.embed_tokens.weight"
+    assert torch.equal(stored[embedding], before[embedding])
+    about = config["quantization_config"]
+    assert about["ignore"] == (["lm_head"] if head == "none" else [])
+    assert len(about["config_groups"]) == (2 if head == "int8" else 1)
+    if head == "none" and not tied:
+        assert torch.equal(stored["lm_head.weight"], before["lm_head.weight"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["quant_head"] == {"same": scheme, "int8": "int8", "none": "none"}[head]
+    assert report["bytes_before"] == 2 * sum(weight.numel() for weight in before.values())
+    assert report["perplexity_before"] != report["perplexity_after"]
+
+
+def test_the_head_of_a_gguf_file_is_untied(gguf: Path) -> None:
+    checkpoint = open_checkpoint(gguf)
+    assert config_of(checkpoint).tie_embeddings
+    for head, tied in (("same", False), ("none", True)):
+        plan = make_plan(checkpoint, parse_asked(f"int4-g32/{head}"), untie=True)
+        assert from_hf(json.loads(plan.texts["config.json"]), "config.json") == plan.config
+        assert plan.config.tie_embeddings == tied == ("lm_head.weight" not in plan.schemes)
+
+
 def test_what_cannot_be_done_is_said_in_a_line(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +212,8 @@ def test_what_cannot_be_done_is_said_in_a_line(
     for word, match in (
         ("quant=int5", "int4-g128-asym"),
         ("quant=int8 clip=max", "must be one of"),
+        ("quant=int8 quant_head=int4", "quant_head=int4: must be one of auto, int8, same, none"),
+        ("quant=int4-g128 quant_head=same", "error: quant=int4-g128 quant_head=same: "),
         ("quant=int8 methd=rtn", "did you mean 'method'"),
         ("quant=int8 samples=many", "whole number"),
         ("quant=int8 damp=nan", "between 0 and 1"),

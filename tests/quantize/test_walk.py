@@ -14,6 +14,7 @@ from comm.group import Group
 from models.config import ModelConfig, Rope, expected_shapes
 from models.load import config_of, load_model
 from models.perplexity import perplexity
+from models.quant_rules import parse_asked
 from quantize import calibrate
 from quantize.calibrate import Settings
 from quantize.grid import Grid
@@ -24,7 +25,6 @@ from quantize.texts import spread
 from quantize.walk import Walk, perplexity_of
 from tests.quantize.small import CONFIG, TEXT, make_folder
 from weights.checkpoint import Checkpoint, open_checkpoint
-from weights.quant import parse_scheme
 from weights.random_io import random_checkpoint
 
 BASE = replace(CONFIG, num_layers=3, num_kv_heads=4, rope=Rope(100.0))
@@ -89,7 +89,7 @@ def test_inputs_are_those_of_the_quantised_model(
     """What each product's Hessian was made of, against the inputs of the same product in the model that
     came out, run whole."""
     checkpoint = open_checkpoint(make_folder(tmp_path / "model"))
-    plan = make_plan(checkpoint, parse_scheme("int4-g32"))
+    plan = make_plan(checkpoint, parse_asked("int4-g32"))
     seen: list[Tensor] = []
     plain = calibrate.gptq
 
@@ -121,7 +121,7 @@ def test_inputs_are_those_of_the_quantised_model(
 
 def test_gptq_keeps_outputs_nearer_than_rounding(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_folder(tmp_path / "model"))
-    plan = make_plan(checkpoint, parse_scheme("int4-g32"))
+    plan = make_plan(checkpoint, parse_asked("int4-g32"))
     text = spread(torch.tensor([ord(c) for c in TEXT]), 100, 50)
     settings = Settings(plan.scheme, True, 0.01, True)
     walk = Walk(checkpoint, plan.config, text)

@@ -18,7 +18,7 @@ TOKENS = [[1, 17, 40, 63, 5, 111, 2, 90]]
 
 @torch.no_grad()
 def main(env: Any, payload: str) -> int:
-    """Compare the logits of groups of the payload's sizes with `wanted.pt` beside each model."""
+    """Compare the logits of groups of the payload's sizes with `wanted_file` beside each model."""
     job = json.loads(payload)
     torch.set_num_threads(env.plan.num_threads)
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
@@ -27,7 +27,7 @@ def main(env: Any, payload: str) -> int:
             with open_group(env.rank, size, env.backend, rendezvous, 120.0, label=str(size)) as group:
                 for path, quant in job["models"]:
                     logits = logits_of(Path(path), quant, group)
-                    wanted = torch.load(Path(path).parent / f"wanted-{quant}.pt")
+                    wanted = torch.load(wanted_file(Path(path), quant))
                     torch.testing.assert_close(
                         logits, wanted, rtol=1e-3, atol=1e-3, msg=f"{path} {quant}"
                     )
@@ -36,6 +36,11 @@ def main(env: Any, payload: str) -> int:
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 300.0, label="end") as group:
         ops.barrier(group)
     return 0
+
+
+def wanted_file(path: Path, quant: str) -> Path:
+    """Where the logits of a model lie that is loaded so."""
+    return path.parent / f"wanted-{quant.replace('/', '-')}.pt"
 
 
 @torch.no_grad()
