@@ -113,6 +113,12 @@ _UNGUARDED: dict[str, Any] = {
     "size_asserts": False,
     "alignment_asserts": False,
 }
+# What would make every start wait, also one that finds all of its code: headers looked through for a
+# compiler that will not be called (compiling gains nothing by having them compiled before), and, where
+# our own kernels are there, a Python process for each instruction set, to see if what is compiled for
+# it can be loaded.
+_QUICK_START: dict[str, Any] = {"cpp_cache_precompile_headers": False}
+_SETS_ARE_KNOWN: dict[str, Any] = {"cpp.vec_isa_ok": True}
 # A single token's operators are done as fast as Python calls them: C++ saves 1 ms of SmolLM2's.
 # A module's worth of C++ takes long to compile, so prompts, which do not gain by it, go without.
 _CALLED_IN_CPP: dict[str, Any] = {"cpp_wrapper": True}
@@ -155,8 +161,9 @@ def _compiled(name: str, step: Step, own: bool, on_gpu: bool, in_cpp: bool) -> S
     step = FunctionType(step.__code__.replace(), step.__globals__, name, None, step.__closure__)
     if name == EXTEND or not on_gpu:
         dynamic = None if name == EXTEND else False
-        options = dict(_UNGUARDED) if own else None  # torch takes the filter out of what it is given
-        if options is None or name == EXTEND or not in_cpp:
+        known = not on_gpu and has_kernels()
+        options = _QUICK_START | (_UNGUARDED if own else {}) | (_SETS_ARE_KNOWN if known else {})
+        if name == EXTEND or not in_cpp:
             return torch.compile(step, fullgraph=True, dynamic=dynamic, options=options)
         return _telling(
             torch.compile(step, fullgraph=True, dynamic=False, options=options | _CALLED_IN_CPP)

@@ -52,6 +52,10 @@ class PackedRows:
     def nbytes(self) -> int:
         return self.count * self.data.shape[1] * STEP * 2
 
+    def rows(self, first: int, last: int) -> PackedRows:
+        """Some of them."""
+        return PackedRows(self.data, self.first + first, last - first)
+
     def fill(self, part: Tensor) -> None:
         """With [count, k] of any dtype and strides, rounded in pieces."""
         assert part.shape[0] == self.count, (part.shape, self.count)

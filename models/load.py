@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ from weights.checkpoint import Checkpoint, Entry, Slices
 from weights.errors import InputError
 from weights.pages import files_of, release_pages
 
+BLOCK_BYTES = 8 << 20  # of a weight in float32, where it is not read as it lies
 RELEASE_BYTES = 64 << 20  # of a file's pages that may be resident while it is read
 
 
@@ -147,18 +149,36 @@ def load_model(
             target.zero_()  # rank 0 adds it for all
             count(target.nbytes, 0)
         else:
-            part = (entry.peek or entry.read)(slices_of(name, shapes[name], model.layout))
-            if isinstance(target, PackedRows):
-                target.fill(part)
-            else:
-                assert part.shape == target.shape, (name, part.shape, target.shape)
-                target.copy_(part)
-            count(target.nbytes, part.nbytes)
+            for first, part in _parts(entry, slices_of(name, shapes[name], model.layout)):
+                last = first + part.shape[0]
+                if isinstance(target, PackedRows):
+                    room = target.rows(first, last)
+                    room.fill(part)
+                    count(room.nbytes, part.nbytes)
+                    continue
+                rows = target[first:last]
+                assert part.shape == rows.shape, (name, part.shape, target.shape)
+                rows.copy_(part)
+                count(rows.nbytes, part.nbytes)
     model.quantised = name_of(planned)
     line = summary(planned, linears, checkpoint, quant)
     if line and quant != "none":
         say(line)
     return model.eval()
+
+
+def _parts(entry: Entry, slices: Slices) -> Iterator[tuple[int, Tensor]]:
+    """What an entry has there, as it lies in its file or, where it has to be made, in blocks of rows:
+    fresh memory for all of it would take longer than making it. The first row of each, and the part."""
+    if entry.peek is not None:
+        yield 0, entry.peek(slices)
+        return
+    rows, *others = slices
+    row_bytes = 4 * prod(part.stop - part.start for part in others)
+    size = max(1, BLOCK_BYTES // max(row_bytes, 1))
+    for start in range(rows.start, rows.stop, size):
+        block = slice(start, min(start + size, rows.stop))
+        yield start - rows.start, entry.read((block, *others))
 
 
 def _sizes(model: Decoder, layer: Linear, names: tuple[str, ...]) -> Sequence[int]:
