@@ -56,8 +56,8 @@ at::Tensor gated_mlp(const at::Tensor& x, const at::Tensor& up_data, const Optio
   down.m = up.m;
   const QuantKernels& kernels = chosen_quant();
   if (kernels.gates != nullptr && kernels.gates(up) && kernels.packs(down) && !rounds_x(down, round_x)) {
-    held = at::empty({packed_bytes(down)}, at::kByte);
-    const Gate gate{act, held.mutable_data_ptr<std::uint8_t>()};
+    static thread_local Room room;
+    const Gate gate{act, room.of(packed_bytes(down))};
     up.gate = &gate;
     multiply(up, false);
     down.packed = gate.hidden;

@@ -128,8 +128,8 @@ void multiply(QuantArgs& a, bool round_x) {
       scale_rows(a, x_scale.mutable_data_ptr<float>());
       a.x_scale = x_scale.const_data_ptr<float>();
     }
-    held = at::empty({packed_bytes(a)}, at::kByte);
-    std::uint8_t* packed = held.mutable_data_ptr<std::uint8_t>();
+    static thread_local Room room;
+    std::uint8_t* packed = room.of(packed_bytes(a));
     at::parallel_for(0, panels_of(a.m), 1, [&](std::int64_t first, std::int64_t last) {
       kernels.pack(a, packed, first, last);
     });

@@ -25,6 +25,18 @@ inline std::int64_t packed_bytes(const QuantArgs& a) { return panels_of(a.m) * k
 
 inline bool rounds_x(const QuantArgs& a, bool wanted) { return wanted && a.m >= kPrompt && a.scaled_last(); }
 
+// Memory that stays with a thread from call to call: that of the last layer is in the caches still.
+class Room {
+ public:
+  std::uint8_t* of(std::int64_t bytes) {
+    if (!held_.defined() || static_cast<std::int64_t>(held_.nbytes()) < bytes) held_ = at::empty({bytes}, at::kByte);
+    return held_.mutable_data_ptr<std::uint8_t>();
+  }
+
+ private:
+  at::Tensor held_;
+};
+
 const QuantKernels& chosen_quant();
 
 // Of the weights of [panels, k / 32, 2, bytes]: everything but x, bias and y. `bits` is 4, 8 or 16 (bf16, which has

@@ -89,10 +89,10 @@ template <class T>
 void pack_tiles(const QuantArgs& a, std::uint8_t* packed, std::int64_t first, std::int64_t last) {
   const std::int64_t steps = steps_of<T>(a);
   for (std::int64_t panel = first; panel < last; ++panel) {
-    for (std::int64_t r = 0; r < kPanelRows; ++r) {
-      const std::int64_t m = panel * kPanelRows + r;
-      if (m >= parts(a.m, kTileRows) * kTileRows) break;  // of a tile that nobody reads
-      for (std::int64_t step = 0; step < steps; step += kPiece) {
+    for (std::int64_t step = 0; step < steps; step += kPiece) {  // a piece stays in the first cache
+      for (std::int64_t r = 0; r < kPanelRows; ++r) {
+        const std::int64_t m = panel * kPanelRows + r;
+        if (m >= parts(a.m, kTileRows) * kTileRows) break;  // of a tile that nobody reads
         std::uint8_t* to = packed + place<T>(a, panel, step) + r / kTileRows * kTile + r % kTileRows * kLine;
         for (std::int64_t s = step; s < least(step + kPiece, steps); ++s, to += 2 * kTile) {
           _mm512_store_si512(to, m < a.m ? T::line_of_x(a, m, s * T::kNumbers) : _mm512_setzero_si512());
