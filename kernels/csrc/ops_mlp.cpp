@@ -55,7 +55,8 @@ at::Tensor gated_mlp(const at::Tensor& x, const at::Tensor& up_data, const Optio
   at::Tensor y = at::empty(shape, x.options()), held;
   down.m = up.m;
   const QuantKernels& kernels = chosen_quant();
-  if (kernels.gates != nullptr && kernels.gates(up) && kernels.packs(down) && !rounds_x(down, round_x)) {
+  const bool rounds = rounds_x(up, round_x) || rounds_x(down, round_x);
+  if (kernels.gates != nullptr && kernels.gates(up) && kernels.packs(down) && !rounds) {
     static thread_local Room room;
     const Gate gate{act, room.of(packed_bytes(down))};
     up.gate = &gate;

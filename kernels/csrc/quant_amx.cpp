@@ -12,8 +12,7 @@
 #include <string.h>
 
 #define YOKE_ISA isa_amx
-#include "amx_tiles.h"
-#include "gate.h"
+#include "amx_strips.h"
 #include "quant_amx_few.h"
 
 namespace yoke::kernels {
@@ -33,6 +32,7 @@ thread_local Scratch scratch;  // kept, so that it is in the caches already
 // Tiles of bf16.
 struct Rounded {
   static constexpr std::int64_t kNumbers = 32;
+  static constexpr bool kMade = true;
 
   // 32 numbers of a row of x from k on.
   static __m512i line_of_x(const QuantArgs& a, std::int64_t m, std::int64_t k) { return line(a.x + m * a.k + k); }
@@ -48,6 +48,7 @@ struct Rounded {
 // Tiles of int8: one scale for each row of w, and of x.
 struct Whole {
   static constexpr std::int64_t kNumbers = 64;
+  static constexpr bool kMade = true;
 
   static __m512i line_of_x(const QuantArgs& a, std::int64_t m, std::int64_t k) {
     const __m512 inverse = _mm512_set1_ps(a.x_scale[m] > 0.0f ? 1.0f / a.x_scale[m] : 0.0f);
@@ -111,92 +112,6 @@ void pack(const QuantArgs& a, std::uint8_t* packed, std::int64_t first, std::int
                               : pack_tiles<Rounded>(a, packed, first, last);
 }
 
-// Tiles C += A B: the numbers of tiles are part of the instructions.
-#define YOKE_MULTIPLY(c, a, b)          \
-  do {                                  \
-    if constexpr (T::kNumbers == 64) {  \
-      _tile_dpbssd(c, a, b);            \
-    } else {                            \
-      _tile_dpbf16ps(c, a, b);          \
-    }                                   \
-  } while (false)
-
-// 16 B rows of x times a panel of w: sums [B][2], tiles 0 to 3.
-template <class T, int B>
-inline void multiply_step(const std::uint8_t* w, const std::uint8_t* x) {
-  _tile_loadd(6, w, kLine);
-  _tile_stream_loadd(4, x, kLine);  // shall not push w out of the first cache
-  YOKE_MULTIPLY(0, 4, 6);
-  _tile_loadd(7, w + kTile, kLine);
-  YOKE_MULTIPLY(1, 4, 7);
-  if constexpr (B > 1) {
-    _tile_stream_loadd(5, x + kTile, kLine);
-    YOKE_MULTIPLY(2, 5, 6);
-    YOKE_MULTIPLY(3, 5, 7);
-  }
-}
-
-#undef YOKE_MULTIPLY
-
-// The sums begin at zero or at what `sums` has, and end there; those that follow it are asked for, being the next
-// that are needed. Not inlined, or the loop's variables would lie on the stack.
-template <class T, int B>
-__attribute__((noinline)) void multiply(const std::uint8_t* w, const std::uint8_t* x, std::int64_t steps, float* sums,
-                                        bool resume) {
-  __asm__ volatile("" ::: "memory");  // what is made for the tiles is written: compilers do not see them read it
-  clear<B>();
-  if (resume) {
-    _tile_loadd(0, sums, kLine);
-    _tile_loadd(1, sums + kSums, kLine);
-    if constexpr (B > 1) {
-      _tile_loadd(2, sums + 2 * kSums, kLine);
-      _tile_loadd(3, sums + 3 * kSums, kLine);
-    }
-  }
-  const float* next = sums + 4 * kSums;
-  for (const std::uint8_t* const end = w + steps * 2 * kTile; w != end; w += 2 * kTile, x += 2 * kTile) {
-    multiply_step<T, B>(w, x);
-    for (int i = 0; i < 4; ++i) __builtin_prefetch(next + i * 16, 1, 3);
-    next += 4 * 16;
-  }
-  keep<B>(sums);
-}
-
-// Sums of rows m to m + 32 of x and of a panel of w, scaled if they are not yet, with the bias, rounded, to y.
-// `past`: not by way of the caches, which y, on borders of 64 bytes, would only fill.
-template <class T>
-void finish(const QuantArgs& a, std::int64_t m, std::int64_t panel, const float* sums, bool past) {
-  const std::int64_t n = panel * kPanelRows;
-  const __mmask32 mask = first_of(a.n - n);
-  __m512 scale[2] = {_mm512_set1_ps(1.0f), _mm512_set1_ps(1.0f)}, bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  for (int t = 0; t < 2; ++t) {
-    if (a.scaled_last()) scale[t] = scales(a, a.scale, n + t * kTileRows);
-    if (a.bias != nullptr) {
-      const __m256i some = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask >> (16 * t)), a.bias + n + t * 16);
-      bias[t] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(some), 16));
-    }
-  }
-  for (std::int64_t j = 0; j < kPanelRows && m + j < a.m; ++j) {
-    const float* row = sums + j / kTileRows * 2 * kSums + j % kTileRows * kTileRows;
-    __m512 first = T::sums(row), second = T::sums(row + kSums);
-    if (a.x_scale != nullptr) {
-      const __m512 own = _mm512_set1_ps(a.x_scale[m + j]);
-      first = _mm512_mul_ps(first, own);
-      second = _mm512_mul_ps(second, own);
-    }
-    first = _mm512_fmadd_ps(first, scale[0], bias[0]);
-    second = _mm512_fmadd_ps(second, scale[1], bias[1]);
-    bf16* y = a.y + (m + j) * a.n + n;
-    if (past) {
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(y), rounded(first, second));
-    } else if (mask == ~__mmask32{0}) {
-      _mm512_storeu_si512(y, rounded(first, second));
-    } else {
-      _mm512_mask_storeu_epi16(y, mask, rounded(first, second));
-    }
-  }
-}
-
 // One panel of x.
 template <class T, int B>
 void few(const QuantArgs& a, std::int64_t first, std::int64_t last) {
@@ -214,41 +129,7 @@ void few(const QuantArgs& a, std::int64_t first, std::int64_t last) {
       multiply_step<T, B>(ring + step % kRing * 2 * kTile, x);
     }
     keep<B>(own.waiting);
-    finish<T>(a, 0, panel, own.waiting, false);
-  }
-}
-
-// Panels [first, last) of w, of which the sums fit `waiting`, times rows [m0, m1) of x: all panels of w for a piece of
-// k, then for the next.
-template <class T>
-void strip(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int64_t first, std::int64_t last) {
-  Scratch& own = this_threads(scratch);
-  const std::int64_t across = parts(m1 - m0, kPanelRows), steps = steps_of<T>(a);
-  const std::int64_t bytes = 2 * tile_bytes(a.format) * (T::kNumbers / kStep);  // of a step
-  const bool past = a.n % kPanelRows == 0 && reinterpret_cast<std::uintptr_t>(a.y) % kLine == 0;
-  for (std::int64_t step = 0; step < steps; step += kPiece) {
-    const std::int64_t end = least(step + kPiece, steps);
-    for (std::int64_t panel = first; panel < last; ++panel) {
-      T::make(a, panel, step, end, own.w);
-      // Asked for while this piece is multiplied: the next panel's, or the first one's next.
-      const std::uint8_t* next = panel + 1 < last ? a.data + (panel + 1) * a.panel_bytes() + step * bytes
-                                                  : a.data + first * a.panel_bytes() + end * bytes;
-      const std::int64_t lines = (end - step) * bytes / kLine;
-      for (std::int64_t j = 0; j < across; ++j) {
-        const std::int64_t m = m0 + j * kPanelRows;
-        float* sums = own.waiting + ((panel - first) * across + j) * 4 * kSums;
-        for (std::int64_t i = j * lines / across; i < (j + 1) * lines / across; ++i) {
-          _mm_prefetch(reinterpret_cast<const char*>(next + i * kLine), _MM_HINT_T1);
-        }
-        const std::uint8_t* x = a.packed + place<T>(a, m / kPanelRows, step);
-        if (m1 - m > kTileRows) {
-          multiply<T, 2>(own.w, x, end - step, sums, step > 0);
-        } else {
-          multiply<T, 1>(own.w, x, end - step, sums, step > 0);
-        }
-        if (end == steps) finish<T>(a, m, panel, sums, past);
-      }
-    }
+    finish<T>(a, {own.waiting, nullptr, 0, panel}, 0, kPanelRows, false);
   }
 }
 
@@ -256,18 +137,14 @@ template <class T>
 void product(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   if (a.m <= kTileRows) return few<T, 1>(a, first, last);
   if (a.m <= kPanelRows) return few<T, 2>(a, first, last);
-  for (std::int64_t m = 0; m < a.m; m += kBlock) {
-    const std::int64_t end = least(m + kBlock, a.m);
-    const std::int64_t length = kWaiting / (parts(end - m, kPanelRows) * 4 * kSums);
-    for (std::int64_t p = first; p < last; p += length) strip<T>(a, m, end, p, least(p + length, last));
-  }
-  _mm_sfence();
+  Scratch& own = this_threads(scratch);
+  many<T>(a, first, last, own.w, own.waiting);
 }
 
 bool packs(const QuantArgs& a) { return a.m > kRowBlock || takes_bytes(a); }
 
 bool gates(const QuantArgs& a) {
-  return a.format == Format::bf16 && packs(a) && a.m > kFewRows && a.n % (2 * kPanelRows) == 0;
+  return a.m > kFewRows && a.n % (2 * kPanelRows) == 0;
 }
 
 void linear_quant(const QuantArgs& a, std::int64_t first, std::int64_t last) {
