@@ -43,9 +43,9 @@ def quant_linear_cuda(x: Tensor, packed: Packed, bias: Tensor | None = None) -> 
     """[..., k] x [n, k] -> [..., n]."""
     assert packed.scale is not None, "bfloat16 is packed on a CPU alone"
     if packed.data.dtype == torch.int32:
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1]).bfloat16()  # that product knows no other
         y = torch.ops.aten._weight_int4pack_mm(flat, packed.data, packed.group_size, packed.scale)
-        y = y.view(*x.shape[:-1], packed.num_rows)
+        y = y.to(x.dtype).view(*x.shape[:-1], packed.num_rows)
         return y if bias is None else y + bias
     data = packed.data.view(torch.int8) if packed.bits == 8 else packed.data
     if packed.bits == 8 and packed.scale.shape[1] == 1 and packed.offset is None:
