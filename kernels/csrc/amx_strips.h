@@ -72,7 +72,7 @@ inline void finish_gated(const QuantArgs& a, const Block& block, std::int64_t fi
     const __m512i gate = row_of<T>(a, block.gate, block.m, j, step * kPanelRows);
     const __m512i up = row_of<T>(a, block.sums, block.m, j, block.panel * kPanelRows);
     const auto part = [&](int i) { return (__m512)gated(a.gate->activation, floats_of(gate, i), floats_of(up, i)); };
-    _mm512_store_si512(reinterpret_cast<__m512i*>(to + j / kTileRows * kTile + j % kTileRows * kLine), rounded(part(0), part(1)));
+    _mm512_store_si512(to + j / kTileRows * kTile + j % kTileRows * kLine, rounded(part(0), part(1)));
   }
 }
 
@@ -115,10 +115,12 @@ inline void begin(const float* sums, bool resume) {
   }
 }
 
-// 16 B rows of x times a piece of a panel. The sums begin at zero or at what `sums` has, and end there; those that
-// follow are asked for, being the next that are needed, and so are `lines` lines from `ahead` on, some at each step. With F the
-// block that was summed before is finished meanwhile, some rows at each step: vectors work while tiles do.
+// What becomes of the block that was summed before.
 enum class Finish { none, rows, gated };
+
+// 16 B rows of x times a piece of a panel. The sums begin at zero or at what `sums` has, and end there; those that
+// follow are asked for, being the next that are needed, and so are `lines` lines from `ahead` on, some at each step.
+// With F the block before is finished meanwhile, some rows at each step: vectors work while tiles do.
 template <class T, int B, Finish F>
 __attribute__((noinline)) void multiply_piece(const std::uint8_t* w, const std::uint8_t* x, std::int64_t steps,
                                               float* sums, bool resume, const std::uint8_t* ahead, std::int64_t lines,
@@ -152,8 +154,8 @@ auto multiply_and(const QuantArgs& a, const Block& before) {
 }
 
 // Panels [first, last) of w, of which the sums fit `all_sums`, times rows [m0, m1) of x: all panels of w for a piece of
-// k, then for the next. With a gate, panels are counted so that one of the first half goes before its other. `made`: room
-// for a piece of a panel.
+// k, then for the next. With a gate, panels are counted so that one of the first half goes before its other. `made`:
+// room for a piece of a panel.
 template <class T>
 void strip(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int64_t first, std::int64_t last,
            std::uint8_t* made, float* all_sums, bool past) {
@@ -161,7 +163,9 @@ void strip(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int64_t fi
   const std::int64_t bytes = 2 * tile_bytes(a.format) * (T::kNumbers / kStep);  // of a step
   const std::int64_t half = a.gate == nullptr ? 0 : a.n / kPanelRows / 2;
   const auto panel_at = [&](std::int64_t i) { return half == 0 ? i : i % 2 * half + i / 2; };
-  const auto weights = [&](std::int64_t i, std::int64_t s) { return a.data + panel_at(i) * a.panel_bytes() + s * bytes; };
+  const auto weights = [&](std::int64_t i, std::int64_t at) {
+    return a.data + panel_at(i) * a.panel_bytes() + at * bytes;
+  };
   Block before{};
   for (std::int64_t step = 0; step < steps; step += kPiece) {
     const std::int64_t count = least(kPiece, steps - step), lines = count * bytes / kLine;

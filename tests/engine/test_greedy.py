@@ -27,12 +27,12 @@ def reference(gguf: Path, reference_model: Any) -> list[int]:
     return [token for token in tokens if token != tokenizer.eos_token_id]
 
 
-# Compiling takes a minute: it is done once for each number of ranks and each transport.
-CASES = [
-    (1, "auto", "false"), (1, "auto", "true"),
-    (2, "shm", "false"), (2, "gloo", "false"), (2, "shm", "true"),
-    (3, "shm", "false"), (3, "gloo", "false"), (3, "gloo", "true"),
-]  # fmt: skip
+CASES = [(1, "auto", "false"), (1, "auto", "true")] + [
+    (ranks, comm, compiled)
+    for ranks in (2, 3)
+    for comm in ("shm", "gloo")
+    for compiled in ("false", "true")
+]
 
 
 @pytest.mark.slow
