@@ -119,9 +119,9 @@ _UNGUARDED: dict[str, Any] = {
 # it can be loaded.
 _QUICK_START: dict[str, Any] = {"cpp_cache_precompile_headers": False}
 _SETS_ARE_KNOWN: dict[str, Any] = {"cpp.vec_isa_ok": True}
-# A single token's operators are done as fast as Python calls them: C++ saves 1 ms of SmolLM2's.
-# A module's worth of C++ takes long to compile, so prompts, which do not gain by it, go without, and
-# what calls the kernels is compiled apart from them, with little optimisation: half the time.
+# Operators are done as fast as Python calls them where there is one token (C++ saves 1 ms of SmolLM2's),
+# and between those of a prompt Python's own memory has left the caches (C++ saves 1 % of it). What calls
+# the kernels is compiled apart from them, with little optimisation: half the time.
 _CALLED_IN_CPP: dict[str, Any] = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
 # Older ones call an operator that takes a list through Python.
 _CAN_CALL_IN_CPP = TorchVersion(torch.__version__) >= "2.13"
@@ -164,11 +164,10 @@ def _compiled(name: str, step: Step, own: bool, on_gpu: bool, in_cpp: bool) -> S
         dynamic = None if name == EXTEND else False
         known = not on_gpu and has_kernels()
         options = _QUICK_START | (_UNGUARDED if own else {}) | (_SETS_ARE_KNOWN if known else {})
-        if name == EXTEND or not in_cpp:
-            return torch.compile(step, fullgraph=True, dynamic=dynamic, options=options)
-        return _telling(
-            torch.compile(step, fullgraph=True, dynamic=False, options=options | _CALLED_IN_CPP)
-        )
+        if in_cpp:
+            options |= _CALLED_IN_CPP
+        quick = torch.compile(step, fullgraph=True, dynamic=dynamic, options=options)
+        return _telling(quick) if in_cpp else quick
     # A CUDA graph, collectives and all: a launch for each kernel would take longer than the kernels.
     recorded = torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
 

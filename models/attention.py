@@ -1,7 +1,7 @@
 """What the families' attention has in common: projections, rotary embeddings, a static cache, grouped
 heads, sliding windows.
 
-Shapes: N tokens of this call, R rows of the cache, S their length, D dim, H query heads of this rank, K
+Shapes: N tokens of this call, M of which a block's result is wanted, R rows of the cache, S their length, D dim, H query heads of this rank, K
 its KV heads, h head size. What is not here: the sum over the ranks, which the blocks do.
 """
 
@@ -22,15 +22,21 @@ from tp.shard import Layout
 
 
 class Step(NamedTuple):
-    """What all layers of a call share: the tokens' cache rows [N] (None: token i has row i) and
+    """What the layers of a call share: the tokens' cache rows [N] (None: token i has row i) and
     positions [N], where a token's keys lie if not in its row ([N, S]), and the angles of layers that
-    see all and of windowed ones."""
+    see all and of windowed ones. `wanted`, of the last layer alone: the indices [M] of those tokens
+    whose results somebody reads (None: of all); the others leave nothing but keys and values."""
 
     rows: Tensor | None
     positions: Tensor
     sources: Tensor | None
     full: Angles
     windowed: Angles
+    wanted: Tensor | None = None
+
+    def chosen(self, x: Tensor) -> Tensor:
+        """Of [N, ..], what is wanted: [M, ..]."""
+        return x if self.wanted is None else x[self.wanted]
 
 
 class Attention(nn.Module):
@@ -57,7 +63,7 @@ class Attention(nn.Module):
         self.has_rope = layer not in config.no_rope
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        """x [N, D] -> this rank's part of the result, [N, D]."""
+        """x [N, D] -> this rank's part of the result, [M, D]."""
         qkv = self.qkv(x)
         if self.has_norms:
             q, k, v = (
@@ -65,7 +71,8 @@ class Attention(nn.Module):
             )
             qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=-2).flatten(1)
         angles = step.windowed if self.is_windowed else step.full
-        return self.out(self.inner(qkv, angles if self.has_rope else None, step))
+        attended = self.inner(qkv, angles if self.has_rope else None, step)
+        return self.out(step.chosen(attended))
 
 
 class CachedAttention(nn.Module):

@@ -85,11 +85,10 @@ class Decoder(nn.Module):
         attends to it.
         """
         batch, length = tokens.shape
-        hidden = self._batch(tokens, positions)
+        wanted = None
         if last is not None:
-            starts = torch.arange(0, batch * length, length, device=tokens.device)
-            hidden = hidden[starts + last]
-        return self.logits(hidden)
+            wanted = torch.arange(0, batch * length, length, device=tokens.device) + last
+        return self.logits(self._batch(tokens, positions, wanted))
 
     def all_logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits of every token: as `forward`, but float32 [B, T, vocab_size], on all ranks.
@@ -104,7 +103,7 @@ class Decoder(nn.Module):
         tokens, positions, rows: int64 [N]; the tokens are those of any mixture of texts, each in its
         cache row, in ascending positions per row. `wanted`: int64 [M], indices in 0..N-1.
         """
-        return self.logits(self.hidden(tokens, positions, rows)[wanted])
+        return self.logits(self.hidden(tokens, positions, rows, wanted=wanted))
 
     def decode(self, tokens: Tensor, positions: Tensor, sources: Tensor | None = None) -> Tensor:
         """Logits after one token for each cache row: int64 [R] at int64 [R] -> float32
@@ -128,27 +127,36 @@ class Decoder(nn.Module):
         return logits
 
     def hidden(
-        self, tokens: Tensor, positions: Tensor, rows: Tensor | None, sources: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        rows: Tensor | None,
+        sources: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """Embedding, blocks and the last norm of N tokens: [N, D]. `rows` None: token i is of cache row
-        i, of all."""
+        """Embedding, blocks and the last norm of N tokens: [N, D], or of the `wanted` ones, [M, D].
+        `rows` None: token i is of cache row i, of all."""
         step = self._step(positions, rows, sources)
         x = self.embed(tokens)  # [N, D]
         if self.embedding_scale != 1:
             x = x * self.embedding_scale
-        norms: list[Norm] = [*(block.norm for block in self.layers), self.norm]  # type: ignore[list-item]
+        norms: list[Norm] = [block.norm for block in self.layers]  # type: ignore[misc]
         normed = norms[0](x)
-        for block, following in zip(self.layers, norms[1:], strict=True):
+        *blocks, last = self.layers
+        for block, following in zip(blocks, norms[1:], strict=True):
             normed, x = block(normed, x, following, step)
+        normed, _ = last(normed, x, self.norm, step._replace(wanted=wanted))
         return normed
 
-    def _batch(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """`hidden` of [B, T] tokens: [B * T, D]."""
+    def _batch(self, tokens: Tensor, positions: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """`hidden` of [B, T] tokens: [B * T, D], or of the `wanted`."""
         batch, length = tokens.shape
         rows = None
         if length > 1:
             rows = torch.arange(batch, device=tokens.device).repeat_interleave(length)
-        return self.hidden(tokens.flatten(), positions.expand(batch, length).flatten(), rows)
+        return self.hidden(
+            tokens.flatten(), positions.expand(batch, length).flatten(), rows, wanted=wanted
+        )
 
     def _step(self, positions: Tensor, rows: Tensor | None, sources: Tensor | None) -> Step:
         full = windowed = Angles(self.cos, self.sin, self.config.rope.interleaved)

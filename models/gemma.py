@@ -30,6 +30,6 @@ class Block(nn.Module):
     def forward(self, normed: Tensor, x: Tensor, following: Norm, step: Step) -> tuple[Tensor, Tensor]:
         """As `models.llama.Block.forward`."""
         attended = ops.all_reduce(self.attention(normed, step), self.group)
-        x = x + self.post_attention_norm(attended)
+        x = step.chosen(x) + self.post_attention_norm(attended)
         x = x + self.post_mlp_norm(ops.all_reduce(self.mlp(self.pre_mlp_norm(x)), self.group))
         return following(x), x

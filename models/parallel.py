@@ -31,6 +31,6 @@ class Block(nn.Module):
     def forward(self, normed: Tensor, x: Tensor, following: Norm, step: Step) -> tuple[Tensor, Tensor]:
         """As `models.llama.Block.forward`."""
         other = normed if self.mlp_norm is None else self.mlp_norm(x)
-        part = self.attention(normed, step) + self.mlp(other)
-        x = x + ops.all_reduce(part, self.group)
+        part = self.attention(normed, step) + self.mlp(step.chosen(other))
+        x = step.chosen(x) + ops.all_reduce(part, self.group)
         return following(x), x

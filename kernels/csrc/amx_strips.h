@@ -153,12 +153,11 @@ auto multiply_and(const QuantArgs& a, const Block& before) {
   return a.gate == nullptr ? multiply_piece<T, B, Finish::rows> : multiply_piece<T, B, Finish::gated>;
 }
 
-// Panels [first, last) of w, of which the sums fit `all_sums`, times rows [m0, m1) of x: all panels of w for a piece of
-// k, then for the next. With a gate, panels are counted so that one of the first half goes before its other. `made`:
-// room for a piece of a panel.
+// Panels [first, last) of w, of which the sums fit a thread's scratch, times rows [m0, m1) of x: all panels of w for a
+// piece of k, then for the next. With a gate, panels are counted so that one of the first half goes before its other.
 template <class T>
-void strip(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int64_t first, std::int64_t last,
-           std::uint8_t* made, float* all_sums, bool past) {
+void strip(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int64_t first, std::int64_t last, Scratch& own,
+           bool past) {
   const std::int64_t across = parts(m1 - m0, kPanelRows), steps = steps_of<T>(a);
   const std::int64_t bytes = 2 * tile_bytes(a.format) * (T::kNumbers / kStep);  // of a step
   const std::int64_t half = a.gate == nullptr ? 0 : a.n / kPanelRows / 2;
@@ -171,7 +170,7 @@ void strip(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int64_t fi
     const std::int64_t count = least(kPiece, steps - step), lines = count * bytes / kLine;
     for (std::int64_t i = first; i < last; ++i) {
       const std::uint8_t* w = weights(i, step);
-      if constexpr (T::kMade) T::make(a, panel_at(i), step, step + count, made);
+      if constexpr (T::kMade) T::make(a, panel_at(i), step, step + count, own.w);
       // Asked for while this piece is multiplied: the next panel's, or the first one's next. Past the last, what
       // follows may be no weight: asking for it is harmless.
       const std::uint8_t* next = i + 1 < last           ? weights(i + 1, step)
@@ -179,10 +178,10 @@ void strip(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int64_t fi
                                                         : weights(last, 0);
       for (std::int64_t j = 0; j < across; ++j) {
         const std::int64_t m = m0 + j * kPanelRows, from = j * lines / across, to = (j + 1) * lines / across;
-        float* sums = all_sums + ((i - first) * across + j) * 4 * kSums;
+        float* sums = own.sums + ((i - first) * across + j) * 4 * kSums;
         const std::uint8_t* x = a.packed + place<T>(a, m / kPanelRows, step);
         const auto multiply = m1 - m > kTileRows ? multiply_and<T, 2>(a, before) : multiply_and<T, 1>(a, before);
-        multiply(T::kMade ? made : w, x, count, sums, step > 0, next + from * kLine, to - from, a, before, past);
+        multiply(T::kMade ? own.w : w, x, count, sums, step > 0, next + from * kLine, to - from, a, before, past);
         before = {};
         if (step + count == steps && (half == 0 || i % 2 == 1)) {
           before = {sums, half == 0 ? nullptr : sums - across * 4 * kSums, m, panel_at(i)};
@@ -195,14 +194,14 @@ void strip(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int64_t fi
 
 // Panels [first, last) of w, or pairs of them, times any number of rows.
 template <class T>
-void many(const QuantArgs& a, std::int64_t first, std::int64_t last, std::uint8_t* made, float* sums) {
+void many(const QuantArgs& a, std::int64_t first, std::int64_t last, Scratch& own) {
   const bool past = a.n % kPanelRows == 0 && reinterpret_cast<std::uintptr_t>(a.y) % kLine == 0;
   const std::int64_t pair = a.gate == nullptr ? 1 : 2;
   for (std::int64_t m = 0; m < a.m; m += kBlock) {
     const std::int64_t end = least(m + kBlock, a.m);
     const std::int64_t length = kWaiting / (parts(end - m, kPanelRows) * 4 * kSums) / pair * pair;
     for (std::int64_t p = first * pair; p < last * pair; p += length) {
-      strip<T>(a, m, end, p, least(p + length, last * pair), made, sums, past);
+      strip<T>(a, m, end, p, least(p + length, last * pair), own, past);
     }
   }
   _mm_sfence();

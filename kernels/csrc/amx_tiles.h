@@ -12,7 +12,7 @@ constexpr std::int64_t kLine = 64, kTile = 16 * kLine;   // bytes
 constexpr std::int64_t kFewRows = 64;                    // of x, up to which products with bf16 take w by once
 constexpr std::int64_t kPiece = 16;                      // steps: a panel of w is 32 KiB of the first cache's 48
 constexpr std::int64_t kBlock = 512;                     // rows of x: a piece is 512 KiB of the second's 2 MiB
-constexpr std::int64_t kWaiting = 1 << 19;               // sums that wait for the next piece: 2 MiB
+constexpr std::int64_t kWaiting = 1 << 20;               // sums that wait for the next piece: 4 MiB
 
 struct alignas(64) TileConfig {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -75,6 +75,15 @@ inline void keep(float* sums) {
 }
 
 }  // namespace
+
+// What a thread needs while it multiplies, kept, so that it is in the caches already.
+struct Scratch {
+  alignas(4096) float sums[kWaiting + 4 * kSums];  // or int32
+  alignas(4096) std::uint8_t w[kPiece * 2 * kTile];  // a piece of a panel, where tiles are made
+};
+
+// This thread's.
+Scratch& scratch();
 
 // Of weights of bf16: see packed_amx.cpp. Tiles are configured.
 void linear_packed(const QuantArgs& a, std::int64_t first, std::int64_t last);

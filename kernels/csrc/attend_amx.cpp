@@ -51,7 +51,7 @@ inline Ints brains(const brain* from, int64_t count) {
 }
 
 struct Tiles {
-  static constexpr int64_t kStep = 32;  // keys
+  static constexpr int64_t kStep = 32, kParts = 4;
 
   // Tiles [tile][wide / 32] of [pair][query].
   static void queries(const ChunkArgs& a, const Room& room, int64_t row, int64_t wide) {
@@ -111,8 +111,11 @@ struct Tiles {
   // 2^(slope * (score - largest)) to within 2^-18 of it, for it is rounded to bfloat16 (2^-9); the product is not
   // rounded before the largest is taken off. 2^x is 2^floor(x) times a polynomial of the rest, which is 1 at 0
   // and has the least largest relative error otherwise (by reweighted least squares).
-  static Lanes weight(Lanes score, Lanes largest, float slope) {
-    const Lanes top = larger(largest * slope, all(-0x1p127f));  // nothing may have been seen yet
+  static Lanes top(Lanes largest, float slope) {
+    return larger(largest * slope, all(-0x1p127f));  // nothing may have been seen yet
+  }
+
+  static Lanes weight(Lanes score, Lanes top, float slope) {
     const __m512 x = _mm512_fmsub_ps((__m512)score, (__m512)all(slope), (__m512)top);
     const Lanes r = (Lanes)_mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     Lanes p = r * 1.342668441e-2f + 5.224247390e-2f;
@@ -180,19 +183,17 @@ struct Tiles {
     _tile_loadd(3, sums + 3 * kTile, 64);
   }
 
-  static void weigh_along(const Room& room, int j, int64_t t, int64_t wide) {
-    const float* const value = room.values + t / kStep * wide / kLanes * kTile;
+  static void weigh_along(const Room& room, int j, int64_t t, int64_t wide, int part) {
+    if (part * kLanes >= wide) return;
+    const float* const value = room.values + (t / kStep * wide / kLanes + part) * kTile;
     settle();
-    _tile_loadd(6, room.weights + (j * kKeyBlock + t) / 2 * kLanes, 64);
-    _tile_loadd(4, value, 64);
-    _tile_loadd(5, value + kTile, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 5, 6);
-    if (wide < kAlong) return;
-    _tile_loadd(4, value + 2 * kTile, 64);
-    _tile_loadd(5, value + 3 * kTile, 64);
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_dpbf16ps(3, 5, 6);
+    if (part == 0) _tile_loadd(6, room.weights + (j * kKeyBlock + t) / 2 * kLanes, 64);
+    switch (part) {
+      case 0: _tile_loadd(4, value, 64); _tile_dpbf16ps(0, 4, 6); break;
+      case 1: _tile_loadd(5, value, 64); _tile_dpbf16ps(1, 5, 6); break;
+      case 2: _tile_loadd(4, value, 64); _tile_dpbf16ps(2, 4, 6); break;
+      default: _tile_loadd(5, value, 64); _tile_dpbf16ps(3, 5, 6);
+    }
   }
 
   static void end(const Room& room, int64_t tile, int64_t wide) {

@@ -46,6 +46,8 @@ struct Room {
   }
 };
 
+inline bool differ(Lanes x, Lanes y) { return memcmp(&x, &y, sizeof x) != 0; }
+
 inline Ints load(const int32_t* from) {
   Ints x;
   memcpy(&x, from, sizeof x);
@@ -66,10 +68,9 @@ inline void softmax(const Room& room, int64_t tile, int j, int64_t base, int64_t
   float* const at_largest = room.largest + tile * kLanes;
   float* const at_total = room.total + tile * kLanes;
   const Lanes before = load(at_largest);
-  Lanes now = before;
   const Ints first = load(room.first + tile * kLanes) - static_cast<int32_t>(base);
   const Ints last = load(room.last + tile * kLanes) - static_cast<int32_t>(base);
-  const auto prepare = [&](int64_t t, int64_t stop, auto form_of, auto is_masked) {
+  const auto prepare = [&](Lanes largest, int64_t t, int64_t stop, auto form_of, auto is_masked) {
     const auto score_of = [&](int64_t key) {
       float* const at = scores + key * kRow;
       Lanes score = load(at);
@@ -82,56 +83,56 @@ inline void softmax(const Room& room, int64_t tile, int j, int64_t base, int64_t
       if constexpr (form_of != kRaw || is_masked != 0) store(score, at);
       return score;
     };
-    Lanes second = now, third = now, fourth = now;  // each maximum waits for the last one
+    Lanes second = largest, third = largest, fourth = largest;  // each maximum waits for the last one
     for (; t + 4 <= stop; t += 4) {
-      now = larger(score_of(t), now);
+      largest = larger(score_of(t), largest);
       second = larger(score_of(t + 1), second);
       third = larger(score_of(t + 2), third);
       fourth = larger(score_of(t + 3), fourth);
     }
-    for (; t < stop; ++t) now = larger(score_of(t), now);
-    now = larger(larger(now, second), larger(third, fourth));
+    for (; t < stop; ++t) largest = larger(score_of(t), largest);
+    return larger(larger(largest, second), larger(third, fourth));
   };
   // Queries come in the order of their positions: all see what the first and the last of them see.
   const auto within = [](int64_t t, int64_t low, int64_t high) { return t < low ? low : t > high ? high : t; };
   const int64_t clear = within(room.first[tile * kLanes + kLanes - 1] - base, from, to);
   const int64_t masked = within(room.last[tile * kLanes] + 1 - base, clear, to);
   const auto prepare_all = [&](auto form_of) {
-    prepare(from, clear, form_of, Number<1>{});
-    prepare(clear, masked, form_of, Number<0>{});
-    prepare(masked, to, form_of, Number<1>{});
+    const Lanes in_front = prepare(before, from, clear, form_of, Number<1>{});
+    return prepare(prepare(in_front, clear, masked, form_of, Number<0>{}), masked, to, form_of, Number<1>{});
   };
-  if (form == kRaw) {
-    prepare_all(Number<kRaw>{});
-  } else if (form == kFactors) {
-    prepare_all(Number<kFactors>{});
-  } else {
-    prepare_all(Number<kCapped>{});
-  }
-  const Lanes kept = Engine::weight(before, now, slope), none = all(-INFINITY);  // 0 at first, for none
+  const Lanes now = form == kRaw       ? prepare_all(Number<kRaw>{})
+                    : form == kFactors ? prepare_all(Number<kFactors>{})
+                                       : prepare_all(Number<kCapped>{});
+  const auto top = Engine::top(now, slope);
+  const Lanes kept = Engine::weight(before, top, slope), none = all(-INFINITY);  // 0 at first, for none
   // Unless the sums are zero still.
-  if (memcmp(&before, &now, sizeof now) != 0 && memcmp(&before, &none, sizeof none) != 0) {
+  if (differ(before, now) && differ(before, none)) {
     float* sums = room.sums + tile * wide * kLanes;
     for (int64_t d = 0; d < wide * kLanes; d += kLanes) store(load(sums + d) * kept, sums + d);
   }
   store(now, at_largest);
   Lanes even = {}, odd = {};
   Engine::begin(room, tile, wide);
+  constexpr int64_t kPart = Engine::kStep / Engine::kParts;
   for (int64_t step = from; step < to; step += Engine::kStep) {
-    for (int64_t t = step; t < step + Engine::kStep; t += 2) {
-      Lanes a = Engine::weight(load(scores + t * kRow), now, slope);
-      Lanes b = Engine::weight(load(scores + (t + 1) * kRow), now, slope);
-      even += a;
-      odd += b;
-      if constexpr (kScaled) {
-        a *= room.v_factor[t];
-        b *= room.v_factor[t + 1];
+#pragma GCC unroll 4
+    for (int part = 0; part < Engine::kParts; ++part) {
+      if (step > from) Engine::weigh_along(room, j, step - Engine::kStep, wide, part);
+      for (int64_t t = step + part * kPart; t < step + (part + 1) * kPart; t += 2) {
+        Lanes a = Engine::weight(load(scores + t * kRow), top, slope);
+        Lanes b = Engine::weight(load(scores + (t + 1) * kRow), top, slope);
+        even += a;
+        odd += b;
+        if constexpr (kScaled) {
+          a *= room.v_factor[t];
+          b *= room.v_factor[t + 1];
+        }
+        Engine::put(room, j, t, a, b);
       }
-      Engine::put(room, j, t, a, b);
     }
-    if (step > from) Engine::weigh_along(room, j, step - Engine::kStep, wide);
   }
-  Engine::weigh_along(room, j, to - Engine::kStep, wide);
+  for (int part = 0; part < Engine::kParts; ++part) Engine::weigh_along(room, j, to - Engine::kStep, wide, part);
   Engine::end(room, tile, wide);
   store(load(at_total) * kept + (even + odd), at_total);
 }
@@ -223,7 +224,7 @@ void attend_chunk(const ChunkArgs& a) {
 constexpr int kDeep = 4;  // sums [kDeep][kTiles] fit the registers
 
 struct Floats {
-  static constexpr int64_t kStep = 4;  // keys
+  static constexpr int64_t kStep = 4, kParts = 1;  // keys; and in how many parts they are weighed along
 
   static void queries(const ChunkArgs& a, const Room& room, int64_t row, int64_t wide) {
     switch (a.q_type) {
@@ -267,6 +268,7 @@ struct Floats {
     }
   }
 
+  static Lanes top(Lanes largest, float) { return largest; }
   static Lanes weight(Lanes score, Lanes largest, float slope) { return exp2((score - largest) * slope); }
 
   static void put(const Room& room, int j, int64_t t, Lanes a, Lanes b) {
@@ -303,7 +305,7 @@ struct Floats {
 
   // Nothing is weighed along with the softmax.
   static void begin(const Room&, int64_t, int64_t) {}
-  static void weigh_along(const Room&, int, int64_t, int64_t) {}
+  static void weigh_along(const Room&, int, int64_t, int64_t, int) {}
   static void end(const Room&, int64_t, int64_t) {}
 
   static void add(const Room& room, int64_t tile, int64_t num, int64_t from, int64_t to, int64_t wide) {

@@ -193,6 +193,10 @@ void write_kv(at::Tensor k_cache, at::Tensor v_cache, const OptionalTensor& k_sc
   write_from(heads_of(own_k), heads_of(own_v), {k_cache, v_cache, k_scale, v_scale}, places);
 }
 
+void ask_for(const char* from, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; i += 64) __builtin_prefetch(from + i);
+}
+
 // The first `heads` heads of each token, turned: [N, heads * h].
 at::Tensor turned(const Heads& x, const at::Tensor& qkv, const at::Tensor& cos, const OptionalTensor& sin,
                   bool interleaved, std::int64_t heads, std::int64_t h, const Places& places, std::int64_t length) {
@@ -207,6 +211,8 @@ at::Tensor turned(const Heads& x, const at::Tensor& qkv, const at::Tensor& cos, 
   const std::int64_t half = cos.size(1), grain = std::max<std::int64_t>(1, 32768 / (heads * h));
   at::parallel_for(0, x.tokens, grain, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t i = first; i < last; ++i) {
+      // Products leave their results outside the caches.
+      if (i + 1 < last) ask_for(x.at(i + 1, 0), heads * h * x.item);
       const std::int64_t place = places.positions[i] * half;
       loops.turn(TurnArgs{x.at(i, 0), data + i * heads * h * x.item, all_cos + place, all_sin + place, x.type, heads, h,
                           half, interleaved});

@@ -25,11 +25,6 @@ struct Brains {
   static __m512 sums(const float* from) { return _mm512_load_ps(from); }
 };
 
-struct Waiting {
-  alignas(4096) float sums[kWaiting + 4 * kSums];
-};
-thread_local Waiting waiting;  // kept, so that it is in the caches already
-
 inline void ask_for(const std::uint8_t* from) {
 #pragma GCC unroll 32
   for (std::int64_t i = 0; i < 2 * kTile; i += kLine) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
@@ -73,16 +68,21 @@ void few(const QuantArgs& a, std::int64_t panel, std::int64_t count, float* all_
 
 }  // namespace
 
+Scratch& scratch() {
+  static thread_local Scratch own;
+  return own;
+}
+
 void linear_packed(const QuantArgs& a, std::int64_t first, std::int64_t last) {
-  float* const sums = waiting.sums;  // compilers call for where a thread's memory is
+  Scratch& own = scratch();
   if (a.m <= kFewRows) {
     const std::int64_t streams = kStreams / parts(a.m, kPanelRows);
     for (std::int64_t panel = first; panel < last; panel += streams) {
-      few(a, panel, least(streams, last - panel), sums);
+      few(a, panel, least(streams, last - panel), own.sums);
     }
     return;
   }
-  many<Brains>(a, first, last, nullptr, sums);
+  many<Brains>(a, first, last, own);
 }
 
 }  // namespace isa_amx

@@ -23,12 +23,6 @@ constexpr std::int64_t kRing = 8, kLead = 2;  // steps of w in `few`, and how fa
 
 const TileConfig kConfigOf8 = TileConfig::of(8);  // in memory for good, as kConfig
 
-struct Scratch {
-  alignas(4096) float waiting[kWaiting + 4 * kSums];  // or int32
-  alignas(4096) std::uint8_t w[kPiece * 2 * kTile];
-};
-thread_local Scratch scratch;  // kept, so that it is in the caches already
-
 // Tiles of bf16.
 struct Rounded {
   static constexpr std::int64_t kNumbers = 32;
@@ -115,7 +109,7 @@ void pack(const QuantArgs& a, std::uint8_t* packed, std::int64_t first, std::int
 // One panel of x.
 template <class T, int B>
 void few(const QuantArgs& a, std::int64_t first, std::int64_t last) {
-  Scratch& own = this_threads(scratch);
+  Scratch& own = scratch();
   std::uint8_t* const ring = own.w;
   const std::int64_t steps = steps_of<T>(a);
   for (std::int64_t panel = first; panel < last; ++panel) {
@@ -128,8 +122,8 @@ void few(const QuantArgs& a, std::int64_t first, std::int64_t last) {
       const std::uint8_t* x = a.packed + place<T>(a, 0, step / kPiece * kPiece) + step % kPiece * 2 * kTile;
       multiply_step<T, B>(ring + step % kRing * 2 * kTile, x);
     }
-    keep<B>(own.waiting);
-    finish<T>(a, {own.waiting, nullptr, 0, panel}, 0, kPanelRows, false);
+    keep<B>(own.sums);
+    finish<T>(a, {own.sums, nullptr, 0, panel}, 0, kPanelRows, false);
   }
 }
 
@@ -137,8 +131,7 @@ template <class T>
 void product(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   if (a.m <= kTileRows) return few<T, 1>(a, first, last);
   if (a.m <= kPanelRows) return few<T, 2>(a, first, last);
-  Scratch& own = this_threads(scratch);
-  many<T>(a, first, last, own.w, own.waiting);
+  many<T>(a, first, last, scratch());
 }
 
 bool packs(const QuantArgs& a) { return a.m > kRowBlock || takes_bytes(a); }

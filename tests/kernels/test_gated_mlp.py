@@ -77,7 +77,7 @@ def test_any_shape(
 
 
 # On both sides of where the way changes (64 rows, whole panels of 32), of blocks of 512 rows, sums of
-# 2 MiB, and of pieces of 512 numbers, of x and between the products.
+# 4 MiB, and of pieces of 512 numbers, of x and between the products.
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
     ("m", "k", "width", "n"),

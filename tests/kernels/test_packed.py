@@ -65,7 +65,7 @@ def test_products_of_any_shape(name: str, m: int, n: int, k: int, with_bias: boo
 
 
 # Past the sizes at which the way changes: 16, 32, 64 and 512 rows, 512 numbers of k, panels that are
-# read in turn, sums of 2 MiB; and at each with remainders.
+# read in turn, sums of 4 MiB; and at each with remainders.
 @pytest.mark.parametrize("name", SETS[-2:])
 @pytest.mark.parametrize(
     ("m", "n", "k"),
@@ -78,7 +78,7 @@ def test_products_of_any_shape(name: str, m: int, n: int, k: int, with_bias: boo
         (64, 130, 600),
         (65, 70, 600),
         (100, 33, 1030),
-        (530, 1100, 545),
+        (530, 2120, 545),
     ],
 )
 def test_products_at_the_borders(name: str, m: int, n: int, k: int) -> None:
