@@ -4,8 +4,10 @@ Random weights in the shape of a preset, bfloat16, batch of one, a prompt in one
 compiled step. The bound is the arithmetic of all ranks' cores at once, a loop of tile products from
 the first cache (where there are no matrix units, of float32 vectors), measured in the same ranks, a
 sample of each in turn. Operations of the model: two for each weight in a product and token (the head's
-for one token), and attention's. Best and median; with `--profile` also what rank 0 spends the time on
-(its samples are slower: the compiled kernels are made to be seen). The last line is JSON.
+for one token), and attention's; and those done, fewer, since the last layer does nothing for a token
+whose logits nobody wants, but its keys and values. Best and median; with `--profile` also what rank 0
+spends the time on (its samples are slower: the compiled kernels are made to be seen). The last line is
+JSON.
 
 What is not here: other programs on the same weights; decoding (bench/decode.py); batches.
 """
@@ -44,13 +46,16 @@ def measure(task: dict[str, Any], ranks: int) -> dict[str, Any]:
 
 def line(found: dict[str, Any]) -> str:
     seconds, peaks, work = found["prompt_s"], found["peak_per_s"], found["operations"]
-    ratios = [work / s / p for s, p in zip(seconds, peaks, strict=True)]
+    bests, medians = (
+        1 / min(seconds) / max(peaks),
+        statistics.median(1 / s / p for s, p in zip(seconds, peaks, strict=True)),
+    )
     best, median = min(seconds), statistics.median(seconds)
     return (
         f"{found['ranks']:>5}  {best * 1e3:8.1f} {median * 1e3:8.1f} ms  "
         f"{work / best / 1e9:7.0f} {work / median / 1e9:7.0f} GF/s  "
         f"{max(peaks) / 1e9:7.0f} {statistics.median(peaks) / 1e9:7.0f} GF/s  "
-        f"{work / best / max(peaks):5.2f} {statistics.median(ratios):5.2f}"
+        + "  ".join(f"{each * bests:5.2f} {each * medians:5.2f}" for each in (work, found["done"]))
     )
 
 
@@ -66,7 +71,8 @@ def main() -> None:
     task = {key: getattr(options, key) for key in ("model", "samples", "prompt", "eager", "profile")}
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {options.model}")
     print(
-        "ranks  prompt: best, median    all ranks: best, median   peak: best, median      prompt / peak"
+        "ranks  prompt: best, median    all ranks: best, median   peak: best, median      "
+        "model / peak  done / peak"
     )
     results = []
     for ranks in options.ranks:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from comm import ops
@@ -51,13 +52,13 @@ def main(env: Any, payload: str) -> int:
             raise RuntimeError(f"--prompt {prompt}: the engine runs at most {runner.chunk} at once")
         run(runner, prompt)
         rounds = _rounds()
-        work = _sum(operations(model, config, prompt), group)
+        work, done = (_sum(count, group) for count in operations(model, config, prompt))
         prompt_s, peaks = [], []
         for _ in range(task["samples"]):
             ops.barrier(group)
             start = time.perf_counter()
-            done = torch.ops.yoke_kernels.peak(rounds)
-            peaks.append(_sum(done / (time.perf_counter() - start), group))
+            at_once = torch.ops.yoke_kernels.peak(rounds)
+            peaks.append(_sum(at_once / (time.perf_counter() - start), group))
             ops.barrier(group)
             start = time.perf_counter()
             run(runner, prompt)
@@ -65,8 +66,8 @@ def main(env: Any, payload: str) -> int:
             prompt_s.append(float(ops.all_gather(seconds, group).max()))
         parts = where_time_goes(runner, prompt) if task["profile"] else None
         if group.rank == 0:
-            found = {"prompt_s": prompt_s, "peak_per_s": peaks, "operations": work, "parts": parts}
-            Path(task["out"]).write_text(json.dumps(found))
+            found = {"prompt_s": prompt_s, "peak_per_s": peaks, "operations": work, "done": done}
+            Path(task["out"]).write_text(json.dumps({**found, "parts": parts}))
     return 0
 
 
@@ -90,17 +91,25 @@ def where_time_goes(runner: Runner, prompt: int) -> dict[str, float]:
     return dict(sorted(least.items(), key=lambda item: -item[1]))
 
 
-def operations(model: Decoder, config: ModelConfig, prompt: int) -> float:
+def operations(model: Decoder, config: ModelConfig, prompt: int) -> tuple[float, float]:
     """Of this rank, for a prompt: products with weights, the head's for one token, and attention's
-    with the tokens that each token sees (windows are not looked at)."""
-    packed = [each for name, each in model.layers.named_buffers() if name.endswith(".packed_data")]
-    products = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
-    products += sum(each.nbytes // 2 for each in packed)
+    with the tokens that each token sees (windows are not looked at). Those of the model, and those
+    that are done: the last layer's, behind its attention, for one token alone."""
     head = model.layout.vocab_block * config.dim
     seen = prompt * (prompt + 1) // 2
     heads = model.layout.heads.q_stop - model.layout.heads.q_start
     attention = 4 * config.num_layers * heads * config.head_dim * seen
-    return 2.0 * (products * prompt + head) + attention
+    whole = 2.0 * (_numbers(model.layers) * prompt + head) + attention
+    last: Any = model.layers[-1]
+    return whole, whole - 2.0 * (_numbers(last.attention.out) + _numbers(last.mlp)) * (prompt - 1)
+
+
+def _numbers(module: nn.Module) -> int:
+    """That products of a token go over, plain or packed."""
+    packed = sum(
+        each.nbytes // 2 for name, each in module.named_buffers() if name.endswith("packed_data")
+    )
+    return packed + sum(each.numel() for each in module.parameters() if each.dim() == 2)
 
 
 def _rounds() -> int:

@@ -51,6 +51,23 @@ def test_one_rank(name: str, saved: Callable[[str], Path]) -> None:
     torch.testing.assert_close(run(model, slice(0, 1)), expected[:1], rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gptj"])  # a block each
+def test_some_tokens_of_some_texts(name: str, saved: Callable[[str], Path]) -> None:
+    """The last layer does nothing for the others but their keys and values, which later tokens see."""
+    checkpoint = open_checkpoint(saved(name))
+    model = load_model(config_of(checkpoint), checkpoint, Group(0, 1), torch.float32)
+    model.setup(2, 16)
+    texts, positions = torch.randint(100, (2, 9)), torch.arange(9)
+    every = model.all_logits(texts, positions).flatten(0, 1)
+    model.setup(2, 16)
+    rows, wanted = torch.tensor([0, 1]).repeat_interleave(8), torch.tensor([12, 3, 3, 7])
+    found = model.extend(texts[:, :8].flatten(), positions[:8].repeat(2), rows, wanted)
+    torch.testing.assert_close(found, every[[13, 3, 3, 7]], rtol=1e-4, atol=1e-4)
+    found = model.decode(texts[:, 8], positions[8:].expand(2))
+    torch.testing.assert_close(found, every[[8, 17]], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("sizes", "names"), [([2], NAMES), ([3, 4, 5, 6, 7, 8], UP_TO_8)])
 def test_ranks(
     sizes: list[int], names: tuple[str, ...], saved: Callable[[str], Path], run_ranks: Callable
