@@ -119,9 +119,9 @@ _UNGUARDED: dict[str, Any] = {
 # it can be loaded.
 _QUICK_START: dict[str, Any] = {"cpp_cache_precompile_headers": False}
 _SETS_ARE_KNOWN: dict[str, Any] = {"cpp.vec_isa_ok": True}
-# Operators are done as fast as Python calls them where there is one token (C++ saves 1 ms of SmolLM2's),
-# and between those of a prompt Python's own memory has left the caches (C++ saves 1 % of it). What calls
-# the kernels is compiled apart from them, with little optimisation: half the time.
+# A single token's operators are done as fast as Python calls them (C++ saves 1 ms of SmolLM2's), and
+# when one of a prompt's returns, what Python needs has left the caches (C++ saves 1 %). What calls the
+# kernels is compiled apart from them, with little optimisation: half the time.
 _CALLED_IN_CPP: dict[str, Any] = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
 # Older ones call an operator that takes a list through Python.
 _CAN_CALL_IN_CPP = TorchVersion(torch.__version__) >= "2.13"

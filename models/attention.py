@@ -1,8 +1,9 @@
 """What the families' attention has in common: projections, rotary embeddings, a static cache, grouped
 heads, sliding windows.
 
-Shapes: N tokens of this call, M of which a block's result is wanted, R rows of the cache, S their length, D dim, H query heads of this rank, K
-its KV heads, h head size. What is not here: the sum over the ranks, which the blocks do.
+Shapes: N tokens of this call, M of which a block's result is wanted, R rows of the cache, S their
+length, D dim, H query heads of this rank, K its KV heads, h head size. What is not here: the sum over
+the ranks, which the blocks do.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Block(nn.Module):
         self.mlp = mlp_of(config, layout, layer)
 
     def forward(self, normed: Tensor, x: Tensor, following: Norm, step: Step) -> tuple[Tensor, Tensor]:
-        """x [N, D] and its norm -> (normalised for what is `following`, x after this block), both [M, D]."""
+        """x [N, D] and its norm -> (normalised for what is `following`, x after this block), [M, D]."""
         part = self._scaled(self.attention(normed, step))
         norm = self.mlp_norm
         normed, x = ops.all_reduce_add_rms_norm(part, step.chosen(x), norm.weight, norm.eps, self.group)
