@@ -19,6 +19,8 @@ from launcher.spawn import RunOptions, launch, new_session
 from launcher.topology import read_topology
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+# With it a program prints a line in two pieces, and another rank's may come between them.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,22 +23,13 @@ from tp.heads import split_heads
 
 assert load_kernels()
 SETS = torch.ops.yoke_kernels.instruction_sets()
+pytestmark = pytest.mark.usefixtures("one_thread")
 BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
 PAIRS = [(q, q) for q in (BF16, FP16, FP32)] + [
     (q, cache) for q in (BF16, FP16, FP32) for cache in (FP16, INT8) if q != cache
 ]
 # Of results and weights that are rounded to q's dtype, the sum of weights being 1 and values about 1.
 TOLERANCE = {FP32: 1e-5, FP16: 2**-9, BF16: 2**-6}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that share their cores with others wait for each other at every small operator."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    torch.ops.yoke_kernels.use_instruction_set(SETS[-1])
 
 
 def numbers(cached: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,12 +18,6 @@ from weights.schemes import parse_scheme
 assert load_kernels()
 OPS = torch.ops.yoke_kernels
 SETS = OPS.instruction_sets()
-
-
-@pytest.fixture(autouse=True)
-def best_afterwards() -> Iterator[None]:
-    yield
-    OPS.use_instruction_set(SETS[-1])
 
 
 def random(*shape: int, seed: int) -> Tensor:

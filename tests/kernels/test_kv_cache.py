@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -14,17 +12,8 @@ from kernels.load import load_kernels
 
 assert load_kernels()
 SETS = torch.ops.yoke_kernels.instruction_sets()
+pytestmark = pytest.mark.usefixtures("one_thread")
 BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that share their cores with others wait for each other at every small operator."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    torch.ops.yoke_kernels.use_instruction_set(SETS[-1])
 
 
 def numbers(cached: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch._dynamo.testing
@@ -22,12 +20,6 @@ def test_whether_there_are_kernels_is_a_constant_of_compiled_code() -> None:
     marked = torch.compiler.assume_constant_result(lambda: True)
     assert vars(marked).items() <= vars(has_kernels).items()
     assert vars(marked)
-
-
-@pytest.fixture(autouse=True)
-def best_afterwards() -> Iterator[None]:
-    yield
-    torch.ops.yoke_kernels.use_instruction_set(SETS[-1])
 
 
 def bound(x: torch.Tensor, weight: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch._dynamo.testing
@@ -25,12 +23,6 @@ from kernels.quant_linear import quant_linear, quant_linear_reference, unpack_bf
 assert load_kernels()
 OPS = torch.ops.yoke_kernels
 SETS = OPS.instruction_sets()
-
-
-@pytest.fixture(autouse=True)
-def best_afterwards() -> Iterator[None]:
-    yield
-    OPS.use_instruction_set(SETS[-1])
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch._dynamo.testing
@@ -19,12 +17,6 @@ assert load_kernels()
 OPS = torch.ops.yoke_kernels
 SETS = OPS.instruction_sets()
 WITH_TILES = [name for name in SETS if name in ("avx512bf16", "amx")]
-
-
-@pytest.fixture(autouse=True)
-def best_afterwards() -> Iterator[None]:
-    yield
-    OPS.use_instruction_set(SETS[-1])
 
 
 def random_weight(

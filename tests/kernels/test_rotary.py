@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,17 +20,8 @@ from kernels.rotary import Angles, rotate
 
 assert load_kernels()
 SETS = torch.ops.yoke_kernels.instruction_sets()
+pytestmark = pytest.mark.usefixtures("one_thread")
 BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that share their cores with others wait for each other at every small operator."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    torch.ops.yoke_kernels.use_instruction_set(SETS[-1])
 
 
 def angles_of(length: int, half: int, interleaved: bool) -> Angles:
