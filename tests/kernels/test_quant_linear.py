@@ -114,11 +114,11 @@ def test_any_shape(
     check(random_x(m, 32 * steps, seed), weight, bias, name)
 
 
-# Past the sizes at which the way changes: 15 rows, 120 rows at a time, 256 numbers of k at a time, four
-# panels; and at each with remainders.
+# Past the sizes at which the way changes: 15 rows, 120 and 512 rows at a time, 256 numbers of k at a
+# time, four panels, sums of 4 MiB; and at each with remainders.
 @pytest.mark.parametrize("name", SETS[-2:])
 @pytest.mark.parametrize(
-    ("m", "n", "k"), [(15, 129, 288), (16, 95, 544), (125, 40, 512), (241, 33, 320)]
+    ("m", "n", "k"), [(15, 129, 288), (16, 95, 544), (125, 40, 512), (241, 33, 320), (520, 2090, 64)]
 )
 @pytest.mark.parametrize(("bits", "offset"), [(4, False), (4, True), (8, False)])
 def test_at_the_borders(name: str, m: int, n: int, k: int, bits: int, offset: bool) -> None:
