@@ -7,7 +7,7 @@ _PAGE = 4096
 
 def slot_bytes(size: int) -> int:
     """One of a rank's two buffers. A decode step moves a few KiB; larger messages go in pieces that
-    stay in the caches. Many ranks get smaller ones, so that a group takes 16 MiB at most."""
+    stay in the caches. Many ranks get smaller ones, so that up to 64 take 16 MiB at most."""
     return max(128 * 1024, min(512 * 1024, 8 * 1024 * 1024 // size // _PAGE * _PAGE))
 
 

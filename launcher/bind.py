@@ -109,7 +109,8 @@ def place_memory(plan: RankPlan) -> tuple[str, ...]:
     if plan.memory_policy == "preferred":
         wanted = (("preferred-many", plan.preferred_nodes), ("preferred", plan.preferred_nodes[:1]))
     else:
-        wanted = ((plan.memory_policy, plan.nodes), ("preferred", plan.nodes[:1]))
+        many = (("preferred-many", plan.nodes),) if len(plan.nodes) > 1 else ()
+        wanted = ((plan.memory_policy, plan.nodes), *many, ("preferred", plan.nodes[:1]))
     reason = ""
     for policy, nodes in wanted:
         code = set_mempolicy(policy, nodes)

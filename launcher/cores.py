@@ -26,7 +26,8 @@ _BIG_CAPACITY = 0.75
 class Core:
     """A physical core; `cpus` are its usable logical cpus, first hardware thread first.
 
-    `socket` is None where the kernel contradicts itself; `l3` is the same for all cores that share an
+    `socket` is None where the kernel contradicts itself; `node` is the lowest usable one of the memory
+    nodes that list the cpus; `l3` is the same for all cores that share an
     L3 cache (None: none is told); `kind` is "performance" or "efficiency" on hybrid machines.
     """
 

@@ -1,7 +1,8 @@
 """Cores -> groups of them: by what they share, or in so many parts. Pure.
 
 Parts are contiguous in the order of socket, node and cpu, and end where sockets and memory nodes end
-wherever the numbers allow it; sentences on what they do not allow go to `reasons`.
+wherever the numbers allow it; sentences on what they do not allow go to `reasons`. Sockets that share
+a memory node are one unit.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from itertools import groupby
 
 from launcher.errors import LaunchError
-from launcher.topology import Core
+from launcher.topology import Core, format_cpu_list
 
 Units = list[tuple[str, tuple[Core, ...]]]  # names, and the cores of each
 
@@ -42,6 +43,31 @@ def group_cores(cores: tuple[Core, ...], rank_per: str, reasons: list[str]) -> U
     return grouped(lambda core: (0, core.l3) if core.l3 is not None else (1, core.node), "l3 of cpu")
 
 
+def join_shared(units: Units, reasons: list[str]) -> Units:
+    """The same, with the sockets that share a memory node as one unit: a rank of its own for each would
+    cost a sum per layer and bring no memory nearer. (Virtual machines often have a socket per cpu.)"""
+    joined: list[list[tuple[str, tuple[Core, ...]]]] = []
+    for unit in units:
+        nodes = {core.node for core in unit[1]}
+        near = [part for part in joined if any(core.node in nodes for _, own in part for core in own)]
+        together = [*(other for part in near for other in part), unit]
+        at = joined.index(near[0]) if near else len(joined)
+        joined = [*joined[:at], together, *(part for part in joined[at:] if part not in near)]
+    whole: Units = []
+    for part in joined:
+        cores = tuple(core for _, own in part for core in own)
+        name = part[0][0]
+        if len(part) > 1:
+            name = f"sockets {format_cpu_list({socket_of(core)[1] for core in cores})}"
+            nodes = {core.node for core in cores}
+            reasons.append(
+                f"{name} share memory node {format_cpu_list(nodes)}: they are one unit "
+                "(--rank-per socket puts a rank on each)"
+            )
+        whole.append((name, cores))
+    return whole
+
+
 def divide(units: list[tuple[Core, ...]], count: int, reasons: list[str]) -> list[tuple[Core, ...]]:
     """The cores of each rank, where there are more or fewer ranks than units."""
     cores = tuple(core for unit in units for core in unit)
@@ -55,13 +81,13 @@ def divide(units: list[tuple[Core, ...]], count: int, reasons: list[str]) -> lis
     if len(units) % count == 0:
         step = len(units) // count
         return [sum(units[i : i + step], ()) for i in range(0, len(units), step)]
-    reasons.append(f"{count} ranks do not divide {len(units)} sockets: some rank spans two")
+    reasons.append(f"{count} ranks do not divide {len(units)} sockets or nodes: some rank spans two")
     return _split(cores, count, reasons)
 
 
 def _split(cores: tuple[Core, ...], count: int, reasons: list[str]) -> list[tuple[Core, ...]]:
-    """Contiguous parts, on the borders of memory nodes where these divide evenly."""
-    nodes = [tuple(group) for _, group in groupby(cores, key=lambda core: core.node)]
+    """Contiguous parts, on the borders of sockets and memory nodes where these divide evenly."""
+    nodes = [tuple(group) for _, group in groupby(cores, key=lambda c: (socket_of(c), c.node))]
     if count < len(nodes) and len(nodes) % count == 0:
         step = len(nodes) // count
         return [sum(nodes[i : i + step], ()) for i in range(0, len(nodes), step)]

@@ -8,7 +8,7 @@ come as plain lines. rich is imported only where it draws: the rest of `launcher
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from launcher.fit import Fit, format_bytes
@@ -57,41 +57,88 @@ def describe_memory(rank: RankPlan) -> str:
     return f"memory {rank.memory_policy} {format_cpu_list(rank.nodes)}"
 
 
-def _closed_nodes(topology: Topology) -> tuple[Node, ...]:
-    """Nodes whose cores may be used and whose memory may not: the topology lists the cores alone."""
+@dataclass(frozen=True)
+class _Place:
+    """Memory nodes that share their cpus, or one node, as they are drawn."""
+
+    nodes: tuple[int, ...]
+    socket: int | None
+    cpus: tuple[int, ...]
+    memory_bytes: int
+    kind: str
+    near: int | None
+    cores: tuple[Core, ...]
+
+
+def _places(topology: Topology) -> list[_Place]:
+    """The nodes, those that list the same cpus as one; and last, as "not allowed", those whose cores
+    may be used and whose memory may not: the topology lists their cores alone."""
+    shared: dict[tuple[object, ...], list[Node]] = {}
+    for node in topology.nodes:
+        shared.setdefault((node.kind, node.cpus) if node.cpus else (node.id,), []).append(node)
+    places = [
+        _Place(
+            tuple(node.id for node in nodes),
+            nodes[0].socket,
+            nodes[0].cpus,
+            sum(node.memory_bytes for node in nodes),
+            nodes[0].kind,
+            nodes[0].near,
+            tuple(core for core in topology.cores if set(core.cpus) & set(nodes[0].cpus)),
+        )
+        for nodes in shared.values()
+    ]
     listed = {node.id for node in topology.nodes}
     closed: dict[int, list[Core]] = {}
     for core in topology.cores:
         if core.node not in listed:
             closed.setdefault(core.node, []).append(core)
-    return tuple(
-        Node(
-            number,
-            cores[0].socket,
-            tuple(sorted(cpu for core in cores for cpu in core.cpus)),
-            0,
-            "not allowed",
-        )
-        for number, cores in closed.items()
-    )
+    for number, cores in closed.items():
+        cpus = tuple(sorted(cpu for core in cores for cpu in core.cpus))
+        places.append(_Place((number,), cores[0].socket, cpus, 0, "not allowed", None, tuple(cores)))
+    return places
 
 
-def _node_line(topology: Topology, node: Node) -> str:
-    cores = sum(core.node == node.id for core in topology.cores)
-    what = f"{cores} cores, cpus {format_cpu_list(node.cpus)}" if node.cpus else "no cpus"
-    if node.near is not None:
-        what += f", near node {node.near}"
-    return f"node {node.id}  {format_bytes(node.memory_bytes):>9}  {node.kind:<9}  {what}"
+def _frames(topology: Topology) -> list[tuple[str, list[_Place]]]:
+    """The places in each socket, with sockets that share one together; "" is those in none."""
+    frames: list[tuple[list[int], list[_Place]]] = []
+    loose = _places(topology)
+    for socket in topology.sockets:
+        own = [
+            place
+            for place in _places(topology)
+            if place.socket == socket.id
+            or (place.socket is None and set(place.nodes) & set(socket.nodes))
+        ]
+        loose = [place for place in loose if place not in own]
+        shared = [frame for frame in frames if any(place in own for place in frame[1])]
+        if shared:
+            shared[0][0].append(socket.id)
+            shared[0][1].extend(place for place in own if place not in shared[0][1])
+        else:
+            frames.append(([socket.id], own))
+    named = [(f"socket{'s' * (len(ids) > 1)} {format_cpu_list(ids)}", places) for ids, places in frames]
+    return [*named, ("", loose)] if loose else named
+
+
+def _name(place: _Place) -> str:
+    return f"node{'s' * (len(place.nodes) > 1)} {format_cpu_list(place.nodes)}"
+
+
+def _place_line(place: _Place) -> str:
+    cores = len(place.cores)
+    what = f"{cores} cores, cpus {format_cpu_list(place.cpus)}" if place.cpus else "no cpus"
+    if place.near is not None:
+        what += f", near node {place.near}"
+    return f"{_name(place)}  {format_bytes(place.memory_bytes):>9}  {place.kind:<9}  {what}"
 
 
 def render_plain(topology: Topology, plan: LaunchPlan, fits: Sequence[Fit] = ()) -> str:
     """The machine, the ranks on it, whether they fit, and why it is so, as lines."""
-    nodes = topology.nodes + _closed_nodes(topology)
     lines = ["Machine"]
-    for socket in topology.sockets:
-        lines.append(f"  socket {socket.id}")
-        lines += [f"    {_node_line(topology, n)}" for n in nodes if n.socket == socket.id]
-    lines += [f"  {_node_line(topology, node)}" for node in nodes if node.socket is None]
+    for title, places in _frames(topology):
+        lines += [f"  {title}"] if title else []
+        lines += [f"  {'  ' * bool(title)}{_place_line(place)}" for place in places]
     for gpu in topology.gpus:
         where = "node not told" if gpu.node is None else f"node {gpu.node}"
         lines.append(f"  gpu {gpu.index}  {gpu.pci}  {where}")
@@ -121,25 +168,12 @@ def draw(topology: Topology, plan: LaunchPlan, fits: Sequence[Fit] = ()) -> None
     from rich.table import Table
     from rich.text import Text
 
-    nodes = topology.nodes + _closed_nodes(topology)
     owner = {} if not plan.bind_cores else {c: r.rank for r in plan.ranks for c in r.cpus}
     console = Console()
     frames: list[RenderableType] = []
-    for socket in topology.sockets:
-        body = Text("\n").join(
-            _node_picture(topology, node, owner, plan)
-            for node in nodes
-            if node.socket == socket.id or (node.socket is None and node.id in socket.nodes)
-        )
-        frames.append(Panel(body, title=f"socket {socket.id}", border_style="dim"))
-    loose = [
-        node
-        for node in nodes
-        if node.socket is None and not any(node.id in socket.nodes for socket in topology.sockets)
-    ]
-    if loose:
-        body = Text("\n").join(_node_picture(topology, node, owner, plan) for node in loose)
-        frames.append(Panel(body, title="no socket", border_style="dim"))
+    for title, places in _frames(topology):
+        body = Text("\n").join(_place_picture(place, owner, plan) for place in places)
+        frames.append(Panel(body, title=title or "no socket", border_style="dim"))
     console.print(Columns(frames))
     for gpu in topology.gpus:
         rank = next((r.rank for r in plan.ranks if r.device == f"cuda:{gpu.index}"), None)
@@ -173,14 +207,12 @@ def draw(topology: Topology, plan: LaunchPlan, fits: Sequence[Fit] = ()) -> None
         console.print(Text(f"  · {reason}", style="dim"))
 
 
-def _node_picture(topology: Topology, node: Node, owner: dict[int, int], plan: LaunchPlan) -> Text:
-    """A node's name, and a block for each of its cores in the colour of the rank that has it."""
+def _place_picture(place: _Place, owner: dict[int, int], plan: LaunchPlan) -> Text:
+    """Its name, and a block for each of its cores in the colour of the rank that has it."""
     from rich.text import Text
 
-    picture = Text(f"node {node.id}  {format_bytes(node.memory_bytes)}  {node.kind}\n")
-    for core in topology.cores:
-        if core.node != node.id:
-            continue
+    picture = Text(f"{_name(place)}  {format_bytes(place.memory_bytes)}  {place.kind}\n")
+    for core in place.cores:
         ranks = [owner[cpu] for cpu in core.cpus if cpu in owner]
         if ranks:
             picture.append("■", style=_COLOURS[ranks[0] % len(_COLOURS)])
@@ -188,6 +220,6 @@ def _node_picture(topology: Topology, node: Node, owner: dict[int, int], plan: L
             picture.append("r", style="dim")
         else:
             picture.append("□", style="dim")
-    if not node.cpus:
+    if not place.cpus:
         picture.append("memory only", style="dim")
     return picture

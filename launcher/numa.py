@@ -27,8 +27,9 @@ _ACCESS = ("access0", "access1")
 class Node:
     """A memory node; `socket` is None where it serves several sockets or none is known.
 
-    `cpus` are the usable ones. `kind` is "dram", "hbm", "nvm", "cxl", "memory-only" (no cpus, nature
-    not told) or "no-memory". `near` is set for a node without cpus: the nearest node that has some.
+    `cpus` are the usable ones; nodes that list the same ones share them (`read_node_cpus`). `kind` is
+    "dram", "hbm", "nvm", "cxl", "memory-only" (no cpus, nature not told) or "no-memory". `near` is set
+    for a node without cpus: the nearest node that has some.
     """
 
     id: int
@@ -44,23 +45,34 @@ def read_node_cpus(
 ) -> dict[int, tuple[int, ...]]:
     """The online cpus that the kernel lists for each node; empty where it tells no nodes.
 
-    `ignored` nodes are left out unless they have cpus.
+    A node keeps the cpus that no lower node lists. One that would keep none shares all that it lists:
+    kernels that split the memory of a socket (numa=fake, old firmware) list its cpus in every part,
+    and all of these are equally near. `ignored` nodes are left out unless they have cpus.
     """
     folder = f"{base}/sys/devices/system/node"
     known = set(online)
     owner: dict[int, int] = {}
     cpus_of: dict[int, tuple[int, ...]] = {}
+    sharing: dict[tuple[int, ...], list[int]] = {}  # by shared cpus
     for node in numbered(folder, "node"):
         listed = read_cpus(f"{folder}/node{node}/cpumap", f"{folder}/node{node}/cpulist") or ()
-        cpus = [cpu for cpu in listed if cpu in known]
-        taken = [cpu for cpu in cpus if owner.setdefault(cpu, node) != node]
-        if taken:
+        cpus = tuple(cpu for cpu in listed if cpu in known)
+        own = tuple(cpu for cpu in cpus if owner.setdefault(cpu, node) == node)
+        taken = sorted(set(cpus) - set(own))
+        if taken and own:
             notes.append(
                 f"nodes {owner[taken[0]]} and {node} both claim cpus {format_cpu_list(taken)}: "
                 "the lower node keeps them"
             )
+        elif taken:
+            sharing.setdefault(cpus, sorted({owner[cpu] for cpu in taken})).append(node)
         if cpus or node not in ignored:
-            cpus_of[node] = tuple(cpu for cpu in cpus if owner[cpu] == node)
+            cpus_of[node] = own or cpus
+    for cpus, nodes in sharing.items():
+        notes.append(
+            f"memory nodes {format_cpu_list(nodes)} list the same cpus {format_cpu_list(cpus)}: "
+            "ranks there have the memory of all"
+        )
     return cpus_of
 
 

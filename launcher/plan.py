@@ -1,8 +1,8 @@
 """Topology and request -> which rank runs where, and why. Pure: nothing is read, bound or started.
 
-One rank per socket unless told otherwise; every physical core that is allowed is used, one thread on
-each (a second hardware thread only shares the first one's vector units and bandwidth). Each decision
-leaves a sentence in `reasons`.
+One rank per socket unless told otherwise, where sockets that share a memory node count as one; every
+physical core that is allowed is used, one thread on each (a second hardware thread only shares the
+first one's vector units and bandwidth). Each decision leaves a sentence in `reasons`.
 
 What is not here: drawing (`launcher.draw`), memory sizes of models (the engine knows them).
 """
@@ -13,11 +13,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import groupby
 
-from launcher.divide import divide, group_cores, socket_of
+from launcher.divide import divide, group_cores, join_shared, socket_of
 from launcher.errors import LaunchError
 from launcher.topology import Core, Gpu, Topology, format_cpu_list
 
-MAX_RANKS = 64
+MAX_RANKS = 1024  # of a group in shared memory (kMaxWorld in comm/csrc/channel.h)
+_FEW_RANKS = 64  # so many may share a few cores, to try things; more need a core each
 BACKENDS = ("shm", "gloo", "nccl", "ccl", "deepspeed")
 RANK_PER = ("socket", "node", "l3", "gpu")
 MEMORY_POLICIES = ("bind", "preferred", "interleave", "none")
@@ -94,6 +95,7 @@ class _Place:
 def make_plan(topology: Topology, request: LaunchRequest) -> LaunchPlan:
     """Place the ranks. Raises LaunchError for a request that this machine cannot meet."""
     _check_request(request)
+    _check_ranks(request.ranks, len(topology.cores))
     reasons = list(topology.notes)
     cores = _chosen_cores(topology, request, reasons)
     cores, reserved = _reserve(cores, request.reserve_cores, reasons)
@@ -126,12 +128,20 @@ def _check_request(request: LaunchRequest) -> None:
         if value not in choices:
             names = [name for name in choices if name is not None]
             raise LaunchError(f"{flag} {value}: must be {', '.join(names[:-1])} or {names[-1]}")
-    if request.ranks is not None and not 1 <= request.ranks <= MAX_RANKS:
-        raise LaunchError(f"--ranks {request.ranks}: there can be 1 to {MAX_RANKS} ranks")
     if request.cores_per_rank is not None and request.cores_per_rank < 1:
         raise LaunchError(f"--cores-per-rank {request.cores_per_rank}: a rank needs at least 1 core")
     if request.reserve_cores < 0:
         raise LaunchError(f"--reserve-cores {request.reserve_cores}: must be at least 0")
+
+
+def _check_ranks(ranks: int | None, cores: int) -> None:
+    most = min(max(cores, _FEW_RANKS), MAX_RANKS)
+    if ranks is None or 1 <= ranks <= most:
+        return
+    why = f"{MAX_RANKS} is what a group in shared memory holds"
+    if most < MAX_RANKS:
+        why = f"more than {_FEW_RANKS} need a core each, and there are {cores}"
+    raise LaunchError(f"--ranks {ranks}: there can be 1 to {most} ranks here ({why})")
 
 
 def _chosen_cores(topology: Topology, request: LaunchRequest, reasons: list[str]) -> tuple[Core, ...]:
@@ -200,12 +210,17 @@ def _places(
     if topology.gpus:
         reasons.append(f"{len(topology.gpus)} GPUs are here; --rank-per gpu puts one rank on each")
     units = group_cores(cores, request.rank_per or "socket", reasons)
+    each = request.rank_per or "socket"
+    if request.rank_per is None and len(whole := join_shared(units, reasons)) < len(units):
+        units, each = whole, "socket, or sockets that share a memory node"
     count = request.ranks if request.ranks is not None else len(units)
     if count > MAX_RANKS:
-        each = request.rank_per or "socket"
-        raise LaunchError(f"one rank per {each} would be {count}: at most {MAX_RANKS}; give --ranks")
+        raise LaunchError(
+            f"one rank per {each} would be {count}, and a group in shared memory holds at most "
+            f"{MAX_RANKS}: give --ranks N"
+        )
     if count == len(units):
-        reasons.append(f"one rank per {request.rank_per or 'socket'}: {count}")
+        reasons.append(f"one rank per {each}: {count}")
         return [_Place(f"{name}", unit) for name, unit in units]
     if request.rank_per is not None and count < len(units):
         unused = ", ".join(name for name, _ in units[count:])
@@ -239,7 +254,8 @@ def _gpu_places(
     near: dict[tuple[Core, ...], list[Gpu]] = {}
     for gpu in gpus[:count]:
         local = tuple(core for core in cores if set(core.cpus) & set(gpu.cpus))
-        local = local or tuple(core for core in cores if core.node == gpu.node)
+        beside = {cpu for node in topology.nodes if node.id == gpu.node for cpu in node.cpus}
+        local = local or tuple(core for core in cores if beside & set(core.cpus))
         if not local:
             reasons.append(f"gpu {gpu.index} ({gpu.pci}) names no cores beside it: it may have any")
         near.setdefault(local or cores, []).append(gpu)
@@ -276,12 +292,21 @@ def _place_rank(
     threads = [core.cpus if keep_all_threads else core.cpus[:1] for core in place.cores]
     cpus = tuple(sorted(cpu for group in threads for cpu in group))
     device = "cpu" if place.gpu is None else f"cuda:{place.gpu.index}"
-    near = {core.node for core in place.cores}
+    near = _nodes_of(topology, place.cores)
     if not request.binds:
         nodes = _with_memory(topology, topology.allowed_nodes) or tuple(sorted(near))
         return RankPlan(rank, device, nodes, topology.allowed_cpus, len(cpus), "none")
-    nodes, preferred, policy = _memory(topology, rank, near, request.numa_memory, reasons)
+    spans = len({core.node for core in place.cores}) > 1
+    nodes, preferred, policy = _memory(topology, rank, near, spans, request.numa_memory, reasons)
     return RankPlan(rank, device, nodes, cpus, len(cpus), policy, preferred)
+
+
+def _nodes_of(topology: Topology, cores: Collection[Core]) -> set[int]:
+    """The memory nodes of these cores: their own, and those that share it with the same cpus."""
+    cpus = {cpu for core in cores for cpu in core.cpus}
+    return {core.node for core in cores} | {
+        node.id for node in topology.nodes if cpus.intersection(node.cpus)
+    }
 
 
 def _with_memory(topology: Topology, nodes: Collection[int]) -> tuple[int, ...]:
@@ -292,9 +317,10 @@ def _with_memory(topology: Topology, nodes: Collection[int]) -> tuple[int, ...]:
 
 
 def _memory(
-    topology: Topology, rank: int, near: set[int], asked: str | None, reasons: list[str]
+    topology: Topology, rank: int, near: set[int], spans: bool, asked: str | None, reasons: list[str]
 ) -> tuple[tuple[int, ...], tuple[int, ...], str]:
-    """A rank's memory nodes, those of them that are preferred, and its policy."""
+    """A rank's memory nodes, those of them that are preferred, and its policy. `spans`: its cores are
+    not all near the same nodes."""
     own = _with_memory(topology, near)
     beside = [node for node in topology.nodes if node.near in near and node.memory_bytes]
     fast = tuple(node.id for node in beside if node.kind == "hbm")
@@ -322,7 +348,7 @@ def _memory(
             "does not fit goes to the next node (--numa-memory bind: DRAM and HBM alike)"
         )
         return nodes, fast, "preferred"
-    if len(own) > 1:
+    if spans and len(own) > 1:
         reasons.append(
             f"rank {rank} spans the memory nodes {format_cpu_list(own)}: --rank-per node keeps each "
             "rank's memory beside its cores"

@@ -79,7 +79,9 @@ def read_topology(root: Path = Path("/"), visible_gpus: str | None = None) -> To
         )
         cpus_of = {only: online}
     cpus_of = _with_homeless(cpus_of, online, notes)
-    node_of = {cpu: node for node, cpus in cpus_of.items() for cpu in cpus}
+    # Of nodes that share cpus the lowest that may be used names them.
+    order = sorted(cpus_of, key=lambda node: (mems is None or node in mems, -node))
+    node_of = {cpu: node for node in order for cpu in cpus_of[node]}
     socket_of = read_sockets(base, online, node_of, notes)
     cores = read_cores(base, online, allowed, node_of, socket_of, notes)
     existing = read_nodes(base, cpus_of, socket_of, allowed, notes)

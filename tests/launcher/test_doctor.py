@@ -199,8 +199,8 @@ def test_files_that_are_missing_become_lines(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_cannot_be_made_becomes_a_line(two_sockets: Topology) -> None:
-    sockets = tuple(Socket(number, (0,)) for number in range(MAX_RANKS + 1))
-    cores = tuple(Core(number, number, 0, (number,)) for number in range(MAX_RANKS + 1))
+    sockets = tuple(Socket(number, (number,)) for number in range(MAX_RANKS + 1))
+    cores = tuple(Core(number, number, number, (number,)) for number in range(MAX_RANKS + 1))
     report = examine(replace(two_sockets, sockets=sockets, cores=cores), CHECKOUT)
     assert report["will_use"]["ranks"] == []
     assert any(line.startswith("plan: ") for line in report["not_told"])

@@ -44,6 +44,25 @@ def two_sockets(threads: int = 2, cores: int = 8) -> dict[str, str]:
     return files
 
 
+def sockets_on_nodes(places: list[tuple[int, int]], numa_fake: int = 1) -> dict[str, str]:
+    """A core of one cpu for each (socket, node); each node tells 1 GiB and, with `numa_fake`, is told
+    as so many nodes, all of which list its cpus."""
+    files = {f"{CPU}/online": f"0-{len(places) - 1}"}
+    for cpu, (socket, _) in enumerate(places):
+        folder = f"{CPU}/cpu{cpu}/topology"
+        package = [str(other) for other, place in enumerate(places) if place[0] == socket]
+        files[f"{folder}/physical_package_id"] = str(socket)
+        files[f"{folder}/core_id"] = str(cpu)
+        files[f"{folder}/package_cpus_list"] = ",".join(package)
+        files[f"{folder}/thread_siblings_list"] = str(cpu)
+    for node in {place[1] for place in places}:
+        cpus = ",".join(str(cpu) for cpu, place in enumerate(places) if place[1] == node)
+        for part in range(node * numa_fake, (node + 1) * numa_fake):
+            files[f"{NODE}/node{part}/cpulist"] = cpus
+            files |= memory(part, 2**20 // numa_fake)
+    return files
+
+
 def memory(node: int, kib: int) -> dict[str, str]:
     return {f"{NODE}/node{node}/meminfo": f"Node {node} MemTotal:  {kib} kB"}
 
