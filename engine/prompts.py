@@ -14,9 +14,9 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
+from base.folders import expand
 from engine.job import Job, check_beams, sampling_of
 from models.sampling_params import Sampling, check_sampling
 from weights.errors import InputError, nearest
@@ -76,7 +76,7 @@ def _read(source: str) -> str:
         if source == "-":
             data = sys.stdin.buffer.read(MAX_BYTES + 1)
         else:
-            with Path(source).expanduser().open("rb") as file:
+            with expand(source).open("rb") as file:
                 data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise InputError(f"prompts={source} cannot be read: {error.strerror}") from error

@@ -82,7 +82,7 @@ def main(fd: int, launcher_pid: int) -> int:
             stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     modes = read_modes()
-    path = None if modes is None else history_path(os.environ)
+    path = None if modes is None else history_path()
     chat = Chat(Link(socket.socket(fileno=fd), read_end), modes, path)
     try:
         _catch_signals(chat, write_end)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO
+
+from base.folders import state_home
 
 try:
     import readline
@@ -105,15 +107,10 @@ def marks_escapes() -> bool:
     return readline is not None and "libedit" not in (readline.__doc__ or "")
 
 
-def history_path(environ: Mapping[str, str]) -> Path | None:
+def history_path() -> Path | None:
     """Where the history is kept, by the XDG base directory specification; None without a home."""
-    state = environ.get("XDG_STATE_HOME", "")
-    if not os.path.isabs(state):  # the specification has such a value ignored
-        try:
-            state = str(Path.home() / ".local" / "state")
-        except RuntimeError:
-            return None
-    return Path(state) / "yoke" / "history"
+    state = state_home()
+    return None if state is None else state / "yoke" / "history"
 
 
 def open_editor(path: Path | None) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from launcher.errors import LaunchError
 
 CHECKOUT = str(Path(__file__).resolve().parent.parent)
+_LOADED = ("base", "launcher", "launch", "engine")  # of Yoke's, before the program is
 
 
 def check_program(words: list[str]) -> str:
@@ -40,7 +41,7 @@ def main(env: Any, payload: str) -> int:
     name, argv = program["name"], program["argv"]
     # The program's world is its own: a `models` or `comm` of the user's must be found, not ours.
     sys.path[:] = [entry for entry in sys.path if entry != CHECKOUT]
-    for loaded in [m for m in sys.modules if m.split(".")[0] in ("launcher", "launch", "engine")]:
+    for loaded in [module for module in sys.modules if module.split(".")[0] in _LOADED]:
         if Path(CHECKOUT) in Path(getattr(sys.modules[loaded], "__file__", None) or "/").parents:
             del sys.modules[loaded]
     try:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from base.folders import cache_home, expand
 from models.presets import PRESETS
 from weights.errors import InputError, nearest
 from weights.files import folder_format
@@ -19,7 +20,7 @@ def find_weights(model: str, key: str = "model", others: Sequence[str] = ()) -> 
     """The file or folder that `model` means: a preset whose weights are at hand, a path, or OWNER/NAME
     in the hub cache. `key` is the word of the command line that it is the value of, and `others` what
     could have been meant beside presets. Raises InputError that tells the ways to get weights."""
-    path = Path(model).expanduser()
+    path = expand(model)
     if model in _PACKAGED:
         package, file = _PACKAGED[model]
         spec = importlib.util.find_spec(package)
@@ -57,12 +58,23 @@ def _exists(path: Path) -> bool:
         return False
 
 
+def _hub_cache() -> Path | None:
+    """The hub library's folder of downloads, named as that library does; None without a home."""
+    if named := os.environ.get("HF_HUB_CACHE"):
+        return expand(named)
+    if named := os.environ.get("HF_HOME"):
+        return expand(named) / "hub"
+    caches = cache_home()
+    return None if caches is None else caches / "huggingface" / "hub"
+
+
 def _hub_snapshot(model: str) -> Path | None:
     """The folder of a model id in Hugging Face's local cache, by that cache's published layout."""
     if model.count("/") != 1:
         return None
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    cache = _hub_cache()
+    if cache is None:
+        return None
     folder = cache / f"models--{model.replace('/', '--')}"
     main = folder / "refs" / "main"
     if not _exists(main):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from base.folders import expand
 from models.config import HEAD
 from models.find import find_weights
 from quantize.job import Job, help_text, parse_job, searches, uses_gptq
@@ -37,7 +38,7 @@ def main(words: Sequence[str]) -> int:
 
 def run(job: Job) -> None:
     """Do what a job says. Raises InputError, Interrupted."""
-    out = Path(job.out).expanduser().absolute()
+    out = expand(job.out).absolute()
     check_target(out)
     source = find_weights(job.model)
     # torch is loaded once the words have been understood.
