@@ -285,7 +285,7 @@ def stop_texts(job: Job) -> tuple[str, ...]:
     """The texts that end an answer. Raises InputError."""
     texts: object = [job.stop] if job.stop else []
     if job.stop.startswith("["):
-        with suppress(json.JSONDecodeError):  # a text that begins with a bracket
+        with suppress(ValueError, RecursionError):  # a text that begins with a bracket
             texts = json.loads(job.stop)
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         raise InputError(f"stop={job.stop}: must be a text, or a JSON list of texts that are not empty")

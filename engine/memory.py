@@ -7,7 +7,6 @@ how a file stores them is told by its header (weights.outline). What is not here
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
@@ -21,6 +20,7 @@ from models.config_hf import from_hf
 from models.quant_rules import Held, held_quantised, parse_asked, products_of, weight_bytes
 from models.sizes import layout_of
 from weights.errors import InputError
+from weights.files import read_json
 from weights.outline import Outline, Stored, read_outline
 from weights.schemes import SCHEMES
 
@@ -148,9 +148,11 @@ def _declared(resolved: ResolvedJob, outline: Outline | None, thorough: bool) ->
     file = checkpoint / "config.json"
     if file.is_file():
         try:
-            return from_hf(json.loads(file.read_text()), str(file))
-        except json.JSONDecodeError:
+            found = read_json(file)
+        except InputError:
             return None  # the rank that opens it says what is wrong
+        try:
+            return from_hf(found, str(file))
         except InputError:
             if resolved.job.engine != "hf":
                 raise

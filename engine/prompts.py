@@ -1,17 +1,19 @@
 """The prompts of a job: one on the command line, or a file of them, each with settings of its own.
 
-Free of torch: a file is read and checked before any rank is started. A file whose name ends in .jsonl
-(or whose first line is a JSON object) has an object on each line:
+Free of torch: a file is read and checked before any rank is started, and a mistake is named with its
+line. A file whose name ends in .jsonl (or whose first line begins with `{`) has an object on each line:
 
     {"prompt": "text"}  or  {"messages": [{"role": "user", "content": "text"}, ...]}
 
 with any of `max_new_tokens`, `seed`, `temperature` and the other keys of sampling, and an `id` that
-comes back with the answer. Any other file has a prompt on each line that is not empty.
+comes back with the answer. Any other file has a prompt on each line that is not blank, and no line that
+begins with `{`. Lines end where weights/texts.py says.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -20,8 +22,11 @@ from base.folders import expand
 from engine.job import Job, check_beams, sampling_of
 from models.sampling_params import Sampling, check_sampling
 from weights.errors import InputError, nearest
+from weights.files import parse_json
+from weights.texts import lines_of, not_unicode
 
 MAX_BYTES = 1 << 30  # of a file of prompts
+_ID_DEPTH = 32  # deeper ones would meet the limits of Python on their way
 _SAMPLING = tuple(field.name for field in fields(Sampling))
 _KEYS = ("prompt", "messages", "id", "max_new_tokens", *_SAMPLING)
 
@@ -49,29 +54,40 @@ def read_prompts(job: Job) -> tuple[Prompt, ...]:
     """The job's prompts, in order; none where it has none. Raises InputError that names the line."""
     sampling = sampling_of(job)
     if job.prompt:
-        messages = ({"role": "user", "content": job.prompt},) if job.chat else ()
-        return (Prompt(job.prompt, job.max_new_tokens, sampling, messages),)
+        return (_plain("the prompt", job.prompt, job, sampling),)
     if not job.prompts:
         return ()
-    lines = _read(job.prompts).splitlines()
-    named = [(f"{job.prompts} line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
+    named = [
+        (f"{job.prompts} line {i}", line)
+        for i, data in enumerate(_read(job.prompts), 1)
+        if (line := _decoded(f"{job.prompts} line {i}", data)).strip()
+    ]
     if not named:
         raise InputError(f"prompts={job.prompts} has no prompt; it takes one per line")
-    if not (job.prompts.endswith(".jsonl") or named[0][1].lstrip().startswith("{")):
-        return tuple(
-            Prompt(
-                line,
-                job.max_new_tokens,
-                sampling,
-                ({"role": "user", "content": line},) if job.chat else (),
-                name=name,
+    if job.prompts.lower().endswith(".jsonl") or _opens_object(named[0][1]):
+        return tuple(_prompt(name, line, job, sampling) for name, line in named)
+    for name, line in named:
+        if _opens_object(line):
+            raise InputError(
+                f"{name} begins like a JSON object, and the lines before it are plain: a file has one "
+                'or the other; in a file of objects, {"prompt": "..."} holds any text'
             )
-            for name, line in named
-        )
-    return tuple(_prompt(name, line, job, sampling) for name, line in named)
+    return tuple(_plain(name, line, job, sampling) for name, line in named)
 
 
-def _read(source: str) -> str:
+def _opens_object(line: str) -> bool:
+    return line.lstrip().startswith("{")
+
+
+def _plain(name: str, text: str, job: Job, sampling: Sampling) -> Prompt:
+    """A text with the job's own settings."""
+    _check_unicode(name, text)
+    messages = ({"role": "user", "content": text},) if job.chat else ()
+    return Prompt(text, job.max_new_tokens, sampling, messages, name=name)
+
+
+def _read(source: str) -> list[bytes]:
+    """The lines of a file, or of standard input."""
     try:
         if source == "-":
             data = sys.stdin.buffer.read(MAX_BYTES + 1)
@@ -80,25 +96,24 @@ def _read(source: str) -> str:
                 data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise InputError(f"prompts={source} cannot be read: {error.strerror}") from error
+    except (AttributeError, ValueError, RuntimeError) as error:  # no stdin; a name with a null; no home
+        raise InputError(f"prompts={source} cannot be read: {error}") from error
     if len(data) > MAX_BYTES:
         raise InputError(f"prompts={source} has more than {MAX_BYTES >> 20} MiB; divide it")
+    return lines_of(data)
+
+
+def _decoded(name: str, line: bytes) -> str:
     try:
-        return data.decode()
+        return line.decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"prompts={source} is not UTF-8 at byte {error.start}") from error
+        raise InputError(
+            f"{name} is not UTF-8 at byte {error.start} (0x{line[error.start]:02x}); save the file anew"
+        ) from error
 
 
 def _prompt(name: str, line: str, job: Job, sampling: Sampling) -> Prompt:
-    try:
-        data = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{name} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{name} must be a JSON object with prompt or messages, not {line[:40]!r}")
-    for key in data:
-        if key not in _KEYS:
-            hint = nearest(key, list(_KEYS)) or f"; it takes {', '.join(_KEYS)}"
-            raise InputError(f"{name}: unknown key {key!r}{hint}")
+    data = _object(name, line)
     text, messages = data.get("prompt"), data.get("messages")
     if (text is None) == (messages is None):
         raise InputError(f"{name} must have either prompt or messages")
@@ -111,12 +126,48 @@ def _prompt(name: str, line: str, job: Job, sampling: Sampling) -> Prompt:
     count = data.get("max_new_tokens", job.max_new_tokens)
     if type(count) is not int or not 1 <= count < job.max_seq_len:
         raise InputError(
-            f"{name}: max_new_tokens={count!r} must be a number from 1 to below max_seq_len="
+            f"{name}: max_new_tokens={str(count)[:40]} must be a number from 1 to below max_seq_len="
             f"{job.max_seq_len}"
         )
     return Prompt(
         text or "", count, _sampling(name, data, job, sampling), checked, data.get("id"), name
     )
+
+
+def _object(name: str, line: str) -> dict[str, Any]:
+    """The JSON object of a line, its keys known and its texts Unicode."""
+    try:
+        data = parse_json(line.encode(), unique=True)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{name} is not JSON: {error.msg} at character {error.pos + 1}") from error
+    except ValueError as error:
+        raise InputError(f"{name} is not JSON that can be used: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{name} must be a JSON object with prompt or messages, not {line[:40]!r}")
+    for key in data:
+        if key not in _KEYS:
+            hint = nearest(key, list(_KEYS)) or f"; it takes {', '.join(_KEYS)}"
+            raise InputError(f"{name}: unknown key {key[:80]!r}{hint}")
+    if isinstance(data.get("prompt"), str):
+        _check_unicode(f"{name}: prompt", data["prompt"])
+    if _depth(data.get("id")) > _ID_DEPTH:
+        raise InputError(f"{name}: id is nested more than {_ID_DEPTH} deep; a text or a number will do")
+    _check_unicode(f"{name}: id", json.dumps(data.get("id"), ensure_ascii=False))
+    return data
+
+
+def _depth(value: Any) -> int:
+    """How many lists and objects lie inside each other."""
+    level, depth = [value], 0
+    while level := [item for item in level if isinstance(item, list | dict)]:
+        level = [x for item in level for x in (item.values() if isinstance(item, dict) else item)]
+        depth += 1
+    return depth
+
+
+def _check_unicode(name: str, text: str) -> None:
+    if why := not_unicode(text):
+        raise InputError(f"{name} is not Unicode: {why}")
 
 
 def _messages(name: str, messages: Any) -> tuple[dict[str, str], ...]:
@@ -128,26 +179,23 @@ def _messages(name: str, messages: Any) -> tuple[dict[str, str], ...]:
     )
     if not right or not messages:
         raise InputError(f'{name}: messages must be a list of {{"role": "...", "content": "..."}}')
+    for i, message in enumerate(messages, 1):
+        for key, text in message.items():
+            _check_unicode(f"{name}: {key} of message {i}", text)
     return tuple(messages)
 
 
 def _sampling(name: str, data: dict[str, Any], job: Job, default: Sampling) -> Sampling:
     given = {key: data[key] for key in _SAMPLING if key in data}
-    bias = given.get("logit_bias")
-    if bias is not None:
-        try:
-            pairs = bias.items() if isinstance(bias, dict) else bias
-            given["logit_bias"] = tuple((int(token), float(value)) for token, value in pairs)
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f'{name}: logit_bias must be like {{"13": -100}}, not {str(bias)[:40]}'
-            ) from error
+    if "logit_bias" in given:
+        given["logit_bias"] = _biases(name, given["logit_bias"])
     for key, value in given.items():
         if key == "logit_bias":
             continue
         whole = isinstance(getattr(default, key), int)
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-            raise InputError(f"{name}: {key}={value!r} must be a {'whole ' if whole else ''}number")
+            kind = "whole " if whole else ""
+            raise InputError(f"{name}: {key}={repr(value)[:40]} must be a {kind}number")
     sampling = replace(default, **given)
     try:
         check_sampling(sampling, None)
@@ -155,3 +203,14 @@ def _sampling(name: str, data: dict[str, Any], job: Job, default: Sampling) -> S
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     return sampling
+
+
+def _biases(name: str, bias: Any) -> tuple[tuple[int, float], ...]:
+    """An object of token numbers (as JSON has it, texts) and numbers."""
+    right = isinstance(bias, dict) and all(
+        re.fullmatch("[0-9]{1,19}", token) and type(value) in (int, float)
+        for token, value in bias.items()
+    )
+    if not right:
+        raise InputError(f'{name}: logit_bias must be like {{"13": -100}}, not {str(bias)[:40]}')
+    return tuple((int(token), float(value)) for token, value in bias.items())

@@ -39,6 +39,7 @@ from engine.texts import Feed, text_stream
 from models.chat import apply_chat_template
 from models.sampling_params import Sampling, check_sampling
 from models.tokenizer import TextCodec
+from weights.errors import InputError
 
 
 def main(env: Any, payload: str) -> int:
@@ -88,9 +89,12 @@ def share_requests(resolved: ResolvedJob, engine: Opened) -> list[Request]:
     wire = []
     if codec is not None:
         for prompt in resolved.prompts:
-            tokens = encode_prompt(codec, prompt)
+            try:
+                tokens = encode_prompt(codec, prompt)
+                check_sampling(prompt.sampling, engine.runner.vocab_size)
+            except InputError as error:
+                raise InputError(f"{prompt.name}: {error}") from error
             check_request(len(tokens), prompt.max_new_tokens, job.max_seq_len, prompt.name)
-            check_sampling(prompt.sampling, engine.runner.vocab_size)
             wire.append([tokens, prompt.max_new_tokens, asdict(prompt.sampling)])
     return [
         Request(tuple(tokens), count, sampling_from_dict(sampling))

@@ -64,10 +64,10 @@ def _mounts(base: str) -> tuple[_Mount, ...]:
     # mountinfo also tells which group is at the mount point, which in a container is not the topmost.
     text = read(f"{base}/proc/self/mountinfo")
     if text:
-        rows = [_mountinfo_row(line) for line in text.splitlines()]
+        rows = [_mountinfo_row(line) for line in text.split("\n")]
     else:
         text = read(f"{base}/proc/mounts") or read(f"{base}/proc/self/mounts") or ""
-        rows = [_mounts_row(line) for line in text.splitlines()]
+        rows = [_mounts_row(line) for line in text.split("\n")]
     found = []
     for point, group, kind, options in filter(None, rows):
         if kind == "cgroup2":
@@ -80,14 +80,14 @@ def _mounts(base: str) -> tuple[_Mount, ...]:
 
 def _mountinfo_row(line: str) -> tuple[str, str, str, str] | None:
     left, _, right = line.partition(" - ")
-    fields, rest = left.split(), right.split()
+    fields, rest = left.split(" "), right.split(" ")
     if len(fields) < 5 or len(rest) < 3:
         return None
     return _unescaped(fields[4]), _unescaped(fields[3]), rest[0], rest[2]
 
 
 def _mounts_row(line: str) -> tuple[str, str, str, str] | None:
-    fields = line.split()
+    fields = line.split(" ")  # only spaces and line feeds in names are escaped
     return (_unescaped(fields[1]), "/", fields[2], fields[3]) if len(fields) >= 4 else None
 
 
@@ -99,7 +99,7 @@ def _unescaped(path: str) -> str:
 def _paths(base: str) -> dict[str, str]:
     """The group of this process by version 1 controller; "" is version 2."""
     paths: dict[str, str] = {}
-    for line in (read(f"{base}/proc/self/cgroup") or "").splitlines():
+    for line in (read(f"{base}/proc/self/cgroup") or "").split("\n"):
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if number.isdigit() and path.startswith("/"):

@@ -77,9 +77,12 @@ class Chat:
 def main(fd: int, launcher_pid: int) -> int:
     """Until the person has enough (0), ends it while it works (130), or rank 0 is gone (0: the launcher
     knows better)."""
-    for stream in (sys.stdin, sys.stdout):
-        if stream is not None:
-            stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    if sys.stdin is not None:
+        # A file that is piped in may begin with a byte-order mark; its lines end with line feeds alone.
+        encoding = "utf-8" if sys.stdin.isatty() else "utf-8-sig"
+        sys.stdin.reconfigure(encoding=encoding, errors="replace", newline="\n")  # type: ignore[union-attr]
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     modes = read_modes()
     path = None if modes is None else history_path()

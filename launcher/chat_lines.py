@@ -82,7 +82,7 @@ def line_from_pipe(_: bool) -> str:
     line = sys.stdin.readline() if sys.stdin is not None else ""
     if not line:
         raise EOFError
-    return line.rstrip("\r\n")
+    return line.removesuffix("\n").removesuffix("\r")
 
 
 def line_from_person(prompt: str) -> str:
@@ -129,7 +129,7 @@ def load_history(path: Path) -> list[str]:
     """The last turns, oldest first. Lines that are not ours are left out."""
     turns = []
     with suppress(OSError):
-        for line in path.read_text(errors="replace").splitlines():
+        for line in path.read_bytes().split(b"\n"):
             with suppress(ValueError):
                 turn = json.loads(line)
                 if isinstance(turn, str) and "\0" not in turn:

@@ -76,6 +76,11 @@ def check_placement(
     )
 
 
+def _text(path: Path) -> str:
+    """Not in text mode: names of threads and files may hold a carriage return."""
+    return path.read_bytes().decode(errors="replace")
+
+
 def render_placement(placement: Placement) -> str:
     """One line for people."""
     return f"rank {placement.rank}: {_render_pages(placement)}; {_render_threads(placement)}"
@@ -84,7 +89,7 @@ def render_placement(placement: Placement) -> str:
 def parse_numa_maps(text: str) -> dict[int, int]:
     """Bytes per node of the process's own memory, from the text of a numa_maps file."""
     by_node: Counter[int] = Counter()
-    for line in text.splitlines():
+    for line in text.split("\n"):
         words = line.split()
         counts = {int(word[1 : word.index("=")]): _value(word) for word in words if _is_node(word)}
         if any(word.startswith("file=") for word in words):
@@ -103,7 +108,7 @@ def parse_numa_maps(text: str) -> dict[int, int]:
 def parse_private_maps(text: str) -> list[tuple[int, int]]:
     """First and last-plus-one address of each writable private mapping without a file behind it."""
     found = []
-    for line in text.splitlines():
+    for line in filter(None, text.split("\n")):
         addresses, mode, _offset, _device, inode, *name = line.split(maxsplit=5)
         special = bool(name) and name[0].startswith("[v")  # [vdso], [vvar], [vsyscall]
         if mode.startswith("rw") and mode.endswith("p") and inode == "0" and not special:
@@ -124,7 +129,7 @@ def count_samples(samples: Iterable[tuple[int, int]]) -> dict[int, int]:
 
 def parse_thread(status: str, stat: str) -> Thread:
     """From the texts of a thread's status and stat files."""
-    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    fields = dict(line.split(":\t", 1) for line in status.split("\n") if ":\t" in line)
     # In stat the name, in parentheses, may itself hold them; field 3 follows the last one.
     last_cpu = int(stat.rpartition(")")[2].split()[39 - 3])
     return Thread(fields["Name"], parse_cpu_list(fields["Cpus_allowed_list"]), last_cpu)
@@ -153,9 +158,9 @@ def _value(word: str) -> int:
 def _read_pages(root: Path) -> tuple[dict[int, int], str]:
     with suppress(OSError):
         # File names may be any bytes.
-        return parse_numa_maps((root / "numa_maps").read_text(errors="replace")), "numa_maps"
+        return parse_numa_maps(_text(root / "numa_maps")), "numa_maps"
     with suppress(OSError):
-        ranges = parse_private_maps((root / "maps").read_text(errors="replace"))
+        ranges = parse_private_maps(_text(root / "maps"))
         pid = int(root.name) if root.name.isdigit() else 0  # 0: the calling process
         return count_samples(_sample(pid, ranges)), "move_pages"
     return {}, ""
@@ -185,8 +190,8 @@ def _read_threads(folder: Path, cpus: Collection[int]) -> tuple[tuple[str, ...],
     for task in folder.iterdir():
         with suppress(FileNotFoundError, ProcessLookupError):  # threads come and go
             threads[int(task.name)] = parse_thread(
-                (task / "status").read_text(errors="replace"),
-                (task / "stat").read_text(errors="replace"),
+                _text(task / "status"),
+                _text(task / "stat"),
             )
     return stray_threads(threads, cpus), len(threads)
 

@@ -91,7 +91,7 @@ def read_kernel(cpus: Collection[int], root: Path = Path("/")) -> Kernel:
     huge_pages = re.search(
         r"\[(\w+)\]", _read(root / "sys/kernel/mm/transparent_hugepage/enabled") or ""
     )
-    swaps = (_read(root / "proc/swaps") or "").splitlines()[1:]
+    swaps = (_read(root / "proc/swaps") or "").split("\n")[1:]
     governors: dict[str, list[int]] = {}
     for cpu in sorted(cpus):
         name = _read(root / f"sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_governor")

@@ -227,7 +227,7 @@ def _reported(ranks: Sequence[Rank], code: int) -> str:
     """What the failed ranks told of themselves: a mistake once, else the first one's traceback."""
     failed = [rank for rank in ranks if rank.process.returncode == code]
     for rank in failed:
-        for line in rank.report.splitlines():
+        for line in rank.report.split(b"\n"):
             with suppress(ValueError, KeyError):
                 report = json.loads(line)
                 if report["kind"] == "error":

@@ -19,6 +19,7 @@ from tokenizers.pre_tokenizers import PreTokenizer
 
 from weights.errors import InputError
 from weights.files import DAMAGE, HEADER_LIMIT, damaged, regular_file
+from weights.texts import lines_of
 
 FORM = "a tiktoken vocabulary"
 
@@ -179,7 +180,7 @@ def read_tiktoken(path: Path) -> dict[bytes, int]:
         raise InputError(f"{path} has {size} bytes; no {FORM[2:]} is larger than {HEADER_LIMIT}")
     ranks: dict[bytes, int] = {}
     try:
-        for line in path.read_bytes().splitlines():
+        for line in lines_of(path.read_bytes()):
             if line:
                 token, rank = line.split(b" ")
                 ranks[base64.b64decode(token, validate=True)] = int(rank)

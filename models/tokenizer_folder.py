@@ -28,6 +28,7 @@ from models.tokenizer_bytes import (
 from models.tokenizer_spm import USER_DEFINED, SpmVocabulary, build_spm, read_spm
 from weights.errors import InputError
 from weights.files import damaged, read_json, regular_file
+from weights.texts import without_mark
 
 _NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _TEMPLATE_LIMIT = 1 << 20  # bytes of a chat template; the longest known are some 20 KiB
@@ -263,7 +264,7 @@ def _read_template(file: Path) -> str:
     if size > _TEMPLATE_LIMIT:
         raise InputError(f"{file} has {size} bytes; no chat template is larger than {_TEMPLATE_LIMIT}")
     try:
-        return file.read_text(encoding="utf-8")
+        return without_mark(file.read_bytes()).decode()
     except (OSError, ValueError) as error:
         raise damaged(file, "a chat template", error) from error
 

@@ -12,6 +12,7 @@ from models.tokenizer import load_codec
 from weights.checkpoint import Checkpoint
 from weights.errors import InputError
 from weights.files import regular_file
+from weights.texts import without_mark
 
 WINDOW = 1024  # tokens that perplexity is measured over at once
 _LIMIT = 1 << 28  # bytes of a text
@@ -24,7 +25,8 @@ def read_tokens(path: str, key: str, checkpoint: Checkpoint, config: ModelConfig
     if size > _LIMIT:
         raise InputError(f"{key}={path} has {size} bytes; give a part of it, of at most {_LIMIT}")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        # As it is, carriage returns too: what the model is judged on is what the file holds.
+        text = without_mark(Path(path).read_bytes()).decode()
     except UnicodeDecodeError as error:
         raise InputError(
             f"{key}={path} is not UTF-8 (byte {error.start}); give a plain text"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from weights.errors import InputError
+from weights.texts import without_mark
 
 # What reading a damaged file raises, in our code and in the libraries': the boundary of each format
 # turns these into one InputError that names the file. (InputError is a ValueError: let it pass first.)
@@ -120,7 +121,7 @@ def read_json(path: Path, unique: bool = False) -> dict[str, Any]:
     if size > HEADER_LIMIT:
         raise InputError(f"{path} has {size} bytes; JSON of more than {HEADER_LIMIT} is not read")
     try:
-        content = parse_json(path.read_bytes(), unique)
+        content = parse_json(without_mark(path.read_bytes()), unique)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -25,9 +25,9 @@ def release_pages(paths: list[Path]) -> None:
     was written to is touched: its pages are the only copy. Without proc, nothing happens."""
     prefixes = tuple(str(path) for path in paths)
     with suppress(OSError):
-        shared, private = _mappings(Path("/proc/self/maps").read_text(errors="replace"), prefixes)
+        shared, private = _mappings(_text("/proc/self/maps"), prefixes)
         if private:  # the kernel looks through all pages to tell whether one was written: only then
-            shared += _unwritten(Path("/proc/self/smaps").read_text(errors="replace"), prefixes)
+            shared += _unwritten(_text("/proc/self/smaps"), prefixes)
         for start, stop in shared:
             _libc.madvise(start, stop - start, _MADV_DONTNEED)
 
@@ -39,13 +39,18 @@ def files_of(checkpoint: Path) -> list[Path]:
     return [file.resolve() for file in checkpoint.iterdir() if file.is_file()]
 
 
+def _text(path: str) -> str:
+    """Not in text mode: a file's name may hold a carriage return, and the kernel writes it as it is."""
+    return os.fsdecode(Path(path).read_bytes())
+
+
 def _mappings(
     maps: str, prefixes: tuple[str, ...]
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """The shared and the private mappings of files under the prefixes."""
     shared: list[tuple[int, int]] = []
     private: list[tuple[int, int]] = []
-    for line in maps.splitlines():
+    for line in maps.split("\n"):
         match = _HEADER.match(line)
         if match is not None and _under(match[4], prefixes):
             found = (int(match[1], 16), int(match[2], 16))
@@ -57,7 +62,7 @@ def _unwritten(smaps: str, prefixes: tuple[str, ...]) -> list[tuple[int, int]]:
     """The private mappings among them that were never written to."""
     found = []
     current: tuple[int, int] | None = None
-    for line in smaps.splitlines():
+    for line in smaps.split("\n"):
         if line.startswith("Anonymous:"):
             if current is not None and line.split()[1] == "0":
                 found.append(current)

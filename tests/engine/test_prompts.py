@@ -71,6 +71,32 @@ def _as_dict(prompt: object) -> dict[str, object]:
         ('{"prompt": "a", "top_p": 2}', "line 2: top_p=2"),
         ('{"prompt": "a", "logit_bias": 5}', "line 2: logit_bias must be like"),
         ("[" * 100000, "line 2 is not JSON"),
+        (
+            '{"prompt": "a", "prompt": "b"}',
+            "line 2 is not JSON that can be used: the name 'prompt' occurs twi",
+        ),
+        ('{"prompt": "the \\ud83d cat"}', "line 2: prompt is not Unicode: '.ud83d' at position 4"),
+        (
+            '{"messages": [{"role": "user", "content": "\\ud83d"}]}',
+            "content of message 1 is not Unicode",
+        ),
+        ('{"prompt": "a", "id": {"x": "\\ud83d"}}', "line 2: id is not Unicode"),
+        (
+            '{"prompt": "a", "id": ' + "[" * 500 + "]" * 500 + "}",
+            "line 2: id is nested more than 32 deep",
+        ),
+        (
+            '{"prompt": "a", "seed": ' + "1" * 5000 + "}",
+            "line 2 is not JSON .* a number of 5000 digits",
+        ),
+        ('{"prompt": "a", "seed": ' + "1" * 30 + "}", "line 2: seed=1+ must be an integer from"),
+        ('{"prompt": "a", "max_new_tokens": ' + "1" * 400 + "}", "line 2 .* a number of 400 digits"),
+        ('{"prompt": "a", "logit_bias": {"5": ' + "1" * 400 + "}}", "line 2 .* a number of 400 digits"),
+        ('{"prompt": "a", "logit_bias": {"' + "1" * 5000 + '": 1}}', "line 2: logit_bias must be like"),
+        ('{"prompt": "a", "logit_bias": {"5": true}}', "line 2: logit_bias must be like"),
+        ('{"prompt": "a", "logit_bias": [[1.7, 2]]}', "line 2: logit_bias must be like"),
+        ('{"prompt": "a", "temperature": NaN}', "line 2 .* the number NaN is not allowed"),
+        ('{"prompt": "a", "temperature": 1e999}', "line 2 .* the number 1e999 is too large"),
     ],
 )
 def test_a_mistake_is_named_with_its_line(line: str, match: str, tmp_path: Path) -> None:
@@ -85,8 +111,47 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_prompts(job(tmp_path / "none.txt"))
     file = tmp_path / "bytes.txt"
     file.write_bytes(b"ab\xff")
-    with pytest.raises(InputError, match="is not UTF-8 at byte 2"):
+    with pytest.raises(InputError, match=r"bytes.txt line 1 is not UTF-8 at byte 2 \(0xff\)"):
         read_prompts(job(file))
     file.write_text(" \n\n")
     with pytest.raises(InputError, match="has no prompt"):
         read_prompts(job(file))
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    """Not at what else `splitlines` knows, nor at a lone carriage return; one before the end goes with
+    it, and so does a byte-order mark before everything."""
+    odd = "one\x0ctwo\u2028three\x85four\x0b\x1c\x1d\x1e\u2029five\rsix"
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(f"\ufeff{odd}\r\n\r\nseven\r\r\n{odd}".encode())
+    prompts = read_prompts(job(file))
+    assert [prompt.text for prompt in prompts] == [odd, "seven\r", odd]
+    assert [prompt.name.rpartition(" ")[2] for prompt in prompts] == ["1", "3", "4"]
+    file = tmp_path / "prompts.JSONL"
+    line = json.dumps({"prompt": odd, "id": "\u2028"}, ensure_ascii=False)
+    file.write_bytes(f"\ufeff{line}\r\n{line}\n".encode())
+    assert [(prompt.text, prompt.id) for prompt in read_prompts(job(file))] == [(odd, "\u2028")] * 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "match"),
+    [
+        (
+            ["plain", '{"prompt": "a"}'],
+            "line 2 begins like a JSON object, and the lines before it are plain",
+        ),
+        (["plain", "", ' {"promt": "a"'], "line 3 begins like a JSON object"),
+        (['{"prompt": "a"}', "plain"], "line 2 is not JSON: Expecting value at character 1"),
+    ],
+)
+def test_a_file_has_objects_or_plain_lines(lines: list[str], match: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(lines))
+    with pytest.raises(InputError, match=match):
+        read_prompts(job(file))
+
+
+def test_half_a_surrogate_pair_on_the_command_line() -> None:
+    words = ["model=tiny", "prompt=a\udcff"]
+    with pytest.raises(InputError, match=r"the prompt is not Unicode: '.udcff' at position 1"):
+        read_prompts(parse_job(words))

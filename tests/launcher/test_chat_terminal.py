@@ -134,12 +134,13 @@ def test_a_file_of_turns_may_end_at_any_place(tmp_path: Path) -> None:
         assert (result.returncode, result.stdout) == (0, answers), (text, result.stderr)
     result = subprocess.run(
         command(tmp_path),
-        input=b"\xff\xfe caf\xc3\xa9\n",
+        # A byte-order mark goes; a lone carriage return and U+2028 end no turn.
+        input=b"\xef\xbb\xbf\xff\xfe caf\xc3\xa9\r\na\rb\xe2\x80\xa8c\ncount\n",
         capture_output=True,
         timeout=60,
         cwd=CHECKOUT,
     )
-    assert (result.returncode, result.stdout.decode()) == (0, "\ufffd\ufffd café\n")
+    assert (result.returncode, result.stdout.decode()) == (0, "\ufffd\ufffd café\na\rb\u2028c\n5\n")
 
 
 @pytest.mark.parametrize(

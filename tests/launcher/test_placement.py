@@ -77,6 +77,15 @@ def test_private_mappings() -> None:
     ]
 
 
+def test_names_may_hold_any_character_but_a_line_feed() -> None:
+    row = "7f0000000000-7f0000001000 rw-p 00000000 08:01 5 /a\x0cb\u2028c\x1d d\r\n"
+    assert parse_private_maps(row * 2) == []
+    name = "a\x85b\x0bc\rd"
+    status = f"Name:\t{name}\nCpus_allowed_list:\t0-2\n"
+    stat = f"5 ({name}) S " + " ".join(map(str, range(4, 53)))
+    assert parse_thread(status, stat) == Thread(name, (0, 1, 2), 39)
+
+
 def test_samples_that_no_node_holds_count_as_nothing() -> None:
     assert count_samples([(8, 1), (8, 0), (4, 1), (8, -2), (8, -14)]) == {0: 8, 1: 12}
 
