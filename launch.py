@@ -30,6 +30,7 @@ from launcher.manager import find_manager
 from launcher.plan import LaunchPlan, make_plan
 from launcher.program import check_program
 from launcher.spawn import launch, new_session
+from launcher.starter import is_typed_in_rank, was_started_by
 from launcher.topology import Topology, read_topology
 
 if TYPE_CHECKING:
@@ -61,11 +62,20 @@ def main(argv: Sequence[str]) -> int:
         if getattr(error, "exit_code", 1) != 2:
             raise
         # Every rank that torchrun or mpirun started comes by here with the same mistake.
-        if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0":
-            print(f"error: {error}", file=sys.stderr)
-        else:
+        if _another_says_it():
             time.sleep(HEAR_SECONDS)
+        else:
+            print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _another_says_it() -> bool:
+    """Whether a manager has really started this process, as another rank than the first."""
+    try:
+        place = find_manager(os.environ, os.getppid())
+    except LaunchError:
+        return False
+    return place is not None and place.rank > 0 and was_started_by(place.manager, os.getpid())
 
 
 def run(flags: Flags) -> int:
@@ -90,6 +100,8 @@ def run(flags: Flags) -> int:
             "srun, mpirun and --nnodes; generate works with all of them"
         )
     if place is not None:
+        if place.world_size > 1 and is_typed_in_rank(dict(place.variables), os.getpid()):
+            raise LaunchError(f"this shell is itself a rank, and this is no other: {place.claim}")
         job = _job(flags, place.world_size)
         plan = local_plan(place, flags.request)
         return join(place, plan, flags.options, *_target(flags, job))

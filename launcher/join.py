@@ -7,6 +7,7 @@ rank makes the same plan by itself and takes its own line of it.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -68,10 +69,14 @@ def join(
     target: str,
     payload: str,
 ) -> int:
-    """Run `target` as this rank; its exit code. Raises LaunchError."""
+    """Run `target` as this rank; its exit code."""
     if place.manager == "torchrun" and not _set_by_user("OMP_NUM_THREADS"):
         os.environ.pop("OMP_NUM_THREADS", None)  # the agent's default of 1, for want of a plan
-    port, store = meet(place, options.start_timeout_s or 300.0)
+    try:
+        port, store = meet(place, options.start_timeout_s or 300.0)
+    except LaunchError as error:  # each rank misses others, so each says so
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     env = RankEnv(
         rank=place.rank,
         world_size=place.world_size,

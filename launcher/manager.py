@@ -1,7 +1,8 @@
 """Ranks that somebody else started: torchrun, srun, mpirun. Their variables -> where this rank is.
 
-Reading the variables is pure. `meet` settles what such a manager does not say: between the ranks of
-one machine, a free port for the rendezvous.
+Reading the variables is pure. `meet` waits until the ranks of one machine are there, and settles what
+such a manager does not say: a free port for the rendezvous. Variables can be left over from a run that
+has ended, so whoever waits soon says for whom, and by which variables.
 """
 
 from __future__ import annotations
@@ -11,18 +12,24 @@ import os
 import re
 import socket
 import struct
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from launcher.errors import LaunchError
+
+_PATIENCE_S = 5.0  # from the start of a wait to a word on it
+_TURN_S = 0.5  # between two looks at the clock
 
 
 @dataclass(frozen=True)
 class Managed:
     """A rank's place by its manager's word. `run_id` is the same for all ranks of one run and differs
     between runs on a machine; `node` tells its machines apart; `master_port` 0 is not settled yet;
-    `agent_store`: torch's elastic agent serves a store at the master address."""
+    `agent_store`: torch's elastic agent serves a store at the master address. `variables` are those
+    that say so, the one that decides first."""
 
     manager: str
     rank: int
@@ -34,6 +41,23 @@ class Managed:
     run_id: str
     node: int = 0
     agent_store: bool = False
+    variables: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def claim(self) -> str:
+        """What is believed, why, and how to start without it; for messages."""
+        told = " ".join(f"{key}={value}" for key, value in self.variables)
+        return (
+            f"{told} in the environment says that {self.manager} started this process as rank "
+            f"{self.rank} of {self.world_size}; if it did not: env -u {self.variables[0][0]} "
+            "python launch.py ..."
+        )
+
+    @property
+    def is_on_one_machine(self) -> bool:
+        """Whether all ranks can meet through this machine's kernel."""
+        loopback = self.master_addr in ("127.0.0.1", "localhost", "::1")
+        return self.world_size == self.local_world_size and (loopback or not self.master_port)
 
     @property
     def session(self) -> str:
@@ -56,12 +80,15 @@ def find_manager(environ: Mapping[str, str], parent_pid: int) -> Managed | None:
     if "RANK" in environ and "WORLD_SIZE" in environ and "LOCAL_RANK" in environ:
         return _torchrun(environ, parent_pid)
     for name, rank, size, local_rank, local_size, ids in _MPI:
-        if rank in environ and size in environ and _number(environ, size) > 1:
+        # Slurm's PMI sets some of Hydra's, and is read below.
+        known = rank in environ and size in environ and local_rank in environ
+        if known and _number(environ, size) > 1:
             world = _number(environ, size)
             run_id = next((environ[key] for key in ids if key in environ), str(parent_pid))
             return _checked(
                 environ, name, _number(environ, rank), world, _number(environ, local_rank),
                 _number(environ, local_size), f"{name} {run_id}", f"-x MASTER_ADDR=HOST ({name})",
+                (rank, size, local_rank),
             )  # fmt: skip
     if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
         world = _number(environ, "SLURM_STEP_NUM_TASKS")
@@ -75,7 +102,8 @@ def find_manager(environ: Mapping[str, str], parent_pid: int) -> Managed | None:
             return _checked(
                 {"MASTER_ADDR": hosts, **environ} if hosts else environ, "srun",
                 _number(environ, "SLURM_PROCID"), world, _number(environ, "SLURM_LOCALID"),
-                per_node[node], run_id, "MASTER_ADDR=HOST in the environment", node,
+                per_node[node], run_id, "MASTER_ADDR=HOST in the environment",
+                ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), node,
             )  # fmt: skip
     return None
 
@@ -83,7 +111,9 @@ def find_manager(environ: Mapping[str, str], parent_pid: int) -> Managed | None:
 def _torchrun(environ: Mapping[str, str], parent_pid: int) -> Managed:
     elastic = "TORCHELASTIC_RUN_ID" in environ
     world = _number(environ, "WORLD_SIZE")
-    parts = [environ.get("TORCHELASTIC_RUN_ID", str(parent_pid)), environ.get("MASTER_PORT", "")]
+    # Ranks started by hand in two terminals have only the port in common.
+    port = environ.get("MASTER_PORT", "")
+    parts = [environ.get("TORCHELASTIC_RUN_ID", "" if port else str(parent_pid)), port]
     parts.append(environ.get("TORCHELASTIC_RESTART_COUNT", ""))
     place = _checked(
         environ,
@@ -94,6 +124,7 @@ def _torchrun(environ: Mapping[str, str], parent_pid: int) -> Managed:
         _number(environ, "LOCAL_WORLD_SIZE", world),
         "torchrun " + " ".join(parts),
         "MASTER_ADDR=HOST in the environment",
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     )
     node = _number(environ, "GROUP_RANK", place.node)
     agent = elastic and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -109,12 +140,13 @@ def _checked(
     local_world_size: int,
     run_id: str,
     hint: str,
+    variables: tuple[str, ...],
     node: int | None = None,
 ) -> Managed:
     if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
         raise LaunchError(
             f"{manager} says rank {rank} of {world_size}, on this machine {local_rank} of "
-            f"{local_world_size}: that cannot be; are variables of another run set?"
+            f"{local_world_size}: that cannot be; are {', '.join(variables)} set by another run?"
         )
     address = environ.get("MASTER_ADDR", "127.0.0.1" if local_world_size == world_size else "")
     port = _number(environ, "MASTER_PORT", 0)
@@ -126,7 +158,10 @@ def _checked(
     node = (
         rank - local_rank if node is None else node
     )  # the first rank there, where ranks come in blocks
-    return Managed(manager, rank, world_size, local_rank, local_world_size, address, port, run_id, node)
+    return Managed(
+        manager, rank, world_size, local_rank, local_world_size, address, port, run_id, node,
+        variables=tuple((key, environ[key]) for key in variables if key in environ),
+    )  # fmt: skip
 
 
 def _number(environ: Mapping[str, str], key: str, default: int | None = None) -> int:
@@ -155,49 +190,115 @@ def first_host(text: str) -> str:
     return f"{match[1]}{match[2] or ''}{match[3] or ''}" if match else ""
 
 
-def meet(place: Managed, deadline_s: float) -> tuple[int, socket.socket | None]:
-    """The port of the rendezvous and, on rank 0, a socket that listens on it.
+Turn = Callable[[str], float]
 
-    Where the manager named no port, rank 0 takes a free one and tells the other ranks of this machine
-    through a socket in the kernel's abstract namespace, which leaves no file. Raises LaunchError when
-    a rank does not come in time.
+
+def _turns(place: Managed, deadline_s: float) -> Turn:
+    """A function to call again and again while waiting, with what is missing: it returns how long to
+    wait now, in seconds, says once and before long what the wait is for, and raises LaunchError when
+    `deadline_s` is over."""
+    start = time.monotonic()
+    said = False
+
+    def turn(missing: str) -> float:
+        nonlocal said
+        waited = time.monotonic() - start
+        if waited >= deadline_s:
+            raise LaunchError(f"{missing} within {deadline_s:g} s; {place.claim}")
+        if waited >= _PATIENCE_S and not said:
+            said = True
+            print(f"waiting: {missing} yet; {place.claim}", file=sys.stderr, flush=True)
+        return min(deadline_s - waited, _TURN_S if said else max(_PATIENCE_S - waited, 0.01))
+
+    return turn
+
+
+def meet(place: Managed, deadline_s: float) -> tuple[int, socket.socket | None]:
+    """The port of the rendezvous and, on rank 0 of ranks whose manager named none, a socket that
+    listens on it.
+
+    The ranks of a run on one machine wait for each other through a socket in the kernel's abstract
+    namespace, which leaves no file; rank 0 tells them the port. On several machines they meet later,
+    at the port that the manager named. Raises LaunchError that names who does not come in time.
     """
-    if place.master_port or place.world_size == 1:
+    if place.world_size == 1:
         return place.master_port, None
-    until = time.monotonic() + deadline_s
-    name = f"\0yoke-{place.session}"
-    if place.rank == 0:
-        store = socket.create_server(("127.0.0.1", 0), backlog=place.world_size)
-        port = store.getsockname()[1]
-        with socket.socket(socket.AF_UNIX) as door:
-            door.bind(name)
-            door.listen(place.world_size)
-            missing = place.world_size - 1
-            while missing:
-                door.settimeout(max(until - time.monotonic(), 0.001))
-                try:
-                    peer, _ = door.accept()
-                except TimeoutError:
-                    raise LaunchError(
-                        f"{missing} of {place.world_size} ranks did not come within {deadline_s:g} s"
-                    ) from None
+    turn = _turns(place, deadline_s)
+    if place.agent_store or not place.is_on_one_machine:
+        _expect_store(place)
+        return place.master_port, None
+    if place.rank != 0:
+        return _ask_port(place, turn), None
+    if place.master_port:
+        _tell_port(place, turn, place.master_port)
+        return place.master_port, None
+    store = socket.create_server(("127.0.0.1", 0), backlog=place.world_size)
+    try:
+        _tell_port(place, turn, store.getsockname()[1])
+    except BaseException:
+        store.close()
+        raise
+    return store.getsockname()[1], store
+
+
+def _door(place: Managed) -> str:
+    return f"\0yoke-{place.session}-{place.node}"
+
+
+def _tell_port(place: Managed, turn: Turn, port: int) -> None:
+    missing = set(range(1, place.world_size))
+    with socket.socket(socket.AF_UNIX) as door:
+        try:
+            door.bind(_door(place))
+        except OSError as error:
+            raise LaunchError(
+                f"another process is rank 0 of this run already ({error.strerror}); {place.claim}"
+            ) from None
+        door.listen(place.world_size)
+        while missing:
+            names = ", ".join(map(str, sorted(missing)))
+            what = f"{len(missing)} of {place.world_size} ranks did not come (rank {names})"
+            door.settimeout(turn(what))
+            with suppress(OSError):
+                peer, _ = door.accept()
                 with peer:
-                    if _uid(peer) == os.getuid():
+                    peer.settimeout(_TURN_S)
+                    if _uid(peer) == os.getuid() and len(data := peer.recv(4)) == 4:
                         peer.sendall(struct.pack("<I", port))
-                        missing -= 1
-        return port, store
+                        missing.discard(struct.unpack("<I", data)[0])
+
+
+def _ask_port(place: Managed, turn: Turn) -> int:
     while True:
-        with socket.socket(socket.AF_UNIX) as line:
-            line.settimeout(max(until - time.monotonic(), 0.001))
-            try:
-                line.connect(name)
-                if _uid(line) == os.getuid() and len(data := line.recv(4)) == 4:
-                    return struct.unpack("<I", data)[0], None
-            except (ConnectionRefusedError, ConnectionResetError, TimeoutError):
-                pass
-        if time.monotonic() >= until:
-            raise LaunchError(f"rank 0 did not answer rank {place.rank} within {deadline_s:g} s")
+        seconds = turn(f"rank 0 did not answer rank {place.rank}")
+        with socket.socket(socket.AF_UNIX) as line, suppress(OSError):
+            line.settimeout(seconds)
+            line.connect(_door(place))
+            line.sendall(struct.pack("<I", place.rank))
+            if _uid(line) == os.getuid() and len(data := line.recv(4)) == 4:
+                port: int = struct.unpack("<I", data)[0]
+                return port
         time.sleep(0.02)
+
+
+def _expect_store(place: Managed) -> None:
+    """Say so if nobody listens where other ranks than 0 are to meet it."""
+    if place.rank == 0 and not place.agent_store:
+        return
+    where = f"{place.master_addr}:{place.master_port} (MASTER_ADDR, MASTER_PORT)"
+    until = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < until:
+        try:
+            socket.create_connection((place.master_addr, place.master_port), _PATIENCE_S).close()
+            return
+        except OSError as error:
+            # The agent serves its store before it starts a rank: if it is not there, it is gone.
+            if place.agent_store and isinstance(error, ConnectionRefusedError):
+                raise LaunchError(
+                    f"nobody listens at {where}, where torchrun's agent would; {place.claim}"
+                ) from None
+        time.sleep(0.05)
+    print(f"waiting: nobody listens at {where} yet; {place.claim}", file=sys.stderr, flush=True)
 
 
 def _uid(line: socket.socket) -> int:
