@@ -78,7 +78,7 @@ def apply_chat_template(
         raise InputError(f"the model's chat template cannot be used: {reason[:1000]}") from error
 
 
-def _pick(templates: Mapping[str, str], name: str | None, has_tools: bool) -> str:
+def _pick(templates: Mapping[str, str | InputError], name: str | None, has_tools: bool) -> str:
     if not templates:
         raise InputError("chat=true: this model has no chat template; leave chat=false")
     if name is None:
@@ -87,7 +87,10 @@ def _pick(templates: Mapping[str, str], name: str | None, has_tools: bool) -> st
         raise InputError(
             f"this model has no chat template {name!r}; it has {', '.join(sorted(templates))}"
         )
-    return templates[name]
+    found = templates[name]
+    if isinstance(found, InputError):
+        raise found
+    return found
 
 
 def _render(template: Template, variables: Mapping[str, Any]) -> str:

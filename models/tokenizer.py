@@ -20,6 +20,9 @@ _PLAIN_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endf
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
+Templates = dict[str, str | InputError]
+
+
 @dataclass(frozen=True)
 class TextCodec:
     """A tokenizer and what a model's files say of its use.
@@ -32,14 +35,15 @@ class TextCodec:
     pieces together are `decode` of the same tokens.
 
     `stop_tokens` end an answer. `chat_templates` by name ("default", "tool_use"), empty where there
-    are none; `special` is what they may call by name ("bos_token", ...).
+    are none, an InputError in the place of one that cannot be read: it matters to those who ask for it;
+    `special` is what they may call by name ("bos_token", ...).
     """
 
     encode: Callable[[str, bool], list[int]]
     decode: Callable[[Sequence[int]], str]
     stream: Callable[[], Callable[[int | None], str]]
     stop_tokens: frozenset[int] = frozenset()
-    chat_templates: Mapping[str, str] = field(default_factory=dict)
+    chat_templates: Mapping[str, str | InputError] = field(default_factory=dict)
     special: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -49,6 +53,31 @@ class Ends:
 
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
+
+
+def named_templates(given: object, where: str) -> Templates:
+    """The chat templates that a model's settings hold: a text, an object of texts by name, or a list of
+    objects with "name" and "template". `where` names the settings in errors."""
+    if given is None:
+        return {}
+    entries: list[tuple[object, object]]
+    if isinstance(given, dict):
+        entries = list(given.items())
+    elif isinstance(given, list):
+        pairs = [entry if isinstance(entry, dict) else {} for entry in given]
+        entries = [(pair.get("name"), pair.get("template")) for pair in pairs]
+    else:
+        entries = [("default", given)]
+    found: Templates = {}
+    for name, template in entries:
+        if isinstance(name, str) and isinstance(template, str):
+            found[name] = template
+            continue
+        found[name if isinstance(name, str) else "default"] = InputError(
+            f"{where}: chat_template must be a template, an object of them by name, or a list of "
+            f"objects with 'name' and 'template', not {str(given)[:100]}"
+        )
+    return found
 
 
 def load_codec(checkpoint: Checkpoint) -> TextCodec:
@@ -84,7 +113,7 @@ def make_codec(
     tokenizer: Tokenizer,
     ends: Ends | None = None,
     stop_tokens: frozenset[int] = frozenset(),
-    chat_templates: Mapping[str, str] | None = None,
+    chat_templates: Mapping[str, str | InputError] | None = None,
     special: Mapping[str, str] | None = None,
     doubled_space: bool = False,
 ) -> TextCodec:

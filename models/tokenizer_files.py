@@ -22,7 +22,10 @@ def tokenizer_files(path: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
     InputError."""
     found = gguf_pipeline(path, config)
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **found.special}
-    templates = dict(found.chat_templates)
+    # One that cannot be read is left out: it is no use to anybody.
+    templates = {
+        name: template for name, template in found.chat_templates.items() if isinstance(template, str)
+    }
     if templates.keys() == {"default"}:
         settings["chat_template"] = templates["default"]
     elif templates:

@@ -1,10 +1,11 @@
 """The tokenizer beside the weights: `tokenizer.json`, or else `tokenizer.model` (SentencePiece, or
-tiktoken as in Meta's Llama 3), with what Hugging Face's other files say of it.
+tiktoken as in Meta's Llama 3), or else `vocab.json` with `merges.txt`, with what Hugging Face's other
+files say of it.
 
 `tokenizer.json` is read as it is. (transformers 5 takes its vocabulary alone for the classes of some
 models, Llama among them, and builds the rest anew, which drops the space that a text begins with.)
 
-What is not here: vocab.json with merges.txt, and Mistral's tekken.json: refused with what to do.
+What is not here: Mistral's tekken.json: refused with what to do.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from models.tokenizer import Ends, TextCodec, make_codec
+from models.tokenizer import Ends, Templates, TextCodec, make_codec, named_templates
 from models.tokenizer_bytes import (
     META_FIRST,
     META_STOP,
@@ -26,6 +27,7 @@ from models.tokenizer_bytes import (
     read_tiktoken,
 )
 from models.tokenizer_spm import USER_DEFINED, SpmVocabulary, build_spm, read_spm
+from models.tokenizer_vocab import build_vocab, read_vocab, vocab_class
 from weights.errors import InputError
 from weights.files import damaged, read_json, regular_file
 from weights.texts import without_mark
@@ -69,13 +71,19 @@ def folder_codec(folder: Path, config: Mapping[str, Any]) -> TextCodec:
             special = _named_pieces(vocabulary) | special
             # Llama's default. (transformers 5 says so and adds none.)
             settings = {"add_bos_token": not vocabulary.unigram, **settings}
+    elif (file := folder / "vocab.json").exists():
+        known = vocab_class(folder, settings, config)
+        vocab, merges = read_vocab(folder)
+        prefix_space = settings.get("add_prefix_space") is True
+        tokenizer = _built(file, lambda: build_vocab(vocab, merges, known.splitting, prefix_space))
+        special |= {name: token for name, token in known.special.items() if name not in settings}
     else:
         raise InputError(
-            f"{folder} holds neither tokenizer.json nor tokenizer.model; copy the file of the model "
-            "there, or save its tokenizer anew with transformers"
+            f"{folder} holds neither tokenizer.json nor tokenizer.model nor vocab.json; copy the file "
+            "of the model there, or save its tokenizer anew with transformers"
         )
     _add(tokenizer, file, added, special, _further(settings, folder))
-    if file.name == "tokenizer.model":
+    if file.name != "tokenizer.json":
         ends = _ends(tokenizer, settings, special, folder)
     stop = _stop_tokens(folder, config) or stop or _ids(tokenizer, special.get("eos_token"))
     templates = _templates(folder, settings)
@@ -234,39 +242,28 @@ def _stop_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+def _templates(folder: Path, settings: Mapping[str, Any]) -> Templates:
     """Chat templates by name: those of tokenizer_config.json, unless there are files of them."""
-    found: dict[str, str] = {}
+    found: Templates = {}
     if (file := folder / "chat_template.jinja").exists():
         found["default"] = _read_template(file)
     for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         found[file.stem] = _read_template(file)
-    if found:
-        return found
-    given = settings.get("chat_template")
-    if given is None:
-        return {}
-    named = given if isinstance(given, list) else [{"name": "default", "template": given}]
-    for entry in named:
-        entry = entry if isinstance(entry, dict) else {}
-        name, template = entry.get("name"), entry.get("template")
-        if not isinstance(name, str) or not isinstance(template, str):
-            raise InputError(
-                f"{folder}/tokenizer_config.json: chat_template must be a template, or a list of "
-                f"objects with 'name' and 'template', not {str(given)[:100]}"
-            )
-        found[name] = template
-    return found
+    return found or named_templates(settings.get("chat_template"), f"{folder}/tokenizer_config.json")
 
 
-def _read_template(file: Path) -> str:
-    size = regular_file(file, "a chat template")
-    if size > _TEMPLATE_LIMIT:
-        raise InputError(f"{file} has {size} bytes; no chat template is larger than {_TEMPLATE_LIMIT}")
+def _read_template(file: Path) -> str | InputError:
     try:
+        size = regular_file(file, "a chat template")
+        if size > _TEMPLATE_LIMIT:
+            return InputError(
+                f"{file} has {size} bytes; no chat template is larger than {_TEMPLATE_LIMIT}"
+            )
         return without_mark(file.read_bytes()).decode()
+    except InputError as error:
+        return error
     except (OSError, ValueError) as error:
-        raise damaged(file, "a chat template", error) from error
+        return damaged(file, "a chat template", error)
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from tokenizers import AddedToken, Tokenizer
 
-from models.tokenizer import Ends, TextCodec, make_codec
+from models.tokenizer import Ends, Templates, TextCodec, make_codec, named_templates
 from models.tokenizer_bytes import SPLITTINGS, Splitting, build_bytes
 from models.tokenizer_spm import CONTROL, NORMAL, USER_DEFINED, SpmVocabulary, build_spm
 from weights.errors import InputError
@@ -32,7 +32,7 @@ class Pipeline:
     tokenizer: Tokenizer
     ends: Ends
     stop_tokens: frozenset[int]
-    chat_templates: Mapping[str, str]
+    chat_templates: Templates
     special: Mapping[str, str]
     doubled_space: bool
 
@@ -87,7 +87,7 @@ def gguf_pipeline(path: Path, config: Mapping[str, Any]) -> Pipeline:
         first = spm if splitting is None else splitting.first_token
         before = ids["bos"] if _flag(config, "add_bos_token", first) else None
         after = ids["eos"] if _flag(config, "add_eos_token", False) else None
-        templates = _templates(config)
+        templates = _templates(config, path)
     except InputError:
         raise
     # The library raises plain exceptions for a vocabulary that it cannot use.
@@ -149,22 +149,15 @@ def _spm_vocabulary(
     )
 
 
-def _templates(config: Mapping[str, Any]) -> dict[str, str]:
+def _templates(config: Mapping[str, Any], path: Path) -> Templates:
     """The chat templates by name."""
-    found = {}
+    key = "tokenizer.chat_template"
     names = config.get("tokenizer.chat_templates") or []
-    if not isinstance(names, list):
-        raise ValueError("tokenizer.chat_templates is no list of names")
-    keys = {"default": "tokenizer.chat_template"}
-    keys |= {str(name): f"tokenizer.chat_template.{name}" for name in names}
-    for name, key in keys.items():
-        template = config.get(key)
-        if template is None:
-            continue
-        if not isinstance(template, str):
-            raise ValueError(f"{key} is no text")
-        found[name] = template
-    return found
+    found = {"default": config.get(key)}
+    if isinstance(names, list):
+        found |= {str(name): config.get(f"{key}.{name}") for name in names}
+    given = {name: template for name, template in found.items() if template is not None}
+    return named_templates(given or None, str(path))
 
 
 def _value(config: Mapping[str, Any], name: str, kind: type[_T], default: _T | None) -> _T | None:

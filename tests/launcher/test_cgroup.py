@@ -96,7 +96,8 @@ def test_a_group_below_the_mounted_one(tmp_path: Path) -> None:
     files = V2 | {"proc/self/cgroup": "0::/docker/abc/inner"}
     # The kernel escapes spaces and line feeds, and no other character that ends a line in Python.
     files["proc/self/mountinfo"] = (
-        "30 23 0:27 / /a\x0cb\x1dc rw - tmpfs x rw\n31 23 0:28 /docker/abc /my\\040groups ro - cgroup2 cgroup rw"
+        "30 23 0:27 / /a\x0cb\x1dc rw - tmpfs x rw\n"
+        "31 23 0:28 /docker/abc /my\\040groups ro - cgroup2 cgroup rw"
     )
     files |= group("my groups/inner", memory__max="77")
     assert read_cgroup(write(tmp_path, files)).memory_limit_bytes == 77

@@ -13,6 +13,7 @@ from test_tokenizer_gguf import LLAMA_3, byte_level, patterns
 from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
 from vocabularies import CORPUS, SPECIAL, TEXTS, train_bytes, train_spm
 
+from models.chat import apply_chat_template
 from models.tokenizer import TextCodec, load_codec
 from models.tokenizer_bytes import spell
 from weights.checkpoint import Checkpoint
@@ -308,22 +309,119 @@ def test_templates_come_from_files_or_settings_by_name(folder: Path) -> None:
         folder, chat_template=[{"name": n, "template": t} for n, t in (("default", "b"), ("rag", "c"))]
     )
     assert read(folder).chat_templates == {"default": "b", "rag": "c"}
+    write(folder, chat_template={"default": "b", "rag": "c"})
+    assert read(folder).chat_templates == {"default": "b", "rag": "c"}
     (folder / "chat_template.jinja").write_text("d é")
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("e")
     assert read(folder).chat_templates == {"default": "d é", "tool_use": "e"}
-    (folder / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(InputError, match=r"chat_template\.jinja cannot be read"):
-        read(folder)
+    (folder / "chat_template.jinja").write_text("\ufefff")
+    assert read(folder).chat_templates["default"] == "f"
+
+
+WRONG_TEMPLATES: dict[str, Any] = {
+    "a list of numbers": [1],
+    "a number": 1,
+    "an object of numbers": {"default": 1, "rag": "x"},
+    "without its name": [{"template": "x"}],
+    "an empty list": [[]],
+}
+
+
+@pytest.mark.parametrize("kind", [*WRONG_TEMPLATES, "no text", "too large", "a folder"])
+def test_a_wrong_template_matters_only_where_it_is_asked_for(kind: str, folder: Path) -> None:
+    file = folder / "chat_template.jinja"
+    if kind == "a folder":
+        file.mkdir()
+    elif kind not in WRONG_TEMPLATES:
+        file.write_bytes(b"\xff" if kind == "no text" else b"x" * (2 << 20))
+    write(folder, chat_template=WRONG_TEMPLATES.get(kind))
+    codec = read(folder)
+    assert codec.decode(codec.encode("the", True)) == "the"
+    with pytest.raises(InputError, match="chat_template"):
+        apply_chat_template(codec, [{"role": "user", "content": "x"}])
+
+
+VOCAB_SETTINGS: dict[str, dict[str, Any]] = {
+    "gpt-2": {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<s>", "eos_token": "</s>"},
+    "defaults": {"tokenizer_class": "GPT2TokenizerFast"},
+    "ends": {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<s>", "add_bos_token": True},
+    "prefix": {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True, "unk_token": "<unk>"},
+    "neox": {"tokenizer_class": "GPTNeoXTokenizer", "eos_token": "</s>", "pad_token": None},
+    "codegen": {"tokenizer_class": "CodeGenTokenizer"},
+    "qwen": {"tokenizer_class": "Qwen2Tokenizer", "pad_token": "<|im_end|>"},
+    "qwen prefix": {"tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": True},
+    "added": {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "additional_special_tokens": ["<|im_start|>", "<tool>"],
+    },
+}
+
+
+@pytest.mark.parametrize("name", VOCAB_SETTINGS)
+def test_vocab_and_merges_are_read_as_transformers_class_reads_them(name: str, tmp_path: Path) -> None:
+    import transformers
+
+    settings = VOCAB_SETTINGS[name]
+    write_vocab(tmp_path)
+    write(tmp_path, **settings)
+    if name == "added":
+        size = len(json.loads((tmp_path / "vocab.json").read_text()))
+        write(tmp_path, "added_tokens.json", **{"<tool>": size, "<plain>": size + 1})
+    reference = getattr(transformers, settings["tokenizer_class"]).from_pretrained(tmp_path)
+    codec = read(tmp_path)
+    assert_equal(codec, reference, [*TEXTS, *CORPUS[:5], "<tool>x</tool> <plain> y<|endoftext|> z"])
+    assert codec.special == reference.special_tokens_map
+    for file in ("vocab.json", "tokenizer_config.json", "merges.txt"):
+        content = (tmp_path / file).read_bytes().replace(b"\n", b"\r\n")
+        (tmp_path / file).write_bytes(b"\xef\xbb\xbf" + content)
+    marked = read(tmp_path)
+    assert all(marked.encode(text, True) == codec.encode(text, True) for text in TEXTS)
+
+
+def write_vocab(folder: Path) -> None:
+    """A vocabulary with special tokens inside, as GPT-2's files have it."""
+    model = json.loads(train_bytes(byte_level(True), None).to_str())["model"]
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *model["vocab"]])}
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    merges = "".join(f"{left} {right}\n" for left, right in model["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
+
+
+def test_vocab_and_merges_that_cannot_be_used(tmp_path: Path) -> None:
+    write_vocab(tmp_path)
+    with pytest.raises(InputError, match=r"names no class: without a tokenizer\.json only GPT2"):
+        read(tmp_path, model_type="llama")
+    assert read(tmp_path, model_type="qwen3").special["eos_token"] == "<|endoftext|>"
+    write(tmp_path, tokenizer_class="BertTokenizer")
+    with pytest.raises(InputError, match="names the class 'BertTokenizer'"):
+        read(tmp_path, model_type="qwen3")
+    write(tmp_path, tokenizer_class="GPT2Tokenizer")
+    good = (tmp_path / "merges.txt").read_bytes()
+    for wrong, match in (
+        (b"ab\n", "line 2 is not two"),
+        (b"a b c\n", "line 2"),
+        (b"\xff a\n", "utf-8"),
+    ):
+        (tmp_path / "merges.txt").write_bytes(b"#version\n" + wrong + good)
+        with pytest.raises(InputError, match=f"merges.txt cannot be read as merges .*{match}"):
+            read(tmp_path)
+    (tmp_path / "merges.txt").write_text("zzz yyy\n")
+    with pytest.raises(InputError, match=r"vocab\.json cannot be read as a tokenizer"):
+        read(tmp_path)
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(InputError, match=r"merges\.txt does not exist"):
+        read(tmp_path)
+    for vocab, match in (({"a": "b"}, "tokens to their ids"), ({"a": 0, "b": 0}, "have the same id")):
+        write(tmp_path, "vocab.json", **vocab)
+        with pytest.raises(InputError, match=match):
+            read(tmp_path)
 
 
 WRONG: dict[str, dict[str, Any]] = {
     "a token is a number": {"bos_token": 3},
     "a token is nothing": {"eos_token": {"x": "y"}},
     "a flag is a text": {"add_bos_token": "yes"},
-    "templates are numbers": {"chat_template": [1]},
-    "a template is a number": {"chat_template": 1},
-    "a template lacks its name": {"chat_template": [{"template": "x"}]},
     "added tokens are a list": {"added_tokens_decoder": [1]},
     "an added token is a number": {"added_tokens_decoder": {"1": 2}},
     "an added token is empty": {"added_tokens_decoder": {"9999": {"content": ""}}},
@@ -343,7 +441,7 @@ def test_wrong_settings_are_one_message(settings: dict[str, Any], folder: Path) 
 
 
 def test_no_tokenizer_is_one_message(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"neither tokenizer\.json nor tokenizer\.model"):
+    with pytest.raises(InputError, match=r"neither tokenizer\.json nor tokenizer\.model nor"):
         read(tmp_path)
 
 

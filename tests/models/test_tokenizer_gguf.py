@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from vocabularies import SPECIAL, TEXTS, gguf_of, train_bytes, train_spm, write_gguf
 
+from models.chat import apply_chat_template
 from models.tokenizer import load_codec
 from models.tokenizer_bytes import SPLITTINGS, build_bytes
 from models.tokenizer_spm import read_spm
@@ -286,7 +287,6 @@ DAMAGE: dict[str, Any] = {
     "eos negative": {"eos_token_id": -1},
     "bos is a text": {"bos_token_id": "a"},
     "a flag is a number": {"add_bos_token": 2},
-    "a template is a number": {"chat_template": 3},
     "scores too few": {"model": "llama", "scores": [0.0]},
     "no scores": {"model": "llama"},
     "a score is no number": {"model": "llama", "scores": [0.0, float("nan"), 1.0]},
@@ -304,9 +304,12 @@ def test_a_damaged_tokenizer_is_one_message(keys: dict[str, Any], tmp_path: Path
     good["tokens"].append("bc")
     given = {**good, **keys}
     config = {f"tokenizer.ggml.{name}": value for name, value in given.items() if value is not None}
-    if "chat_template" in keys:
-        config["tokenizer.chat_template"] = 3
     with pytest.raises(InputError, match=r"m\.gguf"):
         load_codec(Checkpoint(tmp_path / "m.gguf", "gguf", {}, config))
+    # A template that cannot be used matters to nobody who does not ask for it.
     config = {f"tokenizer.ggml.{name}": value for name, value in good.items()}
-    assert load_codec(Checkpoint(tmp_path / "m.gguf", "gguf", {}, config)).encode("bca", True) == [3, 0]
+    config |= {"tokenizer.chat_template": 3}
+    codec = load_codec(Checkpoint(tmp_path / "m.gguf", "gguf", {}, config))
+    assert codec.encode("bca", True) == [3, 0]
+    with pytest.raises(InputError, match=r"m\.gguf: chat_template must be"):
+        apply_chat_template(codec, [{"role": "user", "content": "x"}])
