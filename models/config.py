@@ -47,7 +47,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Dimensions of a decoder. `max_seq_len` is what the model was trained for.
+    """Dimensions of a decoder. `max_seq_len`: what the model was trained for, or stretched to.
 
     block: "llama" (attention, then MLP), "gemma" (the same with norms behind each), "parallel" (side by
     side). norm: "rms", "rms1p" (weights stored less 1), "layer". activation: "silu", "gelu",
@@ -184,6 +184,14 @@ def _check_rope(rope: Rope, head_dim: int) -> None:
             f"rotary scaling 'llama3': low_freq_factor={rope.low_freq_factor} must be below "
             f"high_freq_factor={rope.high_freq_factor}"
         )
+
+
+def stretched_length(rope: Rope, trained: int) -> int:
+    """How many tokens a model has room for whose file says `trained`. Of linear and dynamic scaling
+    that is the length before the factor, of yarn either, so the original length times the factor
+    counts; of llama3 and longrope the length after it."""
+    original = {"linear": trained, "dynamic": trained, "yarn": rope.original_max_seq_len}
+    return max(trained, int(original.get(rope.kind, 0) * min(rope.factor, MAX_FACTOR)))
 
 
 def head_dim_of(dim: int, num_heads: int) -> int:

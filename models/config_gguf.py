@@ -15,8 +15,18 @@ import struct
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from models.config import HEAD, MAX_EXPERTS, MAX_LAYERS, ModelConfig, Rope, check, head_dim_of
-from models.config_hf import Keys
+from models.config import (
+    HEAD,
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    ModelConfig,
+    Rope,
+    check,
+    head_dim_of,
+    stretched_length,
+)
+from models.defaults import gguf_defaults
+from models.keys import REQUIRED, Keys
 from weights.errors import InputError
 from weights.gguf_names import ARCHITECTURES, same_for_all_layers
 
@@ -28,13 +38,6 @@ _FIXED: dict[str, dict[str, Any]] = {
     "gemma2": _GEMMA,
     "gemma3": _GEMMA | {"qk_norm": True},
     "falcon": {"block": "parallel", "norm": "layer", "activation": "gelu", "gated": False},
-}
-# Layers of one period: all but the last have the window. Softcaps and windows of files without the key.
-_PERIODS = {"gemma2": 2, "gemma3": 6}
-_DEFAULTS = {
-    "gemma2.attention.sliding_window": 4096,
-    "gemma2.attn_logit_softcapping": 50.0,
-    "gemma2.final_logit_softcapping": 30.0,
 }
 # By number of layers, the largest Gemmas, whose queries are scaled by dim / heads and not by head size.
 _GEMMA_27B = {("gemma2", 46), ("gemma3", 62)}
@@ -48,6 +51,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_weights_scale": (0, 1),
     "rope.scaling.yarn_ext_factor": (1,),
     "rope.scaling.yarn_log_multiplier": (0,),
+    "rope.global.freq_base": (None,),  # another program's names for Gemma 3's
+    "rope.local.freq_base": (None,),
     "use_parallel_residual": (True,),
 }
 _GRANITE = ("embedding_scale", "residual_scale", "logit_scale")
@@ -64,14 +69,11 @@ class _Metadata(Keys):
                 short = key[len(architecture) + 1 :]
                 keep = short == "attention.sliding_window_pattern"
                 found[short] = values[key] if keep else same_for_all_layers(values, key, source)
-        for key, default in _DEFAULTS.items():
-            if key.startswith(architecture + "."):
-                found.setdefault(key[len(architecture) + 1 :], default)
-        super().__init__(found, f"{source}, {architecture}")
+        super().__init__(found, f"{source}, {architecture}", gguf_defaults(architecture))
 
-    def number(self, key: str, default: float | None = None) -> float:
+    def number(self, key: str, if_none: float | None = None) -> float:
         """Numbers are stored as float32: 9.99999975e-06 was written as 1e-5, which is what is meant."""
-        value = super().number(key, default)
+        value = super().number(key, if_none)
         for digits in range(1, 10):
             short = float(f"{value:.{digits}g}")
             if _float32(short) == value:
@@ -80,7 +82,7 @@ class _Metadata(Keys):
 
     def number_or_zero(self, key: str) -> float:
         """A number for which 0 is as good as none."""
-        value = self.values.get(key)
+        value = self.value(key)
         return 0.0 if value is None or value == 0 else self.number(key)
 
 
@@ -114,18 +116,19 @@ def _fields(
     keys: _Metadata, name: str, config: Mapping[str, Any], names: Collection[str]
 ) -> dict[str, Any]:
     dim, num_heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
-    head_dim = keys.integer("attention.key_length", 0) or head_dim_of(dim, num_heads)
-    keys.only("attention.value_length", (head_dim,), head_dim)
+    head_dim = keys.integer("attention.key_length") or head_dim_of(dim, num_heads)
+    keys.only("attention.value_length", (None, head_dim))
     for key, allowed in _NEUTRAL.items():
-        keys.only(key, allowed, allowed[-1])
+        keys.only(key, allowed)
     if name != "granite":
         for key in _GRANITE:
-            keys.only(key, (1,), 1)
+            keys.only(key, (1,))
     num_layers = keys.size("block_count", MAX_LAYERS)
     ffn_dim = keys.integer("feed_forward_length")
     fixed = _FIXED.get(name, {})
     norm = "layer_norm_epsilon" if fixed.get("norm") == "layer" else "layer_norm_rms_epsilon"
     context = keys.integer("context_length")
+    rope = _rope(keys, config, head_dim, context)
 
     def has(weight: str) -> bool:
         return f"model.layers.0.{weight}" in names
@@ -138,9 +141,10 @@ def _fields(
         "head_dim": head_dim,
         "ffn_dim": ffn_dim,
         "vocab_size": _vocab_size(keys, config),
-        "max_seq_len": context,
-        "rope": _rope(keys, config, head_dim, context, 1e6 if name == "gemma3" else 10000.0),
-        "norm_eps": keys.number(f"attention.{norm}", 1e-5),
+        # Gemma 3's files have the stretched length.
+        "max_seq_len": context if name == "gemma3" else stretched_length(rope, context),
+        "rope": rope,
+        "norm_eps": keys.number(f"attention.{norm}"),
         "tie_embeddings": HEAD not in names,
         "head_bias": "lm_head.bias" in names,
         "attention_bias": has("self_attn.q_proj.bias"),
@@ -151,22 +155,25 @@ def _fields(
         "attention_cap": keys.number_or_zero("attn_logit_softcapping"),
         "logits_cap": keys.number_or_zero("final_logit_softcapping"),
     }
-    fields |= _windows(keys, num_layers, _PERIODS.get(name, 0))
-    num_experts = keys.size("expert_count", MAX_EXPERTS, 0)
+    fields |= _windows(keys, num_layers)
+    num_experts = keys.size("expert_count", MAX_EXPERTS)
     if num_experts:
+        used = keys.integer("expert_used_count")
+        # Of one that says no width, Qwen's are those that together have that of a dense layer.
+        width = ffn_dim // max(used, 1) if name == "qwen3moe" else ffn_dim
         fields |= {
             "num_experts": num_experts,
-            "experts_per_token": keys.integer("expert_used_count"),
-            "expert_dim": keys.integer("expert_feed_forward_length", ffn_dim),
-            "norm_topk": keys.flag("expert_weights_norm", True),
+            "experts_per_token": used,
+            "expert_dim": keys.integer("expert_feed_forward_length", width),
+            "norm_topk": keys.flag("expert_weights_norm"),
             "dense_layers": tuple(
                 i for i in range(num_layers) if f"model.layers.{i}.mlp.gate.weight" not in names
             ),
         }
     if name == "granite":
-        fields["embedding_scale"] = keys.number("embedding_scale", 1.0)
-        fields["residual_scale"] = keys.number("residual_scale", 1.0)
-        fields["logits_scale"] = 1 / keys.number("logit_scale", 1.0)
+        fields["embedding_scale"] = keys.number_or_zero("embedding_scale") or 1.0
+        fields["residual_scale"] = keys.number_or_zero("residual_scale") or 1.0
+        fields["logits_scale"] = 1 / (keys.number_or_zero("logit_scale") or 1.0)
     if name == "smollm3":  # no key tells: every fourth layer
         fields["no_rope"] = tuple(range(3, num_layers, 4))
     if name in ("gemma2", "gemma3"):
@@ -174,8 +181,7 @@ def _fields(
         scale = head_dim_of(dim, num_heads) if (name, num_layers) in _GEMMA_27B else head_dim
         fields["attention_scale"] = fields["attention_scale"] or max(scale, 1) ** -0.5
     if name == "gemma3":
-        base = keys.number("rope.freq_base_swa", 10000.0)
-        fields["local_rope"] = Rope(base, fields["rope"].dim)
+        fields["local_rope"] = Rope(keys.number("rope.freq_base_swa"), rope.dim)
     return fields
 
 
@@ -186,36 +192,34 @@ def _vocab_size(keys: _Metadata, config: Mapping[str, Any]) -> int:
     return len(tokens) if tokens else keys.integer("vocab_size")
 
 
-def _windows(keys: _Metadata, num_layers: int, period: int) -> dict[str, Any]:
+def _windows(keys: _Metadata, num_layers: int) -> dict[str, Any]:
     """The sliding window and which layers have it: all but the last of a period, or as a list says."""
-    window = keys.size("attention.sliding_window", 1 << 40, 0)
+    window = keys.size("attention.sliding_window", 1 << 40)
     key = "attention.sliding_window_pattern"
-    pattern = keys.values.get(key)
+    pattern = keys.value(key)
     if isinstance(pattern, list):
         if len(pattern) < num_layers or not all(isinstance(has, bool | int) for has in pattern):
             raise InputError(f"{keys.source}: {key} must tell for each of {num_layers} layers")
         windowed = tuple(i for i in range(num_layers) if pattern[i])
     else:
-        period = keys.size(key, MAX_LAYERS, period)
+        period = keys.size(key, MAX_LAYERS)
         windowed = tuple(i for i in range(num_layers) if period and (i + 1) % period)
         if not period:
             return {"window": window}  # all layers
     return {"window": window, "windowed": windowed} if window and windowed else {}
 
 
-def _rope(
-    keys: _Metadata, config: Mapping[str, Any], head_dim: int, context: int, theta: float
-) -> Rope:
+def _rope(keys: _Metadata, config: Mapping[str, Any], head_dim: int, context: int) -> Rope:
     """llama.cpp divides positions by the factor, except for "none", and then each frequency by its
     own. Llama 3.1's own factors hold for all lengths: those of short and long texts are the same."""
-    kind = keys.values.get("rope.scaling.type") or "linear"  # what a factor means without a type
+    kind = keys.value("rope.scaling.type")
     factor = keys.number_or_zero("rope.scaling.factor") or keys.number_or_zero("rope.scale_linear") or 1
     rotary = keys.integer("rope.dimension_count", head_dim)
     attention = keys.number_or_zero("rope.scaling.attn_factor") or 1.0
     original = keys.integer("rope.scaling.original_context_length", context)
     more: dict[str, Any] = {}
-    tensors = Keys(config, keys.source)
     equal, short, long = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
+    tensors = Keys(config, keys.source, dict.fromkeys((equal, short, long), REQUIRED))
     if kind not in ("none", "linear", "yarn", "longrope"):
         raise InputError(
             f"{keys.source}: rotary scaling {kind!r} is not supported; supported: none, linear, yarn, "
@@ -246,7 +250,7 @@ def _rope(
     elif kind == "none" or factor == 1:
         kind = "default"
     return Rope(
-        theta=keys.number("rope.freq_base", theta),
+        theta=keys.number("rope.freq_base"),
         dim=0 if rotary == head_dim else rotary,
         kind=kind,
         factor=factor,

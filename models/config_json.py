@@ -47,7 +47,7 @@ def to_hf(config: ModelConfig, family: str, source: str) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "intermediate_size": config.ffn_dim,
         "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_seq_len,
+        "max_position_embeddings": _trained_length(config),
         "rms_norm_eps": config.norm_eps,
         activation: _ACTIVATIONS[config.activation],
         "tie_word_embeddings": config.tie_embeddings,
@@ -63,6 +63,10 @@ def to_hf(config: ModelConfig, family: str, source: str) -> dict[str, Any]:
             "logits_scaling": 1 / config.logits_scale,
             "attention_multiplier": config.attention_scale or config.head_dim**-0.5,
         }
+    if family == "phi3":  # of which the key beside the rotary settings counts
+        keys["original_max_position_embeddings"] = (
+            config.rope.original_max_seq_len or config.max_seq_len
+        )
     if family == "smollm3":
         keys["no_rope_layers"] = [int(i not in config.no_rope) for i in range(config.num_layers)]
     if family.startswith("gemma"):
@@ -79,6 +83,13 @@ def to_hf(config: ModelConfig, family: str, source: str) -> dict[str, Any]:
             "cannot; quantise it from the Hugging Face folder that it was made from"
         )
     return keys
+
+
+def _trained_length(config: ModelConfig) -> int:
+    """What `stretched_length` makes the model's length of; Gemma 3's keys have the stretched one."""
+    if config.rope.kind == "linear" and config.local_rope is None:
+        return round(config.max_seq_len / config.rope.factor)
+    return config.max_seq_len
 
 
 def _rope(rope: Rope, head_dim: int) -> dict[str, Any]:
@@ -101,7 +112,7 @@ def _rope(rope: Rope, head_dim: int) -> dict[str, Any]:
 
 def _windows(config: ModelConfig) -> dict[str, Any]:
     if not config.window:
-        return {}
+        return {"sliding_window": None}  # a family's own default may be another
     if not config.windowed:
         return {"sliding_window": config.window, "use_sliding_window": True}
     kinds = (config.is_windowed(i) for i in range(config.num_layers))

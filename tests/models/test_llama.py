@@ -105,7 +105,7 @@ HF = {
     ("change", "match"),
     [
         ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM' is not supported"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "low_freq_factor must be a number"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "factor is missing"),
         ({"rope_scaling": {"rope_type": "mrope"}}, "'mrope' is not supported"),
         (
             {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}},
