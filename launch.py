@@ -7,7 +7,6 @@ Flags place the ranks, `key=value` words describe the job. This file reads both,
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -16,9 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from base.streams import is_writable, running, say, show, show_json, silence, writing
 from comm.sizes import segment_bytes
 from launcher.backends import require_backend
 from launcher.cgroup import read_cgroup
+from launcher.child import PROGRAM
 from launcher.console import CHAT
 from launcher.draw import draw, plan_to_json, render_plain
 from launcher.elastic import agent_command, become_agent, check_nodes
@@ -44,19 +45,18 @@ HEAR_SECONDS = 2.0
 def main(argv: Sequence[str]) -> int:
     try:
         flags = parse_flags(argv)
+        if not is_writable(sys.stdout):
+            _do_without_output(flags)
         if flags.command == "quantize":
             return _quantize(flags)
         if flags.help or not argv:
             from engine.job import help_lines
 
-            print(help_text(help_lines()), end="")
+            show(help_text(help_lines()), end="")
             return 0
         return run(flags)
-    except BrokenPipeError:  # `launch.py plan | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except ModuleNotFoundError as error:
-        print(f"error: the package {error.name} is missing; run: make setup", file=sys.stderr)
+        say(f"error: the package {error.name} is missing; run: make setup")
         return 2
     except ValueError as error:
         if getattr(error, "exit_code", 1) != 2:
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         if _another_says_it():
             time.sleep(HEAR_SECONDS)
         else:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}")
         return 2
 
 
@@ -76,6 +76,15 @@ def _another_says_it() -> bool:
     except LaunchError:
         return False
     return place is not None and place.rank > 0 and was_started_by(place.manager, os.getpid())
+
+
+def _do_without_output(flags: Flags) -> None:
+    """A program of the user's may have nothing to show. Raises LaunchError for the rest."""
+    if flags.command != "run":
+        raise LaunchError(
+            "standard output is closed, so that nothing could be shown: give it a file, or /dev/null"
+        )
+    silence(sys.stdout)
 
 
 def run(flags: Flags) -> int:
@@ -145,7 +154,7 @@ def _make_plan(flags: Flags) -> tuple[Topology, LaunchPlan]:
         warning = f"the control group allows {quota:g} cpus' worth of time for {len(cpus)}: too few"
         plan = replace(plan, reasons=(*plan.reasons, warning))
         if flags.command != "plan":
-            print(f"warning: {warning}; see: python launch.py doctor", file=sys.stderr)
+            say(f"warning: {warning}; see: python launch.py doctor")
     return topology, plan
 
 
@@ -180,7 +189,7 @@ def _job(flags: Flags, world_size: int) -> ResolvedJob | None:
 def _target(flags: Flags, job: ResolvedJob | None) -> tuple[str, str]:
     """The module that each rank runs, and what it is handed."""
     if job is None:
-        return "launcher.program", check_program(flags.program)
+        return PROGRAM, check_program(flags.program)
     from engine.memory import with_batch
     from engine.resolve import to_json
 
@@ -216,11 +225,12 @@ def _plan(flags: Flags) -> int:
         assert job is not None
         fits = _fits(flags, job, topology, plan, thorough=True)[1]
     if flags.json:
-        print(json.dumps(plan_to_json(topology, plan, fits)), flush=True)
+        show_json(plan_to_json(topology, plan, fits))
     elif sys.stdout.isatty():
-        draw(topology, plan, fits)
+        with writing():
+            draw(topology, plan, fits)
     else:
-        print(render_plain(topology, plan, fits), flush=True)
+        show(render_plain(topology, plan, fits))
     return 0
 
 
@@ -236,13 +246,14 @@ def _models(flags: Flags) -> int:
     sizes = WORLD_SIZES if ranks is None else (ranks,)
     report = catalog(flags.names, flags.words, sizes, memory)
     if flags.json:
-        print(json.dumps(report), flush=True)
+        show_json(report)
     elif sys.stdout.isatty():
-        models_view.draw(report)
+        with writing():
+            models_view.draw(report)
     else:
-        print(models_view.render(report), flush=True)
+        show(models_view.render(report))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(running(lambda: main(sys.argv[1:])))

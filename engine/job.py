@@ -7,6 +7,7 @@ the ranks as JSON. OmegaConf holds the types, so that `max_new_tokens=ten` is re
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -155,6 +156,9 @@ def _typed(values: dict[str, str | None]) -> Job:
     """Give the words their keys' types. Texts are taken as they are: a prompt may look like YAML, or
     like one of OmegaConf's ${interpolations}, and means neither."""
     texts = {key: value for key, value in values.items() if key in _TEXTS}
+    for key in ("prompt", "stop"):
+        if texts.get(key):
+            texts[key] = _in_utf8(key, str(texts[key]))
     typed = OmegaConf.structured(Job)
     OmegaConf.set_readonly(typed, False)
     for key, value in values.items():
@@ -169,6 +173,17 @@ def _typed(values: dict[str, str | None]) -> Job:
             raise InputError(f"{key}={value}: must be of type {kind}") from error
     others = {f.name: getattr(typed, f.name) for f in fields(Job) if f.name not in texts}
     return Job(**(others | texts))
+
+
+def _in_utf8(key: str, word: str) -> str:
+    """What is read by the model, whatever the locale is: python marks the bytes that it cannot decode.
+    Paths stay as they are, since they go back to the system that way. Raises InputError."""
+    if word.isascii() or not any("\udc80" <= character <= "\udcff" for character in word):
+        return word
+    try:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeError as error:
+        raise InputError(f"{key}= is not text in UTF-8 ({error.reason})") from error
 
 
 def _check_values(job: Job) -> None:

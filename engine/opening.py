@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
+from base.streams import say
 from comm import ops
 from comm.group import Group, Rendezvous, open_group, set_timeout
 from engine.compiling import drop_if_damaged, seal, use_cache_folder
 from engine.dtypes import dtype_name, kv_dtype_name
 from engine.job import Job, quant_of
 from engine.memory import keeps_quantised
-from engine.report import compile_progress, progress_bar, say
+from engine.report import compile_progress, progress_bar
 from engine.resolve import ResolvedJob, check_draft, check_ranks
 from engine.steps import BEAMS, DECODE, EXTEND, GREEDY, AnyModel, Runner, make_runner, warm_up
 from kernels.load import has_kernels

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from base.streams import show
 from comm import ops
 from engine import speculation
 from engine.beams import generate_beams
@@ -146,19 +146,18 @@ def _stream_one(
     feed = text_stream(codec, stop_texts(resolved.job))
     pieces: list[str] = []
 
-    def show(text: str) -> None:
+    def take(text: str) -> None:
         pieces.append(text)
         if text and resolved.job.output == "text":
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            show(text, end="")
 
     def on_token(_: int, token: int) -> bool:
         text, ended = feed(token)
-        show(text)
+        take(text)
         return ended
 
     answers = run_requests(resolved, engine, [request], stops, Watcher(on_token))
-    show(feed(None)[0])  # what was held back: a character or a stop text that did not come
+    take(feed(None)[0])  # what was held back: a character or a stop text that did not come
     return _result(answers[0], "".join(pieces), request, resolved.prompts[0])
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from base.streams import say, show, show_json
 from engine.prompts import Prompt
 
 
@@ -44,29 +44,24 @@ class Facts:
     plan: list[dict[str, Any]]
 
 
-def say(message: str) -> None:
-    """One line to the person at the terminal."""
-    print(message, file=sys.stderr, flush=True)
-
-
 def write_json(result: Result, facts: Facts) -> None:
     """One JSON object on stdout."""
-    print(json.dumps(asdict(result) | asdict(facts), ensure_ascii=False), flush=True)
+    show_json(asdict(result) | asdict(facts))
 
 
 def write_answer(index: int, result: Result, prompt: Prompt, output: str) -> None:
     """One of many answers: a JSON object on a line, or the text below its prompt."""
     if output == "json":
-        print(json.dumps({"index": index, **asdict(result)}, ensure_ascii=False), flush=True)
+        show_json({"index": index, **asdict(result)})
         return
     asked = prompt.text or prompt.messages[-1]["content"]
-    print(f"[{index + 1}] {asked}\n{result.text.strip()}\n", flush=True)
+    show(f"[{index + 1}] {asked}\n{result.text.strip()}\n")
 
 
 def write_summary(result: Result, facts: Facts, placement: str) -> None:
     """End the streamed text, and one line of figures on stderr."""
     if not result.text.endswith("\n"):
-        print(flush=True)
+        show("")
     rate = f"{1 / result.tpot_s:.1f} tokens/s" if result.tpot_s else "no rate"
     guessed = ""
     if result.drafted:

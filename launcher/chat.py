@@ -16,10 +16,12 @@ import signal
 import socket
 import sys
 import termios
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from base.streams import OutputError, say, show, silence
 from launcher import chat_view as view
 from launcher.bind import die_with_parent
 from launcher.chat_lines import (
@@ -97,7 +99,7 @@ def main(fd: int, launcher_pid: int) -> int:
         chat.max_seq_len = facts["max_seq_len"]
         if modes is not None:
             # In place of whatever a progress bar has left in this line.
-            sys.stdout.write("\r\x1b[K" if knows_escapes() else "\n")
+            show("\r\x1b[K" if knows_escapes() else "\n", end="")
             _note(chat, view.printable(view.greeting(facts)))
         _converse(chat)
         return 0
@@ -105,12 +107,13 @@ def main(fd: int, launcher_pid: int) -> int:
         return 0
     except InterruptedByKeyError:
         return 130
-    except BrokenPipeError:  # the reader of our answers went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
+    except OutputError as error:  # the launcher says it
+        silence(sys.stdout)
+        return error.exit_code
     finally:
         if chat.at_prompt or (modes is not None and not chat.at_line_start):
-            print(flush=True)
+            with suppress(OutputError):
+                show("")
         restore(modes)
         # Left open: rank 0 must not hear of the end, and end itself, before this process has a code.
         chat.link.channel.detach()
@@ -282,19 +285,17 @@ def _write(chat: Chat, text: str) -> None:
     """To stdout at once; without control characters where a terminal would obey them."""
     if text:
         chat.at_line_start = text.endswith("\n")
-        sys.stdout.write(text if chat.modes is None else view.printable(text))
-        sys.stdout.flush()
+        show(text if chat.modes is None else view.printable(text), end="")
 
 
 def _note(chat: Chat, text: str) -> None:
     """A line that is no answer: dim for a person, on stderr in a pipeline."""
     if chat.modes is None:
-        print(text, file=sys.stderr, flush=True)
+        say(text)
         return
     start = "" if chat.at_line_start else "\n"
     chat.at_line_start = True
-    sys.stdout.write(f"{start}\x1b[2m{text}\x1b[0m\n" if _colours() else f"{start}{text}\n")
-    sys.stdout.flush()
+    show(f"{start}\x1b[2m{text}\x1b[0m" if _colours() else f"{start}{text}")
 
 
 def _colours() -> bool:

@@ -21,12 +21,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from base.streams import UNREAD, OutputError, prepare, say, silence, writing
 from launcher.bind import bind_this_process, die_with_parent
 from launcher.placement import Placement, check_placement, render_placement
 from launcher.plan import RankPlan
 from launcher.topology import format_cpu_list
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+PROGRAM = "launcher.program"  # the target that is a program of the user's, left as python has it
 
 
 @dataclass(frozen=True)
@@ -103,15 +105,22 @@ def main(spec_fd: int) -> int:
                 data = data[os.write(report_fd, data) :]
             os.set_blocking(report_fd, False)
 
+    if spec["target"] != PROGRAM:
+        prepare()
     try:
         env = _bind(env)
         if spec["beat_s"]:  # not before: a thread keeps the cpus that it was born with
             threading.Thread(target=_beat, args=(report_fd, lock, spec["beat_s"]), daemon=True).start()
         return _run(env, spec["target"], spec["payload"], lambda: report("started"))
+    except OutputError as error:
+        silence(sys.stdout)
+        if error.message:
+            report("error", message=error.message)
+        return error.exit_code
     except BrokenPipeError:
-        # The reader of our output went away (`| head`): end as other tools do, without a word.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        # The reader of a program's output went away: it ends as other tools do, without a word.
+        silence(sys.stdout)
+        return UNREAD
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -128,12 +137,14 @@ def run_managed(env: RankEnv, target: str, payload: str) -> int:
     """A rank that somebody else's launcher started: it says itself what went wrong."""
     try:
         return _run(_bind(env), target, payload, lambda: None)
+    except OutputError:
+        raise  # `running` says it
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        silence(sys.stdout)
+        return UNREAD
     except Exception as error:
         if getattr(error, "exit_code", 1) == 2:
-            print(f"error: rank {env.rank}: {error}", file=sys.stderr)
+            say(f"error: rank {env.rank}: {error}")
             return 2
         raise
 
@@ -141,7 +152,7 @@ def run_managed(env: RankEnv, target: str, payload: str) -> int:
 def _bind(env: RankEnv) -> RankEnv:
     notes = bind_this_process(env.plan, env.bind_cores, os.environ)
     for note in notes:
-        print(f"rank {env.rank}: {note}", file=sys.stderr)
+        say(f"rank {env.rank}: {note}")
     return replace(env, notes=env.notes + notes)
 
 
@@ -158,8 +169,10 @@ def _run(env: RankEnv, target: str, payload: str, started: Callable[[], None]) -
         if env.verify_placement:
             samples.append(check_placement(env.rank, env.plan.nodes, env.plan.cpus))
             fullest = max(samples, key=lambda sample: sample.total_bytes)
-            print(f"placement of {render_placement(fullest)}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+            say(f"placement of {render_placement(fullest)}")
+    if not getattr(sys.stdout, "closed", True):  # a program may have closed it, or put None there
+        with writing():
+            pass
     return code
 
 

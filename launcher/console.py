@@ -39,6 +39,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from base.streams import LOST
 from launcher.errors import LaunchError
 from launcher.terminal import Modes, read_modes, restore
 
@@ -64,6 +65,8 @@ class Console:
         code = self.process.returncode
         if code in (-signal.SIGINT, 128 + signal.SIGINT):
             return 130, "stopped by SIGINT"
+        if code == LOST:
+            return code, "error: standard output cannot be written; the ranks were stopped"
         what = f"the process at the terminal (pid {self.process.pid})"
         if code >= 0:
             return code, f"{what} ended with exit code {code}; the ranks were stopped"

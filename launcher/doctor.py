@@ -29,7 +29,6 @@ What is not here: speeds. Nothing is measured.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from base.streams import show, show_json, writing
 from launcher.backends import find_backends, release
 from launcher.placement import Placement
 from launcher.plan import LaunchRequest, RankPlan, make_plan
@@ -96,15 +96,16 @@ def doctor(
     machine's, so that ranks can be bound for a trial."""
     report = examine(topology, checkout, request=request, here=here)
     if as_json:
-        print(json.dumps(report), flush=True)
+        show_json(report)
     elif sys.stdout.isatty():
         from launcher.doctor_view import draw
 
-        draw(report)
+        with writing():
+            draw(report)
     else:
         from launcher.doctor_view import render
 
-        print(render(report), flush=True)
+        show(render(report))
     return int(any(change["stops"] for change in report["to_change"]))
 
 

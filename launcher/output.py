@@ -6,6 +6,7 @@ pseudo-terminal where the launcher has a terminal, so that its progress bars sta
 
 from __future__ import annotations
 
+import errno
 import os
 import pty
 import sys
@@ -16,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from base.streams import OutputError, silence
 from launcher.errors import LaunchError
 
 Sink = Callable[[bytes], None]
@@ -49,15 +51,11 @@ def whole_lines(rank: int, stream: IO[str], log: IO[bytes] | None) -> Sink:
     def write(chunk: bytes) -> None:
         nonlocal rest
         if log is not None:
-            log.write(chunk)
+            _keep(log, chunk)
         *lines, rest = (rest + chunk).split(b"\n")
         if not chunk and rest:
             lines.append(rest)
-        if lines:
-            text = "".join(f"[rank {rank}] {line.decode(errors='replace')}\n" for line in lines)
-            with suppress(BrokenPipeError):  # nobody reads; rank 0 will notice and end the run
-                stream.write(text)
-                stream.flush()
+        _pass_on(stream, b"".join(b"[rank %d] %b\n" % (rank, line) for line in lines))
 
     return write
 
@@ -66,9 +64,28 @@ def untouched(stream: IO[str], log: IO[bytes]) -> Sink:
     """Pass on every byte as it comes, and keep a copy."""
 
     def write(chunk: bytes) -> None:
-        log.write(chunk)
-        with suppress(BrokenPipeError):
-            stream.buffer.write(chunk)  # type: ignore[attr-defined]
-            stream.flush()
+        _keep(log, chunk)
+        _pass_on(stream, chunk)
 
     return write
+
+
+def _pass_on(stream: IO[str], data: bytes) -> None:
+    """The bytes as they are: their encoding is the rank's affair. Where nobody reads, rank 0 notices
+    and ends the run. Raises OutputError where stdout cannot be written."""
+    try:
+        stream.buffer.write(data)  # type: ignore[attr-defined]
+        stream.flush()
+    except OSError as error:
+        if stream is sys.stdout and error.errno != errno.EPIPE:
+            raise OutputError(error.errno, error.strerror) from error
+        silence(stream)
+
+
+def _keep(log: IO[bytes], data: bytes) -> None:
+    """Write all of it into a log. Raises LaunchError."""
+    try:
+        while data:
+            data = data[log.write(data) :]
+    except OSError as error:
+        raise LaunchError(f"{log.name} cannot be written ({error.strerror})") from error

@@ -137,7 +137,7 @@ def try_memory_policy(nodes: Collection[int], checkout: Path) -> str:
         [sys.executable, "-P", "-c", code, *map(str, nodes)],
         env=_environment(checkout),
         capture_output=True,
-        text=True,
+        errors="replace",
         timeout=20,
         check=True,
     )
@@ -171,7 +171,7 @@ def start_torch_probe(checkout: Path) -> subprocess.Popen[str]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        errors="replace",
     )
 
 
@@ -195,7 +195,7 @@ def finish_torch_probe(
 
 def _run(command: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, input=text, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S
+        command, input=text, capture_output=True, errors="replace", timeout=_COMPILE_TIMEOUT_S
     )
 
 

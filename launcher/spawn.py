@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from launcher.allocator import allocator_variables
-from launcher.child import CHECKOUT, RankEnv, env_to_json
+from launcher.child import CHECKOUT, PROGRAM, RankEnv, env_to_json
 from launcher.console import start_console
 from launcher.errors import LaunchError
 from launcher.guard import remove_segments
@@ -187,7 +187,7 @@ def _start_rank(
         }
     )
     # A program of the user's keeps the allocator that it would have had.
-    allocator = {} if target == "launcher.program" else allocator_variables(os.environ)
+    allocator = {} if target == PROGRAM else allocator_variables(os.environ)
     ours, theirs = _channels(env.rank, log)
     sockets = [fd for fd in (env.store_fd, env.channel_fd) if fd is not None]
     try:

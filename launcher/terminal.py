@@ -64,6 +64,7 @@ def can_be_continued() -> bool:
     pid = os.getpid()
     with suppress(OSError, IndexError, ValueError):
         while pid and os.getpgid(pid) == os.getpgrp():
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+            pid = int(stat.rpartition(")")[2].split()[1])
         return pid > 0 and os.getsid(pid) == os.getsid(0)
     return False

@@ -14,7 +14,6 @@ import os
 import selectors
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from base.streams import say
 from launcher.console import Console, end_console
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -146,7 +146,7 @@ def watch(
     if verdict is None:
         return 0
     # Read only now: a report may still have been in its pipe when its rank was reaped.
-    print(verdict.message or _reported(ranks, verdict.code), file=sys.stderr, flush=True)
+    say(verdict.message or _reported(ranks, verdict.code))
     return verdict.code
 
 
@@ -216,7 +216,7 @@ def _stuck(stuck: Sequence[Rank], start_timeout_s: float, hang_timeout_s: float)
             else f"had not started its program after {start_timeout_s:g} s (--start-timeout)"
         )
         with suppress(OSError, IndexError):
-            stat = Path(f"/proc/{rank.process.pid}/stat").read_text()
+            stat = Path(f"/proc/{rank.process.pid}/stat").read_text(errors="replace")
             state = _STATES.get(stat.rpartition(")")[2].split()[0])
             what += f"; {state}" if state else ""
         parts.append(f"{rank.name} {what}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from base.streams import running
 from quantize.command import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(running(lambda: main(sys.argv[1:])))

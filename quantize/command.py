@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from base.folders import expand
+from base.streams import say, show, show_json, writing
 from models.config import HEAD
 from models.find import find_weights
 from quantize.job import Job, help_text, parse_job, searches, uses_gptq
@@ -20,18 +20,18 @@ from weights.errors import InputError
 def main(words: Sequence[str]) -> int:
     """Run `quantize` with its words; the exit code."""
     if not words or set(words) & {"-h", "--help"}:
-        print(help_text(), end="")
+        show(help_text(), end="")
         return 0
     try:
         job = parse_job(words)
         with interruptible():
             run(job)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return error.exit_code
     except Interrupted as stopped:
         left = getattr(stopped, "__notes__", ["nothing was left"])
-        print(f"quantize: stopped by {stopped}; {left[0]}", file=sys.stderr)
+        say(f"quantize: stopped by {stopped}; {left[0]}")
         return 128 + stopped.number
     return 0
 
@@ -92,9 +92,10 @@ def run(job: Job) -> None:
         after,
     )
     if job.output == "json":
-        print(json.dumps(reports.to_json(report)), flush=True)
+        show_json(reports.to_json(report))
     else:
-        reports.show(report)
+        with writing():
+            reports.show(report)
     say(f"wrote {job.out}")
 
 
@@ -105,10 +106,6 @@ def note(source: Path, blocks: set[str]) -> None:
             f"note: {source.name} is stored in {', '.join(sorted(blocks))}: what that lost stays "
             "lost, and quantising again adds to it"
         )
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -18,8 +18,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from base.streams import running, say, show
 from tp.reshard_output import (
     Interrupted,
     check_space,
@@ -48,6 +49,9 @@ OUT appears when all of it is on the disk, and not at all if something fails."""
 
 
 class _Parser(argparse.ArgumentParser):
+    def print_help(self, file: Any = None) -> None:
+        show(self.format_help(), end="")  # argparse's own passes over output that cannot be written
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see python -m tp.reshard --help")
 
@@ -84,11 +88,11 @@ def main(argv: Sequence[str]) -> int:
         with interruptible():
             run(options)
     except InputError as error:
-        print(f"reshard: {error}", file=sys.stderr)
+        say(f"reshard: {error}")
         return error.exit_code
     except Interrupted as stopped:
         left = getattr(stopped, "__notes__", ["nothing was left"])
-        print(f"reshard: stopped by {stopped}; {left[0]}", file=sys.stderr)
+        say(f"reshard: stopped by {stopped}; {left[0]}")
         return 128 + stopped.number
     return 0
 
@@ -117,7 +121,7 @@ def run(options: argparse.Namespace) -> None:
     plan = make_plan(checkpoint, options.to, num_heads=num_heads, dequantize=options.dequantize)
     needed = needed_bytes(plan, checkpoint)
     if options.dry_run:
-        print("\n".join(describe(plan, checkpoint.world_size, needed)))
+        show("\n".join(describe(plan, checkpoint.world_size, needed)))
         return
     check_space(out.parent, needed)
     reader, start = Reader(checkpoint), time.perf_counter()
@@ -186,10 +190,6 @@ def _span(heads: range) -> str:
     return f"{heads.start}" if len(heads) == 1 else f"{heads.start}-{heads.stop - 1}"
 
 
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr where that is a terminal, fed with (bytes done, bytes in all)."""
@@ -206,4 +206,4 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(running(lambda: main(sys.argv[1:])))
