@@ -7,10 +7,10 @@ rank makes the same plan by itself and takes its own line of it.
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from base.streams import say
 from launcher.child import RankEnv, run_managed
 from launcher.errors import LaunchError
 from launcher.manager import Managed, interface_of, meet
@@ -75,7 +75,7 @@ def join(
     try:
         port, store = meet(place, options.start_timeout_s or 300.0)
     except LaunchError as error:  # each rank misses others, so each says so
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return error.exit_code
     env = RankEnv(
         rank=place.rank,

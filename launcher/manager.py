@@ -12,12 +12,12 @@ import os
 import re
 import socket
 import struct
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
+from base.streams import say
 from launcher.errors import LaunchError
 
 _PATIENCE_S = 5.0  # from the start of a wait to a word on it
@@ -207,7 +207,7 @@ def _turns(place: Managed, deadline_s: float) -> Turn:
             raise LaunchError(f"{missing} within {deadline_s:g} s; {place.claim}")
         if waited >= _PATIENCE_S and not said:
             said = True
-            print(f"waiting: {missing} yet; {place.claim}", file=sys.stderr, flush=True)
+            say(f"waiting: {missing} yet; {place.claim}")
         return min(deadline_s - waited, _TURN_S if said else max(_PATIENCE_S - waited, 0.01))
 
     return turn
@@ -298,7 +298,7 @@ def _expect_store(place: Managed) -> None:
                     f"nobody listens at {where}, where torchrun's agent would; {place.claim}"
                 ) from None
         time.sleep(0.05)
-    print(f"waiting: nobody listens at {where} yet; {place.claim}", file=sys.stderr, flush=True)
+    say(f"waiting: nobody listens at {where} yet; {place.claim}")
 
 
 def _uid(line: socket.socket) -> int:
