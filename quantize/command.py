@@ -13,7 +13,14 @@ from base.streams import say, show, show_json, writing
 from models.config import HEAD
 from models.find import find_weights
 from quantize.job import Job, help_text, parse_job, searches, uses_gptq
-from tp.reshard_output import Interrupted, check_space, check_target, interruptible, new_folder
+from tp.reshard_output import (
+    Interrupted,
+    check_space,
+    check_target,
+    interruptible,
+    left_by,
+    new_folder,
+)
 from weights.errors import InputError
 
 
@@ -30,8 +37,8 @@ def main(words: Sequence[str]) -> int:
         say(f"error: {error}")
         return error.exit_code
     except Interrupted as stopped:
-        left = getattr(stopped, "__notes__", ["nothing was left"])
-        say(f"quantize: stopped by {stopped}; {left[0]}")
+        left = left_by(stopped, expand(job.out).absolute())
+        say(f"quantize: stopped by {stopped}; {left}")
         return 128 + stopped.number
     return 0
 

@@ -27,6 +27,7 @@ from tp.reshard_output import (
     check_target,
     format_bytes,
     interruptible,
+    left_by,
     new_folder,
 )
 from weights.errors import InputError
@@ -91,8 +92,7 @@ def main(argv: Sequence[str]) -> int:
         say(f"reshard: {error}")
         return error.exit_code
     except Interrupted as stopped:
-        left = getattr(stopped, "__notes__", ["nothing was left"])
-        say(f"reshard: stopped by {stopped}; {left[0]}")
+        say(f"reshard: stopped by {stopped}; {left_by(stopped, options.out)}")
         return 128 + stopped.number
     return 0
 

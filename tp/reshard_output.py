@@ -75,37 +75,56 @@ def check_space(folder: Path, needed: int) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` when the block ends well and vanishes if it does
-    not. Raises InputError where the file system refuses."""
+    """A folder to write into. It becomes `out` when the block ends well, and is removed when it does
+    not. Raises InputError where the file system refuses.
+
+    The folder's name is chosen before the folder exists, so whatever is raised from then on, a signal
+    between any two steps included, finds what must be removed.
+    """
     out = out.absolute()
     check_target(out)
     remove_leftovers(out)
-    try:
-        partial, lock = _create(out)
-    except OSError as error:
-        raise InputError(f"{out.parent}: nothing can be written there ({error.strerror})") from error
-    try:
-        yield partial
-        _sync(partial)
-        (partial / _LOCK).unlink()
-        partial.rename(out)  # takes the place of an empty folder, and of nothing else
-        _sync(out.parent)
-    except OSError as error:
-        left = _remove(partial)
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason += "; free some, or write it elsewhere"
-        raise InputError(f"{out} could not be written: {reason}; {left}") from error
-    except BaseException as error:
-        error.add_note(_remove(partial))
-        raise
-    finally:
-        os.close(lock)
+    partial = out.parent / f".{out.name}.partial-{secrets.token_hex(8)}"
+    with contextlib.ExitStack() as lock:
+        try:
+            try:
+                _create(partial, lock)
+            except OSError as error:
+                reason = f"nothing can be written there ({error.strerror})"
+                raise InputError(f"{out.parent}: {reason}") from error
+            yield partial
+            _finish(partial, out)
+        except OSError as error:
+            left = _remove(partial)
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                reason += "; free some, or write it elsewhere"
+            raise InputError(f"{out} could not be written: {reason}; {left}") from error
+        except BaseException as error:
+            error.add_note(_remove(partial))
+            raise
+
+
+def _finish(partial: Path, out: Path) -> None:
+    """Give the folder its name, once all of it is on the disk."""
+    _sync(partial)
+    (partial / _LOCK).unlink()
+    partial.rename(out)  # takes the place of an empty folder, and of nothing else
+    _sync(out.parent)
+
+
+def left_by(stopped: Interrupted, out: Path) -> str:
+    """What an interrupted run has left, in a few words. `out` was free when the run began: what is in
+    it now has been renamed whole."""
+    if out.is_dir() and any(out.iterdir()):
+        return f"{out} is complete"
+    notes: list[str] = getattr(stopped, "__notes__", [])
+    return notes[0] if notes else "nothing was left"
 
 
 def _remove(folder: Path) -> str:
-    """Remove a folder, and tell whether it is gone. What a thread was doing in it when it was stopped
-    may need a moment to end."""
+    """Remove a folder that may not exist, and say whether it is gone. What a thread was doing in it
+    when it was stopped may need a moment to end."""
     for _ in range(40):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
@@ -133,17 +152,17 @@ def _escaped(name: str) -> str:
     return "".join(f"[{char}]" if char in "*?[" else char for char in name)
 
 
-def _create(out: Path) -> tuple[Path, int]:
+def _create(partial: Path, opened: contextlib.ExitStack) -> None:
+    """Make the folder and take its lock, which `opened` closes."""
     while True:
-        partial = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
         partial.mkdir()
         # Until it is locked, another run may take it for a leftover and remove it.
         with contextlib.suppress(FileNotFoundError, BlockingIOError):
             lock = _lock(partial)
+            opened.callback(os.close, lock)
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(partial / _LOCK).st_ino == os.fstat(lock).st_ino:
-                    return partial, lock
-            os.close(lock)
+                    return
 
 
 def _lock(folder: Path) -> int:

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
@@ -467,6 +468,42 @@ def test_a_signal_removes_what_was_begun(number: signal.Signals, large: Path, tm
     assert process.returncode == 128 + number
     assert said == f"reshard: stopped by {number.name}; nothing was left\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_at_any_line_leaves_nothing_or_all(fast: Path) -> None:
+    """Raised before each line that `new_folder` and what it calls runs, one after the other."""
+    inside = {"new_folder", "_create", "_lock", "_finish", "_sync"}
+    out, at, complete = fast / "out", 0, False
+    while not complete:
+        countdown = at = at + 1
+
+        def trace(frame: FrameType, event: str, _: object) -> object:
+            nonlocal countdown
+            code = frame.f_code
+            if code.co_filename != reshard_output.__file__ or code.co_name not in inside:
+                return None
+            countdown -= event == "line"
+            if event == "line" and countdown == 0:
+                raise reshard_output.Interrupted(signal.SIGTERM)
+            return trace
+
+        left = ""
+        sys.settrace(trace)
+        try:
+            with reshard_output.new_folder(out) as partial:
+                (partial / "file").write_text("whole")
+            complete = True
+        except reshard_output.Interrupted as stopped:
+            left = reshard_output.left_by(stopped, out)
+        finally:
+            sys.settrace(None)
+        found = {str(path.relative_to(fast)) for path in fast.rglob("*")}
+        if complete or left == f"{out} is complete":
+            assert found == {"out", "out/file"}
+            shutil.rmtree(out)
+        else:
+            assert (left, found) == ("nothing was left", set())
+    assert at > 20  # the lines of all of them were met
 
 
 def test_a_living_run_keeps_its_folder(fast: Path) -> None:
