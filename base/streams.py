@@ -114,8 +114,22 @@ def writing() -> Iterator[None]:
         raise OutputError(error.errno, error.strerror) from error
 
 
-def show(text: str, end: str = "\n") -> None:
-    """A text on stdout, at once. Raises OutputError."""
+# What a text must not do to a terminal: all control characters but tab and line feed.
+_CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
+# What JSON need not escape, and terminals obey or other readers take for the end of a line.
+_ESCAPED = {code: f"\\u{code:04x}" for code in (*range(127, 160), 0x2028, 0x2029)}
+
+
+def printable(text: str) -> str:
+    """The text without control characters: escape sequences would move the cursor, and worse."""
+    return text.translate(_CONTROL)
+
+
+def show(text: str, end: str = "\n", escapes: bool = False) -> None:
+    """A text on stdout, at once; without control characters where a terminal would obey them, unless
+    they are our own (`escapes`). Raises OutputError."""
+    if not escapes and sys.stdout.isatty():
+        text = printable(text)
     with writing():
         sys.stdout.write(text + end)
 
@@ -123,7 +137,7 @@ def show(text: str, end: str = "\n") -> None:
 def show_json(data: Any) -> None:
     """One line of JSON on stdout, at once: in the characters that it has, else in ASCII escapes.
     Raises OutputError."""
-    text = json.dumps(data, ensure_ascii=False)
+    text = json.dumps(data, ensure_ascii=False).translate(_ESCAPED)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
@@ -132,9 +146,10 @@ def show_json(data: Any) -> None:
 
 
 def say(message: str) -> None:
-    """A line on stderr, at once. Where that cannot be written nobody can be told."""
+    """A message on stderr, at once, without control characters: it may quote what a file holds. Where
+    that cannot be written nobody can be told."""
     try:
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
     except OSError:
         silence(sys.stderr)
 

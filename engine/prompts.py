@@ -81,7 +81,6 @@ def _opens_object(line: str) -> bool:
 
 def _plain(name: str, text: str, job: Job, sampling: Sampling) -> Prompt:
     """A text with the job's own settings."""
-    _check_unicode(name, text)
     messages = ({"role": "user", "content": text},) if job.chat else ()
     return Prompt(text, job.max_new_tokens, sampling, messages, name=name)
 

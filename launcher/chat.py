@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from base.streams import OutputError, say, show, silence
+from base.streams import OutputError, printable, say, show, silence
 from launcher import chat_view as view
 from launcher.bind import die_with_parent
 from launcher.chat_lines import (
@@ -99,8 +99,8 @@ def main(fd: int, launcher_pid: int) -> int:
         chat.max_seq_len = facts["max_seq_len"]
         if modes is not None:
             # In place of whatever a progress bar has left in this line.
-            show("\r\x1b[K" if knows_escapes() else "\n", end="")
-            _note(chat, view.printable(view.greeting(facts)))
+            show("\r\x1b[K" if knows_escapes() else "\n", end="", escapes=True)
+            _note(chat, printable(view.greeting(facts)))
         _converse(chat)
         return 0
     except EndedError:
@@ -222,7 +222,7 @@ def _obey(chat: Chat, turn: Turn) -> bool:
     elif word == "/system":
         _write(chat, (chat.system or "(no system message)") + "\n")
     else:
-        _note(chat, view.unknown(view.printable(word)))
+        _note(chat, view.unknown(printable(word)))
     return True
 
 
@@ -263,7 +263,7 @@ def _answer(chat: Chat, text: str) -> None:
             _finish(chat, asked, shown, message)
             return
         elif "error" in message:
-            _note(chat, f"error: {view.printable(message['error'])} (this turn does not count)")
+            _note(chat, f"error: {printable(message['error'])} (this turn does not count)")
             return
 
 
@@ -282,10 +282,10 @@ def _finish(chat: Chat, asked: dict[str, str], shown: str, message: Message) -> 
 
 
 def _write(chat: Chat, text: str) -> None:
-    """To stdout at once; without control characters where a terminal would obey them."""
+    """To stdout at once."""
     if text:
         chat.at_line_start = text.endswith("\n")
-        show(text if chat.modes is None else view.printable(text), end="")
+        show(text, end="")
 
 
 def _note(chat: Chat, text: str) -> None:
@@ -295,7 +295,8 @@ def _note(chat: Chat, text: str) -> None:
         return
     start = "" if chat.at_line_start else "\n"
     chat.at_line_start = True
-    show(f"{start}\x1b[2m{text}\x1b[0m" if _colours() else f"{start}{text}")
+    shown = f"{start}\x1b[2m{text}\x1b[0m" if _colours() else f"{start}{text}"
+    show(shown, escapes=True)
 
 
 def _colours() -> bool:

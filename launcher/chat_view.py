@@ -20,14 +20,6 @@ A line that ends with \\ goes on in the next; \"\"\" opens and ends a text of se
 begins with a space is no command. Ctrl-C stops an answer, or empties the prompt; at an empty prompt,
 twice, it ends the chat. Arrow up: what was said before."""
 
-# What a text must not do to a terminal: all control characters but tab and line feed.
-_CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
-
-
-def printable(text: str) -> str:
-    """The text without control characters: escape sequences would move the cursor, and worse."""
-    return text.translate(_CONTROL)
-
 
 def help_text() -> str:
     lines = [f"  {name:<14}{text}" for name, text in COMMANDS.items()]

@@ -27,8 +27,8 @@ def lines_of(data: bytes) -> list[bytes]:
 
 
 def not_unicode(text: str) -> str:
-    """Why a text has no UTF-8: half a surrogate pair, as JSON may write one and as Python reads a byte
-    of a command line that is not UTF-8. "" for a text that is all right."""
+    """Why a text has no UTF-8: half a surrogate pair, as JSON may write one. "" for a text that is
+    all right."""
     half = _HALF.search(text)
     if half is None:
         return ""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 import sys
+import tty
 from pathlib import Path
 
 import pytest
 
+from base.streams import printable
 from launcher.errors import LaunchError
 from launcher.output import untouched
 
@@ -143,3 +146,28 @@ def test_a_prompt_that_is_not_text() -> None:
     done = shell("", (*LAUNCH, "model=tiny", "weights=random", os.fsdecode(b"prompt=\xff")))
     assert done.returncode == 2
     assert done.stderr == b"error: prompt= is not text in UTF-8 (invalid start byte)\n"
+
+
+def test_no_text_commands_a_terminal() -> None:
+    """What a model, a template or a file's name says: as it is in a pipe, without control characters on
+    a terminal and in messages."""
+    evil = "a\tb\n\x1b]0;x\x07\r\x9b1m\x7fé\u2028"
+    harmless = "a\tb\n\ufffd]0;x\ufffd\ufffd\ufffd1m\ufffdé\u2028"
+    assert printable(evil) == harmless
+    code = (
+        f"from base.streams import *\nshow({evil!a}); show('\\x1b[2mx', escapes=True)\n"
+        f"show_json({evil!a}); say({evil!a})"
+    )
+    done = shell("", ("-c", code), PYTHONIOENCODING="utf-8")
+    *shown, line = done.stdout.decode().removesuffix("\n").split("\n")
+    assert shown == [*evil.split("\n"), "\x1b[2mx"]
+    assert json.loads(line) == evil and printable(line) == line and len(line.splitlines()) == 1
+    assert done.stderr.decode() == harmless + "\n"
+    master, slave = pty.openpty()
+    tty.setraw(slave)
+    words = [sys.executable, "-c", code]
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    subprocess.run(words, stdout=slave, cwd=CHECKOUT, env=env, timeout=60, check=True)
+    os.close(slave)
+    assert os.read(master, 4096).decode().startswith(f"{harmless}\n\x1b[2mx\n")
+    os.close(master)

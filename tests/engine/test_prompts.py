@@ -149,9 +149,3 @@ def test_a_file_has_objects_or_plain_lines(lines: list[str], match: str, tmp_pat
     file.write_text("\n".join(lines))
     with pytest.raises(InputError, match=match):
         read_prompts(job(file))
-
-
-def test_half_a_surrogate_pair_on_the_command_line() -> None:
-    words = ["model=tiny", "prompt=a\udcff"]
-    with pytest.raises(InputError, match=r"the prompt is not Unicode: '.udcff' at position 1"):
-        read_prompts(parse_job(words))

@@ -9,7 +9,7 @@ import pytest
 
 from launcher.chat_lines import AbandonedError, Turn, history_path, load_history, read_turn, remember
 from launcher.chat_link import Done
-from launcher.chat_view import figures, printable, stats
+from launcher.chat_view import figures, stats
 
 
 def turns(lines: list[str]) -> list[Turn]:
@@ -107,7 +107,3 @@ def test_figures_of_answers() -> None:
     ]
     assert stats([], 0, 64).splitlines()[1] == "  conversation  0 of 64 tokens"
     assert "  conversation  0 of 64 tokens" in stats([first], 0, 64)  # after /reset
-
-
-def test_a_text_cannot_command_the_terminal() -> None:
-    assert printable("a\tb\n\x1b]0;x\x07\r\x9b1m\x7fé") == "a\tb\n\ufffd]0;x\ufffd\ufffd\ufffd1m\ufffdé"
