@@ -182,7 +182,7 @@ def _in_utf8(key: str, word: str) -> str:
         return word
     try:
         return os.fsencode(word).decode("utf-8")
-    except UnicodeError as error:
+    except (UnicodeEncodeError, UnicodeDecodeError) as error:
         raise InputError(f"{key}= is not text in UTF-8 ({error.reason})") from error
 
 
