@@ -8,7 +8,7 @@ from typing import Any
 from models.config import ModelConfig
 from models.config_json import to_hf
 from models.tokenizer_files import tokenizer_files
-from tp.reshard_run import companions
+from tp.companions import companions
 from weights.checkpoint import Checkpoint
 
 _OWN = ("config.json", "params.json")  # written anew; Meta's is in ours
@@ -25,7 +25,7 @@ def small_files(
         files = tokenizer_files(checkpoint.path, checkpoint.config)
     else:
         keys = dict(checkpoint.config)
-        files = {f.name: f.read_bytes() for f in companions(checkpoint) if f.name not in _OWN}
+        files = {name: data for name, data in companions(checkpoint).items() if name not in _OWN}
     keys["quantization_config"] = quantization
     files["config.json"] = (json.dumps(keys, indent=2, ensure_ascii=False) + "\n").encode()
     return files

@@ -166,8 +166,14 @@ def _create(partial: Path, opened: contextlib.ExitStack) -> None:
 
 
 def _lock(folder: Path) -> int:
-    """Take the lock of a folder. Raises OSError if somebody lives who has it."""
-    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    """Take the lock of a folder. Raises OSError if somebody lives who has it, and for links: what they
+    point to is not ours to write to."""
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC
+    inside = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | flags)
+    try:
+        lock = os.open(_LOCK, os.O_RDWR | os.O_CREAT | flags, 0o666, dir_fd=inside)
+    finally:
+        os.close(inside)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tp.companions import companions
 from tp.reshard_plan import Output, Piece, ReshardPlan, manifest_of
 from weights.checkpoint import Checkpoint, Entry
 from weights.errors import InputError
@@ -26,25 +27,9 @@ from weights.yoke_manifest import MANIFEST, StoredTensor, to_json
 
 PIECE_BYTES = 4 << 20
 RELEASE_BYTES = 32 << 20
+
+
 # Beside the weights these describe the model and its tokenizer; they are copied as they are.
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "params.json",
-    "*.model",
-    "*.tiktoken",
-    "chat_template.*",
-    "LICENSE*",
-    "USE_POLICY*",
-)
-
-
 @dataclass
 class Reader:
     """Reads pieces of a checkpoint and lets go of its pages now and then."""
@@ -98,14 +83,6 @@ def as_stored(entry: Entry, tensor: StoredTensor, slices: tuple[slice, ...]) -> 
     # Some formats read as float32 what they store in fewer bits: the conversion gives back the bits.
     part = (entry.peek or entry.read)(slices)
     return part.to(DTYPES[tensor.dtype]).contiguous()
-
-
-def companions(checkpoint: Checkpoint) -> list[Path]:
-    """The small files beside the weights. A GGUF file stands alone: others are not its own."""
-    if checkpoint.format == "gguf" and not checkpoint.path.is_dir():
-        return []
-    found = {file for pattern in COMPANIONS for file in checkpoint.folder.glob(pattern)}
-    return sorted(file for file in found if file.is_file())
 
 
 def num_threads() -> int:
@@ -175,8 +152,7 @@ def _write_last(
 ) -> None:
     """What makes the files a checkpoint, in an order in which only the last step does."""
     texts = {name: text.encode() for name, text in plan.texts.items()}
-    for file in companions(checkpoint):
-        texts[file.name] = file.read_bytes()
+    texts |= companions(checkpoint)
     if plan.form == "yoke":
         texts[MANIFEST] = to_json(manifest_of(plan, digests)).encode()
     for name in sorted(texts, key=lambda name: (name == MANIFEST, name == "config.json")):
@@ -188,6 +164,6 @@ def _write_last(
 
 def needed_bytes(plan: ReshardPlan, checkpoint: Checkpoint) -> int:
     """Bytes on the disk, with some for the manifest and what file systems round up."""
-    small = sum(file.stat().st_size for file in companions(checkpoint))
+    small = sum(map(len, companions(checkpoint).values()))
     small += sum(len(text.encode()) for text in plan.texts.values())
     return plan.total_bytes + small + 200 * len(plan.outputs) + 8192 * (len(plan.files) + 8)

@@ -522,6 +522,19 @@ def test_a_living_run_keeps_its_folder(fast: Path) -> None:
     assert not other.exists() and stranger.exists()
 
 
+def test_leftovers_that_are_links_are_left_alone(fast: Path) -> None:
+    elsewhere = fast / "elsewhere"
+    elsewhere.mkdir()
+    (fast / ".out.partial-0123abcd").symlink_to(elsewhere)
+    planted = fast / ".out.partial-4567cdef"
+    planted.mkdir()
+    (planted / ".lock").symlink_to(elsewhere / "file")
+    with reshard_output.new_folder(fast / "out") as partial:
+        (partial / "file").write_text("whole")
+    assert list(elsewhere.iterdir()) == []
+    assert (fast / "out/file").read_text() == "whole"
+
+
 def test_two_runs_for_one_name_do_not_mix(fast: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The one that ends first has the name; the other one says so and leaves nothing."""
     write_hf(fast / "hf", SMALL)
