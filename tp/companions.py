@@ -1,9 +1,9 @@
 """The small files that go with a model's weights, copied into what is made of it.
 
 What: config, tokenizer, chat templates and licenses beside the weights, as bytes. Why a module of its
-own: a folder from elsewhere may hold a link named LICENSE to somebody's private file, and the output may
-be given away. So a file counts only where it really lies in the model's folder, or in the store of the
-hub that the folder is a snapshot of. Not here: which of them are written anew.
+own: a folder from elsewhere may hold a link named LICENSE to somebody's private file, and the output
+may be given away. So a file counts only where it really lies in the model's folder, or in the store of
+the hub that the folder is a snapshot of. Not here: which of them are written anew.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _read(path: Path, places: tuple[Path, ...]) -> bytes:
             if not any(lies_at.is_relative_to(place) for place in places):
                 raise InputError(
                     f"{path} is a link to {lies_at}, outside the model's folder, and would be copied "
-                    "into the output; put a copy in its place if it belongs to the model, else remove it"
+                    "into the output; put a copy in its place if it is the model's, else remove it"
                 )
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise InputError(f"{path} is no regular file; remove it")
