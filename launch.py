@@ -24,7 +24,7 @@ from launcher.console import CHAT
 from launcher.draw import draw, plan_to_json, render_plain
 from launcher.elastic import agent_command, become_agent, check_nodes
 from launcher.errors import LaunchError
-from launcher.fit import Fit, check_fit, machine_memory, require_fit, require_space
+from launcher.fit import Fit, check_fit, machine_memory, require_fit, require_loopback, require_space
 from launcher.flags import Flags, help_text, parse_flags
 from launcher.join import join, local_plan
 from launcher.manager import find_manager
@@ -130,6 +130,8 @@ def run(flags: Flags) -> int:
         require_fit(fits)
         if plan.backend == "shm" and len(plan.ranks) > 1:
             require_space(Path("/dev/shm"), segment_bytes(len(plan.ranks)))
+        elif len(plan.ranks) > 1:
+            require_loopback()
     console = CHAT if flags.command == "chat" else None
     return launch(plan, flags.options, new_session(), *_target(flags, job), console)
 

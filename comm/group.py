@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from comm import optional
-from comm.errors import BuildError, CommError
+from comm.errors import BuildError, CommError, told
 from comm.shm import first_line, join_segment, load_extension
 
 BACKENDS = ("shm", "gloo", "nccl", "shm+gloo", *optional.NAMES)
@@ -106,7 +106,7 @@ def open_group(
     )
     if size > 1 and backend.startswith("shm") and not _has_extension(wish):
         backend = "gloo"
-    with ExitStack() as stack:
+    with told(rank), ExitStack() as stack:
         if size == 1:
             yield Group(0, 1)
         elif backend == "shm":

@@ -105,6 +105,10 @@ def join_segment(name: str, rank: int, size: int, timeout_s: float, switch_bytes
         message = first_line(error)
         if message.startswith("no space: "):
             raise SpaceError(message.removeprefix("no space: ")) from error
+        if message.startswith(("cannot create /dev/shm", "there is no /dev/shm")):
+            raise SpaceError(
+                f"{message}: make it writable for this user, or use --comm gloo"
+            ) from error
         raise CommError(message) from error
 
 

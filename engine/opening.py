@@ -18,6 +18,7 @@ import torch
 
 from base.streams import say
 from comm import ops
+from comm.errors import told
 from comm.group import Group, Rendezvous, open_group, set_timeout
 from engine.compiling import drop_if_damaged, seal, use_cache_folder
 from engine.dtypes import dtype_name, kv_dtype_name
@@ -67,11 +68,13 @@ def joined(env: Any) -> Iterator[Group]:
         env.session, env.master_addr, env.master_port, env.store_fd, env.agent_store, env.node
     )
     opened = open_group(
-        env.rank, env.world_size, env.backend, rendezvous, START_TIMEOUT_S,
+        env.rank, env.world_size, env.backend, rendezvous, env.start_timeout_s or START_TIMEOUT_S,
         on_fallback=say, device=env.plan.device,
     )  # fmt: skip
     group = opened.__enter__()
-    yield group
+    set_timeout(group, START_TIMEOUT_S)
+    with told(env.rank):
+        yield group
     # Left open on an error: the others would report that this rank is gone before it has said why.
     # It goes with the process.
     opened.__exit__(None, None, None)

@@ -36,7 +36,8 @@ class RankEnv:
     """What a rank is told. `store_fd` is a listening socket, for rank 0 of our own launcher;
     `channel_fd` its end of the channel to a console, if there is one; `agent_store` says that torch's
     elastic agent serves the store at the master address; `node` tells the run's machines apart. `plans`
-    are those of this machine's ranks, as plain dicts; `notes` say what could not be bound."""
+    are those of this machine's ranks, as plain dicts; `start_timeout_s` (0: no limit) bounds the wait
+    for the other ranks to join; `notes` say what could not be bound."""
 
     rank: int
     world_size: int
@@ -47,6 +48,7 @@ class RankEnv:
     master_addr: str
     master_port: int
     comm_timeout_s: float
+    start_timeout_s: float
     plan: RankPlan
     plans: list[dict[str, Any]]
     bind_cores: bool
@@ -124,16 +126,16 @@ def main(spec_fd: int) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        wrong_input = getattr(error, "exit_code", 1) == 2
+        code = getattr(error, "exit_code", None)
         report(
-            "error" if wrong_input else "exception",
+            "exception" if code is None else "error",
             message=str(error) or type(error).__name__,
             traceback=_traceback(error)[-50000:],  # the end tells most
         )
-        return 2 if wrong_input else 1
+        return 1 if code is None else int(code)
 
 
-def run_managed(env: RankEnv, target: str, payload: str) -> int:
+def run_managed(env: RankEnv, target: str, payload: str, tracebacks: bool) -> int:
     """A rank that somebody else's launcher started: it says itself what went wrong."""
     try:
         return _run(_bind(env), target, payload, lambda: None)
@@ -143,10 +145,13 @@ def run_managed(env: RankEnv, target: str, payload: str) -> int:
         silence(sys.stdout)
         return UNREAD
     except Exception as error:
-        if getattr(error, "exit_code", 1) == 2:
-            say(f"error: rank {env.rank}: {error}")
-            return 2
-        raise
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        if tracebacks:
+            say(_traceback(error).rstrip())
+        say(f"error: rank {env.rank}: {error}")
+        return int(code)
 
 
 def _bind(env: RankEnv) -> RankEnv:

@@ -46,15 +46,19 @@ def group_cores(cores: tuple[Core, ...], rank_per: str, reasons: list[str]) -> U
 def join_shared(units: Units, reasons: list[str]) -> Units:
     """The same, with the sockets that share a memory node as one unit: a rank of its own for each would
     cost a sum per layer and bring no memory nearer. (Virtual machines often have a socket per cpu.)"""
-    joined: list[list[tuple[str, tuple[Core, ...]]]] = []
-    for unit in units:
+    joined: dict[int, Units] = {}  # by the position of its first unit
+    owner: dict[int, int] = {}  # of each memory node
+    for position, unit in enumerate(units):
         nodes = {core.node for core in unit[1]}
-        near = [part for part in joined if any(core.node in nodes for _, own in part for core in own)]
-        together = [*(other for part in near for other in part), unit]
-        at = joined.index(near[0]) if near else len(joined)
-        joined = [*joined[:at], together, *(part for part in joined[at:] if part not in near)]
+        first, *others = sorted({owner[node] for node in nodes if node in owner}) or [position]
+        joined.setdefault(first, [])
+        for other in others:  # a socket with nodes of two units makes them one
+            joined[first] += joined.pop(other)
+            nodes |= {node for node in owner if owner[node] == other}
+        joined[first].append(unit)
+        owner |= dict.fromkeys(nodes, first)
     whole: Units = []
-    for part in joined:
+    for part in joined.values():
         cores = tuple(core for _, own in part for core in own)
         name = part[0][0]
         if len(part) > 1:

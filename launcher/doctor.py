@@ -9,7 +9,7 @@ As JSON (bytes, and null for "no limit" or "not told"):
     machine   {model, arch, sockets, nodes: [{id, memory_bytes, kind, cpus}], cores, threads,
                kinds: {name: cores}, gpus: [{index, pci, node}], notes: [str]}
     limits    {shm_bytes, shm_free_bytes, memlock_bytes, memory_limit_bytes, memory_used_bytes,
-               cpu_quota, open_files, memory_policy: bool, memory_policy_refusal}
+               cpu_quota, open_files, shm_writable: bool, memory_policy: bool, memory_policy_refusal}
     kernel    {numa_balancing: bool, huge_pages, swap_used_bytes, governors: {name: [cpu]}}
     compiler  {path, version, works, error, python_headers}
     torch     null, or {version, openmp: [file name], num_threads, cpu_capability, mkl, onednn, cuda,
@@ -257,6 +257,9 @@ def _limit_changes(topology: Topology, facts: Facts) -> list[Change]:
         changes.append(Change(problem, action))
     if ranks > 1 and facts.limits.shm_free_bytes is None:
         changes.append(Change("there is no /dev/shm", "mount -t tmpfs tmpfs /dev/shm, or --comm gloo"))
+    elif ranks > 1 and facts.limits.shm_writable is False:
+        action = "mount -o remount,rw,mode=1777 /dev/shm, or --comm gloo"
+        changes.append(Change("/dev/shm cannot be written to", action))
     elif ranks > 1 and facts.torch and facts.torch["segment_bytes_per_rank"]:
         needed = ranks * facts.torch["segment_bytes_per_rank"]
         if (facts.limits.shm_free_bytes or 0) < needed:

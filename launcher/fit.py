@@ -1,4 +1,5 @@
-"""Whether what each rank must hold fits the memory that its place has. Pure, but for `require_space`.
+"""Whether what each rank must hold fits the memory that its place has. Pure, but for
+`require_space` and `require_loopback`.
 
 What a model needs is the caller's to say (`engine.memory` does for generation); this module knows
 only places. Totals are compared, not what happens to be free: page cache gives way, and a machine
@@ -8,6 +9,7 @@ that is busy today may be idle tomorrow.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,18 +84,35 @@ def require_fit(fits: Sequence[Fit]) -> None:
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:
-    """Raise LaunchError unless the file system of `folder` has so much free."""
+    """Raise LaunchError unless `folder` can be written to and its file system has so much free."""
     try:
         space = os.statvfs(folder)
     except OSError as error:
         way_out = "mount a tmpfs there, or use --comm gloo"
         raise LaunchError(f"{folder}: {error.strerror}; {way_out}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise LaunchError(
+            f"{folder} cannot be written to, and the ranks' shared memory lies there: make it writable "
+            "for this user (a tmpfs of mode 1777), or use --comm gloo"
+        )
     free = space.f_bavail * space.f_frsize
     if free < needed_bytes:
         raise LaunchError(
             f"{folder} has {format_bytes(free)} free, and the ranks need {format_bytes(needed_bytes)}: "
             "free some, give the container more (docker run --shm-size=1g), or use --comm gloo"
         )
+
+
+def require_loopback() -> None:
+    """Raise LaunchError unless processes of this machine can reach each other at 127.0.0.1."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=5).close()
+    except OSError as error:
+        raise LaunchError(
+            f"ranks cannot meet at 127.0.0.1 ({error.strerror or error}): bring the loopback interface "
+            "up (ip link set lo up), or use --comm shm"
+        ) from error
 
 
 def format_bytes(size: float) -> str:

@@ -112,6 +112,7 @@ def _make_parser(words: str) -> _Parser:
         flag(name, type=float, default=default, metavar="S", help=f"{text} [{default:g}]")
     flag("--log-dir", type=Path, metavar="DIR", help="each rank's output also in DIR/rank-N.log")
     flag("--verify-placement", action="store_true", help="say where pages and threads really were")
+    flag("--traceback", action="store_true", help="Python's traceback also of errors that say enough")
     flag = section("of plan, doctor and models")
     flag("--sysfs", type=Path, metavar="DIR", help="the recorded machine in DIR, not this one")
     flag("--json", action="store_true", help="for programs")
@@ -199,4 +200,5 @@ def _options(found: argparse.Namespace) -> RunOptions:
         hang_timeout_s=found.hang_timeout,
         log_dir=found.log_dir,
         verify_placement=found.verify_placement,
+        tracebacks=found.traceback,
     )

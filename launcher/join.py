@@ -87,6 +87,7 @@ def join(
         master_addr=place.master_addr,
         master_port=port,
         comm_timeout_s=options.comm_timeout_s,
+        start_timeout_s=options.start_timeout_s,
         plan=plan.ranks[place.local_rank],
         plans=[asdict(rank) for rank in plan.ranks],
         bind_cores=plan.bind_cores,
@@ -103,7 +104,7 @@ def join(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     for key, value in rank_variables(env).items():
         os.environ.setdefault(key, value)
-    return run_managed(env, target, payload)
+    return run_managed(env, target, payload, options.tracebacks)
 
 
 def _set_by_user(name: str) -> bool:

@@ -42,6 +42,7 @@ class Limits:
     memory_used_bytes: int | None
     cpu_quota: float | None
     open_files: int | None
+    shm_writable: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def read_limits(root: Path = Path("/")) -> Limits:
         size, free = None, None
     cgroup = read_cgroup(root)
     return Limits(
+        shm_writable=None if size is None else os.access(root / "dev/shm", os.W_OK | os.X_OK),
         shm_bytes=size,
         shm_free_bytes=free,
         memlock_bytes=_soft_limit(resource.RLIMIT_MEMLOCK),

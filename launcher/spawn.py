@@ -38,7 +38,7 @@ class RunOptions:
 
     `grace_s`: from asking ranks to stop to killing them. `comm_timeout_s`: how long one rank waits
     for another. `start_timeout_s`: from the start to the target's first line. `hang_timeout_s`: how
-    long a rank may give no sign of life.
+    long a rank may give no sign of life. `tracebacks`: also of errors whose message says all.
     """
 
     grace_s: float = 5.0
@@ -47,6 +47,7 @@ class RunOptions:
     hang_timeout_s: float = 120.0
     log_dir: Path | None = None
     verify_placement: bool = False
+    tracebacks: bool = False
 
 
 def new_session() -> str:
@@ -92,6 +93,7 @@ def launch(
             grace_s=options.grace_s,
             start_timeout_s=options.start_timeout_s,
             hang_timeout_s=options.hang_timeout_s,
+            tracebacks=options.tracebacks,
         )
 
 
@@ -144,6 +146,7 @@ def _start(
             master_addr="127.0.0.1",
             master_port=store.getsockname()[1],
             comm_timeout_s=options.comm_timeout_s,
+            start_timeout_s=options.start_timeout_s,
             plan=plan.ranks[0],
             plans=[asdict(rank) for rank in plan.ranks],
             bind_cores=plan.bind_cores,

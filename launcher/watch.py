@@ -27,6 +27,9 @@ from launcher.console import Console, end_console
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Passed on, and nothing else: programs save checkpoints on these, ranks show their stacks on QUIT.
 _PASSED_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
+_KILL_S = (
+    10.0  # from killing a rank to giving it up: one that waits for a device or a file system stays
+)
 _MAX_REPORT_BYTES = 1 << 20
 _STATES = {"T": "it is stopped", "t": "it is being traced", "D": "it waits in the kernel"}
 
@@ -57,10 +60,12 @@ class Rank:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """The exit code of the whole and its message (empty: the failed rank's report tells it)."""
+    """The exit code of the whole and its message (empty: the failed rank's report tells it), and which
+    ranks the kernel had stopped or held then."""
 
     code: int
     message: str = ""
+    held: str = ""
 
 
 def watch(
@@ -72,20 +77,28 @@ def watch(
     grace_s: float,
     start_timeout_s: float,
     hang_timeout_s: float,
+    tracebacks: bool = False,
 ) -> int:
     """Until all ranks have ended; the exit code of the whole, after its message on stderr.
 
     Rank pipes are registered in `selector` with a function that takes each chunk, `wakeup` (of
     `signal_pipe`) with None. The two timeouts are off at 0. The end of the console ends the run.
+    `tracebacks` are shown also of errors that have a message.
     """
     running = list(ranks)
     ended_well: list[str] = []
     verdict: _Verdict | None = None
-    stop_at: float | None = None  # when the ranks that go on are stopped; once asked, killed
+    stop_at: float | None = None  # when the ranks that go on are stopped; once asked, killed; then left
+    killed = False
 
     def decide(code: int, message: str = "", ask: int | None = signal.SIGTERM) -> None:
         nonlocal verdict, stop_at
-        verdict = _Verdict(code, message)
+        held = (
+            ""
+            if message
+            else "".join(f"; {rank.name}: {_state(rank)}" for rank in running if _state(rank))
+        )
+        verdict = _Verdict(code, message, held)
         stop_at = time.monotonic() + grace_s
         if ask is not None:
             signal_groups(running, ask)
@@ -136,9 +149,11 @@ def watch(
             if verdict is None:
                 names = ", ".join(rank.name for rank in running)
                 decide(1, f"{ended_well[0]} ended, but after {grace_s:g} s not: {names}")
-            else:
+            elif not killed:
                 signal_groups(running, signal.SIGKILL)
-                stop_at = math.inf
+                killed, stop_at = True, now + _KILL_S
+            else:
+                break  # the kernel does not let them go
     kill_groups(ranks)
     if console is not None:
         end_console(console)
@@ -146,7 +161,11 @@ def watch(
     if verdict is None:
         return 0
     # Read only now: a report may still have been in its pipe when its rank was reaped.
-    say(verdict.message or _reported(ranks, verdict.code))
+    left = "".join(
+        f"; {rank.name} cannot be killed: {_state(rank) or 'it goes on'}" for rank in running
+    )
+    message = verdict.message or _reported(ranks, verdict.code, tracebacks) + verdict.held
+    say(message + left)
     return verdict.code
 
 
@@ -215,15 +234,20 @@ def _stuck(stuck: Sequence[Rank], start_timeout_s: float, hang_timeout_s: float)
             if hang_timeout_s and silent_s >= hang_timeout_s
             else f"had not started its program after {start_timeout_s:g} s (--start-timeout)"
         )
-        with suppress(OSError, IndexError):
-            stat = Path(f"/proc/{rank.process.pid}/stat").read_text(errors="replace")
-            state = _STATES.get(stat.rpartition(")")[2].split()[0])
-            what += f"; {state}" if state else ""
+        what += f"; {_state(rank)}" if _state(rank) else ""
         parts.append(f"{rank.name} {what}")
     return "; ".join(parts) + "; all ranks were stopped"
 
 
-def _reported(ranks: Sequence[Rank], code: int) -> str:
+def _state(rank: Rank) -> str:
+    """What keeps a rank from running, in words; "" where nothing does."""
+    with suppress(OSError, IndexError):
+        stat = Path(f"/proc/{rank.process.pid}/stat").read_text(errors="replace")
+        return _STATES.get(stat.rpartition(")")[2].split()[0], "")
+    return ""
+
+
+def _reported(ranks: Sequence[Rank], code: int, tracebacks: bool) -> str:
     """What the failed ranks told of themselves: a mistake once, else the first one's traceback."""
     failed = [rank for rank in ranks if rank.process.returncode == code]
     for rank in failed:
@@ -231,7 +255,8 @@ def _reported(ranks: Sequence[Rank], code: int) -> str:
             with suppress(ValueError, KeyError):
                 report = json.loads(line)
                 if report["kind"] == "error":
-                    return f"error: {report['message']}"
+                    before = report.get("traceback", "") if tracebacks else ""
+                    return f"{before}error: {report['message']}"
                 return f"{rank.name} failed:\n{report['traceback'].rstrip()}"
     names = ", ".join(rank.name for rank in failed)
     return f"{names} ended with exit code {code}; the other ranks were stopped"
@@ -253,10 +278,12 @@ def signal_groups(ranks: Sequence[Rank], number: int) -> None:
 
 
 def kill_groups(ranks: Sequence[Rank]) -> None:
-    """Kill what is left of every rank's group, and reap the rank."""
+    """Kill what is left of every rank's group, and reap the rank, unless the kernel holds it."""
     signal_groups(ranks, signal.SIGKILL)
+    until = time.monotonic() + _KILL_S
     for rank in ranks:
-        rank.process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            rank.process.wait(max(until - time.monotonic(), 0.0))
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,21 @@ import pytest
 from launcher.plan import LaunchRequest, make_plan
 from launcher.spawn import RunOptions, launch, new_session
 from launcher.topology import read_topology
+from tests.leftovers import MARK, expect_no_more_segments, segments
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 # With it a program prints a line in two pieces, and another rank's may come between them.
 os.environ.pop("PYTHONUNBUFFERED", None)
+# All that is started from here can be told from what other runs have started.
+os.environ.update([MARK.split("=")])
 
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
-    """Every test must leave /dev/shm as it found it (of Yoke's own names). Another run on the machine
-    has names there too, for the moment in which its ranks join: those go away by themselves."""
-    before = set(Path("/dev/shm").glob("yoke-*"))
+    """Every test must leave nothing of its own in /dev/shm."""
+    before = segments()
     yield
-    deadline = time.monotonic() + 5
-    while left := set(Path("/dev/shm").glob("yoke-*")) - before:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
+    expect_no_more_segments(before)
 
 
 @pytest.fixture(scope="session")

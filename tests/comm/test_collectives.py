@@ -74,8 +74,8 @@ def test_torch_accepts_the_operators_and_compiles_them(run_ranks: Callable) -> N
 
 
 @pytest.mark.parametrize("case", ["join", "late"])
-def test_a_rank_that_does_not_come_is_named(case: str, run_ranks: Callable) -> None:
-    code, out, err = run_ranks("timeouts", 3, "shm", case=case)
+def test_a_rank_that_does_not_come_is_named(case: str, run_ranks: Callable, tmp_path: Path) -> None:
+    code, out, err = run_ranks("timeouts", 3, "shm", case=case, folder=str(tmp_path))
     assert code == 0, err
     assert f"rank 0 waited {'2.5' if case == 'join' else '1.5'} s for rank 1" in out
     assert ("pid" in out) == (case == "late")
@@ -84,8 +84,8 @@ def test_a_rank_that_does_not_come_is_named(case: str, run_ranks: Callable) -> N
     assert "[rank 2]" in out
 
 
-def test_ranks_that_call_different_things_are_told(run_ranks: Callable) -> None:
-    code, out, err = run_ranks("timeouts", 2, "shm", case="mismatch")
+def test_ranks_that_call_different_things_are_told(run_ranks: Callable, tmp_path: Path) -> None:
+    code, out, err = run_ranks("timeouts", 2, "shm", case="mismatch", folder=str(tmp_path))
     assert code == 0, err
     assert "rank 0 calls all_reduce with 8 elements" in out
     assert "rank 1 calls all_reduce with 9 elements" in out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -177,9 +176,7 @@ def test_help_and_plan(run_yoke: Callable) -> None:
         plan = json.loads(run_yoke("plan", flag, "--ranks=2", "--json").stdout)
         assert [rank["memory_policy"] for rank in plan["ranks"]] == ["bind", "bind"]
         assert plan["backend"] == "shm"
-    start = time.monotonic()
     assert "Ranks (shm)" in run_yoke("plan").stdout
-    assert time.monotonic() - start < 5  # torch alone takes longer than that to import when cold
 
 
 def test_text_is_streamed_and_the_figures_follow(run_yoke: Callable) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -25,13 +25,15 @@ WORDS = (
     "compile=false",
 )
 
+SOON_S = 60.0  # on a machine that is busy; the text goes on for longer, and so do ranks
+
 
 @pytest.fixture
 def generating(request: pytest.FixtureRequest) -> subprocess.Popen[str]:
-    """A run that is in the middle of its text; the parameter is a transport."""
-    comm = f"--comm={getattr(request, 'param', 'auto')}"
+    """A run that is in the middle of its text; the parameter is a transport, and more flags."""
+    flags = f"--comm={getattr(request, 'param', 'auto')}".split()
     process = subprocess.Popen(
-        [sys.executable, str(CHECKOUT / "launch.py"), comm, *WORDS],
+        [sys.executable, str(CHECKOUT / "launch.py"), *flags, *WORDS],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -56,12 +58,12 @@ def rank_of(child: psutil.Process) -> int | None:
 
 
 def expect_end(process: subprocess.Popen[str], ranks: list[psutil.Process], code: int) -> str:
-    """The run ends within 10 s with this code; its ranks are gone; the message."""
-    _, err = process.communicate(timeout=10)
+    """The run ends with this code; its ranks are gone; the message. (What it leaves in /dev/shm is
+    looked for after every test.)"""
+    _, err = process.communicate(timeout=SOON_S)
     assert process.returncode == code, err
-    _, alive = psutil.wait_procs(ranks, timeout=5)
+    _, alive = psutil.wait_procs(ranks, timeout=SOON_S)
     assert not alive
-    assert not list(Path("/dev/shm").glob("yoke-*"))
     return err
 
 
@@ -76,6 +78,30 @@ def test_a_killed_rank_ends_the_run_and_is_named(
     target.send_signal(signal.SIGKILL)
     err = expect_end(generating, ranks, 128 + signal.SIGKILL)
     assert f"rank {victim} (pid {target.pid}) was killed by SIGKILL" in err
+
+
+@pytest.mark.parametrize(
+    ("generating", "waits"),
+    [
+        (
+            "shm --comm-timeout=4 --grace=1",
+            r"\w+ \(step \d+\): rank 0 waited 4 s for rank 1 \(pid {pid}\), .*",
+        ),
+        ("gloo --comm-timeout=4 --grace=1", "rank 0 waits for others no longer: Timed out.*"),
+        ("shm --comm-timeout=4 --grace=1 --traceback", r"Traceback \(most.*(\n.*)+\nerror: .*"),
+    ],
+    indirect=["generating"],
+)
+def test_a_stopped_rank_is_named_in_one_message(generating: subprocess.Popen[str], waits: str) -> None:
+    ranks = children(generating)
+    target = next(rank for rank in ranks if rank_of(rank) == 1)
+    target.suspend()
+    err = expect_end(generating, ranks, 1)
+    said = err[err.index("Traceback") :] if "Traceback" in waits else err.splitlines()[-1]
+    before = "" if "Traceback" in waits else "error: "
+    after = rf"; rank 1 \(pid {target.pid}\): it is stopped\s*"
+    assert re.fullmatch(before + waits.replace("{pid}", str(target.pid)) + after, said), err
+    assert ("Traceback" in err) == ("Traceback" in waits)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -95,7 +121,7 @@ def test_the_death_of_the_command_takes_the_ranks_along(
 ) -> None:
     ranks = children(generating)
     generating.kill()
-    _, alive = psutil.wait_procs(ranks, timeout=10)
+    _, alive = psutil.wait_procs(ranks, timeout=SOON_S)
     assert not alive
 
 
@@ -105,9 +131,7 @@ def test_a_reader_that_goes_away_ends_the_run_quietly() -> None:
     assert process.stdout is not None
     process.stdout.read(20)
     process.stdout.close()
-    start = time.monotonic()
     assert process.stderr is not None
     err = process.stderr.read()
-    assert process.wait(timeout=30) == 141
-    assert time.monotonic() - start < 20
+    assert process.wait(timeout=SOON_S) == 141
     assert "Traceback" not in err

@@ -54,7 +54,7 @@ def at_terminal(folder: Path, wrap: str = "", **options: Any) -> Iterator[pexpec
         env=env,
         cwd=str(CHECKOUT),
         encoding="utf-8",
-        timeout=8,
+        timeout=60,
         dimensions=(24, 100),
     )
     terminal.delaybeforesend = None
@@ -97,7 +97,7 @@ def pids(folder: Path) -> list[int]:
 
 def expect_gone(started: list[int]) -> None:
     """All have ended, be it that nobody has asked for their exit codes yet."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while alive := [pid for pid in started if not has_ended(pid)]:
         assert time.monotonic() < deadline, [psutil.Process(pid).cmdline() for pid in alive]
         time.sleep(0.02)
@@ -178,7 +178,7 @@ def test_a_signal_to_the_launcher_of_a_pipeline_stops_all(
         assert process.stdout.readline() == "hello\n"
         console = console_of(tmp_path).pid
         process.send_signal(number)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=60)
     if number == signal.SIGKILL:
         assert process.returncode == -number
     else:

@@ -221,6 +221,7 @@ def test_each_fault_has_its_action(two_sockets: Topology) -> None:
         (with_limits(facts, cpu_quota=1.5), "quota is 1.5 cpus for 4 cores", "--cpus=4"),
         (with_limits(facts, shm_free_bytes=2**21 - 1), "2 ranks need 2.0", "--shm-size=1g"),
         (with_limits(facts, shm_bytes=None, shm_free_bytes=None), "no /dev/shm", "--comm gloo"),
+        (with_limits(facts, shm_writable=False), "/dev/shm cannot be written", "--comm gloo"),
         (with_kernel(facts, numa_balancing=True), "NUMA balancing", "sysctl kernel.numa_balancing=0"),
         (with_kernel(facts, huge_pages="never"), "huge pages are off", "echo madvise"),
         (with_kernel(facts, swap_used_bytes=2**30), "1.0 GiB of swap", "swapoff"),

@@ -87,7 +87,7 @@ def test_how_a_program_ends_is_how_the_run_ends(
         "import os, sys, time\nif os.environ['RANK'] == '1':\n"
         f"    {ending}\nif '{words}':\n    time.sleep(60)\n"
     )
-    result = run_yoke("run", "--ranks", "2", "--grace", "2", str(script), timeout=30)
+    result = run_yoke("run", "--ranks", "2", "--grace", "2", str(script), timeout=120)
     assert result.returncode == code, result.stderr
     assert words in result.stderr
     if "RuntimeError" in words:  # the program's frames alone

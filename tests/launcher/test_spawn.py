@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launcher.flags import parse_flags
 from launcher.spawn import RunOptions
+from tests.conftest import CHECKOUT
 
 
 def test_ranks_are_bound_and_told_their_place(run_ranks: Callable) -> None:
@@ -24,6 +32,37 @@ def test_a_mistake_is_told_once_and_ends_with_2(run_ranks: Callable) -> None:
     code, _, err = run_ranks("endings", 3, case="mistake")
     assert code == 2
     assert err.strip() == "error: the value is wrong"
+
+
+def test_a_mistake_has_a_traceback_where_it_is_asked_for(run_ranks: Callable) -> None:
+    code, _, err = run_ranks("endings", 3, case="mistake", options=RunOptions(tracebacks=True))
+    assert code == 2
+    assert err.startswith("Traceback") and err.endswith("\nerror: the value is wrong\n")
+    assert err.count("Traceback") == 1
+    assert parse_flags(["--traceback", "plan"]).options.tracebacks
+    assert not parse_flags(["plan"]).options.tracebacks
+
+
+@pytest.mark.parametrize(
+    ("before", "comm", "words"),
+    [
+        (["-m", "sh", "-c", 'mount -t tmpfs -o ro tmpfs /dev/shm && exec "$@"', "sh"], "auto",
+         ["/dev/shm cannot be written to", "--comm gloo"]),
+        (["-n"], "gloo", ["127.0.0.1", "loopback", "--comm shm"]),
+    ],
+)  # fmt: skip
+def test_where_ranks_cannot_meet_is_said_before_they_start(
+    before: list[str], comm: str, words: list[str]
+) -> None:
+    command = ["unshare", *before]
+    if shutil.which("unshare") is None or subprocess.run([*command, "true"]).returncode:
+        pytest.skip("this user may not have a namespace of its own")
+    command += [sys.executable, str(CHECKOUT / "launch.py"), "--ranks", "2", "--comm", comm]
+    command += ["model=tiny", "weights=random", "prompt=x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert all(word in done.stderr for word in words)
 
 
 def test_an_exception_is_shown_once_with_its_rank(run_ranks: Callable) -> None:
@@ -46,11 +85,39 @@ def test_a_rank_that_ends_early_is_an_error_that_names_the_others(run_ranks: Cal
     assert "not: rank 0 (pid" in err
 
 
-def test_a_rank_that_ignores_the_request_is_killed(run_ranks: Callable) -> None:
+def test_a_rank_that_ignores_the_request_is_killed(run_ranks: Callable, tmp_path: Path) -> None:
     start = time.monotonic()
-    code, _, err = run_ranks("endings", 2, case="stubborn", options=RunOptions(grace_s=1.0))
+    code, _, err = run_ranks(
+        "endings", 2, case="stubborn", folder=str(tmp_path), options=RunOptions(grace_s=1.0)
+    )
     assert code == 7, err
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 120  # it would go on for 600
+
+
+def test_a_rank_that_the_kernel_does_not_let_go_is_named_and_left(
+    run_ranks: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("launcher.watch._KILL_S", 0.5)
+    kill = os.killpg
+    held: list[int] = []
+
+    def killpg(pid: int, number: int) -> None:
+        if number == signal.SIGKILL:
+            held.append(pid)
+        else:
+            kill(pid, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "killpg", killpg)
+        options = RunOptions(grace_s=1.0)
+        code, _, err = run_ranks("endings", 2, case="stubborn", folder=str(tmp_path), options=options)
+    for pid in set(held):
+        with contextlib.suppress(ProcessLookupError):
+            kill(pid, signal.SIGKILL)
+    while held_children := psutil.Process().children():
+        psutil.wait_procs(held_children, timeout=60)
+    assert code == 7
+    assert re.search(r"rank 1 \(pid \d+\) ended .* 7.*; rank 0 \(pid \d+\) cannot be killed", err), err
 
 
 def test_what_a_rank_started_goes_with_it(run_ranks: Callable, tmp_path: Path) -> None:
@@ -58,7 +125,7 @@ def test_what_a_rank_started_goes_with_it(run_ranks: Callable, tmp_path: Path) -
     assert code == 0, err
     pids = [int(file.read_text()) for file in tmp_path.iterdir()]
     assert len(pids) == 2
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(map(psutil.pid_exists, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(psutil.pid_exists, pids))

@@ -406,9 +406,9 @@ def test_a_large_machine_is_read_quickly(tmp_path: Path) -> None:
     root = write(tmp_path, two_sockets(threads=2, cores=100))
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()  # others may have the processor meanwhile
         topology = read_topology(root)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert len(topology.cores) == 100
     assert min(seconds) < 0.15
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from tests.conftest import CHECKOUT
+from tests.leftovers import own_processes
 
 PROGRAM = """
 import os, signal, subprocess, sys, time
@@ -35,6 +36,9 @@ until = time.monotonic() + 300
 while time.monotonic() < until:
     time.sleep(0.1)
 """
+
+
+SOON_S = 120.0  # on a machine that is busy: less than the program takes, and than the longest grace
 
 
 @contextmanager
@@ -58,10 +62,9 @@ def running(tmp_path: Path, case: str, *flags: str, ranks: int = 2) -> Iterator[
             process.kill()
 
 
-def expect_end(process: subprocess.Popen[str], code: int, words: str, within_s: float) -> str:
-    start = time.monotonic()
-    _, err = process.communicate(timeout=60)
-    assert time.monotonic() - start < within_s
+def expect_end(process: subprocess.Popen[str], code: int, words: str) -> str:
+    """It ends long before its program does, or its grace."""
+    _, err = process.communicate(timeout=SOON_S)
     assert process.returncode == code, err
     assert words in err
     expect_gone(process.pids)
@@ -69,7 +72,7 @@ def expect_end(process: subprocess.Popen[str], code: int, words: str, within_s: 
 
 
 def expect_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + SOON_S
     while alive := [pid for pid in pids if psutil.pid_exists(pid)]:
         assert time.monotonic() < deadline, [psutil.Process(pid).cmdline() for pid in alive]
         time.sleep(0.02)
@@ -77,61 +80,61 @@ def expect_gone(pids: list[int]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_launcher_stops_all(tmp_path: Path, number: signal.Signals) -> None:
-    with running(tmp_path, "plain") as process:
+    with running(tmp_path, "plain", "--grace", "200") as process:
         process.send_signal(number)
-        expect_end(process, 128 + number, f"stopped by {number.name}", 4)
+        expect_end(process, 128 + number, f"stopped by {number.name}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_deaf_ranks_are_killed_after_the_grace(tmp_path: Path, number: signal.Signals) -> None:
     with running(tmp_path, "deaf", "--grace", "1") as process:
         process.send_signal(number)
-        expect_end(process, 128 + number, f"stopped by {number.name}", 6)
+        expect_end(process, 128 + number, f"stopped by {number.name}")
 
 
 def test_asked_twice_is_at_once(tmp_path: Path) -> None:
-    with running(tmp_path, "deaf", "--grace", "100") as process:
+    with running(tmp_path, "deaf", "--grace", "200") as process:
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
-        expect_end(process, 130, "stopped by SIGINT", 5)
+        expect_end(process, 130, "stopped by SIGINT")
 
 
 def test_a_killed_launcher_leaves_nothing(tmp_path: Path) -> None:
     with running(tmp_path, "deaf") as process:
         process.kill()
-        process.wait(10)
+        process.wait(SOON_S)
         expect_gone(process.pids)  # the ranks, and what they had started
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_is_named(tmp_path: Path, victim: int, number: signal.Signals) -> None:
-    with running(tmp_path, "plain") as process:
+    with running(tmp_path, "plain", "--grace", "200") as process:
         os.kill(process.ranks[victim], number)
         name = f"rank {victim} (pid {process.ranks[victim]}) was killed by {number.name}"
-        expect_end(process, 128 + number, name, 4)
+        expect_end(process, 128 + number, name)
 
 
 def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
-    with running(tmp_path, "stopped", "--hang-timeout", "1", "--grace", "1") as process:
-        err = expect_end(process, 1, f"rank 1 (pid {process.ranks[1]}) gave no sign of life", 10)
+    with running(tmp_path, "stopped", "--hang-timeout", "3", "--grace", "1") as process:
+        err = expect_end(process, 1, f"rank 1 (pid {process.ranks[1]}) gave no sign of life")
         assert "it is stopped" in err
         assert f"rank 0 (pid {process.ranks[0]})" not in err
 
 
 def test_a_rank_whose_interpreter_is_stuck_shows_where(tmp_path: Path) -> None:
-    with running(tmp_path, "interpreter", "--hang-timeout", "1", "--grace", "1") as process:
-        err = expect_end(process, 1, f"rank 1 (pid {process.ranks[1]}) gave no sign of life", 10)
+    with running(tmp_path, "interpreter", "--hang-timeout", "3", "--grace", "1") as process:
+        err = expect_end(process, 1, f"rank 1 (pid {process.ranks[1]}) gave no sign of life")
         assert 'program.py", line' in err
 
 
 def test_a_busy_rank_is_not_taken_for_stuck(run_yoke: Callable, tmp_path: Path) -> None:
     script = tmp_path / "busy.py"
     script.write_text(
-        "import time\nuntil = time.monotonic() + 3\nwhile time.monotonic() < until: pass\n"
+        "import time\nuntil = time.monotonic() + 5\nwhile time.monotonic() < until: pass\n"
     )
-    result = run_yoke("run", "--ranks", "2", "--hang-timeout", "1", str(script))
+    result = run_yoke("run", "--ranks", "2", "--hang-timeout", "3", str(script))
     assert result.returncode == 0, result.stderr
 
 
@@ -142,20 +145,18 @@ def test_a_rank_that_does_not_start_is_named(tmp_path: Path, run_yoke: Callable)
     )
     script = tmp_path / "script.py"
     script.write_text("import time\ntime.sleep(300)\n")
-    start = time.monotonic()
     result = run_yoke(
-        "run", "--ranks", "2", "--start-timeout", "2", "--grace", "1", str(script),
-        PYTHONPATH=str(tmp_path), timeout=60,
+        "run", "--ranks", "2", "--start-timeout", "8", "--grace", "1", str(script),
+        PYTHONPATH=str(tmp_path), timeout=SOON_S,
     )  # fmt: skip
-    assert time.monotonic() - start < 15
     assert result.returncode == 1
     assert "rank 1 (pid" in result.stderr
-    assert "had not started its program after 2 s (--start-timeout)" in result.stderr
+    assert "had not started its program after 8 s (--start-timeout)" in result.stderr
     assert "rank 0 (pid" not in result.stderr
 
 
 def test_signals_that_programs_use_are_passed_on(tmp_path: Path) -> None:
-    with running(tmp_path, "saves") as process:
+    with running(tmp_path, "saves", "--grace", "200") as process:
         time.sleep(0.2)
         process.send_signal(signal.SIGUSR1)
         assert process.stdout is not None
@@ -167,7 +168,7 @@ def test_signals_that_programs_use_are_passed_on(tmp_path: Path) -> None:
             pass
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        expect_end(process, 143, "stopped by SIGTERM", 4)
+        expect_end(process, 143, "stopped by SIGTERM")
 
 
 def test_logs_hold_each_ranks_output_and_rank_0_stays_untouched(
@@ -207,7 +208,7 @@ def test_rank_0_keeps_a_terminal_with_logs(tmp_path: Path) -> None:
         stdin=slave, stdout=slave, stderr=slave, close_fds=True,
     )  # fmt: skip
     os.close(slave)
-    assert process.wait(30) == 0
+    assert process.wait(SOON_S) == 0
     assert b"terminal True" in os.read(master, 4096)
     os.close(master)
     assert (tmp_path / "logs" / "rank-0.log").read_text() == "terminal True\n"
@@ -216,16 +217,8 @@ def test_rank_0_keeps_a_terminal_with_logs(tmp_path: Path) -> None:
 def test_fifty_starts_leave_nothing_behind(tmp_path: Path, run_yoke: Callable) -> None:
     script = tmp_path / "script.py"
     script.write_text("import os, sys\nsys.exit(3 if os.environ['RANK'] == sys.argv[1] else 0)\n")
-    before = {process.pid for process in psutil.process_iter()}
-    segments = set(os.listdir("/dev/shm"))
+    before = {process.pid for process in own_processes()}
     for i in range(50):
-        result = run_yoke("run", "--ranks", "2", str(script), str(i % 3), timeout=30)
+        result = run_yoke("run", "--ranks", "2", str(script), str(i % 3))
         assert result.returncode == (3 if i % 3 < 2 else 0), result.stderr
-    left = [
-        process.info["cmdline"]
-        for process in psutil.process_iter(["cmdline"])
-        if process.pid not in before
-        and any("launcher" in word for word in process.info["cmdline"] or ())
-    ]
-    assert not left
-    assert set(os.listdir("/dev/shm")) <= segments
+    expect_gone([process.pid for process in own_processes() if process.pid not in before])

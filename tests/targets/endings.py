@@ -35,10 +35,13 @@ def main(env: Any, payload: str) -> int:
     elif case == "code" and env.rank == env.world_size - 1:
         return 7
     elif case == "stubborn":
+        is_deaf = Path(options["folder"]) / "deaf"
         if env.rank == 1:
-            time.sleep(1)  # until the other has made itself deaf
+            while not is_deaf.exists():
+                time.sleep(0.01)
             return 7
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        is_deaf.touch()
         time.sleep(600)
     elif case == "grandchild":
         child = subprocess.Popen(["sleep", "600"])

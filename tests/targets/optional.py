@@ -27,7 +27,7 @@ def main(env: Any, payload: str) -> int:
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 600.0) as group:
         assert group.backend == "deepspeed"
-        assert not list(Path("/dev/shm").glob("deepspeed_*"))
+        assert not list(Path("/dev/shm").glob(f"*yoke_{env.session}_*"))
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64):
             for count in (1, 33, 4096, 700_001):
                 check(group, dtype, count)
