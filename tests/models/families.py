@@ -108,8 +108,6 @@ NAMES = tuple(FAMILIES)
 def make(name: str, **changes: Any) -> torch.nn.Module:
     """A model of transformers, in evaluation mode; the same at every call. `changes` to the keys of its
     configuration; None takes transformers' default."""
-    import transformers
-
     family, heads, kv_heads, head_dim, ffn, more = FAMILIES[name]
     values: dict[str, Any] = COMMON | {
         "hidden_size": heads * 16,
@@ -135,6 +133,13 @@ def make(name: str, **changes: Any) -> torch.nn.Module:
         values["ffn_hidden_size"] = ffn
         for key in ("num_key_value_heads", "head_dim", "intermediate_size"):
             del values[key]
+    return build(family, values)
+
+
+def build(family: str, values: dict[str, Any]) -> torch.nn.Module:
+    """A random model of the class, of these keys."""
+    import transformers
+
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
     model = getattr(transformers, f"{family}ForCausalLM")(config(**values))

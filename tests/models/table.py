@@ -19,6 +19,7 @@ from comm.group import Group
 from launcher.plan import LaunchRequest, make_plan
 from launcher.spawn import RunOptions, launch, new_session
 from launcher.topology import read_topology
+from models.defaults import DEFAULTS
 from models.families import FAMILIES as NAMED
 from models.load import config_of, load_model
 from tests.models.families import (
@@ -52,6 +53,37 @@ in a padded batch, or the second alone, and {STEPS} tokens after each. *Whole gr
 step each pass `torch.compile(fullgraph=True)`, with the collectives of their block in the graph, and
 give the logits of the model as it is. Figures vary a little with processor and torch.
 """
+
+
+DEFAULTS_ABOUT = """## Keys that config.json leaves out
+
+They have the default of the model's own class, as transformers has it: sizes, too, and what then does
+not fit the weights is refused when they are loaded. The tests compare `models/defaults.py` with
+transformers' classes, and this list with `models/defaults.py`. *none*: no such thing, or computed from
+other keys (`head_dim` from `hidden_size`). Of GGUF files, llama.cpp's defaults hold; they are in the
+same module.
+
+A stretched context is as long as it was stretched: of linear and dynamic scaling
+`max_position_embeddings` times the factor, of yarn the original length times the factor (or
+`max_position_embeddings`, if that is more), of llama3 and longrope, and of Gemma 3,
+`max_position_embeddings` as it is. A key of the rotary settings that their kind does not read is refused.
+"""
+
+
+def defaults_table() -> str:
+    """A line for each key and default, with the families that have it."""
+    names = {named.hf: named.name for named in NAMED}
+    lines = ["| key | default | families |", "| --- | --- | --- |"]
+    for key in dict.fromkeys(key for table in DEFAULTS.values() for key in table):
+        having: dict[str, list[str]] = {}
+        for hf, table in DEFAULTS.items():
+            if key in table:
+                having.setdefault("none" if table[key] is None else str(table[key]), []).append(hf)
+        for value, families in having.items():
+            whole = families == list(DEFAULTS)
+            shown = "all" if whole else ", ".join(names[hf] for hf in families)
+            lines.append(f"| {key} | {value} | {shown} |")
+    return "\n".join(lines)
 
 
 def described(name: str) -> tuple[str, ...]:
@@ -111,7 +143,8 @@ def main() -> None:
     lines = [(*TITLES, *FIGURES), ("---",) * len(TITLES + FIGURES)]
     lines += [(*described(name), *cells[name]) for name in NAMES]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    (CHECKOUT / "docs" / "families.md").write_text(f"{ABOUT}\n{table}\n", encoding="utf-8")
+    text = f"{ABOUT}\n{table}\n\n{DEFAULTS_ABOUT}\n{defaults_table()}\n"
+    (CHECKOUT / "docs" / "families.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
+import torch
 
 from models import config_gguf, config_hf, config_rope
 from models.config import ModelConfig
@@ -87,6 +89,37 @@ def test_a_file_without_keys_is_the_class_without_arguments(architecture: str) -
             if key not in ("num_hidden_layers", "layer_types", "no_rope_layers"):
                 left = {name: value for name, value in whole.items() if name != key}
                 assert from_hf(left, "here") == wanted, key
+
+
+# Sizes with which a model is small; whatever is left out must be what the class says.
+SMALL = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 2, "intermediate_size": 48}
+SIZES: dict[str, dict[str, Any]] = {
+    "Qwen2": {"hidden_size": 128, "num_attention_heads": 32},
+    "Qwen3": {"num_attention_heads": 32},
+    "Gemma3": {"num_hidden_layers": 7},
+    "SmolLM3": {"num_hidden_layers": 5},
+    "Qwen3Moe": {"num_experts": 16, "moe_intermediate_size": 16},
+}
+GPTJ_SIZES = {"n_embd": 128, "n_head": 2, "n_layer": 2}
+
+
+def test_models_of_files_with_sizes_alone(tmp_path: Path, run_ranks: Any) -> None:
+    """Their logits, against transformers on the same folder, on 1 and 2 ranks."""
+    folders = {}
+    for architecture in ARCHITECTURES:
+        family = architecture.removesuffix("ForCausalLM")
+        sizes: dict[str, Any] = GPTJ_SIZES if family == "GPTJ" else SMALL | SIZES.get(family, {})
+        sizes = sizes | {"vocab_size": 301, "pad_token_id": None}
+        folder = tmp_path / family
+        model = families.build(family, sizes | {"initializer_range": 0.2})
+        model.save_pretrained(folder)
+        keys = {"architectures": [architecture], "model_type": model.config.model_type, **sizes}
+        (folder / "config.json").write_text(json.dumps(keys))
+        torch.save(families.wanted(type(model).from_pretrained(folder).eval()), folder / "wanted.pt")
+        folders[family] = str(folder)
+    code, out, err = run_ranks("families", 2, "shm", folders=folders, sizes=[1, 2])
+    assert code == 0, err
+    assert out.splitlines() == [f"{size} {family}" for size in (1, 2) for family in folders]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

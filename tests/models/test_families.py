@@ -18,7 +18,7 @@ from comm.group import Group
 from models.config import expected_shapes
 from models.decoder import Decoder
 from models.load import config_of, destinations, load_model
-from tests.models.table import TITLES, described
+from tests.models.table import DEFAULTS_ABOUT, TITLES, defaults_table, described
 from tests.models.traces import expected, group_of_one, trace
 from tp.shard import find_spec, plan_layout, slices_of
 from weights.checkpoint import open_checkpoint
@@ -104,6 +104,11 @@ def test_the_table_lists_these_families() -> None:
         assert graphs == "yes", row
     named = [row[0] for row in rows if len(row) > len(TITLES) and not row[0].startswith("-")]
     assert named == ["variant", *NAMES], "a family in the table that is not tested"
+
+
+def test_the_defaults_of_keys_are_listed() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    assert text.endswith(f"\n{DEFAULTS_ABOUT}\n{defaults_table()}\n")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 8, 16, 32, 64])

@@ -102,6 +102,42 @@ def test_rope(keys: dict[str, Any], rope: Rope) -> None:
     assert read(**keys).rope == rope
 
 
+@pytest.mark.parametrize(
+    ("name", "keys", "length"),
+    [
+        ("llama", {"rope__scaling__factor": 4.0}, 512),
+        ("llama", {"rope__scaling__type": "none", "rope__scaling__factor": 4.0}, 128),
+        ("llama", {"rope_freqs.weight": FACTORS}, 128),
+        ("qwen2", {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}, 512),
+        (
+            "qwen2",
+            {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0,
+             "rope__scaling__original_context_length": 32},
+            128,
+        ),
+        ("gemma3", {"rope__scaling__factor": 8.0}, 128),  # these files have the stretched length
+    ],
+)  # fmt: skip
+def test_stretched_contexts(name: str, keys: dict[str, Any], length: int) -> None:
+    assert read(name, **keys).max_seq_len == length
+
+
+def test_what_llama_cpp_takes_for_absent_keys() -> None:
+    gemma = read("gemma2")
+    assert (gemma.attention_cap, gemma.logits_cap, gemma.window) == (50.0, 30.0, 4096)
+    gemma = read("gemma3")
+    assert gemma.local_rope is not None
+    assert (gemma.rope.theta, gemma.local_rope.theta, gemma.logits_cap) == (10000.0, 10000.0, 0.0)
+    with pytest.raises(InputError, match=r"rope\.global\.freq_base=1000000\.0 is not supported"):
+        read("gemma3", rope__global__freq_base=1e6)
+    granite = read("granite", logit_scale=4.0)
+    assert (granite.embedding_scale, granite.residual_scale) == (1.0, 1.0)
+    assert granite.attention_scale == 0.0  # that of the head's size
+    experts = {"expert_count": 4, "expert_used_count": 2}
+    assert read("qwen3moe", **experts).expert_dim == 48
+    assert read("llama", **experts).expert_dim == 96
+
+
 def test_windows() -> None:
     assert read("phi3", attention__sliding_window=7).window == 7
     assert read("phi3", attention__sliding_window=7).windowed == ()
