@@ -66,7 +66,8 @@ same module.
 A stretched context is as long as it was stretched: of linear and dynamic scaling
 `max_position_embeddings` times the factor, of yarn the original length times the factor (or
 `max_position_embeddings`, if that is more), of llama3 and longrope, and of Gemma 3,
-`max_position_embeddings` as it is. A key of the rotary settings that their kind does not read is refused.
+`max_position_embeddings` as it is. A key of the rotary settings that their kind does not read is
+refused.
 """
 
 
