@@ -39,6 +39,7 @@ from engine.texts import Feed, text_stream
 from models.chat import apply_chat_template
 from models.sampling_params import Sampling, check_sampling
 from models.tokenizer import TextCodec
+from models.tokenizer_limits import check_length
 from weights.errors import InputError
 
 
@@ -90,7 +91,7 @@ def share_requests(resolved: ResolvedJob, engine: Opened) -> list[Request]:
     if codec is not None:
         for prompt in resolved.prompts:
             try:
-                tokens = encode_prompt(codec, prompt)
+                tokens = encode_prompt(codec, prompt, job.max_seq_len)
                 check_sampling(prompt.sampling, engine.runner.vocab_size)
             except InputError as error:
                 raise InputError(f"{prompt.name}: {error}") from error
@@ -108,11 +109,12 @@ def shared_stops(engine: Opened) -> frozenset[int]:
     return frozenset(share(own, engine.group, engine.runner.device))
 
 
-def encode_prompt(codec: TextCodec, prompt: Prompt) -> list[int]:
-    """A prompt's tokens: of its conversation by the model's template, or of its text as it is."""
-    if prompt.messages:
-        return codec.encode(apply_chat_template(codec, prompt.messages), False)
-    return codec.encode(prompt.text, True)
+def encode_prompt(codec: TextCodec, prompt: Prompt, room: int) -> list[int]:
+    """A prompt's tokens: of its conversation by the model's template, or of its text as it is. Raises
+    InputError, also for a text that is much too long for `room` tokens."""
+    text = apply_chat_template(codec, prompt.messages) if prompt.messages else prompt.text
+    check_length(len(text), codec.longest, room)
+    return codec.encode(text, not prompt.messages)
 
 
 def sampling_from_dict(data: dict[str, Any]) -> Sampling:

@@ -172,7 +172,7 @@ def _next_task(
     job, number = resolved.job, message["id"]
     try:
         prompt = Prompt("", job.max_new_tokens, sampling_of(job), tuple(message["messages"]))
-        tokens = encode_prompt(codec, prompt)
+        tokens = encode_prompt(codec, prompt, job.max_seq_len)
         room = job.max_seq_len - len(tokens)
         if room < 1:
             raise InputError(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
 
+from models.tokenizer_limits import guarded
 from weights.checkpoint import Checkpoint
 from weights.errors import InputError
 
@@ -36,7 +37,8 @@ class TextCodec:
 
     `stop_tokens` end an answer. `chat_templates` by name ("default", "tool_use"), empty where there
     are none, an InputError in the place of one that cannot be read: it matters to those who ask for it;
-    `special` is what they may call by name ("bos_token", ...).
+    `special` is what they may call by name ("bos_token", ...). `longest()` is the length of the longest
+    token in characters.
     """
 
     encode: Callable[[str, bool], list[int]]
@@ -45,6 +47,7 @@ class TextCodec:
     stop_tokens: frozenset[int] = frozenset()
     chat_templates: Mapping[str, str | InputError] = field(default_factory=dict)
     special: Mapping[str, str] = field(default_factory=dict)
+    longest: Callable[[], int] = lambda: 1
 
 
 @dataclass(frozen=True)
@@ -119,20 +122,25 @@ def make_codec(
 ) -> TextCodec:
     """A codec of a pipeline. `ends` None: its own post-processor adds what belongs around a text.
     `doubled_space` puts a space before a text that begins with one (see models/tokenizer_spm.py)."""
-    # tokenizer.json may carry the settings of a training run: they would cut off or fill up a prompt.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     around = ends or Ends()
 
     def encode(text: str, whole: bool) -> list[int]:
         _utf8(text)
         if doubled_space and text.startswith((" ", "\u2581")):
             text = " " + text
-        tokens: list[int] = tokenizer.encode(text, add_special_tokens=whole and ends is None).ids
+        tokens: list[int] = guarded(
+            lambda: tokenizer.encode(text, add_special_tokens=whole and ends is None).ids,
+            lambda why: InputError(
+                f"the tokenizer cannot take a text of {len(text)} characters ({why}); shorten it"
+            ),
+        )
         return [*around.before, *tokens, *around.after] if whole else tokens
 
     def decode(tokens: Sequence[int]) -> str:
-        text: str = tokenizer.decode(list(tokens), skip_special_tokens=True)
+        text: str = guarded(
+            lambda: tokenizer.decode(list(tokens), skip_special_tokens=True),
+            lambda why: InputError(f"the tokenizer cannot turn {len(tokens)} tokens into text ({why})"),
+        )
         return text
 
     byte_tokens = _byte_tokens(tokenizer, decode)
@@ -148,6 +156,7 @@ def make_codec(
         stop_tokens,
         chat_templates or {},
         special or {},
+        lambda: max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1),
     )
 
 

@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.normalizers import Normalizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
+from models.tokenizer_limits import divisions
 from weights.errors import InputError
 from weights.files import DAMAGE, HEADER_LIMIT, damaged, regular_file
 from weights.texts import lines_of
@@ -196,12 +197,8 @@ def read_tiktoken(path: Path) -> dict[bytes, int]:
 def build_tiktoken(ranks: dict[bytes, int]) -> Tokenizer:
     """The pipeline of Llama 3's vocabulary. tiktoken merges the neighbours whose union has the lowest
     rank; here the unions are written out as pairs, in that order."""
-    merges = [
-        (spell(token[:cut]), spell(token[cut:]))
-        for token in sorted(ranks, key=ranks.__getitem__)
-        for cut in range(1, len(token))
-        if token[:cut] in ranks and token[cut:] in ranks
-    ]
+    pairs = divisions(sorted(ranks, key=ranks.__getitem__), ranks)
+    merges = [(spell(left), spell(right)) for left, right in pairs]
     return build_bytes({spell(token): rank for token, rank in ranks.items()}, merges, _LLAMA_3)
 
 

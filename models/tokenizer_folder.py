@@ -10,7 +10,7 @@ What is not here: Mistral's tekken.json: refused with what to do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from models.tokenizer_bytes import (
     meta_special,
     read_tiktoken,
 )
+from models.tokenizer_limits import check_added, check_json, guarded
 from models.tokenizer_spm import USER_DEFINED, SpmVocabulary, build_spm, read_spm
 from models.tokenizer_vocab import build_vocab, read_vocab, vocab_class
 from weights.errors import InputError
-from weights.files import damaged, read_json, regular_file
+from weights.files import HEADER_LIMIT, damaged, read_json, regular_file
 from weights.texts import without_mark
 
 _NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -91,23 +92,33 @@ def folder_codec(folder: Path, config: Mapping[str, Any]) -> TextCodec:
 
 
 def _from_json(file: Path) -> Tokenizer:
-    regular_file(file, "a tokenizer")
-    return _built(file, lambda: Tokenizer.from_file(str(file)))
+    size = regular_file(file, "a tokenizer")
+    if size > HEADER_LIMIT:
+        raise InputError(f"{file} has {size} bytes; no tokenizer is larger than {HEADER_LIMIT}")
+
+    def build() -> Tokenizer:
+        text = without_mark(file.read_bytes()).decode()
+        check_json(text)
+        return Tokenizer.from_str(text)
+
+    return _built(file, build)
 
 
-def _built(file: Path, build: Any) -> Tokenizer:
+def _built(file: Path, build: Callable[[], Tokenizer]) -> Tokenizer:
     """What `build` returns. Raises InputError for whatever it raises."""
-    try:
-        tokenizer: Tokenizer = build()
+
+    def tried() -> Tokenizer:
+        tokenizer = build()
+        # tokenizer.json may carry the settings of a training run: they would cut off or fill up a text.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         tokenizer.decode(tokenizer.encode("a").ids)  # some damage shows only in use
+        return tokenizer
+
+    try:
+        return guarded(tried, ValueError)
     except Exception as error:
         raise damaged(file, "a tokenizer", error) from error
-    # A panic of the Rust library is no Exception.
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise damaged(file, "a tokenizer", str(error)[:200]) from error
-    return tokenizer
 
 
 def _check_meta(file: Path, base: int, special: int, vocab_size: object) -> None:
@@ -186,7 +197,11 @@ def _add(
             token.special = True
             new.append(token)
             known[name] = token
-    tokenizer.add_tokens(new)
+    try:
+        check_added(known)
+        tokenizer.add_tokens(new)
+    except ValueError as error:
+        raise damaged(file, "a tokenizer", error) from error
     for i, token in added.items():
         if tokenizer.token_to_id(token.content) != i:
             raise InputError(

@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from models.tokenizer import Ends, Templates, TextCodec, make_codec, named_templates
 from models.tokenizer_bytes import SPLITTINGS, Splitting, build_bytes
+from models.tokenizer_limits import check_added
 from models.tokenizer_spm import CONTROL, NORMAL, USER_DEFINED, SpmVocabulary, build_spm
 from weights.errors import InputError
 
@@ -120,13 +121,13 @@ def _byte_level(
     tokenizer = build_bytes(vocab, merges, splitting)
     # As they are: transformers spells those beyond ASCII in GPT-2's alphabet and then finds them in no
     # text, though the models' own tokenizer.json has them.
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, special=kind == CONTROL, normalized=False)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind in (CONTROL, USER_DEFINED)
-        ]
-    )
+    added = [
+        AddedToken(token, special=kind == CONTROL, normalized=False)
+        for token, kind in zip(tokens, types, strict=True)
+        if kind in (CONTROL, USER_DEFINED)
+    ]
+    check_added(token.content for token in added)
+    tokenizer.add_tokens(added)
     return tokenizer
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from models.tokenizer_limits import charsmap_growth, check_added, divisions
 from weights.errors import InputError
 from weights.files import DAMAGE, HEADER_LIMIT, damaged, regular_file
 
@@ -72,6 +73,8 @@ def build_spm(vocabulary: SpmVocabulary) -> Tokenizer:
     ]
     if len(set(pieces)) != len(pieces):
         raise ValueError("a piece occurs twice")
+    if charsmap_growth(vocabulary.charsmap) > 1:
+        raise ValueError("its normalization writes too long a text for a character")
     if not all(map(math.isfinite, vocabulary.scores)):
         raise ValueError("a score is not a finite number")
     unk = vocabulary.unk if 0 <= vocabulary.unk < len(pieces) else None
@@ -88,14 +91,14 @@ def build_spm(vocabulary: SpmVocabulary) -> Tokenizer:
         )
     tokenizer = Tokenizer(model)
     _add_spaces(tokenizer, vocabulary)
-    tokenizer.add_tokens(
-        [
-            AddedToken(piece, special=kind != USER_DEFINED, normalized=False)
-            for piece, kind in zip(pieces, vocabulary.types, strict=True)
-            # SentencePiece finds no control token in a text; a chat template's are meant to be found.
-            if kind in (CONTROL, USER_DEFINED, UNKNOWN) and piece
-        ]
-    )
+    added = [
+        AddedToken(piece, special=kind != USER_DEFINED, normalized=False)
+        for piece, kind in zip(pieces, vocabulary.types, strict=True)
+        # SentencePiece finds no control token in a text; a chat template's are meant to be found.
+        if kind in (CONTROL, USER_DEFINED, UNKNOWN) and piece
+    ]
+    check_added(token.content for token in added)
+    tokenizer.add_tokens(added)
     return tokenizer
 
 
@@ -138,12 +141,7 @@ def _merges(
     """
     normal = {piece: i for i, piece in enumerate(pieces) if types[i] == NORMAL}
     order = sorted(normal.items(), key=lambda item: (-scores[item[1]], item[1]))
-    return [
-        (piece[:cut], piece[cut:])
-        for piece, _ in order
-        for cut in range(1, len(piece))
-        if piece[:cut] in normal and piece[cut:] in normal
-    ]
+    return divisions((piece for piece, _ in order), normal)
 
 
 def read_spm(path: Path) -> SpmVocabulary:

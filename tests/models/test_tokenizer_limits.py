@@ -1,0 +1,132 @@
+"""Tokenizers and texts that would take time or memory beyond all proportion are refused at once."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hostile_texts import HARMLESS, PIPELINES, VOCABULARIES, escaped, plain_json, write_json
+from test_tokenizer_folder import read
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from vocabularies import CORPUS
+
+from models.tokenizer import make_codec
+from models.tokenizer_limits import check_json, check_length, divisions, guarded
+from weights.errors import InputError
+
+
+@contextmanager
+def bounded(seconds: float = 2.0, extra_bytes: int = 200 << 20) -> Iterator[None]:
+    """A block that takes so much processor time and memory at most, beyond what was used before."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    started, before = usage.ru_utime + usage.ru_stime, _peak()
+    yield
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    assert usage.ru_utime + usage.ru_stime - started < seconds
+    assert _peak() - before < extra_bytes
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_without_proportion_is_refused(name: str, tmp_path: Path) -> None:
+    for text in (str, escaped):
+        file = write_json(tmp_path, PIPELINES[name](), text)
+        with bounded(extra_bytes=10 * file.stat().st_size + (200 << 20)):
+            if name in HARMLESS:
+                codec = read(tmp_path)
+                assert codec.encode("ab", True) == [0, 1]
+                continue
+            with pytest.raises(InputError, match=r"tokenizer\.json cannot be read as a tokenizer"):
+                read(tmp_path)
+
+
+REFUSED = ("every length", "a long normalization")
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_a_vocabulary_is_read_in_proportion_or_refused(name: str, tmp_path: Path) -> None:
+    file = VOCABULARIES[name](tmp_path)
+    with bounded(extra_bytes=10 * file.stat().st_size + (200 << 20)):
+        if name in REFUSED:
+            with pytest.raises(InputError, match=r"tokenizer\.model cannot be read as"):
+                read(tmp_path)
+        else:
+            assert read(tmp_path).encode("a", False)
+
+
+def test_pieces_are_divided_in_every_way() -> None:
+    """Against trying every place."""
+    words = sorted({word[:i] for text in CORPUS for word in text.split() for i in range(1, 9)})
+    known = {word: i for i, word in enumerate(words)}
+    expected = [
+        (word[:cut], word[cut:])
+        for word in words
+        for cut in range(1, len(word))
+        if word[:cut] in known and word[cut:] in known
+    ]
+    assert divisions(words, known) == expected and expected
+    many = {"a" * i: i for i in range(1, 1000)}
+    with pytest.raises(ValueError, match="in too many ways"):
+        divisions(many, many)
+
+
+def test_steps_that_tokenizers_in_use_have_pass() -> None:
+    parts = [
+        {"type": "Prepend", "prepend": "\u2581"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+        {"type": "NFC"},
+        {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+        {"type": "NFKD"},
+        {"type": "Lowercase"},
+    ]
+    check_json(
+        json.dumps(plain_json() | {"normalizer": {"type": "Sequence", "normalizers": parts[:2]}})
+    )
+    check_json(
+        json.dumps(plain_json() | {"normalizer": {"type": "Sequence", "normalizers": parts[2:]}})
+    )
+
+
+def test_a_text_that_cannot_fit_is_refused_by_its_length() -> None:
+    def longest() -> int:
+        return 10
+
+    check_length(1 << 20, longest, 10)  # short enough to be counted
+    check_length(40 * 100_000, longest, 100_000)
+    with pytest.raises(InputError, match=r"11000001 characters cannot fit in max_seq_len=1000 tokens"):
+        check_length(11_000_001, longest, 1000)
+    tokenizer = Tokenizer(models.BPE({"a": 0, "abc": 1}, []))
+    tokenizer.add_tokens(["<end>"])
+    assert make_codec(tokenizer).longest() == 5
+
+
+def test_a_panic_of_the_library_is_an_input_error() -> None:
+    """A regular expression that looks back through more spaces than its library allows."""
+    tokenizer = Tokenizer(models.BPE({"a": 0, " ": 1}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s*[\r\n]+|\s+"), "isolated")
+    codec = make_codec(tokenizer)
+    with pytest.raises(InputError, match="cannot take a text of 11000001 characters"):
+        codec.encode(" " * 11_000_000 + "a", True)  # at its library's limit of steps
+    assert codec.encode(" a", True) == [1, 0]
+
+    class PanicException(BaseException):
+        pass
+
+    def panics() -> None:
+        raise PanicException("x" * 1000)
+
+    with pytest.raises(ValueError, match=r"^x{200}$"):
+        guarded(panics, ValueError)
+    with pytest.raises(KeyboardInterrupt):
+        guarded(_interrupted, ValueError)
+
+
+def _interrupted() -> None:
+    raise KeyboardInterrupt
