@@ -21,6 +21,7 @@ from models.quant_rules import Held, held_quantised, parse_asked, products_of, w
 from models.sizes import layout_of
 from weights.errors import InputError
 from weights.files import read_json
+from weights.locate import locate
 from weights.outline import Outline, Stored, read_outline
 from weights.schemes import SCHEMES
 
@@ -145,8 +146,9 @@ def _declared(resolved: ResolvedJob, outline: Outline | None, thorough: bool) ->
     checkpoint = resolved.checkpoint
     if checkpoint is None:
         return None
-    file = checkpoint / "config.json"
-    if file.is_file():
+    own = outline is not None and outline.format == "gguf"  # which tells of itself
+    file = locate(checkpoint).folder / "config.json"
+    if file.is_file() and not own:
         try:
             found = read_json(file)
         except InputError:

@@ -34,6 +34,7 @@ from models.load import config_of, load_model
 from models.tokenizer import TextCodec, byte_codec, load_codec
 from weights.checkpoint import Checkpoint, open_checkpoint
 from weights.errors import InputError
+from weights.locate import locate
 from weights.random_io import random_checkpoint
 from weights.safetensors_io import open_safetensors
 
@@ -214,7 +215,7 @@ def _open_hf(resolved: ResolvedJob, group: Group, device: str) -> _Source:
     from models.hf import build_model, fill_model  # transformers is needed here alone
 
     assert resolved.checkpoint is not None
-    checkpoint = open_safetensors(resolved.checkpoint, translated=False)
+    checkpoint = open_safetensors(locate(resolved.checkpoint), translated=False)
     dtype = _dtype(resolved.job.dtype, device)
     model, weights = build_model(checkpoint.folder, group, dtype)
     return _Source(

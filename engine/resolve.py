@@ -19,6 +19,7 @@ from models.presets import PRESETS
 from models.quant_rules import check_quant, parse_asked
 from tp.heads import check_world_size
 from weights.errors import InputError, nearest
+from weights.locate import locate
 from weights.schemes import SCHEMES
 
 
@@ -93,6 +94,7 @@ def _resolve_model(job: Job, key: str = "model") -> ResolvedJob:
     if job.engine == "hf":
         hf_config.check_folder(found)
         return ResolvedJob(job, found, None)
+    locate(found)  # what is incomplete or ambiguous is refused before a rank exists
     return ResolvedJob(job, found, preset)
 
 

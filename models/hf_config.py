@@ -15,6 +15,7 @@ from typing import Any
 from tp.heads import check_world_size
 from weights.errors import InputError
 from weights.files import read_json
+from weights.locate import locate_in
 
 # The first release whose caches say where each query stands (`get_query_offset`), which the masks of
 # `models.hf_attention` are made from.
@@ -41,7 +42,8 @@ def require_transformers() -> None:
 
 def check_folder(path: Path) -> None:
     """Raise InputError unless `path` looks like what transformers saves: config.json, safetensors."""
-    if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
+    found = locate_in(path) if path.is_dir() else None
+    if not (path / "config.json").is_file() or found is None or found.form != "safetensors":
         raise InputError(
             f"engine=hf reads a folder with config.json and *.safetensors, and {path} is none; "
             "give such a folder, or leave engine= out"

@@ -47,7 +47,7 @@ from tp.layers import (
 from tp.shard import find_spec, slices_of
 from weights.checkpoint import Checkpoint, Entry, Slices
 from weights.errors import InputError
-from weights.pages import files_of, release_pages
+from weights.pages import release_pages
 
 BLOCK_BYTES = 8 << 20  # of a weight in float32, where it is not read as it lies
 RELEASE_BYTES = 64 << 20  # of a file's pages that may be resident while it is read
@@ -127,7 +127,7 @@ def load_model(
         nonlocal done, unreleased
         done, unreleased = done + filled, unreleased + read
         if unreleased >= RELEASE_BYTES:
-            release_pages(files_of(checkpoint.path))
+            release_pages(checkpoint.files)
             unreleased = 0
         progress(done, total)
 
@@ -161,6 +161,8 @@ def load_model(
                 rows.copy_(part)
                 count(rows.nbytes, part.nbytes)
     model.quantised = name_of(planned)
+    for note in checkpoint.notes:
+        say(note)
     line = summary(planned, linears, checkpoint, quant)
     if line and quant != "none":
         say(line)
@@ -226,7 +228,8 @@ def check_names(
     missing = sorted(shapes.keys() - entries.keys())
     if missing:
         raise InputError(
-            f"{checkpoint.path} lacks {len(missing)} weights of this model, such as {missing[0]!r}"
+            f"{checkpoint.path} lacks {len(missing)} weights of this model, such as "
+            f"{missing_one(missing, checkpoint)}"
         )
     for name, shape in shapes.items():
         entry = entries[name]
@@ -235,6 +238,13 @@ def check_names(
                 f"{entry.file or checkpoint.path}: {name} has shape {entry.shape}, the model's "
                 f"configuration asks for {shape}"
             )
+
+
+def missing_one(missing: Sequence[str], checkpoint: Checkpoint) -> str:
+    """For messages: one of the weights that are missing, and why, where the files tell."""
+    told = next((name for name in missing if name in checkpoint.absent), missing[0])
+    reason = checkpoint.absent.get(told)
+    return f"{told!r}" + (f" ({reason}; download the model again)" if reason else "")
 
 
 def _is_zero_bias(name: str, entries: Mapping[str, Entry]) -> bool:

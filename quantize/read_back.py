@@ -30,7 +30,10 @@ def read_back(plan: Plan, folder: Path) -> Checkpoint:
         else stored[name]
         for name, shape in plan.shapes.items()
     }
-    return replace(plan.checkpoint, path=folder, entries=entries, stored_names={})
+    files = tuple(folder / file for file in plan.files)
+    return replace(
+        plan.checkpoint, path=folder, beside=folder, entries=entries, stored_names={}, files=files
+    )
 
 
 def read_weight(name: str, stored: dict[str, Entry], scheme: Scheme) -> QuantWeight:

@@ -21,7 +21,7 @@ from quantize.grid import range_grid, search_grid
 from quantize.plan import Plan
 from quantize.walk import Walk, whole
 from weights.errors import InputError
-from weights.pages import files_of, release_pages
+from weights.pages import release_pages
 from weights.quant import QuantWeight
 from weights.schemes import Scheme
 from weights.writer import DTYPES, SafetensorsFile
@@ -58,7 +58,7 @@ def carry_out(
             size = prod(plan.shapes[name])
             done, unreleased = done + size, unreleased + size
             if unreleased > _RELEASE:
-                release_pages(files_of(plan.checkpoint.path))
+                release_pages(plan.checkpoint.files)
                 unreleased = 0
             progress(done, total)
         for file in files.values():

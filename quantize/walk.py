@@ -25,7 +25,7 @@ from models.decoder import Decoder
 from models.load import destinations
 from models.rope import rope_tables
 from weights.checkpoint import Checkpoint
-from weights.pages import files_of, release_pages
+from weights.pages import release_pages
 
 EMBEDDING = "model.embed_tokens.weight"
 _HEAD_TOKENS = 64  # whose logits are held at once: a vocabulary is wide
@@ -66,7 +66,7 @@ class Walk:
         for module in block.modules():
             if isinstance(module, CachedAttention):
                 module.setup(1, self.longest, torch.float32)
-        release_pages(files_of(self.checkpoint.path))
+        release_pages(self.checkpoint.files)
         return block
 
     def leave(self, block: nn.Module) -> None:

@@ -20,7 +20,7 @@ from tp.companions import companions
 from tp.reshard_plan import Output, Piece, ReshardPlan, manifest_of
 from weights.checkpoint import Checkpoint, Entry
 from weights.errors import InputError
-from weights.pages import files_of, release_pages
+from weights.pages import release_pages
 from weights.writer import DTYPES, SafetensorsFile
 from weights.yoke_io import YokeFolder, unequal_replicas
 from weights.yoke_manifest import MANIFEST, StoredTensor, to_json
@@ -64,7 +64,7 @@ class Reader:
             if self._touched < RELEASE_BYTES:
                 return
             self._touched = 0
-        release_pages(files_of(self.checkpoint.path))
+        release_pages(self.checkpoint.files)
 
 
 def _row_bytes(tensor: StoredTensor) -> int:

@@ -11,7 +11,6 @@ What is not here: writing.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from weights.errors import InputError
-from weights.files import folder_format, regular_file
+from weights.locate import locate
 from weights.quant import QuantWeight
 from weights.schemes import Scheme
 
@@ -62,10 +60,13 @@ class Checkpoint:
     """Names to entries, and what else the file says.
 
     `config` holds the keys of a Hugging Face `config.json`, or the key-values of a GGUF file (then
-    `format` is "gguf"). `folder` is where a tokenizer may lie beside the weights. Entries have
+    `format` is "gguf"). `beside` is the folder of config and tokenizer, where that is not
+    the folder of `path`. Entries have
     canonical names (those of Hugging Face's Llama); `stored_names` tells what the file calls them,
     where that differs. `world_size` is how many ranks the files are split for (1: they are whole);
-    the entries are whole tensors all the same.
+    the entries are whole tensors all the same. `files` hold the weights. `absent` tells of canonical
+    names that are no entries, though index or files speak of them, why they are none; `notes` are
+    lines for the user about what was left out.
     """
 
     path: Path
@@ -74,71 +75,42 @@ class Checkpoint:
     config: Mapping[str, Any] = field(default_factory=dict)
     stored_names: Mapping[str, str] = field(default_factory=dict)
     world_size: int = 1
+    beside: Path | None = None
+    files: tuple[Path, ...] = ()
+    absent: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
-        return self.path if self.path.is_dir() else self.path.parent
+        """Where config and tokenizer are."""
+        return self.beside or (self.path if self.path.is_dir() else self.path.parent)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint of any format that is read: a file, or the folder of a model.
-
-    A folder that holds several is opened in the order of `weights.files.folder_format`. Raises
-    InputError for what is missing, damaged, or of a format that is not read.
-    """
-    if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
-        return _open_folder(path)
-    regular_file(path, "a checkpoint")
+    """Open a checkpoint of any format that is read: a file, an index, or the folder of a model, as
+    `weights.locate` finds them. Raises InputError for what is missing, damaged, or of a format that is
+    not read."""
+    source = locate(path)
     # Imported here: each brings a library that only its own format needs.
-    if path.suffix == ".gguf":
+    if source.form == "gguf":
         from weights.gguf_io import open_gguf
 
-        return open_gguf(path)
-    if path.suffix == ".safetensors":
+        return open_gguf(source)
+    if source.form == "safetensors":
         from weights.safetensors_io import open_safetensors
 
-        return open_safetensors(path)
-    if path.suffix in (".pth", ".bin", ".pt"):
-        from weights.meta_io import is_part, open_meta
-        from weights.pickle_io import open_pickle
-
-        return open_meta(path) if is_part(path) else open_pickle(path)
-    raise InputError(f"{path} is not a checkpoint that Yoke reads; {_READ}")
-
-
-_READ = (
-    "give a .gguf, .safetensors, .pth or .bin file, or the folder of a model: config.json with "
-    "safetensors or pytorch_model.bin, or params.json with consolidated.00.pth"
-)
-
-
-def _open_folder(path: Path) -> Checkpoint:
-    found = folder_format(path)
-    if found is None:
-        raise InputError(f"{path} holds no *.safetensors file and no other weights; {_READ}")
-    form, files = found
-    if form == "yoke":
-        from weights.yoke_io import open_yoke
-
-        return open_yoke(path)
-    if form == "safetensors":
-        from weights.safetensors_io import open_safetensors
-
-        return open_safetensors(path)
-    if form == "meta":
+        return open_safetensors(source)
+    if source.form == "meta":
         from weights.meta_io import open_meta
 
-        return open_meta(path)
-    if form in ("bin", "pth"):
-        from weights.pickle_io import open_pickle
+        return open_meta(source)
+    if source.form == "yoke":
+        from weights.yoke_io import open_yoke
 
-        return open_pickle(path)
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files[:5])
-        raise InputError(
-            f"{path} holds {len(files)} .gguf files ({names}); give the path of one of them"
-        )
-    return open_checkpoint(files[0])
+        return open_yoke(source.folder)
+    from weights.pickle_io import open_pickle
+
+    return open_pickle(source)
 
 
 def check_slices(name: str, shape: tuple[int, ...], slices: Slices) -> None:

@@ -1,10 +1,11 @@
-"""Files that somebody else made: what a path is, JSON that may be hostile, what a folder holds.
+"""Files that somebody else made: what a path is, JSON that may be hostile.
 
 Every reader goes through here before it believes a byte, so that a FIFO, a directory, a loop of links
 or a header of nonsense is one clear message (InputError) and never a hang, a crash or an allocation of
-a size that a file claims. Free of torch: the command looks at folders before a rank exists.
+a size that a file claims. Free of torch: the command looks at files before a rank exists.
 
-What is not here: anything that knows a format from inside.
+What is not here: which files make up a checkpoint (weights.locate); anything that knows a format from
+inside.
 """
 
 from __future__ import annotations
@@ -129,50 +130,3 @@ def read_json(path: Path, unique: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a JSON object, not {type(content).__name__}")
     return content
-
-
-def read_index(index: Path) -> dict[str, str]:
-    """Which file beside a Hugging Face `*.index.json` holds each tensor. Raises InputError."""
-    names = read_json(index, unique=True).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise InputError(f"{index} must map tensor names to file names under 'weight_map'")
-    if not names:
-        raise InputError(f"{index} names no file under 'weight_map'; download it again")
-    for name in sorted(set(names.values())):
-        # The index comes with the model: it must not reach for other files of this machine.
-        if not name or Path(name).name != name or name == "..":
-            raise InputError(f"{index} names {name[:200]!r}: shards must lie beside their index")
-        try:
-            missing = not (index.parent / name).exists()
-        except (OSError, ValueError):
-            missing = True
-        if missing:
-            raise InputError(
-                f"{index.parent / repr(name[:200])[1:-1]} is missing, although {index.name} names it"
-            )
-    return names
-
-
-# In the order of preference where a folder holds several: (format, patterns of file names).
-_FOLDERS = (
-    ("yoke", ("yoke.json",)),
-    ("safetensors", ("model.safetensors.index.json", "*.safetensors")),
-    ("meta", ("consolidated.*.pth",)),
-    ("bin", ("pytorch_model.bin.index.json", "pytorch_model*.bin")),
-    ("pth", ("model.pth",)),
-    ("gguf", ("*.gguf",)),
-)
-
-
-def folder_format(folder: Path) -> tuple[str, list[Path]] | None:
-    """The format of the checkpoint in a folder and its files (or its index alone); None if there is
-    none. Raises InputError where the folder cannot be listed."""
-    try:
-        for form, patterns in _FOLDERS:
-            for pattern in patterns:
-                files = sorted(folder.glob(pattern))
-                if files:
-                    return form, files
-    except OSError as error:
-        raise InputError(f"{folder} cannot be listed: {error.strerror}") from error
-    return None

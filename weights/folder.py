@@ -2,60 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from weights.checkpoint import Checkpoint, Entry
 from weights.errors import InputError
 from weights.files import read_json
+from weights.locate import Source
 from weights.names import Piece, translate
 from weights.params import hf_config
 from weights.quant_hf import with_quantised
 from weights.views import present
 
+Absent = dict[str, str]  # stored names of what is not read, and why
 
-def gather(
-    source: Path, files: Iterable[Path] | Mapping[str, str], read: Callable[[Path], dict[str, Entry]]
-) -> dict[str, Entry]:
-    """The tensors of several files, or of those that the index `source` names beside it. Raises
-    InputError for a tensor that is stored twice, or is not where the index says."""
-    index = files if isinstance(files, Mapping) else None
-    if index is not None:
-        files = [source.parent / name for name in sorted(set(index.values()))]
+
+def gather(source: Source, read: Callable[[Path], dict[str, Entry]]) -> tuple[dict[str, Entry], Absent]:
+    """The tensors of a source's files; with an index, those that it names, from the files where it
+    says that they are. What index and files disagree about is left out, with the reason: a model may
+    not need it. Raises InputError for a tensor that is stored twice without an index."""
     entries: dict[str, Entry] = {}
-    found_in: dict[str, str] = {}
-    for file in files:
-        assert isinstance(file, Path)
+    misplaced: Absent = {}
+    unlisted: Absent = {}
+    for file in source.files:
         for name, entry in read(file).items():
+            if not source.holds(file, name):
+                if source.places is not None and name not in source.places:
+                    unlisted[name] = f"{file} holds it, and {_name_of(source)} does not list it"
+                continue
             if name in entries:
                 raise InputError(
-                    f"{name!r} is stored twice, in {found_in[name]} and in {file}; "
+                    f"{name!r} is stored twice, in {entries[name].file} and in {file}; "
                     "remove the files that do not belong to the model"
                 )
-            entries[name], found_in[name] = replace(entry, file=file), file.name
-    for name, file_name in (index or {}).items():
-        if found_in.get(name) != file_name:
-            raise InputError(
-                f"{source} says that {name!r} is in {file_name!r}, which does not hold it; "
-                "download the model again"
-            )
-    return entries
+            entries[name] = replace(entry, file=file)
+    for name, place in (source.places or {}).items():
+        if name not in entries:
+            assert source.index is not None
+            file = source.index.parent / place
+            lacks = "does not hold it" if file in source.files else "is missing"
+            misplaced[name] = f"{_name_of(source)} says that it is in {file}, which {lacks}"
+    return entries, misplaced | unlisted
+
+
+def _name_of(source: Source) -> str:
+    return "the index" if source.index is None else source.index.name
 
 
 def assemble(
-    path: Path,
-    form: str,
+    source: Source,
     stored: Mapping[str, Entry],
-    world_size: int = 1,
+    absent: Mapping[str, str] = MappingProxyType({}),
     names: Callable[[str], tuple[Piece, ...]] = translate,
 ) -> Checkpoint:
-    """The checkpoint of what `path` stores, with the config beside it. Raises InputError."""
-    folder = path if path.is_dir() else path.parent
-    config = config_beside(folder, {name: entry.shape for name, entry in stored.items()})
-    stored = with_quantised(stored, config, str(folder / "config.json"))
-    return present(path, form, stored, names, config, lambda: _heads(config, path), world_size)
+    """The checkpoint of what a source stores, with the config beside it. Raises InputError."""
+    if absent and not stored:
+        name, reason = next(iter(absent.items()))
+        raise InputError(f"{source.path} holds no weights that its index lists: {name!r}: {reason}")
+    config = config_beside(source.folder, {name: entry.shape for name, entry in stored.items()})
+    stored = with_quantised(stored, config, str(source.folder / "config.json"), absent)
+    found = present(source, stored, names, config, lambda: _heads(config, source.path))
+    reasons: Absent = {}
+    for name, reason in absent.items():
+        module, _, end = name.rpartition(".")
+        # Parts of a quantised module are there under the name of its weight.
+        whole = name if end in ("weight", "bias") else f"{module}.weight"
+        for piece in names(whole):
+            reasons.setdefault(piece.name, f"{name}: {reason}")
+    return replace(found, absent=reasons)
 
 
 def config_beside(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

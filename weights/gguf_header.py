@@ -162,17 +162,12 @@ def read_header(path: Path) -> Header:
 
 
 def architecture_of(header: Header, path: Path) -> str:
-    """The architecture of a file that is whole and of one of `ARCHITECTURES`. Raises InputError."""
+    """The architecture of a model that is of one of `ARCHITECTURES`. Raises InputError."""
     architecture = header.values.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise InputError(
             f"{path} holds a model of architecture {architecture!r}; supported: "
             + ", ".join(ARCHITECTURES)
-        )
-    if header.values.get("split.count", 1) not in (0, 1):
-        raise InputError(
-            f"{path} is one of {header.values['split.count']} files; join them with "
-            "llama.cpp's llama-gguf-split --merge, and give the joined file"
         )
     return architecture
 

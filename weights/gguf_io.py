@@ -8,7 +8,7 @@ key projections are reordered for interleaved rotary embeddings, and Gemma's nor
 (`weights.gguf_names`). Tensors that are settings, not weights, become values of `config`, under their
 names: the factors by which rotary frequencies are divided.
 
-What is not here: files split in several (`-00001-of-00003.gguf`); they are refused with the way out.
+A model may be split into several files (weights.gguf_split).
 
 Source: the GGUF specification, and llama.cpp's `convert_hf_to_gguf.py`.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
 from weights.errors import InputError
-from weights.files import DAMAGE, check_overlaps, damaged, regular_file
+from weights.files import DAMAGE, check_overlaps, damaged
 from weights.gguf_blocks import reader_of_blocks, reader_of_stacked_blocks
 from weights.gguf_header import (
     FORM,
@@ -37,7 +38,6 @@ from weights.gguf_header import (
     TensorInfo,
     architecture_of,
     num_experts_of,
-    read_header,
 )
 from weights.gguf_names import (
     FACTORS,
@@ -45,6 +45,8 @@ from weights.gguf_names import (
     same_for_all_layers,
     translate_gguf,
 )
+from weights.gguf_split import read_parts
+from weights.locate import Source
 from weights.mapped import Bytes, map_file, plain_entry
 from weights.names import Piece
 from weights.schemes import GGUF_SCHEMES
@@ -54,13 +56,16 @@ _MAX_FACTORS = 1 << 12  # half of a head's size; what is longer cannot be rotary
 _PLAIN = ("F64", "F32", "F16", "BF16")  # numbers as they are; everything else comes in blocks
 
 
-def open_gguf(path: Path) -> Checkpoint:
-    """Open a GGUF file of one of `ARCHITECTURES`. Raises InputError."""
-    size = regular_file(path, FORM)
+def open_gguf(source: Source) -> Checkpoint:
+    """Open a GGUF model of one of `ARCHITECTURES`, in one file or in several. Raises InputError."""
+    path = source.path
     try:
-        header = read_header(path)
+        headers = read_parts(source.files)
+        header = headers[0]
         architecture = architecture_of(header, path)
-        stored = _stored_entries(path, size, header)
+        stored: dict[str, Entry] = {}
+        for file, part in zip(source.files, headers, strict=True):
+            stored |= _stored_entries(file, part)
         factors = {name: _factors(path, name, stored.pop(name)) for name in FACTORS if name in stored}
         config = header.values.plus(factors)
         naming = naming_of(architecture, stored)
@@ -77,7 +82,7 @@ def open_gguf(path: Path) -> Checkpoint:
         def heads() -> tuple[int, int]:
             return _heads(path, config, f"{architecture}.attention.")
 
-        return present(path, "gguf", stored, canonical, config, heads)
+        return present(source, stored, canonical, config, heads)
     except InputError:
         raise
     except DAMAGE as error:
@@ -109,9 +114,19 @@ def _heads(path: Path, config: Mapping[str, Any], prefix: str) -> tuple[int, int
     return num_q, num_kv
 
 
-def _stored_entries(path: Path, size: int, header: Header) -> dict[str, Entry]:
-    """The tensors under GGUF's names. Raises InputError or ValueError."""
-    data = map_file(path)
+def _stored_entries(path: Path, header: Header) -> dict[str, Entry]:
+    """The tensors of one file under GGUF's names. Raises InputError."""
+    try:
+        return {name: replace(entry, file=path) for name, entry in _checked(path, header).items()}
+    except InputError:
+        raise
+    except DAMAGE as error:
+        raise damaged(path, FORM, error) from error
+
+
+def _checked(path: Path, header: Header) -> dict[str, Entry]:
+    """The same. Raises InputError or one of files.DAMAGE."""
+    size, data = path.stat().st_size, map_file(path)
     entries, ranges = {}, []
     for info in header.tensors:
         start = header.data_start + info.offset

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +19,19 @@ from weights.checkpoint import Checkpoint, Entry
 from weights.errors import InputError
 from weights.files import read_json
 from weights.folder import assemble
+from weights.locate import Source
 from weights.params import EMBEDDING, count
 from weights.pickle_io import stored_entries
 from weights.views import concat, replicated
 
-_FILE = re.compile(r"consolidated\.(\d{2,3})\.pth")
 _BY_ROWS = re.compile(r"layers\.\d+\.(attention\.w[qkv]|feed_forward\.w[13])\.weight|output\.weight")
 _BY_COLUMNS = re.compile(r"layers\.\d+\.(attention\.wo|feed_forward\.w2)\.weight")
 _COPIED = re.compile(r"(layers\.\d+\.(attention_norm|ffn_norm)|norm)\.weight|rope\.freqs")
 
 
-def is_part(path: Path) -> bool:
-    """Whether a file is one of Meta's parts, by its name."""
-    return _FILE.fullmatch(path.name) is not None
-
-
-def open_meta(path: Path) -> Checkpoint:
-    """Open a folder with `params.json` and all parts, given itself or by one of them. Raises
-    InputError."""
-    folder = path if path.is_dir() else path.parent
-    files = sorted(file for file in folder.glob("consolidated.*.pth") if is_part(file))
-    if not files:
-        raise InputError(f"{folder} holds no consolidated.00.pth; download the model again")
+def open_meta(source: Source) -> Checkpoint:
+    """Open all parts, with the `params.json` beside them. Raises InputError."""
+    folder, files = source.folder, source.files
     numbers = [int(file.name.split(".")[1]) for file in files]
     if numbers != list(range(len(files))):
         missing = next(i for i in range(len(files)) if i not in numbers)
@@ -59,7 +51,7 @@ def open_meta(path: Path) -> Checkpoint:
             )
     stored = {name: _joined(folder, name, [part[name] for part in parts], dim) for name in parts[0]}
     _check_heads(folder, params, stored)
-    return assemble(folder, "meta", stored, len(files))
+    return replace(assemble(source, stored), world_size=len(files))
 
 
 def _joined(folder: Path, name: str, parts: list[Entry], dim: int) -> Entry:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weights.files import DAMAGE, folder_format, read_index, read_json
+from weights.files import DAMAGE, read_json
+from weights.locate import MANIFEST, Source, locate
 from weights.names import Piece, translate
 from weights.quant_config import QuantConfig, read_quant_config
 from weights.schemes import GGUF_SCHEMES, Scheme
@@ -39,35 +40,29 @@ class Outline:
 
 
 def read_outline(path: Path) -> Outline | None:
-    """The outline of a GGUF file, of a folder of safetensors with its config.json, or of one in Yoke's
-    own form; None of other checkpoints, and of what cannot be read: the rank that opens it says what is
-    wrong."""
+    """The outline of a model in GGUF, in safetensors with its config.json, or in Yoke's own form; None
+    of other checkpoints, and of what cannot be read: the rank that opens it says what is wrong."""
     try:
-        if path.suffix == ".gguf" and not path.is_dir():
-            return _gguf(path)
-        if not path.is_dir():
-            return None
-        form, files = folder_format(path) or ("", [])
-        if form == "gguf" and len(files) == 1:
-            return _gguf(files[0])
-        if form == "yoke":
-            return _yoke(path)
-        return _safetensors(path, files) if form == "safetensors" else None
+        source = locate(path)
+        read = {"gguf": _gguf, "yoke": _yoke, "safetensors": _safetensors}.get(source.form)
+        return None if read is None else read(source)
     except DAMAGE:
         return None
 
 
-def _gguf(path: Path) -> Outline:
+def _gguf(source: Source) -> Outline:
     from gguf import GGMLQuantizationType
 
-    from weights.gguf_header import architecture_of, num_experts_of, read_header
+    from weights.gguf_header import architecture_of, num_experts_of
     from weights.gguf_names import FACTORS, naming_of, translate_gguf
+    from weights.gguf_split import read_parts
 
-    header = read_header(path)
+    path, headers = source.path, read_parts(source.files)
+    header, tensors = headers[0], [tensor for part in headers for tensor in part.tensors]
     architecture = architecture_of(header, path)
-    naming = naming_of(architecture, {tensor.name for tensor in header.tensors})
+    naming = naming_of(architecture, {tensor.name for tensor in tensors})
     weights: dict[str, Stored] = {}
-    for tensor in header.tensors:
+    for tensor in tensors:
         if tensor.name in FACTORS:
             continue
         shape = tuple(reversed(tensor.dims))
@@ -77,7 +72,7 @@ def _gguf(path: Path) -> Outline:
         stored = Stored(kind, GGUF_SCHEMES.get(kind) if len(shape) > 1 else None)
         _put(weights, translate_gguf(tensor.name, naming, count), stored)
     # What divides rotary frequencies is a list of numbers, for which the data would have to be read.
-    factors = {t.name: lambda: [1.0] for t in header.tensors if t.name in FACTORS}
+    factors = {t.name: lambda: [1.0] for t in tensors if t.name in FACTORS}
     return Outline("gguf", header.values.plus(factors), weights)
 
 
@@ -86,8 +81,8 @@ def _put(weights: dict[str, Stored], pieces: Iterable[Piece], stored: Stored) ->
         weights[piece.name] = Stored(stored.stored_as) if piece.plus_one else stored
 
 
-def _yoke(folder: Path) -> Outline:
-    manifest = read_json(folder / "yoke.json")
+def _yoke(source: Source) -> Outline:
+    manifest = read_json(source.folder / MANIFEST)
     weights = {}
     for tensor in manifest["tensors"]:
         form = tensor["blocks"]["format"] if tensor["blocks"] else tensor["dtype"]
@@ -95,16 +90,15 @@ def _yoke(folder: Path) -> Outline:
     return Outline(manifest["source_format"], manifest["config"], weights)
 
 
-def _safetensors(folder: Path, files: list[Path]) -> Outline:
+def _safetensors(source: Source) -> Outline:
     from weights.safetensors_header import read_header
 
-    config = read_json(folder / "config.json")
-    declared = read_quant_config(config, str(folder / "config.json"))
-    if files[0].name.endswith(".index.json"):
-        files = [folder / name for name in sorted(set(read_index(files[0]).values()))]
+    config = read_json(source.folder / "config.json")
+    declared = read_quant_config(config, str(source.folder / "config.json"))
     found: dict[str, Mapping[str, Any]] = {}
-    for file in files:
-        found |= read_header(file)[0]
+    for file in source.files:
+        header = read_header(file)[0]
+        found |= {name: header[name] for name in header if source.holds(file, name)}
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     weights: dict[str, Stored] = {}
     for name, about in found.items():

@@ -2,7 +2,7 @@
 
 Pages of a mapped file count as this process's memory until the kernel needs them elsewhere; a control
 group's limit, and whoever watches the process, sees a reader as large as its file. They are dropped
-here for all mappings under a folder, whoever made them: the libraries that map files do not say where.
+here for all mappings of a file, whoever made them: the libraries that map files do not say where.
 The data stay in the page cache, and a later access finds them there.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,23 +21,17 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _HEADER = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (....) [0-9a-f]+ \S+ \d+ +(/.*)")
 
 
-def release_pages(paths: list[Path]) -> None:
-    """Drop the resident pages of mappings of files at or under `paths` (resolved). No mapping that
-    was written to is touched: its pages are the only copy. Without proc, nothing happens."""
-    prefixes = tuple(str(path) for path in paths)
+def release_pages(paths: Iterable[Path]) -> None:
+    """Drop the resident pages of mappings of the files `paths`. No mapping that was written to is
+    touched: its pages are the only copy. Without proc, nothing happens."""
     with suppress(OSError):
-        shared, private = _mappings(_text("/proc/self/maps"), prefixes)
+        # As the kernel names them: hub caches are full of links.
+        files = {str(path.resolve()) for path in paths}
+        shared, private = _mappings(_text("/proc/self/maps"), files)
         if private:  # the kernel looks through all pages to tell whether one was written: only then
-            shared += _unwritten(_text("/proc/self/smaps"), prefixes)
+            shared += _unwritten(_text("/proc/self/smaps"), files)
         for start, stop in shared:
             _libc.madvise(start, stop - start, _MADV_DONTNEED)
-
-
-def files_of(checkpoint: Path) -> list[Path]:
-    """The files behind a checkpoint, as the kernel names them: hub caches are full of links."""
-    if not checkpoint.is_dir():
-        return [checkpoint.resolve()]
-    return [file.resolve() for file in checkpoint.iterdir() if file.is_file()]
 
 
 def _text(path: str) -> str:
@@ -44,21 +39,19 @@ def _text(path: str) -> str:
     return os.fsdecode(Path(path).read_bytes())
 
 
-def _mappings(
-    maps: str, prefixes: tuple[str, ...]
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """The shared and the private mappings of files under the prefixes."""
+def _mappings(maps: str, files: set[str]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The shared and the private mappings of files among `files`."""
     shared: list[tuple[int, int]] = []
     private: list[tuple[int, int]] = []
     for line in maps.split("\n"):
         match = _HEADER.match(line)
-        if match is not None and _under(match[4], prefixes):
+        if match is not None and match[4] in files:
             found = (int(match[1], 16), int(match[2], 16))
             (shared if match[3].endswith("s") else private).append(found)
     return shared, private
 
 
-def _unwritten(smaps: str, prefixes: tuple[str, ...]) -> list[tuple[int, int]]:
+def _unwritten(smaps: str, files: set[str]) -> list[tuple[int, int]]:
     """The private mappings among them that were never written to."""
     found = []
     current: tuple[int, int] | None = None
@@ -69,10 +62,6 @@ def _unwritten(smaps: str, prefixes: tuple[str, ...]) -> list[tuple[int, int]]:
             current = None
         elif line[:1].isdigit() or line[:1] in "abcdef":
             match = _HEADER.match(line)
-            ours = match is not None and match[3].endswith("p") and _under(match[4], prefixes)
+            ours = match is not None and match[3].endswith("p") and match[4] in files
             current = (int(match[1], 16), int(match[2], 16)) if match is not None and ours else None
     return found
-
-
-def _under(path: str, prefixes: tuple[str, ...]) -> bool:
-    return any(path == prefix or path.startswith(prefix + os.sep) for prefix in prefixes)

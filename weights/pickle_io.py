@@ -20,8 +20,9 @@ from typing import Any
 
 from weights.checkpoint import Checkpoint, Entry
 from weights.errors import InputError
-from weights.files import DAMAGE, check_overlaps, damaged, folder_format, read_index, regular_file
+from weights.files import DAMAGE, check_overlaps, damaged, regular_file
 from weights.folder import assemble, gather
+from weights.locate import Source
 from weights.mapped import check_shape, item_size, map_file, plain_entry
 from weights.pickle_program import LEGACY_HINT, CodeError, StoredTensor, read_program
 
@@ -31,16 +32,9 @@ _WRAPPERS = ("state_dict", "model", "module")  # keys under which trainers put t
 _LOCAL_HEADER = 30
 
 
-def open_pickle(path: Path) -> Checkpoint:
-    """Open one file, or a folder with `pytorch_model*.bin` or `model.pth`. Raises InputError."""
-    if not path.is_dir():
-        return assemble(path, "pytorch", stored_entries(path))
-    found = folder_format(path)
-    assert found is not None
-    files = found[1]
-    index = files[0] if files[0].suffix == ".json" else None
-    stored = gather(index or path, read_index(index) if index else files, stored_entries)
-    return assemble(path, "pytorch", stored)
+def open_pickle(source: Source) -> Checkpoint:
+    """Open files of PyTorch with the `config.json` beside them. Raises InputError."""
+    return assemble(source, *gather(source, stored_entries))
 
 
 def stored_entries(file: Path) -> dict[str, Entry]:

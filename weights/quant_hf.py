@@ -33,10 +33,10 @@ _MARKS = (".qweight", ".weight_packed")  # no plain weight is called so
 
 
 def with_quantised(
-    stored: Mapping[str, Entry], config: Mapping[str, Any], source: str
+    stored: Mapping[str, Entry], config: Mapping[str, Any], source: str, absent: Mapping[str, str]
 ) -> Mapping[str, Entry]:
-    """`stored` with one entry for the tensors of each quantised module. `source` is the config's file.
-    Raises InputError."""
+    """`stored` with one entry for the tensors of each quantised module. `source` is the config's file;
+    `absent` has the reasons why other tensors are not stored. Raises InputError."""
     declared = read_quant_config(config, source)
     if declared is None:
         odd = next((name for name in stored if name.endswith(_MARKS)), None)
@@ -55,7 +55,7 @@ def with_quantised(
             found.setdefault(module_name, {})[end] = plain.pop(name)
     for name, parts in found.items():
         weight = plain.pop(f"{name}.weight", None)
-        module = Module(name, parts, declared)
+        module = Module(name, parts, declared, absent)
         if name in declared.ignored:
             raise module.error(f"{name} is stored quantised, although the config leaves it out")
         packed = "weight_packed" in parts or declared.format not in ("int-quantized", MIXED)

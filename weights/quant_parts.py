@@ -6,7 +6,7 @@ Used by the modules for each way of storing (weights.quant_compressed, quant_gpt
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,17 +35,20 @@ class Stored:
 
 @dataclass(frozen=True)
 class Module:
-    """The stored tensors of one module by the ends of their names, and what the config says."""
+    """The stored tensors of one module by the ends of their names, what the config says, and why
+    others are not stored, by their names."""
 
     name: str
     parts: Mapping[str, Entry]
     config: QuantConfig
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     def part(self, end: str, dtypes: tuple[str, ...], shape: tuple[int, ...] | None = None) -> Entry:
         """One of the tensors. Raises InputError where it is missing or not what it must be."""
         entry = self.parts.get(end)
         if entry is None:
-            raise self.error(f"{self.name}.{end} is missing")
+            reason = self.absent.get(f"{self.name}.{end}")
+            raise self.error(f"{self.name}.{end} is missing" + (f" ({reason})" if reason else ""))
         if entry.stored_as not in dtypes or (shape is not None and entry.shape != shape):
             wanted = "" if shape is None else f" of shape {list(shape)}"
             raise self.error(

@@ -12,30 +12,20 @@ from typing import Any
 
 from weights.checkpoint import Checkpoint, Entry
 from weights.errors import InputError
-from weights.files import DAMAGE, check_overlaps, damaged, read_index
+from weights.files import DAMAGE, check_overlaps, damaged
 from weights.files import read_json as read_json
 from weights.folder import assemble, gather
+from weights.locate import Source
 from weights.mapped import check_shape, item_size, map_file, plain_entry
 from weights.names import as_stored, translate
 from weights.safetensors_header import FORM, read_header
 
 
-def open_safetensors(path: Path, translated: bool = True) -> Checkpoint:
-    """Open one `.safetensors` file, or a folder with `config.json`. Without `translated`, the entries
+def open_safetensors(source: Source, translated: bool = True) -> Checkpoint:
+    """Open `.safetensors` files with the `config.json` beside them. Without `translated`, the entries
     have the names and the order of rows that the files store. Raises InputError."""
-    index = path / "model.safetensors.index.json"
-    if not path.is_dir():
-        stored = stored_entries(path)
-    elif index.exists():
-        stored = gather(index, read_index(index), stored_entries)
-    else:
-        files = sorted(path.glob("*.safetensors"))
-        # Mistral's releases hold the same weights a second time, under Meta's names.
-        files = [file for file in files if file.name != "consolidated.safetensors"] or files
-        if not files:
-            raise InputError(f"{path} holds no *.safetensors file")
-        stored = gather(path, files, stored_entries)
-    return assemble(path, FORM, stored, names=translate if translated else as_stored)
+    stored, absent = gather(source, stored_entries)
+    return assemble(source, stored, absent, translate if translated else as_stored)
 
 
 def stored_entries(file: Path) -> dict[str, Entry]:

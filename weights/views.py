@@ -17,6 +17,7 @@ from torch import Tensor
 
 from weights.checkpoint import Checkpoint, Entry, ReadQuant, Slices, check_slices
 from weights.errors import InputError
+from weights.locate import Source
 from weights.names import Piece
 from weights.quant import QuantWeight, join_rows
 
@@ -24,16 +25,15 @@ Read = Callable[[Slices], Tensor]
 
 
 def present(
-    path: Path,
-    form: str,
+    source: Source,
     stored: Mapping[str, Entry],
     translate: Callable[[str], tuple[Piece, ...]],
     config: Mapping[str, Any],
     heads: Callable[[], tuple[int, int]],
-    world_size: int = 1,
 ) -> Checkpoint:
     """The checkpoint with canonical entries. `heads()` tells how many query and KV heads the model
     has; it is asked only where rows are fused or interleaved. Raises InputError."""
+    path = source.path
     entries: dict[str, Entry] = {}
     stored_names: dict[str, str] = {}
     for stored_name, entry in stored.items():
@@ -49,7 +49,9 @@ def present(
                 stored_names[piece.name] = stored_name
     if not entries:
         raise InputError(f"{path} holds no weights; download the model again")
-    return Checkpoint(path, form, entries, config, stored_names, world_size)
+    return Checkpoint(
+        path, source.form, entries, config, stored_names, beside=source.folder, files=source.files
+    )
 
 
 def _piece(

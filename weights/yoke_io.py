@@ -91,6 +91,7 @@ def open_yoke(folder: Path, prefer: int | None = None) -> Checkpoint:
         config,
         {t.name: t.stored_name for t in manifest.tensors if t.stored_name != t.name},
         manifest.world_size,
+        files=tuple(folder / rank_file(i, manifest.world_size) for i in range(manifest.world_size)),
     )
 
 

@@ -43,12 +43,14 @@ def write(
     stacked: bool = True,
     window: bool = False,
     kind: gguf.GGMLQuantizationType | None = None,
+    split: int = 0,
 ) -> Path:
     """`stacked`: experts as newer files have them; `window`: write the key that the converter leaves
-    out for Mistral; `kind`: of the matrices whose rows are whole blocks."""
+    out for Mistral; `kind`: of the matrices whose rows are whole blocks; `split`: so many tensors a
+    file."""
     config = json.loads((folder / "config.json").read_text())
     name = ARCHITECTURES[config["architectures"][0]]
-    writer = gguf.GGUFWriter(path, name)
+    writer = gguf.GGUFWriter(path, name, split_max_tensors=split)
     heads, kv_heads = config["num_attention_heads"], _kv_heads(config)
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     _metadata(writer, name, config, heads, kv_heads, head_dim)

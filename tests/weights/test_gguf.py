@@ -102,19 +102,6 @@ def test_the_embedded_model_is_what_the_package_reads(gguf: Path) -> None:
         np.testing.assert_array_equal(whole(checkpoint, name).float().numpy(), values)
 
 
-def test_split_files_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    import gguf as package
-
-    writer = package.GGUFWriter(tmp_path / "m.gguf", "llama")
-    writer.add_uint16("split.count", 3)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(InputError, match="one of 3 files; join them"):
-        open_checkpoint(tmp_path / "m.gguf")
-
-
 @pytest.mark.parametrize(
     ("name", "array", "match"),
     [

@@ -87,9 +87,10 @@ def test_what_an_index_names(form: str, tmp_path: Path) -> None:
         index = folder / "pytorch_model.bin.index.json"
         good = "pytorch_model-00001-of-00002.bin"
     else:
+        good = "model-00001-of-00001.safetensors"
         write_safetensors(folder, tiny())
+        (folder / "model.safetensors").rename(folder / good)
         index = folder / "model.safetensors.index.json"
-        good = "model.safetensors"
     names = list(tiny())
     for place, pattern in {
         "../m/" + good: "beside their index",
