@@ -115,6 +115,7 @@ def test_a_model_in_the_hub_cache_is_found(tmp_path: Path, monkeypatch) -> None:
     snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
+    (snapshot / "model.safetensors").touch()
     refs = tmp_path / "models--some--model" / "refs"
     refs.mkdir()
     (refs / "main").write_text("abc")
