@@ -14,6 +14,7 @@ from weights.files import read_json
 from weights.locate import Source
 from weights.names import Piece, translate
 from weights.params import hf_config
+from weights.quant_config import is_cache_scale, with_file_beside
 from weights.quant_hf import with_quantised
 from weights.views import present
 
@@ -62,8 +63,11 @@ def assemble(
     if absent and not stored:
         name, reason = next(iter(absent.items()))
         raise InputError(f"{source.path} holds no weights that its index lists: {name!r}: {reason}")
-    config = config_beside(source.folder, {name: entry.shape for name, entry in stored.items()})
-    stored = with_quantised(stored, config, str(source.folder / "config.json"), absent)
+    shapes = {name: entry.shape for name, entry in stored.items()}
+    config, said_by = with_file_beside(config_beside(source.folder, shapes), source.folder, stored)
+    scales = [name for name in stored if is_cache_scale(name)]
+    stored = {name: entry for name, entry in stored.items() if name not in scales}
+    stored = with_quantised(stored, config, said_by, absent)
     found = present(source, stored, names, config, lambda: _heads(config, source.path))
     reasons: Absent = {}
     for name, reason in absent.items():
@@ -72,7 +76,13 @@ def assemble(
         whole = name if end in ("weight", "bias") else f"{module}.weight"
         for piece in names(whole):
             reasons.setdefault(piece.name, f"{name}: {reason}")
-    return replace(found, absent=reasons)
+    notes = []
+    if scales:
+        notes.append(
+            f"{len(scales)} scales of a quantized KV cache, such as {scales[0]!r}, are left out: the "
+            "cache has the numbers that kv_dtype= says"
+        )
+    return replace(found, absent=reasons, notes=tuple(notes))
 
 
 def config_beside(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

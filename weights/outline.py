@@ -16,7 +16,7 @@ from typing import Any
 from weights.files import DAMAGE, read_json
 from weights.locate import MANIFEST, Source, locate
 from weights.names import Piece, translate
-from weights.quant_config import QuantConfig, read_quant_config
+from weights.quant_config import QuantConfig, read_quant_config, with_file_beside
 from weights.schemes import GGUF_SCHEMES, Scheme
 
 
@@ -93,12 +93,13 @@ def _yoke(source: Source) -> Outline:
 def _safetensors(source: Source) -> Outline:
     from weights.safetensors_header import read_header
 
-    config = read_json(source.folder / "config.json")
-    declared = read_quant_config(config, str(source.folder / "config.json"))
+    config: Mapping[str, Any] = read_json(source.folder / "config.json")
     found: dict[str, Mapping[str, Any]] = {}
     for file in source.files:
         header = read_header(file)[0]
         found |= {name: header[name] for name in header if source.holds(file, name)}
+    config, said_by = with_file_beside(config, source.folder, found)
+    declared = read_quant_config(config, said_by)
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     weights: dict[str, Stored] = {}
     for name, about in found.items():
@@ -122,6 +123,7 @@ def _scheme_of(declared: QuantConfig, parts: Mapping[str, tuple[int, ...]]) -> S
     if declared.method == "gptq":
         if declared.reordered and "g_idx" in parts:
             return None
+        bits = declared.bits_of(parts["qzeros"], parts["qweight"][1])
         return declared.fitting(bits, parts["scales"][0], parts["qweight"][0] * 32 // bits, True)
     if "weight_g_idx" in parts:
         return None

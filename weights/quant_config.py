@@ -1,10 +1,12 @@
-"""What `quantization_config` of a Hugging Face `config.json` says. Pure; free of torch.
+"""What `quantization_config` of a Hugging Face `config.json` says. Free of torch.
 
 Three methods are read: "compressed-tensors" (pack-quantized, int-quantized, or both), "gptq" and "awq".
 Patterns ("re:...") are not run: they come with the file. Which modules are quantised is told by the
-tensors, and those must have one of the schemes that the config declares.
+tensors, and those must have one of the schemes that the config declares. Before config.json had the
+key, the libraries wrote a file of their own beside it, which is read where config.json says nothing.
 
-What is not here: how activations were quantised. They stay as they are, which is more exact.
+What is not here: how activations and the KV cache were quantised. They stay as they are, which is more
+exact; the scales that files have for a cache are known by their names.
 
 Source: `QuantizationConfig` of the compressed-tensors library; the `quantize_config.json` of AutoGPTQ
 and GPTQModel; AutoAWQ's `AwqConfig`.
@@ -12,11 +14,14 @@ and GPTQModel; AutoAWQ's `AwqConfig`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from weights.errors import InputError
+from weights.files import read_json
 from weights.schemes import MIN_GROUP, Scheme
 
 METHODS = ("compressed-tensors", "gptq", "awq")
@@ -24,6 +29,14 @@ FORMATS = ("pack-quantized", "int-quantized")
 MIXED = "mixed-precision"  # each group of modules has one of FORMATS
 _MAX_GROUP = 1 << 16
 _MAX_GROUPS_OF_MODULES = 64
+_KEYS = ("quantization_config", "compression_config")
+MARKS = (".qweight", ".weight_packed")  # no plain weight is called so
+_BESIDE = ("quantize_config.json", "quant_config.json")  # AutoGPTQ's, AutoAWQ's
+_OF_AWQ = {"w_bit", "q_group_size", "zero_point"}  # keys that no file of GPTQ has
+_CACHE_SCALE = re.compile(
+    r".*\.(self_attn|self_attention|attn|attention)\.(attn\.|(q|k|v|qkv)_proj\.)?"
+    r"(q|k|v|kv|prob|prob_output)_(scale|zero_point)|.*\.(q|k|v|qkv)_proj\.output_(scale|zero_point)"
+)
 _WAY_OUT = "take the model unquantised, or quantised in one of these ways"
 
 
@@ -56,6 +69,13 @@ class QuantConfig:
         # Zero points may all be in the middle.
         return min(fitting, key=lambda scheme: scheme.symmetric, default=None)
 
+    def bits_of(self, zeros: tuple[int, ...], n: int) -> int:
+        """The bits of one of GPTQ's modules with `n` outputs, of which zero points of this shape are
+        stored, where the schemes have several."""
+        stored = zeros[-1] * 32 // n if zeros and n else 0
+        known = [scheme.bits for scheme in self.schemes]
+        return stored if stored in known else known[0]
+
     @property
     def named(self) -> str:
         """For messages: what is declared."""
@@ -65,7 +85,7 @@ class QuantConfig:
 
 def read_quant_config(config: Mapping[str, Any], source: str) -> QuantConfig | None:
     """What a config declares, None if that is nothing. `source` is the file. Raises InputError."""
-    found = config.get("quantization_config", config.get("compression_config"))
+    found = _declared(config)
     if found is None:
         return None
     where = f"{source}: quantization_config"
@@ -84,7 +104,32 @@ def read_quant_config(config: Mapping[str, Any], source: str) -> QuantConfig | N
     )
 
 
-def _compressed(found: Mapping[str, Any], where: str) -> QuantConfig:
+def _declared(config: Mapping[str, Any]) -> Any:
+    return next((config[key] for key in _KEYS if config.get(key) is not None), None)
+
+
+def with_file_beside(
+    config: Mapping[str, Any], folder: Path, names: Iterable[str]
+) -> tuple[Mapping[str, Any], str]:
+    """A config with the `quantization_config` of weights of these `names`: its own, or else that of the
+    file that quantising libraries put beside it. And the file that says it. Raises InputError."""
+    if _declared(config) is None and any(name.endswith(MARKS) for name in names):
+        for file in (folder / name for name in _BESIDE):
+            if file.is_file():
+                found = read_json(file)
+                method = found.get("quant_method") or ("awq" if _OF_AWQ & found.keys() else "gptq")
+                return {**config, _KEYS[0]: {**found, "quant_method": method}}, str(file)
+    return config, str(folder / "config.json")
+
+
+def is_cache_scale(name: str) -> bool:
+    """Whether a stored tensor is a scale for a quantised KV cache (or for attention upon it)."""
+    return _CACHE_SCALE.fullmatch(name) is not None
+
+
+def _compressed(found: Mapping[str, Any], where: str) -> QuantConfig | None:
+    if found.get("kv_cache_scheme") is not None and not found.get("config_groups"):
+        return None  # the cache alone: the weights are plain
     form = _format(found.get("format"), (*FORMATS, MIXED), where)
     groups = found.get("config_groups")
     if not isinstance(groups, Mapping) or not 1 <= len(groups) <= _MAX_GROUPS_OF_MODULES:
@@ -132,15 +177,38 @@ def _gptq(found: Mapping[str, Any], where: str) -> QuantConfig:
             f"{where} has checkpoint_format {str(form)[:100]!r}, which is not read; read are gptq and "
             f"gptq_v2: {_WAY_OUT}"
         )
-    if found.get("dynamic"):
-        raise InputError(
-            f"{where} has 'dynamic', other settings for some modules, which is not read: {_WAY_OUT}"
-        )
-    bits = _bits(found.get("bits"), (4, 8), where)
-    size = found.get("group_size")
-    scheme = Scheme(bits, 0 if size == -1 else _group(size, where), _flag(found, "sym", True, where))
-    reordered = _flag(found, "desc_act", False, where)
-    return QuantConfig(where, "gptq", "", (scheme,), frozenset(), reordered, form == "gptq")
+    declared = [(found, where), *_exceptions(found, where)]
+    schemes = tuple(dict.fromkeys(_gptq_scheme(each, at) for each, at in declared))
+    reordered = any(_flag(each, "desc_act", False, at) for each, at in declared)
+    return QuantConfig(where, "gptq", "", schemes, frozenset(), reordered, form == "gptq")
+
+
+def _gptq_scheme(found: Mapping[str, Any], where: str) -> Scheme:
+    bits, size = _bits(found.get("bits"), (4, 8), where), found.get("group_size")
+    return Scheme(bits, 0 if size == -1 else _group(size, where), _flag(found, "sym", True, where))
+
+
+def _exceptions(found: Mapping[str, Any], where: str) -> list[tuple[Mapping[str, Any], str]]:
+    """The settings that GPTQModel's `dynamic` gives modules of some pattern, each with the place where
+    they stand. "-:PATTERN" leaves modules out: their tensors tell which."""
+    dynamic = found.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping):
+        raise InputError(f"{where} has dynamic that is not an object")
+    exceptions: list[tuple[Mapping[str, Any], str]] = []
+    for pattern, settings in dynamic.items():
+        if pattern.startswith("-:"):
+            continue
+        at = f"{where}.dynamic[{pattern[:60]!r}]"
+        if not isinstance(settings, Mapping):
+            raise InputError(f"{at} must be an object: other settings for some modules")
+        for key in ("format", "checkpoint_format", "quant_method", "method", "pack_dtype"):
+            if key in settings and settings[key] != found.get(key):
+                raise InputError(
+                    f"{at} has {key} {str(settings[key])[:40]!r}, another than the model, which is not "
+                    f"read: {_WAY_OUT}"
+                )
+        exceptions.append(({**found, **settings}, at))
+    return exceptions
 
 
 def _awq(found: Mapping[str, Any], where: str) -> QuantConfig:

@@ -30,10 +30,10 @@ ENDS = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
 def open_stored(module: Module) -> Stored:
     """The weight of a module. Raises InputError."""
-    bits = module.config.schemes[0].bits
     packed, height, n = module.matrix("qweight", ("I32",))
-    k, per = height * 32 // bits, 32 // bits
     scales, groups, _ = module.matrix("scales", HALVES)
+    bits = module.config.bits_of(module.part("qzeros", ("I32",)).shape, n)
+    k, per = height * 32 // bits, 32 // bits
     scheme = module.scheme(bits, groups, k)
     module.part("scales", HALVES, (groups, n))
     if n % per:

@@ -20,7 +20,7 @@ from weights import quant_awq, quant_compressed, quant_gptq
 from weights.checkpoint import Entry, Slices, check_slices
 from weights.errors import InputError
 from weights.quant import QuantWeight
-from weights.quant_config import MIXED, read_quant_config
+from weights.quant_config import MARKS, MIXED, read_quant_config
 from weights.quant_parts import Module, Stored
 from weights.schemes import MIN_GROUP
 
@@ -29,7 +29,6 @@ _WAYS = {
     "gptq": (quant_gptq.ENDS, quant_gptq.open_stored),
     "awq": (quant_awq.ENDS, quant_awq.open_stored),
 }
-_MARKS = (".qweight", ".weight_packed")  # no plain weight is called so
 
 
 def with_quantised(
@@ -39,7 +38,7 @@ def with_quantised(
     `absent` has the reasons why other tensors are not stored. Raises InputError."""
     declared = read_quant_config(config, source)
     if declared is None:
-        odd = next((name for name in stored if name.endswith(_MARKS)), None)
+        odd = next((name for name in stored if name.endswith(MARKS)), None)
         if odd is not None:
             raise InputError(
                 f"{source} has no quantization_config, but the weights are quantised ({odd!r}); take "

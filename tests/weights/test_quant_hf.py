@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from quant_files import DIM, FFN, LAYER, Kind, declared, save, write
+from quant_files import DIM, FFN, LAYER, Kind, declared, module, save, write
 from torch import Tensor
 
 from weights.checkpoint import Entry, open_checkpoint
 from weights.errors import InputError
+from weights.outline import read_outline
 from weights.schemes import Scheme
 
 KINDS = [
@@ -111,7 +114,10 @@ LIES: list[tuple[Kind, Callable[[Stored, About], None], str]] = [
     (GPTQ, say(quant_method="bitsandbytes"), "'bitsandbytes', which is not read"),
     (GPTQ, say(quant_method=["gptq"]), "which is not read"),
     (GPTQ, say(checkpoint_format="marlin"), "'marlin', which is not read"),
-    (GPTQ, say(dynamic={"-:lm_head": {}}), "'dynamic'"),
+    (GPTQ, say(dynamic=["-:lm_head"]), "dynamic that is not an object"),
+    (GPTQ, say(dynamic={"-:lm_head": {}, "+:.*up": {"bits": 3}}), r"dynamic\['\+:\.\*up'\] has 3 bits"),
+    (GPTQ, say(dynamic={".*up": {"quant_method": "awq"}}), r"has quant_method 'awq', another than"),
+    (GPTQ, say(dynamic={".*up": False}), "must be an object: other settings"),
     (AWQ, say(version="gemv"), "version 'gemv'; read is gemm"),
     (AWQ, say(zero_point=False), "zero_point false"),
     (AWQ, say(modules_to_not_convert=[Q]), "q_proj is stored quantised, although the config leaves"),
@@ -171,6 +177,78 @@ def test_groups_of_columns_must_be_groups(tmp_path: Path) -> None:
     save(tmp_path, stored | {f"{DOWN}.g_idx": torch.full((FFN,), 99).int()}, declared(kind))
     with pytest.raises(InputError, match=r"g_idx names groups outside 0..11"):
         whole(open_checkpoint(tmp_path).entries[f"{DOWN}.weight"])
+
+
+SIDES = [
+    (GPTQ, "quantize_config.json", ("quant_method", "checkpoint_format")),
+    (AWQ, "quant_config.json", ("quant_method", "modules_to_not_convert")),
+    (AWQ, "quantize_config.json", ()),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "without"), SIDES)
+def test_a_file_beside_the_config_says_it_all(
+    kind: Kind, name: str, without: tuple[str, ...], tmp_path: Path
+) -> None:
+    """As the libraries wrote it before config.json had the key; AutoAWQ by other names."""
+    stored, wanted = write(tmp_path, kind)
+    about = {key: value for key, value in declared(kind).items() if key not in without}
+    if name == "quant_config.json":
+        about = {"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}
+    save(tmp_path, stored, None)
+    (tmp_path / name).write_text(json.dumps(about))
+    checkpoint, outline = open_checkpoint(tmp_path), read_outline(tmp_path)
+    assert outline is not None
+    assert checkpoint.config["quantization_config"]["quant_method"] == kind.method
+    for weight, values in wanted.items():
+        entry = checkpoint.entries[weight]
+        assert entry.scheme == outline.weights[weight].scheme == Scheme(4, 64, kind.symmetric)
+        torch.testing.assert_close(whole(entry), values, rtol=0, atol=2**-11 * 15 * 0.006)
+    # What is stored plainly needs no file, whatever this one says.
+    (tmp_path / name).write_text("{}")
+    save(tmp_path, {n: t for n, t in stored.items() if n.endswith("norm.weight")}, None)
+    assert open_checkpoint(tmp_path).entries
+
+
+def test_modules_with_settings_of_their_own(tmp_path: Path) -> None:
+    """GPTQModel's `dynamic`: some modules left out, some with other bits and groups."""
+    stored, wanted = write(tmp_path, GPTQ)
+    other, weight = module(Kind("gptq", 8, 32, False), DIM, FFN, np.random.default_rng(1))
+    wanted[f"{DOWN}.weight"] = weight
+    stored |= {f"{DOWN}.{end}": tensor for end, tensor in other.items()}
+    stored = {name: tensor for name, tensor in stored.items() if not name.startswith(Q)}
+    stored[f"{Q}.weight"] = wanted[f"{Q}.weight"]
+    dynamic = {"-:.*q_proj": {}, r"+:.*\.down_proj": {"bits": 8, "group_size": 32, "sym": False}}
+    save(tmp_path, stored, declared(GPTQ) | {"dynamic": dynamic})
+    checkpoint, outline = open_checkpoint(tmp_path), read_outline(tmp_path)
+    assert outline is not None
+    schemes = {f"{Q}.weight": None, f"{DOWN}.weight": Scheme(8, 32, symmetric=False)}
+    for name, values in wanted.items():
+        entry = checkpoint.entries[name]
+        assert entry.scheme == outline.weights[name].scheme
+        assert entry.scheme == schemes.get(name, Scheme(4, 64))
+        torch.testing.assert_close(whole(entry), values, rtol=0, atol=2**-11 * 255 * 0.006)
+
+
+ENDS = ("k_scale", "v_scale", "q_scale", "k_proj.k_scale", "v_proj.output_scale", "attn.v_zero_point")
+
+
+@pytest.mark.parametrize("weights_too", [True, False])
+def test_scales_of_a_cache_are_left_out(weights_too: bool, tmp_path: Path) -> None:
+    stored, wanted = write(tmp_path, INTS)
+    about = declared(INTS) | {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+    about["ignore"] = ["re:.*head"]
+    if not weights_too:
+        stored = {n: t for n, t in stored.items() if t.dtype == torch.float32} | wanted
+        about |= {"config_groups": {}, "format": "dense"}
+    scales = {f"{LAYER}self_attn.{end}": torch.ones(1) for end in ENDS}
+    save(tmp_path, stored | scales, about)
+    checkpoint = open_checkpoint(tmp_path)
+    assert [note.partition(",")[0] for note in checkpoint.notes] == ["6 scales of a quantized KV cache"]
+    save(tmp_path, stored, about)
+    assert checkpoint.entries.keys() == open_checkpoint(tmp_path).entries.keys()
+    for name, values in wanted.items():
+        assert torch.equal(whole(checkpoint.entries[name]), values)
 
 
 def test_quantised_weights_need_their_config(tmp_path: Path) -> None:
