@@ -15,6 +15,7 @@ import math
 import os
 import stat
 import struct
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ DAMAGE = (
     struct.error,
 )
 
-HEADER_LIMIT = 100 << 20  # bytes of JSON or of pickle program; the largest models need some 10 MiB
+HEADER_LIMIT = 64 << 20  # bytes of JSON; the largest tokenizer.json known to us has 35 MB
+CONTAINER_LIMIT = 2_000_000  # lists and objects in JSON, which take 50 times their bytes of memory
 _DIGITS = 40  # no number in a model's files is longer; some tokenizers say 10**30 for "no limit"
 
 
@@ -99,11 +101,14 @@ def parse_json(content: bytes, unique: bool = False) -> Any:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
         if unique and len(found) != len(items):
-            names = [name for name, _ in items]
-            twice = next(name for name in found if names.count(name) > 1)
-            raise ValueError(f"the name {twice!r} occurs twice")
+            counts = Counter(name for name, _ in items)
+            twice = next(name for name in found if counts[name] > 1)
+            raise ValueError(f"the name {twice[:200]!r} occurs twice")
         return found
 
+    containers = content.count(b"[") + content.count(b"{")
+    if containers > CONTAINER_LIMIT:
+        raise ValueError(f"it has {containers} lists and objects, more than {CONTAINER_LIMIT}")
     try:
         return json.loads(
             content.decode("utf-8"),

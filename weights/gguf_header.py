@@ -26,6 +26,13 @@ from weights.gguf_names import ARCHITECTURES
 FORM = "GGUF"
 _VERSIONS = (2, 3)
 _MAX_DIMS = 4
+# A sparse file has any length for nothing, so counts have bounds besides what fits the file.
+_MAX_PAIRS = 1 << 14
+_MAX_TENSORS = 1 << 16
+_MAX_TEXTS = 1 << 21  # in all arrays of the file; the largest vocabularies have 2^18 tokens, and merges
+_MAX_NUMBERS = 1 << 23  # likewise
+_MAX_NAME = 1 << 16  # bytes
+_MAX_BYTES = 128 << 20  # of the whole header
 _MAX_EXPERTS = 1 << 14
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 # By the format's number of a value type: how struct and numpy call it, and its size.
@@ -94,6 +101,8 @@ class _Cursor:
 
     data: mmap.mmap
     at: int = 0
+    texts_left: int = _MAX_TEXTS
+    numbers_left: int = _MAX_NUMBERS
 
     def take(self, size: int, what: str) -> int:
         """Move on by `size` bytes; where they start."""
@@ -103,21 +112,25 @@ class _Cursor:
                 f"{what} at byte {start} takes {size} bytes, {len(self.data) - start} are left"
             )
         self.at = start + size
+        if self.at > _MAX_BYTES:
+            raise ValueError(f"its header has more than {_MAX_BYTES >> 20} MiB")
         return start
 
     def number(self, code: str, what: str) -> int:
         start = self.take(struct.calcsize(code), what)
         return int(struct.unpack_from(code, self.data, start)[0])
 
-    def count(self, smallest: int, what: str, code: str = "<Q") -> int:
-        """How many of things that take at least `smallest` bytes each."""
-        number = self.number(code, what)
+    def count(self, smallest: int, what: str, most: int | None = None) -> int:
+        """How many of things that take at least `smallest` bytes each, and `most` at most."""
+        number = self.number("<Q", what)
         if number * smallest > len(self.data) - self.at:
             raise ValueError(f"{number} {what}, for which the file is too short")
+        if most is not None and number > most:
+            raise ValueError(f"{number} {what}, more than the {most} that are read")
         return number
 
     def text(self, what: str) -> str:
-        length = self.count(1, f"bytes of {what}")
+        length = self.count(1, f"bytes of {what}", _MAX_NAME)
         start = self.take(length, what)
         return self.data[start : start + length].decode("utf-8")
 
@@ -139,8 +152,8 @@ def read_header(path: Path) -> Header:
             f"{path} is GGUF {'for big-endian machines' if big else f'of version {version}'}; "
             "little-endian files of versions 2 and 3 are read: convert the model again"
         )
-    num_tensors = cursor.count(_SMALLEST_TENSOR, "tensors")
-    num_pairs = cursor.count(_SMALLEST_PAIR, "key-values")
+    num_tensors = cursor.count(_SMALLEST_TENSOR, "tensors", _MAX_TENSORS)
+    num_pairs = cursor.count(_SMALLEST_PAIR, "key-values", _MAX_PAIRS)
     pending: dict[str, Callable[[], Any]] = {}
     for _ in range(num_pairs):
         key = cursor.text("a key")
@@ -221,11 +234,13 @@ def _array(cursor: _Cursor, key: str) -> Callable[[], list[Any]]:
     if kind != _STRING:
         code = _code(kind, key)
         size = np.dtype(code).itemsize
-        count = cursor.count(size, f"elements of {key!r}")
+        count = cursor.count(size, f"elements of {key!r}", cursor.numbers_left)
+        cursor.numbers_left -= count
         start = cursor.take(count * size, key)
         stored = np.bool_ if kind == _BOOL else code
         return lambda: np.frombuffer(data, code, count, start).astype(stored).tolist()
-    count = cursor.count(8, f"texts of {key!r}")
+    count = cursor.count(8, f"texts of {key!r}", cursor.texts_left)
+    cursor.texts_left -= count
     start, at, end = cursor.at, cursor.at, len(data)
     # The one loop that a vocabulary goes through: without a call per text but for unpacking.
     unpack, starts = struct.Struct("<Q").unpack_from, []
@@ -236,7 +251,7 @@ def _array(cursor: _Cursor, key: str) -> Callable[[], list[Any]]:
         at += 8 + unpack(data, at)[0]
     if at > end or len(starts) < count:
         raise ValueError(f"the {count} texts of {key!r} at byte {start} do not fit the file")
-    cursor.at = at
+    cursor.take(at - start, f"the texts of {key!r}")
 
     def convert() -> list[str]:
         stops = [next_start - 8 for next_start in starts[1:]] + [at]

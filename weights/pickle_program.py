@@ -52,7 +52,7 @@ class _Name:
     full: str
 
 
-_MARK = object()
+OPERATION_LIMIT = 500_000  # of a program; a tensor takes about 30, and a file has some hundreds of them
 _STORAGES = {
     "torch.DoubleStorage": "F64",
     "torch.FloatStorage": "F32",
@@ -79,25 +79,35 @@ _VALUES = {
 }
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _MEMO_PUTS, _MEMO_GETS = ("PUT", "BINPUT", "LONG_BINPUT"), ("GET", "BINGET", "LONG_BINGET")
+_SINCE_MARK = ("TUPLE", "APPENDS", "SETITEMS")
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def read_program(program: bytes) -> Any:
     """What the pickle describes: dicts, lists, tuples, texts, numbers, StoredTensor. Raises CodeError
     for a function that has no place in a checkpoint, and another Exception for a damaged program."""
-    stack: list[Any] = []
+    stacks: list[list[Any]] = [[]]
     memo: dict[int, Any] = {}
-    for operation, argument, _ in pickletools.genops(program):
+    for number, (operation, argument, _) in enumerate(pickletools.genops(program)):
         name = operation.name
+        if number == OPERATION_LIMIT:
+            raise ValueError(f"its pickle has more than {OPERATION_LIMIT} operations")
         if name == "STOP":
-            return stack.pop()
-        _step(name, argument, stack, memo)
+            return stacks[-1].pop()
+        _step(name, argument, stacks, memo)
     raise ValueError("its pickle has no end")
 
 
-def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> None:
+def _step(name: str, argument: Any, stacks: list[list[Any]], memo: dict[int, Any]) -> None:
+    """One operation. A mark begins a stack of its own above the others, so that what lies since the
+    mark is at hand: to search for marks would take the square of a program's length."""
     if name in ("PROTO", "FRAME"):
         return
+    if name == "MARK":
+        stacks.append([])
+        return
+    items = _since_mark(stacks) if name in _SINCE_MARK else []
+    stack = stacks[-1]
     if name in _VALUES:
         stack.append(argument)
     elif name in _CONSTANTS:
@@ -106,18 +116,15 @@ def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> N
         memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
     elif name in _MEMO_GETS:
         stack.append(memo[argument])
-    elif name == "MARK":
-        stack.append(_MARK)
     elif name in ("EMPTY_DICT", "EMPTY_LIST"):
         stack.append({} if name == "EMPTY_DICT" else [])
     elif name == "TUPLE" or name in _TUPLES:
-        items = _since_mark(stack) if name == "TUPLE" else _top(stack, _TUPLES[name])
-        stack.append(tuple(items))
+        stack.append(tuple(items if name == "TUPLE" else _top(stack, _TUPLES[name])))
     elif name in ("APPEND", "APPENDS"):
-        items = _since_mark(stack) if name == "APPENDS" else _top(stack, 1)
+        items = items if name == "APPENDS" else _top(stack, 1)
         _typed(stack[-1], list).extend(items)
     elif name in ("SETITEM", "SETITEMS"):
-        items = _since_mark(stack) if name == "SETITEMS" else _top(stack, 2)
+        items = items if name == "SETITEMS" else _top(stack, 2)
         _set_items(_typed(stack[-1], dict), items)
     elif name == "GLOBAL":
         stack.append(_known(str(argument).replace(" ", ".", 1)))
@@ -136,11 +143,10 @@ def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> N
         raise CodeError(f"its pickle uses {name}, which no checkpoint needs")
 
 
-def _since_mark(stack: list[Any]) -> list[Any]:
-    at = len(stack) - 1 - stack[::-1].index(_MARK)
-    items = stack[at + 1 :]
-    del stack[at:]
-    return items
+def _since_mark(stacks: list[list[Any]]) -> list[Any]:
+    if len(stacks) == 1:
+        raise ValueError("its pickle looks for a mark that it has not made")
+    return stacks.pop()
 
 
 def _top(stack: list[Any], number: int) -> list[Any]:
