@@ -7,8 +7,14 @@ Flags place the ranks, `key=value` words describe the job. This file reads both,
 
 from __future__ import annotations
 
-import os
 import sys
+from os.path import dirname, realpath
+
+if __name__ == "__main__":  # before all else: with `python -P` the checkout is not on the path
+    checkout = dirname(realpath(__file__))
+    sys.path[:] = [checkout, *sys.path[not sys.flags.safe_path :]]
+
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace

@@ -46,8 +46,7 @@ def agent_command(
     that the agent takes over are removed from `head`."""
     return [
         sys.executable,
-        "-m",
-        "torch.distributed.run",
+        *("-P", "-m", "torch.distributed.run"),  # not a torch.py that lies in the current folder
         *("--nnodes", str(nnodes), "--node-rank", str(node_rank)),
         *("--nproc-per-node", str(num_ranks), "--max-restarts", "0"),
         *("--rdzv-backend", "static", "--rdzv-endpoint", endpoint, "--rdzv-id", "yoke"),

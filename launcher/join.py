@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from base.streams import say
-from launcher.child import RankEnv, run_managed
+from launcher.child import PROGRAM, RankEnv, run_managed
 from launcher.errors import LaunchError
 from launcher.manager import Managed, interface_of, meet
 from launcher.plan import LaunchPlan, LaunchRequest, make_plan
@@ -102,6 +102,8 @@ def join(
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     else:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if target != PROGRAM:
+        os.environ["PYTHONSAFEPATH"] = "1"  # as for ranks of our own launcher
     for key, value in rank_variables(env).items():
         os.environ.setdefault(key, value)
     return run_managed(env, target, payload, options.tracebacks)

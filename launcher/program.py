@@ -2,7 +2,8 @@
 
 In this process, after it was bound, so that binding, heartbeat and the report of failures are those
 of any rank. It sees the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
-MASTER_ADDR, MASTER_PORT) and none of Yoke's own modules.
+MASTER_ADDR, MASTER_PORT) and none of Yoke's own modules. Its path of modules is what python itself
+would give it: the script's folder first or, for a module, the current one; neither under `python -P`.
 """
 
 from __future__ import annotations
@@ -46,17 +47,23 @@ def main(env: Any, payload: str) -> int:
             del sys.modules[loaded]
     try:
         if program["module"]:
-            sys.path.insert(0, os.getcwd())
+            _go_first(os.getcwd())
             sys.argv = [name, *argv]
             runpy.run_module(name, run_name="__main__", alter_sys=True)
         else:
             path = str(Path(name).resolve())
-            sys.path.insert(0, str(Path(path).parent))
+            _go_first(str(Path(path).parent))
             sys.argv = [name, *argv]
             runpy.run_path(path, run_name="__main__")
     except SystemExit as end:
         return _exit_code(end.code)
     return 0
+
+
+def _go_first(folder: str) -> None:
+    """On the path of modules, unless the user has turned that off (-P, PYTHONSAFEPATH)."""
+    if not sys.flags.safe_path:
+        sys.path.insert(0, folder)
 
 
 def _exit_code(code: object) -> int:

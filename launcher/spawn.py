@@ -189,14 +189,16 @@ def _start_rank(
             "beat_s": min(options.hang_timeout_s / 4, 5.0),
         }
     )
-    # A program of the user's keeps the allocator that it would have had.
-    allocator = {} if target == PROGRAM else allocator_variables(os.environ)
+    # A program of the user's keeps the allocator, and the path of modules, that it would have had. What
+    # our own ranks start in turn, torch's compile workers, finds no modules in the current folder.
+    own = target != PROGRAM
+    variables = {**allocator_variables(os.environ), "PYTHONSAFEPATH": "1"} if own else {}
     ours, theirs = _channels(env.rank, log)
     sockets = [fd for fd in (env.store_fd, env.channel_fd) if fd is not None]
     try:
         process = subprocess.Popen(
-            [sys.executable, str(CHECKOUT / "launcher" / "rank.py"), str(spec_fd)],
-            env={**os.environ, **rank_variables(env), **allocator},
+            [sys.executable, *path_flags(), str(CHECKOUT / "launcher" / "rank.py"), str(spec_fd)],
+            env={**os.environ, **rank_variables(env), **variables},
             pass_fds=[spec_fd, write_end, *sockets],
             process_group=0,
             stdin=None if env.rank == 0 and env.channel_fd is None else subprocess.DEVNULL,
@@ -220,6 +222,11 @@ def _start_rank(
             sink = untouched(stream, log)
         selector.register(os.fdopen(fd, "rb", buffering=0), selectors.EVENT_READ, sink)
     return rank
+
+
+def path_flags() -> list[str]:
+    """What this interpreter was told of its path of modules (-P), for one that is started."""
+    return ["-P"] if sys.flags.safe_path else []
 
 
 def _channels(rank: int, log: IO[bytes] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -12,8 +12,14 @@ This file is the command. What goes where is planned in `tp.reshard_plan`, carri
 
 from __future__ import annotations
 
-import argparse
 import sys
+from os.path import dirname, realpath
+
+if __name__ == "__main__":  # the checkout in place of this or, with -m, of the current folder
+    checkout = dirname(dirname(realpath(__file__)))
+    sys.path[:] = [checkout, *sys.path[not sys.flags.safe_path :]]
+
+import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
