@@ -54,7 +54,8 @@ class Rendezvous:
     `session` is a random token shared by the ranks of the run on one machine. `store_fd` is a
     listening socket that rank 0 was handed, so that no port is ever guessed; None lets it bind `port`
     itself. `hosted` says that somebody else (torch's elastic agent) serves the store at that port.
-    `node` is this machine's number among those of the run.
+    `node` is this machine's number among those of the run, and `run` what names the run on all of them
+    (by default the session).
     """
 
     session: str
@@ -63,6 +64,7 @@ class Rendezvous:
     store_fd: int | None = None
     hosted: bool = False
     node: int = 0
+    run: str = ""
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def _open_store(wish: _Wish, timeout: datetime.timedelta) -> Any:
         master_listen_fd=meeting.store_fd,
     )
     if meeting.hosted:  # it outlives a run, and each run has its own names in it
-        return dist.PrefixStore(f"yoke-{meeting.session}", store)  # type: ignore[attr-defined]
+        return dist.PrefixStore(f"yoke-{meeting.run or meeting.session}", store)  # type: ignore[attr-defined]
     return store
 
 

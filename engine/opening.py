@@ -66,8 +66,8 @@ def joined(env: Any) -> Iterator[Group]:
     if env.plan.device != "cpu":
         torch.cuda.set_device(env.plan.device)
     rendezvous = Rendezvous(
-        env.session, env.master_addr, env.master_port, env.store_fd, env.agent_store, env.node
-    )
+        env.session, env.master_addr, env.master_port, env.store_fd, env.agent_store, env.node, env.run
+    )  # fmt: skip
     opened = open_group(
         env.rank, env.world_size, env.backend, rendezvous, env.start_timeout_s or START_TIMEOUT_S,
         on_fallback=say, device=env.plan.device,

@@ -74,6 +74,7 @@ class Chat:
     requests: int = 0
     at_prompt: bool = False
     at_line_start: bool = True
+    launcher: int = -1  # a descriptor of its process
 
 
 def main(fd: int, launcher_pid: int) -> int:
@@ -92,6 +93,7 @@ def main(fd: int, launcher_pid: int) -> int:
     try:
         _catch_signals(chat, write_end)
         die_with_parent(launcher_pid, signal.SIGTERM)
+        chat.launcher = os.pidfd_open(launcher_pid)
         if modes is not None:
             quieten(modes)
             open_editor(path)
@@ -137,7 +139,7 @@ def _catch_signals(chat: Chat, wakeup: int) -> None:
         now, typed = termios.tcgetattr(0), typed_so_far()
         restore(chat.modes)
         # The launcher first: the shell acts on it, and we leave the terminal alone from here on.
-        os.kill(os.getppid(), signal.SIGSTOP)
+        signal.pidfd_send_signal(chat.launcher, signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)
         if chat.at_prompt:
             raise ResumedError(typed)

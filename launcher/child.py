@@ -35,9 +35,11 @@ PROGRAM = "launcher.program"  # the target that is a program of the user's, left
 class RankEnv:
     """What a rank is told. `store_fd` is a listening socket, for rank 0 of our own launcher;
     `channel_fd` its end of the channel to a console, if there is one; `agent_store` says that torch's
-    elastic agent serves the store at the master address; `node` tells the run's machines apart. `plans`
-    are those of this machine's ranks, as plain dicts; `start_timeout_s` (0: no limit) bounds the wait
-    for the other ranks to join; `notes` say what could not be bound."""
+    elastic agent serves the store at the master address; `session` is random, and known to the ranks of
+    one machine alone; `node` tells the run's machines apart, and `run` names a run that a manager
+    started, on all of them. `plans` are those of this machine's ranks, as plain dicts;
+    `start_timeout_s` (0: no limit) bounds the wait for the other ranks to join; `notes` say what could
+    not be bound."""
 
     rank: int
     world_size: int
@@ -56,6 +58,7 @@ class RankEnv:
     channel_fd: int | None = None
     agent_store: bool = False
     node: int = 0
+    run: str = ""
     verify_placement: bool = False
     notes: tuple[str, ...] = ()
 

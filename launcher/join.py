@@ -73,7 +73,7 @@ def join(
     if place.manager == "torchrun" and not _set_by_user("OMP_NUM_THREADS"):
         os.environ.pop("OMP_NUM_THREADS", None)  # the agent's default of 1, for want of a plan
     try:
-        port, store = meet(place, options.start_timeout_s or 300.0)
+        meeting = meet(place, options.start_timeout_s or 300.0)
     except LaunchError as error:  # each rank misses others, so each says so
         say(f"error: {error}")
         return error.exit_code
@@ -82,17 +82,18 @@ def join(
         world_size=place.world_size,
         local_rank=place.local_rank,
         local_world_size=place.local_world_size,
-        session=place.session,
+        session=meeting.session,
+        run=place.run,
         backend=plan.backend,
         master_addr=place.master_addr,
-        master_port=port,
+        master_port=meeting.port,
         comm_timeout_s=options.comm_timeout_s,
         start_timeout_s=options.start_timeout_s,
         plan=plan.ranks[place.local_rank],
         plans=[asdict(rank) for rank in plan.ranks],
         bind_cores=plan.bind_cores,
         node=place.node,
-        store_fd=None if store is None else store.detach(),
+        store_fd=None if meeting.store is None else meeting.store.detach(),
         agent_store=place.agent_store,
         verify_placement=options.verify_placement,
     )

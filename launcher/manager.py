@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
 import socket
 import struct
 import time
@@ -19,9 +20,12 @@ from dataclasses import dataclass
 
 from base.streams import say
 from launcher.errors import LaunchError
+from launcher.secret import user_secret
 
 _PATIENCE_S = 5.0  # from the start of a wait to a word on it
 _TURN_S = 0.5  # between two looks at the clock
+_TOKEN = 16  # characters of a session token
+_ANSWER = f"<I{_TOKEN}s"  # the port and the token
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,18 @@ class Managed:
         return self.world_size == self.local_world_size and (loopback or not self.master_port)
 
     @property
-    def session(self) -> str:
-        """The token that names derive from."""
+    def place_here(self) -> int:
+        """This rank's number among those of its machine."""
+        return self.rank if self.world_size == self.local_world_size else self.local_rank
+
+    @property
+    def rank_here(self) -> str:
+        """What such a number is called."""
+        return "rank" if self.world_size == self.local_world_size else "local rank"
+
+    @property
+    def run(self) -> str:
+        """What names the run, on all its machines. Others may guess it, so it keeps nobody out."""
         return hashlib.sha256(f"{os.getuid()} {self.run_id}".encode()).hexdigest()[:16]
 
 
@@ -213,72 +227,102 @@ def _turns(place: Managed, deadline_s: float) -> Turn:
     return turn
 
 
-def meet(place: Managed, deadline_s: float) -> tuple[int, socket.socket | None]:
-    """The port of the rendezvous and, on rank 0 of ranks whose manager named none, a socket that
-    listens on it.
+@dataclass(frozen=True)
+class Meeting:
+    """What the ranks of one machine have agreed on: the run's random token on this machine, the port of
+    the rendezvous and, on rank 0 of ranks whose manager named none, a socket that listens on it."""
 
-    The ranks of a run on one machine wait for each other through a socket in the kernel's abstract
-    namespace, which leaves no file; rank 0 tells them the port. On several machines they meet later,
-    at the port that the manager named. Raises LaunchError that names who does not come in time.
+    session: str
+    port: int
+    store: socket.socket | None = None
+
+
+def meet(place: Managed, deadline_s: float) -> Meeting:
+    """Agree with the other ranks of this machine.
+
+    They wait for each other through a socket in the kernel's abstract namespace, which leaves no file;
+    the first of them tells the others. Ranks on several machines meet later, at the port that the
+    manager named. Raises LaunchError that names who does not come in time.
     """
-    if place.world_size == 1:
-        return place.master_port, None
     turn = _turns(place, deadline_s)
-    if place.agent_store or not place.is_on_one_machine:
+    if place.world_size > 1 and (place.agent_store or not place.is_on_one_machine):
         _expect_store(place)
-        return place.master_port, None
-    if place.rank != 0:
-        return _ask_port(place, turn), None
-    if place.master_port:
-        _tell_port(place, turn, place.master_port)
-        return place.master_port, None
-    store = socket.create_server(("127.0.0.1", 0), backlog=place.world_size)
+    if place.place_here:
+        return _ask(place, turn)
+    store, port = None, place.master_port
+    if place.world_size > 1 and not port:
+        store = socket.create_server(("127.0.0.1", 0), backlog=place.world_size)
+        port = store.getsockname()[1]
+    meeting = Meeting(secrets.token_hex(_TOKEN // 2), port, store)
     try:
-        _tell_port(place, turn, store.getsockname()[1])
+        if place.local_world_size > 1:
+            _tell(place, turn, meeting)
     except BaseException:
-        store.close()
+        if store is not None:
+            store.close()
         raise
-    return store.getsockname()[1], store
+    return meeting
 
 
 def _door(place: Managed) -> str:
-    return f"\0yoke-{place.session}-{place.node}"
+    """The socket's name, which no other user can know before it is there, and take."""
+    name = hashlib.sha256(user_secret() + place.run.encode()).hexdigest()[:32]
+    return f"\0yoke-{name}-{place.node}"
 
 
-def _tell_port(place: Managed, turn: Turn, port: int) -> None:
-    missing = set(range(1, place.world_size))
-    with socket.socket(socket.AF_UNIX) as door:
+def _tell(place: Managed, turn: Turn, meeting: Meeting) -> None:
+    answer = struct.pack(_ANSWER, meeting.port, meeting.session.encode())
+    missing = set(range(1, place.local_world_size))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
         try:
             door.bind(_door(place))
         except OSError as error:
             raise LaunchError(
-                f"another process is rank 0 of this run already ({error.strerror}); {place.claim}"
+                f"{_holder(place)} is {place.rank_here} 0 of this run already ({error.strerror}); "
+                f"{place.claim}"
             ) from None
-        door.listen(place.world_size)
+        door.listen(place.local_world_size)
         while missing:
             names = ", ".join(map(str, sorted(missing)))
-            what = f"{len(missing)} of {place.world_size} ranks did not come (rank {names})"
-            door.settimeout(turn(what))
+            door.settimeout(
+                turn(
+                    f"{len(missing)} of {place.local_world_size} ranks did not come "
+                    f"({place.rank_here} {names})"
+                )
+            )
             with suppress(OSError):
                 peer, _ = door.accept()
                 with peer:
                     peer.settimeout(_TURN_S)
                     if _uid(peer) == os.getuid() and len(data := peer.recv(4)) == 4:
-                        peer.sendall(struct.pack("<I", port))
+                        peer.sendall(answer)
                         missing.discard(struct.unpack("<I", data)[0])
 
 
-def _ask_port(place: Managed, turn: Turn) -> int:
+def _ask(place: Managed, turn: Turn) -> Meeting:
+    who = place.rank_here
     while True:
-        seconds = turn(f"rank 0 did not answer rank {place.rank}")
-        with socket.socket(socket.AF_UNIX) as line, suppress(OSError):
+        seconds = turn(f"{who} 0 did not answer {who} {place.place_here}")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as line, suppress(OSError):
             line.settimeout(seconds)
             line.connect(_door(place))
-            line.sendall(struct.pack("<I", place.rank))
-            if _uid(line) == os.getuid() and len(data := line.recv(4)) == 4:
-                port: int = struct.unpack("<I", data)[0]
-                return port
+            if _uid(line) == os.getuid():
+                line.sendall(struct.pack("<I", place.place_here))
+                data = line.recv(struct.calcsize(_ANSWER))
+                if len(data) == struct.calcsize(_ANSWER):
+                    port, token = struct.unpack(_ANSWER, data)
+                    return Meeting(token.decode(), port)
         time.sleep(0.02)
+
+
+def _holder(place: Managed) -> str:
+    """Who has bound the socket, for a message."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as line, suppress(OSError):
+        line.settimeout(_TURN_S)
+        line.connect(_door(place))
+        if _uid(line) != os.getuid():
+            return f"a process of user {_uid(line)}"
+    return "another process"
 
 
 def _expect_store(place: Managed) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import pty
+import stat
 import sys
 import termios
 import tty
@@ -24,12 +25,24 @@ Sink = Callable[[bytes], None]
 
 
 def open_log(folder: Path, rank: int) -> IO[bytes]:
-    """`folder/rank-N.log`, new. Raises LaunchError."""
+    """`folder/rank-N.log`, new, for this user alone: prompts and answers are in it. Raises LaunchError,
+    also where that is a link or another user's file, which could lead or show them anywhere."""
+    path = folder / f"rank-{rank}.log"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return (folder / f"rank-{rank}.log").open("wb", buffering=0)
+        with suppress(FileNotFoundError):
+            _check_own(path)
+            path.unlink()
+        return open(path, "xb", buffering=0, opener=lambda name, flags: os.open(name, flags, 0o600))
     except OSError as error:
         raise LaunchError(f"--log-dir {folder} cannot be written ({error.strerror})") from error
+
+
+def _check_own(path: Path) -> None:
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+        what = "is not a plain file" if found.st_uid == os.geteuid() else "is another user's"
+        raise LaunchError(f"--log-dir: {path} {what}: remove it, or name another folder")
 
 
 def open_channel(terminal: bool) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from launcher.allocator import allocator_variables
 from launcher.child import CHECKOUT, PROGRAM, RankEnv, env_to_json
 from launcher.console import start_console
 from launcher.errors import LaunchError
-from launcher.guard import remove_segments
+from launcher.guard import MARK, mark_of, remove_segments
 from launcher.output import open_channel, open_log, untouched, whole_lines
 from launcher.plan import LaunchPlan
 from launcher.watch import Rank, kill_groups, signal_pipe, watch
@@ -100,7 +100,7 @@ def launch(
 def _start_guard(session: str, stack: ExitStack) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
     """The process that cleans up after a launcher that was killed, and the pipe that it reads."""
     guard = subprocess.Popen(
-        [sys.executable, "-I", "-S", str(CHECKOUT / "launcher" / "guard.py"), session],
+        [sys.executable, "-I", "-S", str(CHECKOUT / "launcher" / "guard.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -118,6 +118,7 @@ def _start_guard(session: str, stack: ExitStack) -> tuple[subprocess.Popen[bytes
         end.close()
 
     stack.callback(dismiss)
+    pipe.write(f"{session}\n".encode())
     return guard, pipe
 
 
@@ -192,7 +193,8 @@ def _start_rank(
     # A program of the user's keeps the allocator, and the path of modules, that it would have had. What
     # our own ranks start in turn, torch's compile workers, finds no modules in the current folder.
     own = target != PROGRAM
-    variables = {**allocator_variables(os.environ), "PYTHONSAFEPATH": "1"} if own else {}
+    variables = {MARK: mark_of(env.session)}
+    variables |= {**allocator_variables(os.environ), "PYTHONSAFEPATH": "1"} if own else {}
     ours, theirs = _channels(env.rank, log)
     sockets = [fd for fd in (env.store_fd, env.channel_fd) if fd is not None]
     try:

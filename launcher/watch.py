@@ -41,6 +41,7 @@ class Rank:
     rank: int
     process: subprocess.Popen[bytes]
     report: bytes = b""
+    code: int | None = None  # as of subprocess, once it has ended
     started: bool = False  # its target's code runs
     spawned_at: float = field(default_factory=time.monotonic)
     seen_at: float = field(default_factory=time.monotonic)  # the last sign of life
@@ -48,6 +49,15 @@ class Rank:
     @property
     def name(self) -> str:
         return f"rank {self.rank} (pid {self.process.pid})"
+
+    def has_ended(self) -> bool:
+        """Whether it has; `code` is then known. It stays a zombie until `kill_groups` reaps it, so that
+        neither its pid nor its group's number can become another process's while we may signal it."""
+        if self.code is None:
+            end = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if end is not None:
+                self.code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+        return self.code is not None
 
     def read_report(self, chunk: bytes) -> None:
         """Lines of JSON; an empty one is a heartbeat."""
@@ -130,11 +140,11 @@ def watch(
             elif code == 0:  # rank 0 hears of it, and ends the run
                 ended_well.append("the chat")
                 stop_at = time.monotonic() + grace_s
-        ended = [rank for rank in running if rank.process.poll() is not None]
+        ended = [rank for rank in running if rank.has_ended()]
         # Of those that ended together, one that was killed is the cause; the others missed it.
-        for rank in sorted(ended, key=lambda rank: rank.process.returncode >= 0):
+        for rank in sorted(ended, key=lambda rank: (rank.code or 0) >= 0):
             running.remove(rank)
-            if rank.process.returncode == 0:
+            if rank.code == 0:
                 ended_well.append(rank.name)
                 stop_at = stop_at or time.monotonic() + grace_s
             elif verdict is None:
@@ -213,7 +223,8 @@ def _drain(selector: selectors.BaseSelector) -> None:
 
 def _failure(rank: Rank) -> tuple[int, str]:
     """Exit code and message of a rank that ended badly; "" leaves the message to its report."""
-    code = rank.process.returncode
+    code = rank.code
+    assert code is not None
     if code >= 0:
         return code, ""
     number = -code
@@ -249,7 +260,7 @@ def _state(rank: Rank) -> str:
 
 def _reported(ranks: Sequence[Rank], code: int, tracebacks: bool) -> str:
     """What the failed ranks told of themselves: a mistake once, else the first one's traceback."""
-    failed = [rank for rank in ranks if rank.process.returncode == code]
+    failed = [rank for rank in ranks if rank.code == code]
     for rank in failed:
         for line in rank.report.split(b"\n"):
             with suppress(ValueError, KeyError):
@@ -271,7 +282,7 @@ def _signal_ranks(ranks: Sequence[Rank], number: int) -> None:
 
 
 def signal_groups(ranks: Sequence[Rank], number: int) -> None:
-    """To the ranks and what they have started."""
+    """To the ranks, of which none has been reaped, and what they have started."""
     for rank in ranks:
         with suppress(ProcessLookupError):
             os.killpg(rank.process.pid, number)
@@ -279,6 +290,7 @@ def signal_groups(ranks: Sequence[Rank], number: int) -> None:
 
 def kill_groups(ranks: Sequence[Rank]) -> None:
     """Kill what is left of every rank's group, and reap the rank, unless the kernel holds it."""
+    ranks = [rank for rank in ranks if rank.process.returncode is None]  # the others are done with
     signal_groups(ranks, signal.SIGKILL)
     until = time.monotonic() + _KILL_S
     for rank in ranks:

@@ -64,13 +64,6 @@ def test_each_command_in_a_folder_of_modules(trap: Path, words: tuple[str, ...])
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.slow
-def test_what_compiles_in_a_folder_of_modules(trap: Path, tmp_path: Path) -> None:
-    words = ("--ranks", "1", *GENERATE)
-    result = run_in(trap, LAUNCH, *words, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "compiled"))
-    assert result.returncode == 0, result.stderr
-
-
 @pytest.mark.parametrize("script", ["tp/reshard.py", "quantize/__main__.py"])
 def test_offline_programs_in_a_folder_of_modules(trap: Path, script: str) -> None:
     assert run_in(trap, str(CHECKOUT / script), "--help").returncode == 0

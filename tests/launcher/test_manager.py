@@ -22,7 +22,7 @@ import pytest
 
 from launcher.elastic import agent_command
 from launcher.errors import LaunchError
-from launcher.manager import find_manager, first_host, interface_of, meet, tasks_per_node
+from launcher.manager import Meeting, find_manager, first_host, interface_of, meet, tasks_per_node
 from launcher.starter import is_typed_in_rank, was_started_by
 from tests.conftest import CHECKOUT
 
@@ -62,7 +62,7 @@ def test_variables_of_each_manager() -> None:
     assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (3, 4, 1, 2)
     assert (place.master_addr, place.master_port) == ("host0", 29500)
     again = find_manager(torchrun | {"TORCHELASTIC_RESTART_COUNT": "1"}, 1)
-    assert again is not None and again.session != place.session
+    assert again is not None and again.run != place.run
 
     ompi = {
         "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
@@ -134,7 +134,7 @@ def test_ranks_of_one_machine_agree_on_a_port() -> None:
         assert found is not None
         return found
 
-    answers: dict[int, tuple] = {}
+    answers: dict[int, Meeting] = {}
     threads = [
         threading.Thread(target=lambda r=r: answers.update({r: meet(place(r), 10.0)})) for r in range(3)
     ]
@@ -142,9 +142,10 @@ def test_ranks_of_one_machine_agree_on_a_port() -> None:
         thread.start()
     for thread in threads:
         thread.join(15)
-    store = answers[0][1]
+    store = answers[0].store
     assert store is not None
-    assert {port for port, _ in answers.values()} == {store.getsockname()[1]}
+    assert {found.port for found in answers.values()} == {store.getsockname()[1]}
+    assert len({found.session for found in answers.values()}) == 1
     store.close()
     with pytest.raises(LaunchError, match="2 of 3 ranks did not come"):
         meet(place(0), 0.2)
