@@ -13,7 +13,8 @@ from pathlib import Path
 from base.streams import say
 from launcher.child import PROGRAM, RankEnv, run_managed
 from launcher.errors import LaunchError
-from launcher.manager import Managed, interface_of, meet
+from launcher.manager import Managed, interface_of
+from launcher.meeting import meet
 from launcher.plan import LaunchPlan, LaunchRequest, make_plan
 from launcher.spawn import RunOptions, rank_variables
 from launcher.topology import format_cpu_list, read_topology

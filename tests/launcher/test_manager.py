@@ -22,7 +22,8 @@ import pytest
 
 from launcher.elastic import agent_command
 from launcher.errors import LaunchError
-from launcher.manager import Meeting, find_manager, first_host, interface_of, meet, tasks_per_node
+from launcher.manager import find_manager, first_host, interface_of, tasks_per_node
+from launcher.meeting import Meeting, meet
 from launcher.starter import is_typed_in_rank, was_started_by
 from tests.conftest import CHECKOUT
 
@@ -180,7 +181,7 @@ def test_a_mistake_is_told_whatever_variables_are_left_over(manager: str) -> Non
 def test_who_waits_names_the_manager_the_variable_and_the_rank(
     manager: str, port: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("launcher.manager._PATIENCE_S", 0.1)
+    monkeypatch.setattr("launcher.meeting._PATIENCE_S", 0.1)
     names = {"torchrun": "the environment (RANK, WORLD_SIZE)"}
     # Of a session that no other run on this machine has.
     own = {

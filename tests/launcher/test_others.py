@@ -15,12 +15,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher import manager, watch
+from launcher import meeting, watch
 from launcher.errors import LaunchError
 from launcher.guard import MARK, kill_groups, mark_of, remove_segments
-from launcher.manager import Managed, meet
+from launcher.manager import Managed
+from launcher.meeting import meet
 from launcher.output import open_log
-from launcher.secret import read_secret, user_secret
+from launcher.user_secret import read_secret, user_secret
 from tests.conftest import CHECKOUT
 from tests.leftovers import own_processes
 from tests.others import NOBODY, as_root, by_nobody, nobody_runs
@@ -91,7 +92,7 @@ def test_where_ranks_meet_cannot_be_guessed(tmp_path: Path, monkeypatch: pytest.
     names = set()
     for user in ("a", "b"):
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / user))
-        names |= {manager._door(place(rank, "job 1")) for rank in range(2)}
+        names |= {meeting._door(place(rank, "job 1")) for rank in range(2)}
     assert len(names) == 2  # the same for all ranks of a user, and another for another
 
 
@@ -99,11 +100,11 @@ def test_where_ranks_meet_cannot_be_guessed(tmp_path: Path, monkeypatch: pytest.
 def test_a_name_that_another_user_has_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no secret: one message, and the other ranks do not take what that user says."""
     monkeypatch.setenv("XDG_STATE_HOME", "/proc/none")
-    monkeypatch.setattr("launcher.manager._PATIENCE_S", 0.1)
+    monkeypatch.setattr("launcher.meeting._PATIENCE_S", 0.1)
     run_id = secrets.token_hex(8)
     code = (
         "import socket\ndoor = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
-        f"door.bind({manager._door(place(0, run_id))!r})\ndoor.listen()\nprint('up', flush=True)\n"
+        f"door.bind({meeting._door(place(0, run_id))!r})\ndoor.listen()\nprint('up', flush=True)\n"
         "while True:\n    peer, _ = door.accept()\n    peer.send(b'x' * 20)\n"
     )
     command = by_nobody(os.path.realpath(sys.executable), "-I", "-S", "-c", code)
