@@ -23,6 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from comm.group import Group
+from models.config import Rope, stretched_length
 from models.hf_attention import NAME, LayerCache, Probe, Split, StepCache, attend, visible
 from models.hf_config import check_layers
 from models.hf_layers import Selected
@@ -44,7 +45,7 @@ class HfModel(nn.Module):
         self.inner = inner
         config = inner.config.get_text_config()
         self.vocab_size: int = config.vocab_size
-        self.max_seq_len: int | None = getattr(config, "max_position_embeddings", None)
+        self.max_seq_len = _max_length(config)
         self.ends = ends  # embedding and head; in a tuple, since they are registered in `inner`
         self.caches = nn.ModuleList(caches)
 
@@ -90,6 +91,23 @@ class HfModel(nn.Module):
     def decode_greedy(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """As `Decoder.decode_greedy`; every rank has all logits."""
         return self.decode(tokens, positions).argmax(-1)
+
+
+def _max_length(config: Any) -> int | None:
+    """The trained length, or the stretched one, of a text model's configuration; None if it has none.
+    (Of rotary settings by type of layer it is in the file already.)"""
+    trained: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if trained is None or rope.get("rope_type") not in ("linear", "yarn"):
+        return trained
+    return stretched_length(
+        Rope(
+            kind=rope["rope_type"],
+            factor=rope["factor"] or 1.0,
+            original_max_seq_len=rope.get("original_max_position_embeddings") or trained,
+        ),
+        trained,
+    )
 
 
 def build_model(folder: Path, group: Group, dtype: torch.dtype) -> tuple[HfModel, dict[str, Weight]]:

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 from hf_families import FAMILIES, add_tokenizer, save
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from comm.group import Group
 from engine.job import parse_job
 from engine.memory import job_needs
 from engine.resolve import check_ranks, resolve
-from models.hf import build_model, load_hf_model
+from models.hf import HfModel, build_model, load_hf_model
 from tests.targets.hf import run, wanted_of
 from tp.heads import split_heads
 from weights.errors import InputError
@@ -189,3 +190,22 @@ def test_before_any_rank(
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(InputError, match=r"pip install 'transformers>=5\.23'"):
         resolve(parse_job([f"model={folders['cohere2']}", *words]))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "length"),
+    [
+        (None, 64),
+        ({"rope_type": "linear", "factor": 4.0}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        ({"rope_type": "yarn", "factor": 4.0}, 256),
+    ],
+)
+def test_stretched_contexts_have_their_length(scaling: dict[str, Any] | None, length: int) -> None:
+    config = LlamaConfig(
+        hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8, vocab_size=9,
+        max_position_embeddings=64, rope_scaling=scaling,
+    )  # fmt: skip
+    with torch.device("meta"):
+        inner = LlamaForCausalLM(config)
+    assert HfModel(inner, (None, None), []).max_seq_len == length
