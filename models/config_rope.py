@@ -80,10 +80,16 @@ def _rope(
     own = Keys(values, f"{keys.source}: rotary scaling {kind!r}", ROPE_DEFAULTS[kind])
     trained = keys.integer("max_position_embeddings")
     _refuse_unread(own, trained)
-    share = own.number("partial_rotary_factor", keys.value("partial_rotary_factor") or 1.0)
+    beside = keys.value("partial_rotary_factor")
+    share = own.number("partial_rotary_factor", 1.0 if beside is None else beside)
     if share != 1 and keys.defaults["partial_rotary_factor"] is None:
         raise InputError(
             f"{keys.source}: partial_rotary_factor={share:g}: this class rotates whole heads"
+        )
+    if not 1 <= head_dim * share <= head_dim:
+        raise InputError(
+            f"{keys.source}: partial_rotary_factor={share:g} of heads of {head_dim}: it must leave "
+            "from one number to all of them"
         )
     plain = Rope(
         theta=own.number("rope_theta", keys.number(theta)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -196,6 +197,9 @@ def test_other_names_of_keys() -> None:
     [
         ("LlamaForCausalLM", {"attention_bias": "false"}, "attention_bias must be true or false"),
         ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "this class rotates whole heads"),
+        ("Phi3ForCausalLM", {"partial_rotary_factor": 0}, "a number above 0, not 0"),
+        ("Phi3ForCausalLM", {"partial_rotary_factor": 1.5}, "must leave from one number to all"),
+        ("Phi3ForCausalLM", {"partial_rotary_factor": 0.001}, "must leave from one number to all"),
         ("MistralForCausalLM", {"layer_types": ["full_attention"] * 32}, "layer_types differ"),
         ("Gemma2ForCausalLM", {"layer_types": ["full_attention"]}, "one for each of 26 layers"),
         ("Gemma3ForCausalLM", {"sliding_window_pattern": 0}, "sliding_window_pattern=0"),
@@ -206,6 +210,31 @@ def test_other_names_of_keys() -> None:
 def test_refused_by_name(architecture: str, keys: dict[str, Any], match: str) -> None:
     with pytest.raises(InputError, match=f"^here.*{match}"):
         read(architecture, **keys)
+
+
+ODD = (
+    None, True, False, -1, 0, 1, 3, 1 << 40, 1 << 63, 0.0, -2.5, 1e-320, 1e308, float("nan"),
+    float("inf"), "", "yarn", [], [1], ["x"], [[1]], [float("nan")] * 8, {}, {"factor": 2.0},
+    {"full_attention": {}, "sliding_attention": []},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_any_value_of_any_key(architecture: str) -> None:
+    """A model, or a message."""
+    sizes = {"num_hidden_layers": 2, "n_layer": 2, "use_sliding_window": True}
+    for key in DEFAULTS[architecture]:
+        for value in ODD:
+            with contextlib.suppress(InputError):
+                read(architecture, **sizes | {key: value})
+    for kind, table in ROPE_DEFAULTS.items():
+        plain = {"rope_type": kind, "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        plain |= {"short_factor": [1.0] * 8, "long_factor": [1.0] * 8}
+        plain = {key: value for key, value in plain.items() if key in (*table, "rope_type")}
+        for key in (*table, "rope_type", "type"):
+            for value in ODD:
+                with contextlib.suppress(InputError):
+                    read(architecture, **sizes, rope_scaling=plain | {key: value})
 
 
 @pytest.mark.parametrize("name", ["llama", "granite", "falcon", "gemma3"])
