@@ -36,7 +36,7 @@ from engine.report import (
 from engine.requests import Answer, Request, check_request
 from engine.resolve import ResolvedJob, from_json
 from engine.texts import Feed, text_stream
-from models.chat import apply_chat_template
+from models.chat import apply_chat_template, start_templates
 from models.sampling_params import Sampling, check_sampling
 from models.tokenizer import TextCodec
 from models.tokenizer_limits import check_length
@@ -49,6 +49,8 @@ def main(env: Any, payload: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     resolved = from_json(payload)
     with joined(env) as group:
+        if group.rank == 0 and any(prompt.messages for prompt in resolved.prompts):
+            start_templates()
         plain = all(prompt.sampling.is_plain for prompt in resolved.prompts)
         engine = open_engine(env, resolved, group, step_names(resolved.job, plain))
         _run(env, resolved, engine)

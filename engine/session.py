@@ -28,6 +28,7 @@ from engine.rank import encode_prompt, run_requests, shared_stops
 from engine.requests import Answer, Request
 from engine.resolve import ResolvedJob, from_json
 from engine.texts import text_stream
+from models.chat import start_templates
 from models.sampling_params import check_sampling
 from models.tokenizer import TextCodec
 from weights.errors import InputError
@@ -40,6 +41,8 @@ def main(env: Any, payload: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     resolved = from_json(payload)
     with joined(env) as group:
+        if group.rank == 0:
+            start_templates()
         sampling = sampling_of(resolved.job)
         names = step_names(resolved.job, sampling.is_plain)
         engine = open_engine(env, resolved, group, names)

@@ -3,9 +3,17 @@
 # ruff: noqa: E501
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from hostile_texts import TEMPLATES as HOSTILE
 from tokenizers import Tokenizer, models
 
 from models import chat
@@ -13,6 +21,7 @@ from models.chat import apply_chat_template
 from models.tokenizer import TextCodec
 from weights.errors import InputError
 
+CHECKOUT = Path(__file__).resolve().parent.parent.parent
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 # In the structure of the templates that the families ship.
@@ -196,7 +205,10 @@ REFUSED = {
     "RecursionError": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "RecursionError ": "{{ " + "(" * 9000 + "1" + ")" * 9000 + " }}",
     "Range too big": "{{ range(10 ** 9) | list }}",
-    "MemoryError": "{{ 'x' * 10 ** 15 }}",
+    "it repeats 1 items": "{{ 'x' * 10 ** 15 }}",
+    "too much memory": "{{ 'x'.center(10 ** 10) }}",
+    "'lipsum' is undefined": "{{ lipsum() }}",
+    "more than 4096 bits": "{{ 9 ** (9 ** 9) }}",
 }
 
 
@@ -212,14 +224,43 @@ def test_a_template_that_fails_or_means_harm_is_one_message(match: str) -> None:
     ["", "{% set x = a %}", "{% set x %}{{ b }}{% endset %}", "{% if false %}{% endif %}"],
 )
 def test_a_loop_without_end_is_stopped(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setattr(chat, "_SECONDS", 0.1)
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}" + body + "{% endfor %}{% endfor %}"
-    before = sys.gettrace()
     with pytest.raises(InputError, match="takes longer than"):
         apply_chat_template(codec(loop), [USER])
-    assert sys.gettrace() is before
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_template_has_bounds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of time and memory, whatever it does; and the next conversation is rendered as ever."""
+    monkeypatch.setattr(chat, "_SECONDS", 0.3)
+    with pytest.raises(InputError, match="chat template cannot be used"):
+        apply_chat_template(codec(HOSTILE[name]), [USER])
+    status = Path(f"/proc/{chat._child().pid}/status").read_text()
+    assert int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) < 200 << 10
+    assert apply_chat_template(codec("{{ messages[0].role }}"), [USER]) == "user"
+
+
+def test_the_process_of_templates_ends_with_this_one() -> None:
+    """However this one ends; it sees no module of the current folder."""
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from models import chat\n"
+        'print(chat._child().pid, chat._ask(b\'{"template": "x", "variables": {}, \'\n'
+        'b\'"seconds": 1, "length": 9}\\n\'), flush=True); os.kill(os.getpid(), 9)'
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "jinja2.py").write_text("raise SystemExit('of the current folder')")
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code, str(CHECKOUT)],
+            cwd=folder, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+    pid, _, answer = done.stdout.partition(" ")
+    assert answer == "{'text': 'x'}\n", done.stderr
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(int(pid)) and psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_output_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
