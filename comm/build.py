@@ -1,8 +1,9 @@
 """Compile an extension of torch once, and find it again.
 
 What: one shared library from a folder of sources, kept in the user's cache under a name made of
-everything that it depends on (sources, torch version, compiler, machine), so that a stale library is
-never loaded.
+everything that it depends on (sources, flags, torch's version, compiler, machine), so that a stale
+library is never loaded, and of no path, so that the same torch in another place needs no build. It is
+loaded as code, so the folder must be one where nobody else can put a file (`base.private`).
 Why not torch's own extension builder: it brings setuptools and ninja and several seconds of imports
 for what is one compiler call. What is not here: SIMD variants (the source carries them itself).
 
@@ -12,21 +13,30 @@ for what is one compiler call. What is not here: SIMD variants (the source carri
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
+import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 
+from base.compiler import find_compiler
+from base.private import NotPrivateError, cache_folder, check_private_file, make_private
 from comm.errors import BuildError
 
+_TICK_S = 0.5
+_TIMEOUT_S = 900.0  # for one compiler, and for waiting on another process that builds
 SOURCE_DIR = Path(__file__).parent / "csrc"
 COMMON_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-pthread", "-Wall", "-Wextra")
 # Products and sums are not contracted: every instruction set must give the same bits.
@@ -51,122 +61,265 @@ X86_FLAGS: dict[str, tuple[str, ...]] = {
 }
 
 
-def cache_dir() -> Path:
-    """Where Yoke keeps what it has compiled: `$XDG_CACHE_HOME/yoke`, by default `~/.cache/yoke`."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "yoke"
-
-
 @dataclass(frozen=True)
 class Extension:
-    """A folder of C++ sources. `ops*.cpp` alone see torch; the files of `X86_FLAGS` get theirs."""
+    """A folder of C++ sources. `ops*.cpp` alone see torch; the files of `X86_FLAGS` get theirs.
+    `core_seconds`: what building it takes of one core, about."""
 
     name: str
     source_dir: Path
     flags: tuple[str, ...]
+    core_seconds: float
 
 
-COMM = Extension("yoke_comm", SOURCE_DIR, FLAGS)
+COMM = Extension("yoke_comm", SOURCE_DIR, FLAGS, 40.0)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a build is: `done` of `total` files after `seconds`. `expected_s`: what it took last
+    time, or an estimate if `guessed`."""
+
+    names: str
+    done: int
+    total: int
+    seconds: float
+    expected_s: float
+    guessed: bool
+
+
+Tell = Callable[[Progress], None]
 
 
 def build_extension(extension: Extension = COMM) -> Path:
-    """Return the path of the compiled extension, compiling it first if need be.
+    """`build_extensions` of one."""
+    return build_extensions([extension])[0]
 
-    A file lock lets one process build while others wait for its result. Raises BuildError when there
-    is no C++ compiler or it fails.
+
+def build_extensions(
+    extensions: Sequence[Extension],
+    tell: Tell = lambda progress: None,
+    cpus: Collection[int] | None = None,
+) -> list[Path]:
+    """Return the paths of the compiled extensions, compiling first what is not there yet.
+
+    A file lock lets one process build while others wait for its result; each of them tells how far the
+    build is, about twice a second. The compilers run on `cpus`, by default those of this thread. Raises
+    BuildError when there is no C++ compiler, or it fails, or there is no place for the result.
     """
-    compiler = _compiler()
-    if compiler is None:
-        raise BuildError("no C++ compiler found (Debian: apt-get install g++)")
-    library = _library(compiler, extension)
-    if library.exists():
-        return library
-    folder = library.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BuildError(f"cannot make {folder} ({error}); set XDG_CACHE_HOME") from error
-    with (folder / f"{library.stem}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            _compile(compiler, library, extension)
-    return library
+    compiler, folder = _compiler(), _folder()
+    libraries = [folder / _file_name(compiler, extension) for extension in extensions]
+    if all(map(_is_there, libraries)):
+        return libraries
+    with _turn(folder / "build.lock", tell) as lock:
+        missing = [
+            (extension, library)
+            for extension, library in zip(extensions, libraries, strict=True)
+            if not _is_there(library)
+        ]
+        if missing:
+            _build(compiler, missing, tell, lock, cpus)
+    return libraries
 
 
 def built_extension(extension: Extension = COMM) -> Path | None:
     """The compiled extension, if there is one for this torch, compiler and source; builds nothing."""
-    compiler = _compiler()
-    library = None if compiler is None else _library(compiler, extension)
-    return library if library is not None and library.exists() else None
-
-
-def _compiler() -> str | None:
-    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-
-
-def _library(compiler: str, extension: Extension) -> Path:
-    fingerprint = _fingerprint(compiler, extension)
-    return cache_dir() / "extensions" / f"{extension.name}-{fingerprint}.so"
-
-
-def _fingerprint(compiler: str, extension: Extension) -> str:
-    digest = hashlib.sha256()
-    for source in sorted(extension.source_dir.iterdir()):
-        digest.update(source.name.encode() + source.read_bytes())
     try:
-        version = subprocess.run(
-            [compiler, "--version"], capture_output=True, check=True, timeout=30
+        library = _folder() / _file_name(_compiler(), extension)
+    except BuildError:
+        return None
+    return library if _is_there(library) else None
+
+
+def _compiler() -> list[str]:
+    try:
+        words = find_compiler()
+    except ValueError as error:
+        raise BuildError(f"CXX={os.environ.get('CXX')!r} is not a command: {error}") from error
+    if words is None:
+        raise BuildError("no C++ compiler found (Debian: apt-get install g++)")
+    return words
+
+
+def _folder() -> Path:
+    try:
+        return make_private(cache_folder()[0] / "extensions")
+    except OSError as error:
+        raise BuildError(f"no folder for compiled code: {error}; set XDG_CACHE_HOME") from error
+
+
+def _is_there(library: Path) -> bool:
+    try:
+        check_private_file(library)
+    except (FileNotFoundError, NotPrivateError):  # what is not ours is replaced
+        return False
+    return True
+
+
+def _file_name(compiler: list[str], extension: Extension) -> str:
+    """What the library depends on, as a name; no path is among it."""
+    digest = hashlib.sha256()
+    sources = (path for path in extension.source_dir.iterdir() if path.suffix in (".cpp", ".h"))
+    for source in sorted(sources):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    digest.update(_version(tuple(compiler)))
+    first_flag = next((i for i, word in enumerate(compiler) if word.startswith("-")), len(compiler))
+    own = [f"{name}:{' '.join(flags)}" for name, flags in X86_FLAGS.items()]
+    git_version = getattr(torch.version, "git_version", "")
+    for part in (
+        torch.__version__, git_version, platform.machine(), *compiler[first_flag:], *extension.flags,
+        *own, *_TORCH_FLAGS, *_LINK_FLAGS,
+    ):  # fmt: skip
+        digest.update(part.encode() + b"\0")
+    return f"{extension.name}-{digest.hexdigest()[:16]}.so"
+
+
+@functools.cache
+def _version(compiler: tuple[str, ...]) -> bytes:
+    try:
+        return subprocess.run(
+            [*compiler, "--version"], capture_output=True, check=True, timeout=30
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise BuildError(f"the C++ compiler {compiler} does not run: {error}") from error
-    digest.update(version)
-    own = [flag for flags in X86_FLAGS.values() for flag in flags]
-    for part in (torch.__version__, platform.machine(), *extension.flags, *own, *_torch_flags()):
-        digest.update(part.encode())
-    return digest.hexdigest()[:16]
+        raise BuildError(f"the C++ compiler {' '.join(compiler)} does not run: {error}") from error
 
 
-def _torch_flags() -> list[str]:
+_TORCH_FLAGS = (
+    f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    "-fopenmp",  # torch's parallel_for is a template over it
+)
+_LINK_FLAGS = ("-ltorch_cpu", "-lc10", "-fopenmp")
+
+
+def _torch_paths() -> list[str]:
     root = Path(torch.__file__).parent
-    return [
-        # -isystem: warnings of torch's headers are not ours.
-        f"-isystem{root / 'include'}",
-        f"-isystem{root / 'include/torch/csrc/api/include'}",
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        "-fopenmp",  # torch's parallel_for is a template over it
-    ]
+    # -isystem: warnings of torch's headers are not ours.
+    return [f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}"]
 
 
-def _compile(compiler: str, library: Path, extension: Extension) -> None:
+@contextmanager
+def _turn(path: Path, tell: Tell) -> Iterator[IO[str]]:
+    """Hold the lock `path`, in which the one who holds it writes how far it is."""
+    deadline = time.monotonic() + _TIMEOUT_S
+    with path.open("a+") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                pass
+            if time.monotonic() > deadline:
+                raise BuildError(f"another process has been building for {_TIMEOUT_S:.0f} s ({path})")
+            lock.seek(0)
+            with suppress(ValueError, TypeError):  # nothing is written yet, or half of it
+                tell(Progress(**json.loads(lock.read())))
+            time.sleep(_TICK_S)
+        lock.truncate(0)
+        yield lock
+
+
+def _build(
+    compiler: list[str],
+    missing: Sequence[tuple[Extension, Path]],
+    tell: Tell,
+    lock: IO[str],
+    cpus: Collection[int] | None,
+) -> None:
+    folder = missing[0][1].parent
+    names = " and ".join(extension.name for extension, _ in missing)
+    record = folder / f"{names.replace(' ', '-')}.seconds"
+    workers = len(cpus or os.sched_getaffinity(0))
+    try:
+        expected_s, guessed = float(record.read_text()), False
+    except (OSError, ValueError):
+        expected_s = sum(extension.core_seconds for extension, _ in missing) / workers
+        guessed = True
+    started = time.monotonic()
+
+    def note(done: int, total: int) -> None:
+        progress = Progress(names, done, total, time.monotonic() - started, expected_s, guessed)
+        lock.seek(0)
+        lock.truncate()
+        lock.write(json.dumps(asdict(progress)))
+        lock.flush()
+        tell(progress)
+
     # Built beside its final name and moved there whole, so that a killed build leaves nothing loadable.
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
-        built = Path(folder) / library.name
-        objects = []
-        commands = []
-        sources = extension.source_dir.glob("*.cpp")
-        for source in sorted(sources, key=lambda path: not path.name.startswith("ops")):
-            objects.append(str(Path(folder) / f"{source.stem}.o"))
-            flags = source_flags(source, extension)
-            commands.append([compiler, *flags, "-c", str(source), "-o", objects[-1]])
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            list(pool.map(_run, commands))  # the longest, which includes torch, first
-        lib = Path(torch.__file__).parent / "lib"
-        link = [f"-L{lib}", "-ltorch_cpu", "-lc10", "-fopenmp"]
-        _run([compiler, "-shared", "-pthread", *objects, "-o", str(built), *link])
-        os.replace(built, library)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as room:
+        steps = [
+            _Step(extension, source, Path(room) / f"{extension.name}-{source.stem}.o")
+            for extension, _ in missing
+            for source in sorted(extension.source_dir.glob("*.cpp"))
+        ]
+        steps.sort(key=lambda step: not step.source.name.startswith(_SLOW))
+        _run_all([step.command(compiler) for step in steps], workers, cpus, note)
+        for extension, library in missing:
+            objects = [str(step.object) for step in steps if step.extension is extension]
+            built = Path(room) / library.name
+            lib = Path(torch.__file__).parent / "lib"
+            _run(
+                [*compiler, "-shared", "-pthread", *objects, "-o", str(built), f"-L{lib}", *_LINK_FLAGS]
+            )
+            os.chmod(built, 0o700)  # whatever the umask says
+            os.replace(built, library)
+    record.write_text(f"{time.monotonic() - started:.1f}")
+
+
+_SLOW = ("ops", "attend")  # begun first, so that none of them is what is left at the end
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One file's way through the compiler."""
+
+    extension: Extension
+    source: Path
+    object: Path
+
+    def command(self, compiler: list[str]) -> list[str]:
+        flags = source_flags(self.source, self.extension)
+        return [*compiler, *flags, "-c", str(self.source), "-o", str(self.object)]
 
 
 def source_flags(source: Path, extension: Extension = COMM) -> list[str]:
-    """The compiler's flags for one file of `csrc/`, but for those of torch where it needs none."""
+    """The compiler's flags for one file of `csrc/`; those of torch for one that sees it."""
     own = X86_FLAGS.get(source.name, ()) if platform.machine() == "x86_64" else ()
-    return [*extension.flags, *own, *(_torch_flags() if source.name.startswith("ops") else ())]
+    torch_own = [*_torch_paths(), *_TORCH_FLAGS] if source.name.startswith("ops") else []
+    return [*extension.flags, *own, *torch_own]
+
+
+def _run_all(
+    commands: Sequence[list[str]],
+    workers: int,
+    cpus: Collection[int] | None,
+    note: Callable[[int, int], None],
+) -> None:
+    """Run the commands, `workers` at a time, and note how many are done, twice a second."""
+
+    def spread() -> None:  # a child inherits this from the thread that starts it
+        with suppress(OSError):
+            os.sched_setaffinity(0, cpus or os.sched_getaffinity(0))
+
+    with ThreadPoolExecutor(workers, initializer=spread) as pool:
+        waiting = {pool.submit(_run, command) for command in commands}
+        failed: Future[None] | None = None
+        while waiting and failed is None:
+            note(len(commands) - len(waiting), len(commands))
+            done, waiting = wait(waiting, _TICK_S, FIRST_EXCEPTION)
+            failed = next((future for future in done if future.exception()), None)
+        pool.shutdown(wait=True, cancel_futures=True)
+        if failed is not None:
+            failed.result()
+    note(len(commands), len(commands))
 
 
 def _run(command: list[str]) -> None:
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
+    except OSError as error:
+        raise BuildError(f"{command[0]} does not run: {error}") from error
     except subprocess.TimeoutExpired as error:
-        raise BuildError(f"{command[0]} took more than 10 minutes") from error
+        raise BuildError(f"{command[0]} took more than {_TIMEOUT_S:.0f} s") from error
     except subprocess.CalledProcessError as error:
         raise BuildError(f"{command[0]} failed:\n{error.stderr[-4000:]}") from error
 

@@ -9,25 +9,27 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from base.private import cache_folder
 from base.streams import say
 from comm import ops
-from comm.errors import told
+from comm.build import COMM, build_extensions
+from comm.errors import BuildError, told
 from comm.group import Group, Rendezvous, open_group, set_timeout
-from engine.compiling import drop_if_damaged, seal, use_cache_folder
+from engine.compiling import compiling, use_cache_folder
 from engine.dtypes import dtype_name, kv_dtype_name
 from engine.job import Job, quant_of
 from engine.memory import keeps_quantised
-from engine.report import compile_progress, progress_bar
+from engine.report import build_progress, compile_progress, progress_bar
 from engine.resolve import ResolvedJob, check_draft, check_ranks
 from engine.steps import BEAMS, DECODE, EXTEND, GREEDY, AnyModel, Runner, make_runner, warm_up
-from kernels.load import has_kernels
+from kernels.load import KERNELS, has_kernels
 from models.config import expected_shapes
 from models.decoder import Decoder
 from models.load import config_of, load_model
@@ -68,6 +70,7 @@ def joined(env: Any) -> Iterator[Group]:
     rendezvous = Rendezvous(
         env.session, env.master_addr, env.master_port, env.store_fd, env.agent_store, env.node, env.run
     )  # fmt: skip
+    _build_operators(env)
     opened = open_group(
         env.rank, env.world_size, env.backend, rendezvous, env.start_timeout_s or START_TIMEOUT_S,
         on_fallback=say, device=env.plan.device,
@@ -126,18 +129,13 @@ def open_engine(env: Any, resolved: ResolvedJob, group: Group, names: Sequence[s
                 f"rank {group.rank}: {env.plan.device} has too little memory for its weights and cache "
                 f"({str(error).splitlines()[0]}); use more GPUs, or a smaller max_seq_len or batch"
             ) from error
-        folder = use_cache_folder() if job.compile else None
-        keeps = folder if env.local_rank == 0 else None
-        if keeps is not None and drop_if_damaged(keeps):
-            say(f"the compiled code in {keeps} was damaged and is dropped")
-        ops.barrier(group)
-        with compile_progress(job.compile, enabled=group.rank == 0) as told:
-            compile_s = warm_up(runners[0], names, told)
-            for runner in runners[1:]:
-                compile_s += warm_up(runner, (EXTEND, GREEDY), told)
-    ops.barrier(group)
-    if keeps is not None:
-        seal(keeps)
+        with _code_folder(env) if job.compile else nullcontext():
+            ops.barrier(group)
+            with compile_progress(job.compile, enabled=group.rank == 0) as told:
+                compile_s = warm_up(runners[0], names, told)
+                for runner in runners[1:]:
+                    compile_s += warm_up(runner, (EXTEND, GREEDY), told)
+            ops.barrier(group)
     set_timeout(group, env.comm_timeout_s)
     return Opened(
         group=group,
@@ -149,6 +147,35 @@ def open_engine(env: Any, resolved: ResolvedJob, group: Group, names: Sequence[s
         load_s=load_s,
         compile_s=compile_s if job.compile else 0.0,
     )
+
+
+@contextmanager
+def _code_folder(env: Any) -> Iterator[None]:
+    """Around compiling. One rank of each machine looks after the folder of compiled code."""
+    try:
+        folder = use_cache_folder()
+    except OSError as error:
+        raise InputError(
+            f"no folder for compiled code: {error}; set XDG_CACHE_HOME to one that only you can write "
+            "to, or compile=false"
+        ) from error
+    if env.rank == 0 and folder.remark:
+        say(folder.remark)
+    with compiling(folder, say) if env.local_rank == 0 else nullcontext():
+        yield
+
+
+def _build_operators(env: Any) -> None:
+    """Have the operators in C++ compiled, on all cores of this machine's ranks, before anything loads
+    them. Where that fails, loading says why, and what is done without them."""
+    wanted = [COMM] if env.world_size > 1 and env.backend.startswith("shm") else []
+    wanted += [KERNELS] if env.plan.device == "cpu" else []
+    cpus = {cpu for plan in env.plans for cpu in plan["cpus"]}
+    with suppress(BuildError, OSError), build_progress(enabled=env.rank == 0) as tell:
+        remark = cache_folder()[1]
+        if remark and env.rank == 0:
+            say(remark)
+        build_extensions(wanted, tell, cpus)
 
 
 def step_names(job: Job, plain: bool) -> tuple[str, ...]:

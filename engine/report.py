@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from base.streams import say, show, show_json
+from comm.build import Progress
 from engine.prompts import Prompt
 
 
@@ -137,3 +138,42 @@ def compile_progress(compiled: bool, enabled: bool) -> Iterator[Callable[[str], 
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(verb)
             yield lambda name: bar.update(task, description=f"{verb}: {name}")
+
+
+@contextmanager
+def build_progress(enabled: bool) -> Iterator[Callable[[Progress], None]]:
+    """Tells how far the build of the operators is: on a terminal in a line that is drawn anew,
+    elsewhere a line at first and every ten seconds, and one at the end."""
+    if not enabled:
+        yield lambda progress: None
+    elif not sys.stderr.isatty():
+        said: list[Progress] = []
+
+        def tell(progress: Progress) -> None:
+            if not said or progress.seconds - said[-1].seconds >= 10 or progress.done == progress.total:
+                said.append(progress)
+                say(build_line(progress))
+
+        yield tell
+    else:
+        from rich.console import Console
+        from rich.progress import Progress as Bar
+        from rich.progress import SpinnerColumn, TextColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"))
+        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", visible=False)
+            yield lambda progress: bar.update(task, description=build_line(progress), visible=True)
+
+
+def build_line(progress: Progress) -> str:
+    """In words: building yoke_kernels: 7 of 22 files, 12 s (last time 40 s)."""
+    expected = (
+        f"about {progress.expected_s:.0f} s"
+        if progress.guessed
+        else (f"last time {progress.expected_s:.0f} s")
+    )
+    return (
+        f"building {progress.names}: {progress.done} of {progress.total} files, "
+        f"{progress.seconds:.0f} s ({expected})"
+    )

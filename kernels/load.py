@@ -20,7 +20,7 @@ from comm.errors import BuildError
 # Loops marked `omp simd` may be summed in any order; nothing looks at errno or floating-point traps.
 _DOWN_NUM_ROWS = 12  # its place among the arguments of gated_mlp after x
 _MATH = ("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
-KERNELS = Extension("yoke_kernels", Path(__file__).parent / "csrc", (*COMMON_FLAGS, *_MATH))
+KERNELS = Extension("yoke_kernels", Path(__file__).parent / "csrc", (*COMMON_FLAGS, *_MATH), 200.0)
 
 
 @functools.cache

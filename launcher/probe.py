@@ -11,7 +11,6 @@ import json
 import os
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from base.compiler import find_compiler
 from launcher.cgroup import read_cgroup
 
 TORCH_TIMEOUT_S = 60.0  # a first import from a cold disk is slow
@@ -150,14 +150,17 @@ def try_compiler(environ: dict[str, str] | None = None) -> Compiler:
     """Find the compiler as `comm.build` does, and compile a few lines with it."""
     found = os.environ if environ is None else environ
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-    search = found.get("PATH")
-    path = found.get("CXX") or shutil.which("g++", path=search) or shutil.which("c++", path=search)
-    if path is None:
-        return Compiler(None, None, False, "there is none", headers)
     try:
-        version = _run([path, "--version"]).stdout.partition("\n")[0]
+        words = find_compiler(found)
+    except ValueError as error:  # a quote that is not closed
+        return Compiler(found["CXX"], None, False, f"CXX is not a command: {error}", headers)
+    if words is None:
+        return Compiler(None, None, False, "there is none", headers)
+    path = " ".join(words)
+    try:
+        version = _run([*words, "--version"]).stdout.partition("\n")[0]
         with tempfile.TemporaryDirectory(prefix="yoke-") as folder:
-            built = _run([path, *_COMPILE_FLAGS, "-o", f"{folder}/probe.so"], _SOURCE)
+            built = _run([*words, *_COMPILE_FLAGS, "-o", f"{folder}/probe.so"], _SOURCE)
     except (OSError, subprocess.SubprocessError) as error:
         return Compiler(path, None, False, str(error), headers)
     error_line = next((line for line in built.stderr.splitlines() if "error" in line), "it failed")

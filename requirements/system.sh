@@ -17,7 +17,9 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
 else
     need "$python" python3
 fi
-command -v "${CXX:-g++}" >/dev/null 2>&1 || need "a C++ compiler (${CXX:-g++})" g++
+# CXX may be more than one word (ccache g++), but the path of one program may have a space in it.
+command -v "${CXX:-g++}" >/dev/null 2>&1 || ${CXX:-g++} --version >/dev/null 2>&1 ||
+    need "a C++ compiler (${CXX:-g++})" g++
 command -v make >/dev/null 2>&1 || need make make
 if [ -n "$missing" ]; then
     echo "to install them: apt-get install$missing" >&2
