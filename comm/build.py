@@ -214,8 +214,10 @@ def _turn(path: Path, tell: Tell) -> Iterator[IO[str]]:
             with suppress(ValueError, TypeError):  # nothing is written yet, or half of it
                 tell(Progress(**json.loads(lock.read())))
             time.sleep(_TICK_S)
-        lock.truncate(0)
-        yield lock
+        try:
+            yield lock
+        finally:
+            lock.truncate(0)
 
 
 def _build(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
+import stat
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from comm import build
 from comm.errors import BuildError
+from engine.report import build_line
 
 
 def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
@@ -31,8 +37,10 @@ def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
     ]
     paths = {run.communicate(timeout=120)[0].strip() for run in runs}
     assert len(paths) == 1
-    assert Path(paths.pop()).exists()
+    library = Path(paths.pop())
     # Each file once, and the link.
+    # Nobody else can put a library where this one is found.
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "yoke", library)} == {0o700}
     assert calls.read_text().count("x") == len(list(build.SOURCE_DIR.glob("*.cpp"))) + 1
 
 
@@ -49,4 +57,114 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(
     with pytest.raises(BuildError, match="no such header"):
         build.build_extension()
     left = [path.name for path in (tmp_path / "yoke/extensions").iterdir()]
-    assert [name for name in left if not name.endswith(".lock")] == []
+    assert left == ["build.lock"]
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> build.Extension:
+    """Two files that need nothing, and an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "csrc"
+    folder.mkdir()
+    for name in ("one", "two"):
+        (folder / f"{name}.cpp").write_text(f"int {name}() {{ return 1; }}\n")
+    return build.Extension("small", folder, ("-O0", "-fPIC"), 1.0)
+
+
+def test_it_is_named_by_what_it_is_made_of_and_not_by_where(
+    small: build.Extension, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = build.build_extension(small)
+    elsewhere = replace(small, source_dir=tmp_path / "moved")
+    small.source_dir.rename(elsewhere.source_dir)
+    (elsewhere.source_dir / ".one.cpp.swp").write_text("an editor's")
+    assert build.built_extension(elsewhere) == built
+    # The same torch, by another path.
+    link = tmp_path / "torch"
+    link.symlink_to(Path(torch.__file__).parent)
+    monkeypatch.setattr(torch, "__file__", str(link / "__init__.py"))
+    assert build.built_extension(elsewhere) == built
+    # The same compiler, by another way to it.
+    through = tmp_path / "through"
+    through.write_text('#!/bin/sh\nexec "$@"\n')
+    through.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{through} g++")
+    assert build.built_extension(elsewhere) == built
+    # And what does matter.
+    monkeypatch.setenv("CXX", f"{through} g++ -DX")
+    assert build.built_extension(elsewhere) is None
+    assert build.build_extension(elsewhere) != built
+    monkeypatch.delenv("CXX")
+    assert build.built_extension(replace(elsewhere, flags=("-O1", "-fPIC"))) is None
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    assert build.built_extension(elsewhere) is None
+    (elsewhere.source_dir / "one.cpp").write_text("int one() { return 2; }")
+    monkeypatch.undo()
+    assert build.built_extension(elsewhere) is None
+
+
+@pytest.mark.parametrize("planted", ["link", "others can write to it"])
+def test_a_planted_library_is_not_loaded(planted: str, small: build.Extension, tmp_path: Path) -> None:
+    library = build.build_extension(small)
+    good = library.read_bytes()
+    if planted == "link":
+        library.unlink()
+        (tmp_path / "planted.so").write_text("planted")
+        library.symlink_to(tmp_path / "planted.so")
+    else:
+        library.write_text("planted")
+        library.chmod(0o666)
+    assert build.built_extension(small) is None
+    assert build.build_extension(small) == library
+    assert not library.is_symlink()
+    assert library.read_bytes() == good
+
+
+def test_a_cache_that_others_can_write_to_is_not_used(
+    small: build.Extension, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = build.build_extension(small)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "cache").chmod(0o777)
+    built = build.build_extension(small)
+    assert built != planted
+    assert built.is_relative_to(tmp_path / f"yoke-{os.geteuid()}")
+    assert build.build_extension(small) == built
+    (tmp_path / f"yoke-{os.geteuid()}").chmod(0o777)
+    with pytest.raises(BuildError, match="other users can write to"):
+        build.build_extension(small)
+
+
+def test_a_build_tells_how_far_it_is(small: build.Extension) -> None:
+    told: list[build.Progress] = []
+    build.build_extensions([small], told.append)
+    assert (told[0].names, told[0].done, told[0].total, told[0].guessed) == ("small", 0, 2, True)
+    assert (told[-1].done, told[-1].total) == (2, 2)
+    before = len(told)
+    build.build_extensions([small], told.append)
+    assert len(told) == before  # there is nothing to wait for
+    build.build_extension(small).unlink()
+    build.build_extensions([small], told.append)
+    assert not told[-1].guessed
+    assert build_line(replace(told[-1], seconds=12.3, expected_s=40.0)) == (
+        "building small: 2 of 2 files, 12 s (last time 40 s)"
+    )
+
+
+def test_who_waits_for_another_process_is_told_too(small: build.Extension) -> None:
+    folder = build.build_extension(small).parent
+    build.build_extension(small).unlink()
+    told: list[build.Progress] = []
+    with (folder / "build.lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert lock.read() == ""
+        lock.write(json.dumps(asdict(build.Progress("small", 1, 2, 3.0, 4.0, True))))
+        lock.flush()
+
+        def tell(progress: build.Progress) -> None:
+            told.append(progress)
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+        build.build_extensions([small], tell)
+    assert told[0] == build.Progress("small", 1, 2, 3.0, 4.0, True)
+    assert told[-1].done == 2
