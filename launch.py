@@ -36,6 +36,7 @@ from launcher.join import join, local_plan
 from launcher.manager import find_manager
 from launcher.plan import LaunchPlan, make_plan
 from launcher.program import check_program
+from launcher.secret import shared_secret
 from launcher.spawn import launch, new_session
 from launcher.starter import is_typed_in_rank, was_started_by
 from launcher.topology import Topology, read_topology
@@ -124,6 +125,8 @@ def run(flags: Flags) -> int:
     check_nodes(flags.nnodes, flags.node_rank, flags.rdzv_endpoint)
     job = _job(flags, len(plan.ranks) * flags.nnodes)
     if flags.nnodes > 1:
+        if flags.command != "run":  # whose programs meet by themselves
+            shared_secret(flags.options.secret_file, os.environ)
         assert flags.node_rank is not None and flags.rdzv_endpoint is not None
         become_agent(
             agent_command(

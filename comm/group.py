@@ -23,6 +23,7 @@ import torch.distributed as dist
 from comm import optional
 from comm.errors import BuildError, CommError, told
 from comm.shm import first_line, join_segment, load_extension
+from comm.store import SignedStore, agree_on_key, listen_at
 
 BACKENDS = ("shm", "gloo", "nccl", "shm+gloo", *optional.NAMES)
 
@@ -55,7 +56,8 @@ class Rendezvous:
     listening socket that rank 0 was handed, so that no port is ever guessed; None lets it bind `port`
     itself. `hosted` says that somebody else (torch's elastic agent) serves the store at that port.
     `node` is this machine's number among those of the run, and `run` what names the run on all of them
-    (by default the session).
+    (by default the session). `secret` is what only the ranks of this run know: who does not is not
+    believed (by default the session).
     """
 
     session: str
@@ -65,6 +67,7 @@ class Rendezvous:
     hosted: bool = False
     node: int = 0
     run: str = ""
+    secret: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,9 +153,11 @@ def _open_torch(wish: _Wish, backend: str, stack: ExitStack) -> Group:
         if dist.is_initialized():
             group = dist.new_group(backend=backend, timeout=timeout)
         else:
+            store = _open_store(wish, backend, timeout)
+            stack.callback(id, store)  # torch would not keep its Python part
             dist.init_process_group(
                 backend,
-                store=_open_store(wish, timeout),
+                store=store,
                 rank=wish.rank,
                 world_size=wish.size,
                 timeout=timeout,
@@ -166,19 +171,28 @@ def _open_torch(wish: _Wish, backend: str, stack: ExitStack) -> Group:
     return Group(wish.rank, wish.size, backend, name=group.group_name)
 
 
-def _open_store(wish: _Wish, timeout: datetime.timedelta) -> Any:
+def _open_store(wish: _Wish, backend: str, timeout: datetime.timedelta) -> Any:
     meeting = wish.rendezvous
-    store = dist.TCPStore(  # type: ignore[attr-defined]
+    listener = meeting.store_fd
+    hosts = wish.rank == 0 and not meeting.hosted
+    if hosts and listener is None:  # torch would listen at every address
+        listener = listen_at(meeting.address, meeting.port, wish.on_fallback)
+    store: Any = dist.TCPStore(  # type: ignore[attr-defined]
         meeting.address,
         meeting.port,
         wish.size,
-        is_master=wish.rank == 0 and not meeting.hosted,
+        is_master=hosts,
         timeout=timeout,
-        master_listen_fd=meeting.store_fd,
+        master_listen_fd=listener,
     )
     if meeting.hosted:  # it outlives a run, and each run has its own names in it
-        return dist.PrefixStore(f"yoke-{meeting.run or meeting.session}", store)  # type: ignore[attr-defined]
-    return store
+        name = f"yoke-{meeting.run or meeting.session}"
+        store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+    key = agree_on_key(store, wish.rank, wish.size, (meeting.secret or meeting.session).encode())
+    if backend == "nccl":
+        # Its threads ask the store at any time, also while Python ends: not a store in Python.
+        return dist.PrefixStore(key.hex(), store)  # type: ignore[attr-defined]
+    return SignedStore(store, key)
 
 
 def _open_machines(wish: _Wish, stack: ExitStack) -> Group:

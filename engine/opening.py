@@ -68,7 +68,8 @@ def joined(env: Any) -> Iterator[Group]:
     if env.plan.device != "cpu":
         torch.cuda.set_device(env.plan.device)
     rendezvous = Rendezvous(
-        env.session, env.master_addr, env.master_port, env.store_fd, env.agent_store, env.node, env.run
+        env.session, env.master_addr, env.master_port, env.store_fd, env.agent_store, env.node, env.run,
+        env.secret,
     )  # fmt: skip
     _build_operators(env)
     opened = open_group(

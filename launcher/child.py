@@ -37,9 +37,9 @@ class RankEnv:
     `channel_fd` its end of the channel to a console, if there is one; `agent_store` says that torch's
     elastic agent serves the store at the master address; `session` is random, and known to the ranks of
     one machine alone; `node` tells the run's machines apart, and `run` names a run that a manager
-    started, on all of them. `plans` are those of this machine's ranks, as plain dicts;
-    `start_timeout_s` (0: no limit) bounds the wait for the other ranks to join; `notes` say what could
-    not be bound."""
+    started, on all of them; `secret` is what ranks on several machines share, "" on one. `plans` are
+    those of this machine's ranks, as plain dicts; `start_timeout_s` (0: no limit) bounds the wait for
+    the other ranks to join; `notes` say what could not be bound."""
 
     rank: int
     world_size: int
@@ -60,6 +60,7 @@ class RankEnv:
     node: int = 0
     run: str = ""
     verify_placement: bool = False
+    secret: str = ""
     notes: tuple[str, ...] = ()
 
     @property

@@ -102,6 +102,7 @@ def _make_parser(words: str) -> _Parser:
     flag("--nnodes", type=int, default=1, metavar="N", help="machines; with these two on each:")
     flag("--node-rank", type=int, metavar="I", help="this machine's number, from 0")
     flag("--rdzv-endpoint", metavar="HOST:PORT", help="where machine 0 can be reached")
+    flag("--secret-file", type=Path, metavar="FILE", help="what machines share (or YOKE_SECRET)")
     flag = section("looking after them (seconds)")
     for name, default, text in (
         ("--comm-timeout", 60.0, "how long one rank waits for another"),
@@ -199,6 +200,7 @@ def _options(found: argparse.Namespace) -> RunOptions:
         start_timeout_s=found.start_timeout,
         hang_timeout_s=found.hang_timeout,
         log_dir=found.log_dir,
+        secret_file=found.secret_file,
         verify_placement=found.verify_placement,
         tracebacks=found.traceback,
     )

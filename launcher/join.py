@@ -16,6 +16,7 @@ from launcher.errors import LaunchError
 from launcher.manager import Managed, interface_of
 from launcher.meeting import meet
 from launcher.plan import LaunchPlan, LaunchRequest, make_plan
+from launcher.secret import shared_secret
 from launcher.spawn import RunOptions, rank_variables
 from launcher.topology import format_cpu_list, read_topology
 
@@ -73,6 +74,9 @@ def join(
     """Run `target` as this rank; its exit code."""
     if place.manager == "torchrun" and not _set_by_user("OMP_NUM_THREADS"):
         os.environ.pop("OMP_NUM_THREADS", None)  # the agent's default of 1, for want of a plan
+    several = place.world_size > place.local_world_size
+    # A program of the user's meets by itself.
+    secret = shared_secret(options.secret_file, os.environ) if several and target != PROGRAM else ""
     try:
         meeting = meet(place, options.start_timeout_s or 300.0)
     except LaunchError as error:  # each rank misses others, so each says so
@@ -94,11 +98,12 @@ def join(
         plans=[asdict(rank) for rank in plan.ranks],
         bind_cores=plan.bind_cores,
         node=place.node,
+        secret=secret,
         store_fd=None if meeting.store is None else meeting.store.detach(),
         agent_store=place.agent_store,
         verify_placement=options.verify_placement,
     )
-    if place.world_size > place.local_world_size:
+    if several:
         name = interface_of(place.master_addr)
         if name is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

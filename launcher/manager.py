@@ -47,8 +47,7 @@ class Managed:
     @property
     def is_on_one_machine(self) -> bool:
         """Whether all ranks can meet through this machine's kernel."""
-        loopback = self.master_addr in ("127.0.0.1", "localhost", "::1")
-        return self.world_size == self.local_world_size and (loopback or not self.master_port)
+        return self.world_size == self.local_world_size
 
     @property
     def place_here(self) -> int:
@@ -129,7 +128,8 @@ def _torchrun(environ: Mapping[str, str], parent_pid: int) -> Managed:
     )
     node = _number(environ, "GROUP_RANK", place.node)
     agent = elastic and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return Managed(**{**vars(place), "agent_store": agent, "node": node})
+    address = environ.get("MASTER_ADDR", place.master_addr) if agent else place.master_addr
+    return Managed(**{**vars(place), "agent_store": agent, "node": node, "master_addr": address})
 
 
 def _checked(
@@ -149,7 +149,9 @@ def _checked(
             f"{manager} says rank {rank} of {world_size}, on this machine {local_rank} of "
             f"{local_world_size}: that cannot be; are {', '.join(variables)} set by another run?"
         )
-    address = environ.get("MASTER_ADDR", "127.0.0.1" if local_world_size == world_size else "")
+    # Ranks of one machine meet there and nowhere else, whatever the machine is called.
+    one = local_world_size == world_size
+    address = "127.0.0.1" if one else environ.get("MASTER_ADDR", "")
     port = _number(environ, "MASTER_PORT", 0)
     if local_world_size < world_size and (not address or not port):
         raise LaunchError(

@@ -38,7 +38,8 @@ class RunOptions:
 
     `grace_s`: from asking ranks to stop to killing them. `comm_timeout_s`: how long one rank waits
     for another. `start_timeout_s`: from the start to the target's first line. `hang_timeout_s`: how
-    long a rank may give no sign of life. `tracebacks`: also of errors whose message says all.
+    long a rank may give no sign of life. `secret_file`: what ranks on several machines share.
+    `tracebacks`: also of errors whose message says all.
     """
 
     grace_s: float = 5.0
@@ -46,6 +47,7 @@ class RunOptions:
     start_timeout_s: float = 300.0
     hang_timeout_s: float = 120.0
     log_dir: Path | None = None
+    secret_file: Path | None = None
     verify_placement: bool = False
     tracebacks: bool = False
 
