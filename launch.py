@@ -36,7 +36,7 @@ from launcher.join import join, local_plan
 from launcher.manager import find_manager
 from launcher.plan import LaunchPlan, make_plan
 from launcher.program import check_program
-from launcher.secret import shared_secret
+from launcher.shared_secret import shared_secret
 from launcher.spawn import launch, new_session
 from launcher.starter import is_typed_in_rank, was_started_by
 from launcher.topology import Topology, read_topology

@@ -164,6 +164,8 @@ def _open_torch(wish: _Wish, backend: str, stack: ExitStack) -> Group:
                 device_id=wish.device if wish.device.type == "cuda" else None,
             )
             group = dist.group.WORLD
+    except CommError:
+        raise
     except RuntimeError as error:
         raise CommError(f"rank {wish.rank} could not join {backend}: {first_line(error)}") from error
     assert group is not None

@@ -16,7 +16,7 @@ from launcher.errors import LaunchError
 from launcher.manager import Managed, interface_of
 from launcher.meeting import meet
 from launcher.plan import LaunchPlan, LaunchRequest, make_plan
-from launcher.secret import shared_secret
+from launcher.shared_secret import shared_secret
 from launcher.spawn import RunOptions, rank_variables
 from launcher.topology import format_cpu_list, read_topology
 

@@ -384,13 +384,18 @@ def hosts() -> Iterator[tuple[str, str]]:
                 subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def on_both(hosts: tuple[str, str], *words: str) -> list[tuple[int, str, str]]:
-    """Run launch.py with `words` on both hosts as one run; exit code, stdout and stderr of each."""
+def on_both(
+    hosts: tuple[str, str], *words: str, secrets: tuple[str | None, ...] = ("x" * 16, "x" * 16)
+) -> list[tuple[int, str, str]]:
+    """Run launch.py with `words` on both hosts as one run, which have these secrets; exit code, stderr
+    and stdout of each."""
+    shared = [{} if secret is None else {"YOKE_SECRET": secret} for secret in secrets]
     started = [
         subprocess.Popen(
             ["ip", "netns", "exec", host, sys.executable, LAUNCH, "--nnodes", "2", "--node-rank",
              str(i), "--rdzv-endpoint", "10.77.0.1:29511", *words],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **shared[i]},
         )
         for i, host in enumerate(hosts)
     ]  # fmt: skip
@@ -402,7 +407,8 @@ def on_both(hosts: tuple[str, str], *words: str) -> list[tuple[int, str, str]]:
 
 
 def test_two_hosts(hosts: tuple[str, str], program: str) -> None:
-    results = on_both(hosts, "run", "--ranks", "1", "--bind-cores-to-rank", program, "--x")
+    alone = ("run", "--ranks", "1", "--bind-cores-to-rank", program, "--x")
+    results = on_both(hosts, *alone, secrets=(None, None))  # it meets by itself
     assert [code for code, _, _ in results] == [0, 0], results
     seen = lines("".join(out for _, _, out in results))
     assert {rank: line["sum"] for rank, line in seen.items()} == {0: 3.0, 1: 3.0}
@@ -423,3 +429,16 @@ def test_two_hosts_of_two_ranks(hosts: tuple[str, str]) -> None:
     assert report["comm"] == "shm+gloo"
     assert len(report["peak_rss_bytes"]) == 4
     assert report["token_ids"] == own_report(4, "gloo")["token_ids"]
+
+
+def test_hosts_without_a_secret_do_not_start(hosts: tuple[str, str]) -> None:
+    for code, err, out in on_both(hosts, "--ranks", "1", *GENERATE, secrets=(None, "short")):
+        assert (code, out) == (2, "")
+        assert "secret" in err
+        assert len(err.splitlines()) == 1
+
+
+def test_hosts_with_different_secrets_do_not_believe_each_other(hosts: tuple[str, str]) -> None:
+    results = on_both(hosts, "--ranks", "1", *GENERATE, secrets=("x" * 16, "y" * 16))
+    assert [(code, out) for code, _, out in results] == [(1, "")] * 2
+    assert all("does not have this run's secret" in err for _, err, _ in results)
