@@ -14,7 +14,7 @@ from dataclasses import replace
 from engine.dtypes import BYTES, dtype_name, kv_dtype_name
 from engine.job import Job, quant_of
 from engine.resolve import ResolvedJob
-from models.config import ModelConfig
+from models.config import EMBEDDING, HEAD, ModelConfig
 from models.config_gguf import from_gguf
 from models.config_hf import from_hf
 from models.quant_rules import Held, held_quantised, parse_asked, products_of, weight_bytes
@@ -22,7 +22,7 @@ from models.sizes import layout_of
 from weights.errors import InputError
 from weights.files import read_json
 from weights.locate import locate
-from weights.outline import Outline, Stored, read_outline
+from weights.outline import Outline, Stored, read_outline, same_numbers
 from weights.schemes import SCHEMES
 
 # The interpreter, torch, the compiled code and what compiling leaves behind; measured as a rank's peak
@@ -142,6 +142,16 @@ def keeps_quantised(job: Job, device: str = "cpu") -> bool:
     return job.quant == "auto" and on_cpu and own
 
 
+def _with_own_head(config: ModelConfig, outline: Outline | None) -> ModelConfig:
+    """`config`, without a tie that what is stored does not have (as `models.tying`, which knows more
+    formats: what cannot be compared here is counted as a head)."""
+    stored = {} if outline is None else outline.weights
+    head, embedding = stored.get(HEAD), stored.get(EMBEDDING)
+    if not config.tie_embeddings or head is None or embedding is None:
+        return config
+    return config if same_numbers(head, embedding) else replace(config, tie_embeddings=False)
+
+
 def _declared(resolved: ResolvedJob, outline: Outline | None, thorough: bool) -> ModelConfig | None:
     checkpoint = resolved.checkpoint
     if checkpoint is None:
@@ -154,7 +164,7 @@ def _declared(resolved: ResolvedJob, outline: Outline | None, thorough: bool) ->
         except InputError:
             return None  # the rank that opens it says what is wrong
         try:
-            return from_hf(found, str(file))
+            return _with_own_head(from_hf(found, str(file)), outline)
         except InputError:
             if resolved.job.engine != "hf":
                 raise

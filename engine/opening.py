@@ -211,9 +211,10 @@ def _open(resolved: ResolvedJob, group: Group, device: str) -> _Source:
 def _open_own(resolved: ResolvedJob, group: Group, device: str) -> _Source:
     """A model that `models` has code for, from any checkpoint or of random weights."""
     job = resolved.job
+    tell = say if group.rank == 0 else lambda line: None
     if resolved.checkpoint is not None:
         checkpoint = open_checkpoint(Path(resolved.checkpoint))
-        config = config_of(checkpoint)
+        config = config_of(checkpoint, group, tell)
     else:
         assert resolved.config is not None
         config = resolved.config
@@ -225,8 +226,7 @@ def _open_own(resolved: ResolvedJob, group: Group, device: str) -> _Source:
         config.max_seq_len,
         lambda progress: load_model(
             config, checkpoint, group, _dtype(job.dtype, device), progress, device,
-            _quant(job, device), job.activations == "int8",
-            say if group.rank == 0 else lambda line: None,
+            _quant(job, device), job.activations == "int8", tell,
         ),
     )  # fmt: skip
 

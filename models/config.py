@@ -14,6 +14,7 @@ from typing import Any
 
 from weights.errors import InputError
 
+EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"  # absent where the embedding serves as the head
 OVERRIDES = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size")
 # More than any model has: what a file says is not believed before it is looped over or computed with.
@@ -204,7 +205,7 @@ def head_dim_of(dim: int, num_heads: int) -> int:
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Canonical names and full shapes of all weights of a model."""
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, config.dim)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.dim)}
 
     def linear(name: str, out_features: int, in_features: int, bias: bool) -> None:
         shapes[f"{name}.weight"] = (out_features, in_features)

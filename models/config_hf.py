@@ -17,20 +17,15 @@ from models.config_rope import LAYER_TYPES, PHI3_KINDS, read_rope, read_ropes
 from models.defaults import ALIASES, DEFAULTS
 from models.keys import Keys
 from weights.errors import InputError
-
-_OTHERS = "; engine=hf runs any that has a tensor-parallel plan in the transformers library"
+from weights.nested import TEXT_MODELS, WRAPPERS, class_of, text_config
 
 
 def from_hf(config: Mapping[str, Any], source: str) -> ModelConfig:
     """Read the keys of a Hugging Face `config.json`. Raises InputError for what is not supported."""
-    architectures = config.get("architectures")
-    name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise InputError(
-            f"{source}: architecture {name or architectures!r} is not supported; supported: "
-            + ", ".join(ARCHITECTURES)
-            + (_OTHERS if isinstance(config.get("model_type"), str) else "")
-        )
+    config = text_config(config)
+    name = class_of(config)
+    if name is None:
+        raise InputError(_not_supported(config, source))
     keys = Keys(_renamed(config, ALIASES.get(name, {})), source, DEFAULTS[name])
     try:
         return check(ModelConfig(**ARCHITECTURES[name](keys)))
@@ -38,6 +33,22 @@ def from_hf(config: Mapping[str, Any], source: str) -> ModelConfig:
         if str(error).startswith(source):
             raise
         raise InputError(f"{source}: {error}") from error
+
+
+def _not_supported(config: Mapping[str, Any], source: str) -> str:
+    names, kind = config.get("architectures"), config.get("model_type")
+    name = names[0] if isinstance(names, list) and len(names) == 1 else names
+    shown = name if isinstance(name, str) else repr(name)
+    if not names:
+        shown = f"{shown} (and model_type {kind!r})"
+    others = "; engine=hf runs any that has a tensor-parallel plan in the transformers library"
+    if isinstance(config.get("text_config"), Mapping):
+        others = f"; and the text models within these model_types: {', '.join(WRAPPERS)}"
+    elif isinstance(kind, str) and kind in TEXT_MODELS:
+        others = f"; a model of type {kind!r} needs an LM head, and this class has another"
+    return f"{source}: architecture {shown} is not supported; supported: {', '.join(ARCHITECTURES)}" + (
+        others if isinstance(kind, str) else ""
+    )
 
 
 def _renamed(values: Mapping[str, Any], aliases: Mapping[str, str]) -> Mapping[str, Any]:

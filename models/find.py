@@ -33,7 +33,7 @@ def find_weights(model: str, key: str = "model", others: Sequence[str] = ()) -> 
     if model not in PRESETS and _exists(path):
         # Not resolved: behind a link may be a store that calls files by their digests.
         return path.absolute()
-    cached = _hub_snapshot(model)
+    cached = _hub_snapshot(model, key)
     if cached is not None:
         return cached
     if model not in PRESETS and "/" not in model:
@@ -60,30 +60,57 @@ def _exists(path: Path) -> bool:
 
 
 def _hub_cache() -> Path | None:
-    """The hub library's folder of downloads, named as that library does; None without a home."""
-    if named := os.environ.get("HF_HUB_CACHE"):
-        return expand(named)
+    """The hub library's folder of downloads: its variables, in its order; None without a home."""
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if named := os.environ.get(name):
+            return expand(os.path.expandvars(named))
     if named := os.environ.get("HF_HOME"):
-        return expand(named) / "hub"
+        return expand(os.path.expandvars(named)) / "hub"
     caches = cache_home()
     return None if caches is None else caches / "huggingface" / "hub"
 
 
-def _hub_snapshot(model: str) -> Path | None:
-    """The folder of a model id in Hugging Face's local cache, by that cache's published layout."""
-    if model.count("/") != 1:
-        return None
+def _hub_snapshot(model: str, key: str) -> Path | None:
+    """The folder of a model id in Hugging Face's local cache, by that cache's published layout; None
+    where the cache has nothing of it. Raises InputError where it has other revisions than `main`."""
     cache = _hub_cache()
-    if cache is None:
+    if model.count("/") != 1 or cache is None:
         return None
     folder = cache / f"models--{model.replace('/', '--')}"
+    if not _exists(folder) or not (folder / "snapshots").is_dir():
+        return None
     main = folder / "refs" / "main"
-    if not _exists(main):
-        return None
-    revision = main.read_text(errors="replace").strip()
-    if Path(revision).name != revision:
-        return None
+    revision = main.read_text(errors="replace").strip() if _exists(main) else ""
     snapshot = folder / "snapshots" / revision
+    # The name comes from a file: it must not reach for another folder.
+    if revision and Path(revision).name == revision and _exists(snapshot) and _is_model(snapshot):
+        return snapshot
+    names = _names_of(folder / "refs")
+    there = [
+        f"  {key}={snapshot}  {' '.join(names.get(snapshot.name, ()))}".rstrip()
+        for snapshot in sorted((folder / "snapshots").iterdir())
+        if _is_model(snapshot)
+    ]
+    if not there:
+        return None
+    missing = f"names {revision[:100]!r}, which is not there" if revision else "is missing"
+    raise InputError(
+        f"{key}={model} is in the hub cache, but not its revision 'main': {main} {missing}. Give the "
+        "folder of a revision that is there:\n" + "\n".join(there)
+        + f"\nor fetch 'main', where there is a network, with: hf download {model}"
+    )  # fmt: skip
+
+
+def _is_model(snapshot: Path) -> bool:
     # A config alone is a download that was cut short: opening it says what is missing.
-    known = (snapshot / "config.json").is_file() or locate_in(snapshot) is not None
-    return snapshot if known else None
+    return (snapshot / "config.json").is_file() or locate_in(snapshot) is not None
+
+
+def _names_of(refs: Path) -> dict[str, list[str]]:
+    """The names of revisions (branches, tags, pull requests), by commit."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(refs.rglob("*")):
+        if file.is_file():
+            commit = file.read_text(errors="replace").strip()
+            found.setdefault(commit, []).append(str(file.relative_to(refs)))
+    return found

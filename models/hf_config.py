@@ -16,6 +16,7 @@ from tp.heads import check_world_size
 from weights.errors import InputError
 from weights.files import read_json
 from weights.locate import locate_in
+from weights.nested import is_nested
 
 # The first release whose caches say where each query stands (`get_query_offset`), which the masks of
 # `models.hf_attention` are made from.
@@ -47,6 +48,12 @@ def check_folder(path: Path) -> None:
         raise InputError(
             f"engine=hf reads a folder with config.json and *.safetensors, and {path} is none; "
             "give such a folder, or leave engine= out"
+        )
+    config = read_json(path / "config.json")
+    if is_nested(config):
+        raise InputError(
+            f"engine=hf runs classes of text alone, and {path} holds a model of type "
+            f"{config['model_type']!r}, with a text model inside; leave engine= out, which runs that"
         )
 
 

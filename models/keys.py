@@ -70,7 +70,9 @@ class Keys:
         if not isinstance(value, list) or not all(
             isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf for x in value
         ):
-            raise InputError(f"{self.source}: {key} must be a list of numbers above 0")
+            raise InputError(
+                f"{self.source}: {key} must be a list of numbers above 0, not {str(value)[:100]}"
+            )
         return tuple(float(x) for x in value)
 
     def only(self, key: str, allowed: tuple[Any, ...]) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from comm.group import Group
 from kernels.packed import PackedRows
-from models.config import HEAD, ModelConfig, expected_shapes
+from models.config import EMBEDDING, HEAD, ModelConfig, expected_shapes
 from models.config_gguf import from_gguf
 from models.config_hf import from_hf
 from models.decoder import Decoder
@@ -33,7 +33,8 @@ from models.load_quant import (
     summary,
 )
 from models.mlp import Experts, ExpertStack
-from models.quant_rules import EMBEDDING, is_linear
+from models.quant_rules import is_linear
+from models.tying import settle_head
 from tp.layers import (
     ColumnLinear,
     Linear,
@@ -53,12 +54,17 @@ BLOCK_BYTES = 8 << 20  # of a weight in float32, where it is not read as it lies
 RELEASE_BYTES = 64 << 20  # of a file's pages that may be resident while it is read
 
 
-def config_of(checkpoint: Checkpoint) -> ModelConfig:
-    """The dimensions that a checkpoint's own metadata declares. Raises InputError."""
+def config_of(
+    checkpoint: Checkpoint,
+    group: Group | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> ModelConfig:
+    """The dimensions that a checkpoint's own metadata declares, and whether its head is the embedding.
+    All ranks of `group` call this; `say` gets a line where the two differ. Raises InputError."""
     source = str(checkpoint.path)
     if checkpoint.format == "gguf":
         return from_gguf(checkpoint.config, checkpoint.entries, source)
-    return from_hf(checkpoint.config, source)
+    return settle_head(from_hf(checkpoint.config, source), checkpoint, group or Group(0, 1), say)
 
 
 def load_model(
@@ -226,6 +232,12 @@ def check_names(
             f"such as {unused[0]!r} in {file}"
         )
     missing = sorted(shapes.keys() - entries.keys())
+    if missing == [HEAD]:
+        raise InputError(
+            f"{checkpoint.path} holds no LM head ({HEAD}), and its config does not tie it to the "
+            "embedding: a base model makes no text; take the model with its head, or set "
+            "tie_word_embeddings in config.json if the embedding is its head"
+        )
     if missing:
         raise InputError(
             f"{checkpoint.path} lacks {len(missing)} weights of this model, such as "
@@ -288,7 +300,7 @@ def destinations(model: Decoder) -> dict[str, Tensor]:
     used = model.layout.vocab_stop - model.layout.vocab_start
     targets: dict[str, Tensor] = {}
     if model.embed.weight is not None:
-        targets["model.embed_tokens.weight"] = model.embed.weight[:used]
+        targets[EMBEDDING] = model.embed.weight[:used]
 
     def put(prefix: str, module: nn.Module, names: tuple[str, ...]) -> None:
         """The parameters of a module, divided if they are several weights fused."""

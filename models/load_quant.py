@@ -18,10 +18,9 @@ from dataclasses import dataclass
 
 import torch
 
-from models.config import HEAD, ModelConfig
+from models.config import EMBEDDING, HEAD, ModelConfig
 from models.mlp import ExpertStack
 from models.quant_rules import (
-    EMBEDDING,
     Asked,
     check_quant,
     held_quantised,

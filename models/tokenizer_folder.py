@@ -86,9 +86,11 @@ def folder_codec(folder: Path, config: Mapping[str, Any]) -> TextCodec:
     _add(tokenizer, file, added, special, _further(settings, folder))
     if file.name != "tokenizer.json":
         ends = _ends(tokenizer, settings, special, folder)
-    stop = _stop_tokens(folder, config) or stop or _ids(tokenizer, special.get("eos_token"))
+    declared = _stop_tokens(folder, config)
+    if declared is None:
+        declared = stop or _ids(tokenizer, special.get("eos_token"))
     templates = _templates(folder, settings)
-    return make_codec(tokenizer, ends, frozenset(stop), templates, special, doubled_space)
+    return make_codec(tokenizer, ends, frozenset(declared), templates, special, doubled_space)
 
 
 def _from_json(file: Path) -> Tokenizer:
@@ -245,16 +247,20 @@ def _ends(
     return Ends(before, after)
 
 
-def _stop_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    eos = _optional_json(folder / "generation_config.json").get("eos_token_id")
-    eos = config.get("eos_token_id") if eos is None else eos
-    found = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if any(type(i) is not int or i < 0 for i in found):
-        raise InputError(
-            f"{folder}: eos_token_id in generation_config.json or config.json must be a token's id or "
-            f"a list of them, not {str(eos)[:100]}"
-        )
-    return tuple(found)
+def _stop_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The declared ids that end an answer, without negative ones, which stand for no token; None where
+    nothing is declared. Raises InputError."""
+    places = (_optional_json(folder / "generation_config.json"), config)
+    for eos in (place.get("eos_token_id") for place in places):
+        found = [i for i in (eos if isinstance(eos, list) else [eos]) if i is not None]
+        if any(type(i) is not int for i in found):
+            raise InputError(
+                f"{folder}: eos_token_id in generation_config.json or config.json must be a token's id "
+                f"or a list of them, not {str(eos)[:100]}"
+            )
+        if found:
+            return tuple(i for i in found if i >= 0)
+    return None
 
 
 def _templates(folder: Path, settings: Mapping[str, Any]) -> Templates:

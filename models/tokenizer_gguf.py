@@ -173,13 +173,9 @@ def _flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
 
 
 def _id(config: Mapping[str, Any], name: str, count: int, default: int | None) -> int | None:
-    """A token's id; none where the default is beyond the vocabulary."""
-    if default is not None and default >= count:
-        default = None
+    """A token's id; none where it is beyond the vocabulary: converters write -1 as 4294967295."""
     value = _value(config, f"{name}_token_id", int, default)
-    if value is not None and not 0 <= value < count:
-        raise ValueError(f"{name}_token_id is {value} with {count} tokens")
-    return value
+    return value if value is not None and 0 <= value < count else None
 
 
 def _texts(config: Mapping[str, Any], name: str) -> list[str]:

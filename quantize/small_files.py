@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from models.config import ModelConfig
+from models.config import HEAD, ModelConfig
 from models.config_json import to_hf
 from models.tokenizer_files import tokenizer_files
 from tp.companions import companions
@@ -25,6 +25,8 @@ def small_files(
         files = tokenizer_files(checkpoint.path, checkpoint.config)
     else:
         keys = dict(checkpoint.config)
+        if HEAD in checkpoint.entries and not config.tie_embeddings:
+            keys["tie_word_embeddings"] = False  # the config may tie a head that differs
         files = {name: data for name, data in companions(checkpoint).items() if name not in _OWN}
     keys["quantization_config"] = quantization
     files["config.json"] = (json.dumps(keys, indent=2, ensure_ascii=False) + "\n").encode()

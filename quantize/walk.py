@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from comm.group import Group
 from kernels.rotary import Angles
 from models.attention import CachedAttention, Step
-from models.config import HEAD, ModelConfig
+from models.config import EMBEDDING, HEAD, ModelConfig
 from models.decoder import Decoder
 from models.load import destinations
 from models.rope import rope_tables
 from weights.checkpoint import Checkpoint
 from weights.pages import release_pages
 
-EMBEDDING = "model.embed_tokens.weight"
 _HEAD_TOKENS = 64  # whose logits are held at once: a vocabulary is wide
 
 

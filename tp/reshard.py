@@ -123,6 +123,8 @@ def run(options: argparse.Namespace) -> None:
     folder = None
     if (options.checkpoint / MANIFEST).is_file():
         folder = open_folder(options.checkpoint)
+    for note in checkpoint.notes:
+        say(note)
     num_heads = folder.manifest.num_heads if folder else None
     plan = make_plan(checkpoint, options.to, num_heads=num_heads, dequantize=options.dequantize)
     needed = needed_bytes(plan, checkpoint)

@@ -13,6 +13,7 @@ from weights.errors import InputError
 from weights.files import read_json
 from weights.locate import Source
 from weights.names import Piece, translate
+from weights.nested import class_of, is_nested, left_out, text_config, text_weights
 from weights.params import hf_config
 from weights.quant_config import is_cache_scale, with_file_beside
 from weights.quant_hf import with_quantised
@@ -63,8 +64,14 @@ def assemble(
     if absent and not stored:
         name, reason = next(iter(absent.items()))
         raise InputError(f"{source.path} holds no weights that its index lists: {name!r}: {reason}")
-    shapes = {name: entry.shape for name, entry in stored.items()}
-    config, said_by = with_file_beside(config_beside(source.folder, shapes), source.folder, stored)
+    notes = []
+    config = config_beside(source.folder, {name: entry.shape for name, entry in stored.items()})
+    if is_nested(config) and names is translate:
+        towers = left_out(stored)
+        notes.append(f"{source.path}: its text model is taken; left out: {towers or 'nothing'}")
+        config, stored = text_config(config), text_weights(stored, source.path)
+        absent = text_weights(absent, source.path)
+    config, said_by = with_file_beside(config, source.folder, stored)
     scales = [name for name in stored if is_cache_scale(name)]
     stored = {name: entry for name, entry in stored.items() if name not in scales}
     stored = with_quantised(stored, config, said_by, absent)
@@ -76,7 +83,6 @@ def assemble(
         whole = name if end in ("weight", "bias") else f"{module}.weight"
         for piece in names(whole):
             reasons.setdefault(piece.name, f"{name}: {reason}")
-    notes = []
     if scales:
         notes.append(
             f"{len(scales)} scales of a quantized KV cache, such as {scales[0]!r}, are left out: the "
@@ -97,7 +103,7 @@ def _heads(config: Mapping[str, Any], path: Path) -> tuple[int, int]:
     """How many query and KV heads a config declares. Raises InputError."""
     num_q = config.get("num_attention_heads")
     num_kv = config.get("num_key_value_heads") or num_q
-    if config.get("architectures") == ["FalconForCausalLM"]:
+    if class_of(config) == "FalconForCausalLM":
         new = config.get("new_decoder_architecture")
         one = config.get("multi_query", True) and not new
         num_kv = 1 if one else (config.get("num_kv_heads") or num_q) if new else num_q

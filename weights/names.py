@@ -1,9 +1,9 @@
 """What a stored tensor is called canonically, and which rows of it are meant. Pure; free of torch.
 
 Canonical names are those of Hugging Face's Llama. Most families have them already; GPT-J, Falcon,
-Mixtral's experts, Meta's releases, gpt-fast and fused projections (Phi-3) are translated. A name that
-no family has keeps itself, so that the loader can name it where it refuses it. GGUF's names:
-`weights.gguf_names`.
+Mixtral's experts, Meta's releases, gpt-fast, fused projections (Phi-3) and what was saved from a base
+model (without `model.` before each name) are translated. A name that no family has keeps itself, so
+that the loader can name it where it refuses it. GGUF's names: `weights.gguf_names`.
 
 Two families store the rows of the query and key projections interleaved, for rotary embeddings over
 neighbours (2i, 2i+1) where the canonical order has halves (i, i + half a head): Meta with gpt-fast,
@@ -74,6 +74,11 @@ _META = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+# What the prefix of the families is in a file that was saved from a base model, without its head.
+_BASES = (
+    (r"(embed_tokens|layers\.\d{1,6}\.(self_attn|mlp|block_sparse_moe|\w+_layernorm))\..+", "model."),
+    (r"(wte|word_embeddings|ln_f|h\.\d{1,6})\..+", "transformer."),
+)
 QKV = (("q", "self_attn.q_proj"), ("k", "self_attn.k_proj"), ("v", "self_attn.v_proj"))
 GATE_UP = (("gate", "mlp.gate_proj"), ("up", "mlp.up_proj"))
 # (prefix of a layer, its names, those of them that are fused, are query and key rows interleaved)
@@ -91,6 +96,9 @@ def translate(stored: str) -> tuple[Piece, ...]:
     fused projection."""
     if _DROPPED.fullmatch(stored):
         return ()
+    for pattern, prefix in _BASES:
+        if re.fullmatch(pattern, stored, re.ASCII):
+            stored = prefix + stored
     if stored in _SHARED:
         return (Piece(_SHARED[stored]),)
     for prefix, names, fused, interleaved in _FAMILIES:

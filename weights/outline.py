@@ -16,17 +16,21 @@ from typing import Any
 from weights.files import DAMAGE, read_json
 from weights.locate import MANIFEST, Source, locate
 from weights.names import Piece, translate
+from weights.nested import is_nested, text_config, text_weights
 from weights.quant_config import QuantConfig, read_quant_config, with_file_beside
 from weights.schemes import GGUF_SCHEMES, Scheme
+
+_BLOCK = 8 << 20  # bytes of a weight that are compared at once
 
 
 @dataclass(frozen=True)
 class Stored:
     """How a weight is stored, as `weights.checkpoint.Entry` has it: `scheme` is None for what is plain
-    or can only be dequantised."""
+    or can only be dequantised. `place`: the file and the bytes of it, where they are known."""
 
     stored_as: str
     scheme: Scheme | None = None
+    place: tuple[Path, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,23 @@ class Outline:
     format: str
     config: Mapping[str, Any]
     weights: Mapping[str, Stored]
+
+
+def same_numbers(one: Stored, other: Stored) -> bool:
+    """Whether two weights of one shape are stored as the same bytes, as far as that is known."""
+    if one.place is None or other.place is None or one.stored_as != other.stored_as:
+        return False
+    (file, start, stop), (other_file, other_start, other_stop) = one.place, other.place
+    if stop - start != other_stop - other_start:
+        return False
+    with file.open("rb") as left, other_file.open("rb") as right:
+        left.seek(start)
+        right.seek(other_start)
+        for done in range(0, stop - start, _BLOCK):
+            size = min(_BLOCK, stop - start - done)
+            if left.read(size) != right.read(size):
+                return False
+    return True
 
 
 def read_outline(path: Path) -> Outline | None:
@@ -93,13 +114,20 @@ def _yoke(source: Source) -> Outline:
 def _safetensors(source: Source) -> Outline:
     from weights.safetensors_header import read_header
 
-    config: Mapping[str, Any] = read_json(source.folder / "config.json")
+    declared = read_json(source.folder / "config.json")
     found: dict[str, Mapping[str, Any]] = {}
+    places: dict[str, tuple[Path, int, int]] = {}
     for file in source.files:
-        header = read_header(file)[0]
-        found |= {name: header[name] for name in header if source.holds(file, name)}
-    config, said_by = with_file_beside(config, source.folder, found)
-    declared = read_quant_config(config, said_by)
+        header, start, _ = read_header(file)
+        for name in header:
+            if source.holds(file, name):
+                found[name] = header[name]
+                first, last = header[name]["data_offsets"]
+                places[name] = (file, start + first, start + last)
+    if is_nested(declared):
+        found, places = (text_weights(each, source.path) for each in (found, places))
+    config, said_by = with_file_beside(text_config(declared), source.folder, found)
+    quantised = read_quant_config(config, said_by)
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     weights: dict[str, Stored] = {}
     for name, about in found.items():
@@ -107,10 +135,10 @@ def _safetensors(source: Source) -> Outline:
         shape = tuple(about["shape"])
         modules.setdefault(module, {})[end] = shape
         if end in ("weight", "bias"):
-            _put(weights, translate(name), Stored(about["dtype"]))
+            _put(weights, translate(name), Stored(about["dtype"], place=places[name]))
     for module, parts in modules.items():
-        if declared is not None and ({"qweight", "weight_packed", "weight_scale"} & parts.keys()):
-            stored = Stored(f"{declared.method} module", _scheme_of(declared, parts))
+        if quantised is not None and ({"qweight", "weight_packed", "weight_scale"} & parts.keys()):
+            stored = Stored(f"{quantised.method} module", _scheme_of(quantised, parts))
             _put(weights, translate(f"{module}.weight"), stored)
     return Outline("safetensors", config, weights)
 

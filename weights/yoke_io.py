@@ -24,6 +24,7 @@ from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
 from weights.errors import InputError
 from weights.files import damaged, parse_json, read_json, regular_file
 from weights.gguf_blocks import reader_of_blocks
+from weights.nested import text_config
 from weights.safetensors_io import stored_entries
 from weights.schemes import GGUF_SCHEMES
 from weights.writer import DTYPES, header_of
@@ -83,7 +84,7 @@ def open_yoke(folder: Path, prefer: int | None = None) -> Checkpoint:
     manifest = opened.manifest
     config = manifest.config
     if (folder / "config.json").is_file() and manifest.source_format != "gguf":
-        config = read_json(folder / "config.json")
+        config = text_config(read_json(folder / "config.json"))
     return Checkpoint(
         folder,
         manifest.source_format,

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Form
+from safetensors.torch import save_file
 
 from comm.group import Group
 from engine.job import parse_job
@@ -143,6 +144,47 @@ def test_a_gguf_file(form: str, tied: bool, tmp_path: Path) -> None:
 def test_a_quantised_folder(kind: Kind, tmp_path: Path) -> None:
     write(tmp_path, kind)
     check(tmp_path, "auto")
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_that_is_stored_although_tied(same: bool, tmp_path: Path) -> None:
+    """Used, and counted, where it differs from the embedding."""
+    stored, _ = write(tmp_path, Kind("pack-quantized", 4, 64, False))
+    head = stored["model.embed_tokens.weight"].clone()
+    if not same:
+        head[-1, -1] += 1
+    save_file(stored | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert config_of(open_checkpoint(tmp_path)).tie_embeddings == same
+    check(tmp_path, "auto")
+
+
+@pytest.mark.parametrize("method", ["pack-quantized", "gptq", "awq"])
+def test_a_quantised_text_model_within_another(method: str, tmp_path: Path) -> None:
+    """The outline of the file, the estimate and the loader leave the same towers out."""
+    stored, weights = write(tmp_path, Kind(method, 4, 64, method != "awq"))
+    names = {name: f"language_model.{name}" if name.startswith("model.") else name for name in stored}
+    tower = {"vision_tower.layers.0.mlp.fc1.weight": torch.ones(32, 32)}
+    tower |= {"vision_tower.layers.0.mlp.fc2.qweight": torch.ones(4, 32, dtype=torch.int32)}
+    nested = {names[name]: value for name, value in stored.items()} | tower
+    save_file(nested, tmp_path / "model.safetensors")
+    inner = json.loads((tmp_path / "config.json").read_text())
+    outer = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "quantization_config": inner.pop("quantization_config"),
+        "text_config": inner | {"model_type": "llama"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(outer))
+    same_outline(tmp_path)
+    check(tmp_path, "auto")
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.left_out == "vision_tower (2 tensors)"
+    for name, weight in weights.items():
+        rows, columns = weight.shape
+        read = checkpoint.entries[name].read((slice(0, rows), slice(0, columns)))
+        torch.testing.assert_close(read.float(), weight)
 
 
 @pytest.mark.parametrize("tied", [True, False])

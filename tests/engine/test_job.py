@@ -12,6 +12,7 @@ import pytest
 from engine.job import Job, parse_job, stop_texts
 from engine.memory import job_needs, smaller_batch, with_batch
 from engine.resolve import check_ranks, from_json, resolve, to_json
+from models.find import find_weights
 from weights.errors import InputError
 
 GOOD = ["model=tiny", "weights=random", "prompt=hi"]
@@ -121,6 +122,60 @@ def test_a_model_in_the_hub_cache_is_found(tmp_path: Path, monkeypatch) -> None:
     (refs / "main").write_text("abc")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     assert resolve(parse_job(["model=some/model", "prompt=x"])).checkpoint == snapshot
+
+
+@pytest.mark.parametrize(
+    ("given", "where"),
+    [
+        ({"HF_HUB_CACHE": "a", "HUGGINGFACE_HUB_CACHE": "b", "HF_HOME": "c"}, "a"),
+        ({"HUGGINGFACE_HUB_CACHE": "b", "HF_HOME": "c", "XDG_CACHE_HOME": "d"}, "b"),
+        ({"HF_HOME": "c", "XDG_CACHE_HOME": "d"}, "c/hub"),
+        ({"XDG_CACHE_HOME": "d"}, "d/huggingface/hub"),
+        ({}, ".cache/huggingface/hub"),
+    ],
+)
+def test_variables_of_the_hub_cache(
+    given: dict[str, str], where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of the hub library."""
+    snapshot = add_revision(tmp_path / where, "abc", "main")
+    add_revision(tmp_path / "elsewhere", "abc", "main")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, f"$HOME/{value}" if name.endswith("CACHE") else str(tmp_path / value))
+    if "XDG_CACHE_HOME" in given:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / given["XDG_CACHE_HOME"]))
+    assert find_weights("some/model") == snapshot
+
+
+def add_revision(cache: Path, commit: str, *refs: str) -> Path:
+    folder = cache / "models--some--model"
+    snapshot = folder / "snapshots" / commit
+    snapshot.mkdir(parents=True, exist_ok=True)
+    (snapshot / "config.json").write_text("{}")
+    for ref in refs:
+        file = folder / "refs" / ref
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(commit)
+    return snapshot
+
+
+def test_a_revision_that_is_not_main_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    first = add_revision(tmp_path, "abc", "v1.0", "refs/pr/1")
+    with pytest.raises(InputError, match=r"refs/main is missing") as error:
+        find_weights("some/model")
+    assert f"model={first}  refs/pr/1 v1.0\n" in str(error.value)
+    assert "no weights found" not in str(error.value)
+    second = add_revision(tmp_path, "def")
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("0123")
+    with pytest.raises(InputError, match=r"names '0123', which is not there") as error:
+        find_weights("some/model", "draft")
+    assert f"draft={first}" in str(error.value) and f"draft={second}\n" in str(error.value)
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("def")
+    assert find_weights("some/model") == second
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -295,7 +296,15 @@ def test_stop_tokens_come_from_the_most_special_file_that_names_some(folder: Pat
     assert read(folder, eos_token_id=5).stop_tokens == {3, 7}
     write(folder, "generation_config.json", eos_token_id=9)
     assert read(folder, eos_token_id=5).stop_tokens == {9}
-    for wrong in ("</s>", [1, "x"], -1, True, {"a": 1}):
+    # A negative id stands for no token, as in transformers: nothing ends an answer then.
+    for given, stops in ((-1, set()), ([3, -1], {3}), ([None, 4], {4}), ([-1, None], set())):
+        write(folder, "generation_config.json", eos_token_id=given)
+        assert read(folder, eos_token_id=5).stop_tokens == stops
+    for empty in (None, [], [None]):
+        write(folder, "generation_config.json", eos_token_id=empty)
+        assert read(folder, eos_token_id=5).stop_tokens == {5}
+        assert read(folder, eos_token_id=empty).stop_tokens == {2}
+    for wrong in ("</s>", [1, "x"], True, {"a": 1}, math.inf, [1, math.nan]):
         write(folder, "generation_config.json", eos_token_id=wrong)
         with pytest.raises(InputError, match="must be a token's id or a list"):
             read(folder)

@@ -15,7 +15,7 @@ import pytest
 from vocabularies import SPECIAL, TEXTS, gguf_of, train_bytes, train_spm, write_gguf
 
 from models.chat import apply_chat_template
-from models.tokenizer import load_codec
+from models.tokenizer import TextCodec, load_codec
 from models.tokenizer_bytes import SPLITTINGS, build_bytes
 from models.tokenizer_spm import read_spm
 from weights.checkpoint import Checkpoint, open_checkpoint
@@ -283,8 +283,6 @@ DAMAGE: dict[str, Any] = {
     "a token twice": {"tokens": ["a", "a", "b"]},
     "types too few": {"token_type": [1]},
     "types are texts": {"token_type": ["x"] * 3},
-    "eos beyond the vocabulary": {"eos_token_id": 4},
-    "eos negative": {"eos_token_id": -1},
     "bos is a text": {"bos_token_id": "a"},
     "a flag is a number": {"add_bos_token": 2},
     "scores too few": {"model": "llama", "scores": [0.0]},
@@ -296,6 +294,27 @@ DAMAGE: dict[str, Any] = {
     "merges are numbers": {"merges": [1]},
     "the pre-tokenizer is a list": {"pre": ["gpt-2"]},
 }
+
+
+@pytest.mark.parametrize("none", [4, -1, (1 << 32) - 1])
+def test_an_id_beyond_the_vocabulary_is_none(none: int, tmp_path: Path) -> None:
+    """Converters write -1 as 4294967295."""
+    names = ("bos", "eos", "eot", "eom", "unknown", "padding", "seperator")
+    config: dict[str, Any] = {f"tokenizer.ggml.{name}_token_id": none for name in names}
+    config |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}
+    config |= {"tokenizer.ggml.tokens": ["a", "b", "c", "bc"], "tokenizer.ggml.merges": ["b c"]}
+    config |= {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
+
+    def read(**more: int) -> TextCodec:
+        given = {f"tokenizer.ggml.{name}_token_id": value for name, value in more.items()}
+        return load_codec(Checkpoint(tmp_path / "m.gguf", "gguf", {}, config | given))
+
+    codec = read()
+    assert codec.stop_tokens == frozenset() and codec.special == {}
+    assert codec.encode("bca", True) == [3, 0]
+    codec = read(eot=2, bos=0)
+    assert codec.stop_tokens == {2} and codec.special == {"bos_token": "a"}
+    assert codec.encode("bca", True) == [0, 3, 0]
 
 
 @pytest.mark.parametrize("keys", DAMAGE.values(), ids=DAMAGE.keys())

@@ -36,7 +36,7 @@ def _run(job: dict[str, Any], group: Group) -> None:
     figures: dict[str, list[float]] = {}
     for name, folder in job["folders"].items():
         checkpoint = open_checkpoint(Path(folder))
-        model = load_model(config_of(checkpoint), checkpoint, group, torch.float32)
+        model = load_model(config_of(checkpoint, group), checkpoint, group, torch.float32)
         wanted = torch.load(Path(folder) / "wanted.pt")
         steps = STEPS if group.size == 2 else 11  # many ranks share few cores
         logits = run(model, steps=steps)
