@@ -7,6 +7,7 @@ Files that make a folder loadable (`yoke.json`, `config.json`) are written last.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from tp.companions import companions
 from tp.reshard_plan import Output, Piece, ReshardPlan, manifest_of
 from weights.checkpoint import Checkpoint, Entry
 from weights.errors import InputError
+from weights.files import parse_json
+from weights.nested import is_nested
 from weights.pages import release_pages
 from weights.writer import DTYPES, SafetensorsFile
 from weights.yoke_io import YokeFolder, unequal_replicas
@@ -153,6 +156,11 @@ def _write_last(
     """What makes the files a checkpoint, in an order in which only the last step does."""
     texts = {name: text.encode() for name, text in plan.texts.items()}
     texts |= companions(checkpoint)
+    config = texts.get("config.json")
+    if config is not None and checkpoint.format != "gguf" and is_nested(parse_json(config)):
+        # What is written is the text model alone.
+        alone = json.dumps(checkpoint.config, indent=2, ensure_ascii=False) + "\n"
+        texts["config.json"] = alone.encode()
     if plan.form == "yoke":
         texts[MANIFEST] = to_json(manifest_of(plan, digests)).encode()
     for name in sorted(texts, key=lambda name: (name == MANIFEST, name == "config.json")):

@@ -22,6 +22,8 @@ from comm.group import Group
 from models.config_hf import from_hf
 from models.load import config_of, load_model
 from models.tokenizer import load_codec
+from tp.reshard_plan import make_plan
+from tp.reshard_run import Reader, write
 from weights.checkpoint import open_checkpoint
 from weights.errors import InputError
 from weights.nested import WRAPPERS
@@ -201,3 +203,20 @@ def test_numbers_that_are_used_are_named(key: str, value: float) -> None:
     del config["rope_parameters"]
     with pytest.raises(InputError, match=rf"{key} must be .* not {value}"):
         from_hf(config, "config.json")
+
+
+@pytest.mark.parametrize("name", ["gemma3", "another head"])
+def test_resharded_and_back(name: str, tmp_path: Path, saved: Callable[[str], Path]) -> None:
+    """Ranks' files hold what the loader takes, and the folder made of them is a plain one."""
+    source = open_checkpoint(saved(name))
+    for size in (2, 1):
+        out = tmp_path / str(size)
+        out.mkdir()
+        write(make_plan(source, size), Reader(source), out, lambda done, total: None)
+        source = open_checkpoint(out)
+        model = load_model(config_of(source), source, Group(0, 1), torch.float32)
+        wanted = torch.load(saved(name) / "wanted.pt")
+        torch.testing.assert_close(run(model), wanted, rtol=1e-4, atol=1e-4)
+        assert not source.left_out
+    config = json.loads((tmp_path / "1" / "config.json").read_text())
+    assert config["architectures"][0].endswith("ForCausalLM")
