@@ -232,7 +232,7 @@ def check_names(
             f"such as {unused[0]!r} in {file}"
         )
     missing = sorted(shapes.keys() - entries.keys())
-    if missing == [HEAD]:
+    if missing == [HEAD] and HEAD not in checkpoint.absent:
         raise InputError(
             f"{checkpoint.path} holds no LM head ({HEAD}), and its config does not tie it to the "
             "embedding: a base model makes no text; take the model with its head, or set "

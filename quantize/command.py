@@ -66,9 +66,9 @@ def run(job: Job) -> None:
     checkpoint = open_checkpoint(source)
     plan = make_plan(checkpoint, asked, untie=named)
     check_space(out.parent, plan.needed_bytes)
-    source = config_of(checkpoint, say=say)
-    for note in checkpoint.notes:
-        say(note)
+    was = config_of(checkpoint, say=say)
+    for line in checkpoint.notes:
+        say(line)
     note(checkpoint.path, {entry.stored_as for entry in checkpoint.entries.values() if entry.block > 1})
     judged = calibration = None
     if job.perplexity:
@@ -94,7 +94,7 @@ def run(job: Job) -> None:
         plan.schemes[HEAD].name if HEAD in plan.schemes else "none",
         "gptq" if calibration else "rtn",
         tuple(errors),
-        2 * num_parameters(source),
+        2 * num_parameters(was),
         plan.total_bytes,
         seconds,
         sum(map(len, calibration[1])) if calibration else 0,

@@ -118,7 +118,7 @@ def test_one_rank(name: str, saved: Callable[[str], Path]) -> None:
     assert len(said) == other_head, said
     if HEAD in checkpoint.entries and TIED in FOLDERS.get(name, ()):
         assert config.tie_embeddings != other_head
-    assert bool(checkpoint.left_out) == (name in NESTED)
+    assert len(checkpoint.notes) == (name in NESTED), checkpoint.notes
 
 
 def test_two_ranks(saved: Callable[[str], Path], run_ranks: Callable) -> None:
@@ -217,6 +217,6 @@ def test_resharded_and_back(name: str, tmp_path: Path, saved: Callable[[str], Pa
         model = load_model(config_of(source), source, Group(0, 1), torch.float32)
         wanted = torch.load(saved(name) / "wanted.pt")
         torch.testing.assert_close(run(model), wanted, rtol=1e-4, atol=1e-4)
-        assert not source.left_out
+        assert not source.notes
     config = json.loads((tmp_path / "1" / "config.json").read_text())
     assert config["architectures"][0].endswith("ForCausalLM")
