@@ -196,7 +196,8 @@ def test_numbers_that_json_has_not(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize(
-    "key", ["hidden_size", "rms_norm_eps", "attention_bias", "head_dim", "rope_theta", "sliding_window"]
+    "key",
+    ["hidden_size", "rms_norm_eps", "tie_word_embeddings", "head_dim", "rope_theta", "sliding_window"],
 )
 def test_numbers_that_are_used_are_named(key: str, value: float) -> None:
     config = make("mistral").config.to_dict() | {key: value}
