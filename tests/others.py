@@ -10,6 +10,7 @@ import sys
 import pytest
 
 NOBODY = 65534
+UNKNOWN = 4711  # no user
 
 as_root = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("setpriv") is None,
@@ -21,6 +22,15 @@ def by_nobody(*command: str) -> list[str]:
     """The command line that runs `command` as the user nobody."""
     ids = (f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
     return ["setpriv", *ids, *command]
+
+
+def by_unknown(*command: str) -> list[str]:
+    """As a uid that the password file does not know, in an environment without HOME. It may read what
+    root may, so that it finds this Python wherever that lies."""
+    ids = (f"--reuid={UNKNOWN}", f"--regid={UNKNOWN}", "--clear-groups")
+    caps = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
+    environ = ("env", "-i", f"PATH={os.environ['PATH']}", "PYTHONDONTWRITEBYTECODE=1")
+    return ["setpriv", *ids, *caps, *environ, *command]
 
 
 def nobody_runs(code: str) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import pwd
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from base import folders
+from tests.conftest import CHECKOUT
+from tests.others import as_root, by_unknown
 
 
 @pytest.fixture
@@ -57,3 +61,25 @@ def test_a_tilde_is_the_home_or_stays(nobody: None, monkeypatch: pytest.MonkeyPa
     assert folders.expand("~/x") == Path("/home/one/x")
     assert folders.expand("~") == Path("/home/one")
     assert folders.expand("/x") == Path("/x")
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (["plan"], 0, ""),
+        (["model=owner/name", "prompt=x"], 2, "error: model=owner/name: no weights found"),
+        (["model=~/x", "prompt=x"], 2, "error: model=~/x: no weights found"),
+        (["model=tiny", "weights=random", "prompts=~/x"], 2, "error: prompts=~/x"),
+        (
+            ["quantize", "model=~nobody-at-all/x", "quant=int8", "out=/tmp/none"],
+            2,
+            "error: model=~nobody-at-all/x",
+        ),
+    ],
+)
+def test_commands_of_a_uid_that_nobody_knows(words: list[str], code: int, told: str) -> None:
+    command = by_unknown(sys.executable, str(CHECKOUT / "launch.py"), *words)
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120)
+    assert (done.returncode, done.stderr[: len(told)]) == (code, told), done.stderr
+    assert "Traceback" not in done.stderr
