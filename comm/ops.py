@@ -11,6 +11,8 @@ What is not here: how ranks meet (`comm.group`), and the operators themselves (`
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -114,17 +116,42 @@ def argmax(logits: Tensor, offset: int, group: Group) -> Tensor:
     """The largest entry of each row that is split by column: [rows, columns] -> int64 [rows].
 
     This rank's columns start at `offset` of the whole row; of equal values the lowest index wins. Ranks
-    exchange one candidate a row, never the rows.
+    exchange one candidate a row, never the rows. A largest entry that is not a finite number is no
+    choice: it gives a number below 0, which `value_of` reads (NaN counts as larger than all else).
     """
     if group.backend == "shm":
         return torch.ops.yoke.argmax.default(logits, offset, group.handle)
     if logits.shape[1] == 0:
-        return topk(logits, 1, offset, group)[1].squeeze(1)
+        values, own = topk(logits, 1, offset, group)
+        return _chosen(values, own)
     own = logits.argmax(1, keepdim=True)  # the first of equal ones
-    if group.size == 1:
-        return own.squeeze(1) + offset
     values = logits.gather(1, own).float()
-    return _best_of_ranks(values, own + offset, 1, group)[1].squeeze(1)
+    if group.size == 1:
+        return _chosen(values, own + offset)
+    return _chosen(*_best_of_ranks(values, own + offset, 1, group))
+
+
+def whole_argmax(logits: Tensor) -> Tensor:
+    """`argmax` of rows that every rank holds whole: no exchange."""
+    own = logits.argmax(1, keepdim=True)
+    return _chosen(logits.gather(1, own), own)
+
+
+# What `argmax` gives for a row without a choice (csrc/candidates.cpp has the same).
+_NO_CHOICE = {-1: math.nan, -2: math.inf, -3: -math.inf}
+NO_CHOICE = tuple(_NO_CHOICE)
+
+
+def value_of(choice: int) -> float:
+    """The largest entry of a row for which `argmax` gave a number below 0."""
+    return _NO_CHOICE[choice]
+
+
+def _chosen(values: Tensor, indices: Tensor) -> Tensor:
+    """[rows, 1] of the largest entries -> [rows]: their indices, or what they are if not finite."""
+    infinite = torch.where(values > 0, -2, -3)
+    special = torch.where(values.isnan(), -1, infinite)
+    return torch.where(values.isfinite(), indices, special).squeeze(1)
 
 
 def topk(logits: Tensor, k: int, offset: int, group: Group) -> tuple[Tensor, Tensor]:

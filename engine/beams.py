@@ -82,7 +82,7 @@ def beam_search(
     """
     search = Search(runner.num_rows, length_penalty, request.max_new_tokens, stop_tokens)
     start = time.perf_counter()
-    outcome = find(runner, request.prompt, search, cancelled)
+    outcome = find(runner, request.prompt, search, cancelled, request.name)
     times = outcome.times
     tokens: tuple[int, ...] = ()
     finish = "cancelled"
@@ -100,9 +100,11 @@ def find(
     prompt: Sequence[int],
     search: Search,
     cancelled: Callable[[], bool] = lambda: False,
+    name: str = "a text",
 ) -> Outcome:
     """Search from `prompt`, which the cache need not hold. All ranks pass the same, and the runner has
-    `search.num_beams` rows. Raises InputError where the model's logits are not numbers."""
+    `search.num_beams` rows. Raises InputError, that calls the prompt `name`, where the model's logits
+    are not numbers."""
     assert runner.num_rows == search.num_beams
     width, device = runner.num_rows, runner.device
     rows = torch.arange(width, dtype=torch.int32, device=device)
@@ -111,7 +113,7 @@ def find(
     beams, times, gone = Beams(), [], False
     for position in range(len(prompt), len(prompt) + search.max_new_tokens):
         if runner.group.rank == 0:
-            beams = advance(search, beams, likeliest(search, beams, logits))
+            beams = advance(search, beams, likeliest(search, beams, logits, name))
             gone = cancelled()
         done, parents, tokens = _tell(runner, beams, gone)
         times.append(time.perf_counter())
@@ -138,7 +140,7 @@ def _run_prompt(runner: Runner, prompt: Sequence[int]) -> Tensor:
     return logits
 
 
-def likeliest(search: Search, beams: Beams, logits: Tensor) -> list[Candidate]:
+def likeliest(search: Search, beams: Beams, logits: Tensor, name: str = "a text") -> list[Candidate]:
     """The continuations that `advance` wants, without impossible ones. Row i of `logits`, float32
     [1 or W, V], follows running text i; rows behind these are left alone. Sums are float32, as in
     transformers. Raises InputError where the best is not finite."""
@@ -148,8 +150,8 @@ def likeliest(search: Search, beams: Beams, logits: Tensor) -> list[Candidate]:
     values = best.values.tolist()
     if not math.isfinite(values[0]):
         raise InputError(
-            f"a text's log-probability is {values[0]}, not a finite number: the weights are damaged, "
-            "or the model's sums overflow its dtype; try dtype=float32, or another copy"
+            f"the best log-probability of {name} is {values[0]}, not a finite number: the weights are "
+            "damaged, or the model's sums overflow its dtype; try dtype=float32, or another copy"
         )
     places = (divmod(index, logits.shape[1]) for index in best.indices.tolist())
     return [

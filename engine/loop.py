@@ -21,7 +21,7 @@ from torch import Tensor
 from comm import ops
 from engine.requests import Answer, Logprobs, Request
 from engine.steps import DECODE, GREEDY, Runner, Span, extend_rows
-from models.sampling import Choice, Sampler, choose, make_sampler, start_row
+from models.sampling import Choice, Sampler, choose, make_sampler, not_finite, start_row
 
 CHECK_EVERY = 8  # steps between two looks; PyTorch/XLA's Llama 2 looked every 10
 
@@ -40,7 +40,7 @@ class Watcher:
 class Rows:
     """The rows on the device, int64 [R] but for `done`: the token to be fed next and its position;
     where the prompt ended; the position at which the answer is long enough; whether the row stands
-    still. `stops`: tokens that end a text."""
+    still. `stops`: tokens that end a text, and what `ops.argmax` gives where there is no choice."""
 
     tokens: Tensor
     positions: Tensor
@@ -52,12 +52,13 @@ class Rows:
 
 @dataclass
 class Work:
-    """A row's request as the host knows it. `made` is current as of the last look; tokens and times are
+    """A row's request as the host knows it, `name` for errors. `made` is current as of the last look; tokens and times are
     kept on rank 0."""
 
     request: int
     prompt: tuple[int, ...]
     max_new_tokens: int
+    name: str
     made: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
@@ -123,7 +124,7 @@ def _open(
         starts=zeros.clone(),
         ends=zeros.clone(),
         done=torch.ones(count, dtype=torch.bool, device=device),
-        stops=torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=device),
+        stops=torch.tensor([*ops.NO_CHOICE, *sorted(stop_tokens)], device=device),
     )
     plain = all(request.sampling.is_plain for request in requests)
     sampler = None if plain else make_sampler(count, runner.vocab_size)
@@ -141,9 +142,9 @@ def _admit(loop: Loop, waiting: deque[tuple[int, Request]]) -> None:
         if work is not None or not waiting:
             continue
         index, request = waiting.popleft()
-        loop.works[row] = Work(index, request.prompt, request.max_new_tokens)
+        loop.works[row] = Work(index, request.prompt, request.max_new_tokens, request.name)
         if loop.sampler is not None:
-            start_row(loop.sampler, row, request.sampling, request.prompt)
+            start_row(loop.sampler, row, request.sampling, request.prompt, request.name)
         begin = begin_of(request)
         new.append(Span(row, begin, request.prompt[begin:]))
         rows.starts[row] = rows.positions[row] = len(request.prompt)
@@ -156,10 +157,18 @@ def _admit(loop: Loop, waiting: deque[tuple[int, Request]]) -> None:
     fresh = torch.zeros(runner.num_rows, dtype=torch.bool, device=runner.device)
     fresh[places] = True
     tokens, choice = _choose(loop, logits, fresh)
-    rows.tokens.copy_(torch.where(fresh, tokens, rows.tokens))
-    over = torch.isin(rows.tokens, rows.stops) | (rows.positions >= rows.ends)
-    _post(loop, rows.tokens.clone(), ~fresh, choice)
+    tokens = _feed(rows, tokens, ~fresh)
+    over = torch.isin(tokens, rows.stops) | (rows.positions >= rows.ends)
+    _post(loop, tokens, ~fresh, choice)
     rows.done.copy_(torch.where(fresh, over, rows.done))
+
+
+def _feed(rows: Rows, tokens: Tensor, still: Tensor) -> Tensor:
+    """Feed new tokens next, to all rows but those that stand `still`; what each row has now. What is
+    no choice ends its row here, and `take` ends the run: it is never fed."""
+    tokens = torch.where(still, rows.tokens, tokens)
+    torch.clamp(tokens, min=0, out=rows.tokens)
+    return tokens
 
 
 def begin_of(request: Request) -> int:
@@ -171,7 +180,7 @@ def _choose(loop: Loop, logits: Tensor, active: Tensor) -> tuple[Tensor, Choice 
     """The next token of each row. Draws are rank 0's, who tells the others: it alone has to be right
     about a sum of floats."""
     if loop.sampler is None:
-        return logits.argmax(-1), None  # the lowest of equal ones, on every rank
+        return ops.whole_argmax(logits), None  # the lowest of equal ones, on every rank
     rows, choice = loop.rows, None
     tokens = torch.zeros_like(rows.tokens)
     if loop.runner.group.rank == 0:
@@ -192,9 +201,9 @@ def _advance(loop: Loop) -> None:
         logits = loop.runner.steps[DECODE](rows.tokens, rows.positions)
         rows.positions.add_(~before)
         tokens, choice = _choose(loop, logits, ~before)
-    rows.tokens.copy_(torch.where(before, rows.tokens, tokens))
-    rows.done.logical_or_(torch.isin(rows.tokens, rows.stops) | (rows.positions >= rows.ends))
-    _post(loop, rows.tokens.clone(), before, choice)
+    tokens = _feed(rows, tokens, before)
+    rows.done.logical_or_(torch.isin(tokens, rows.stops) | (rows.positions >= rows.ends))
+    _post(loop, tokens, before, choice)
 
 
 def _post(loop: Loop, tokens: Tensor, before: Tensor, choice: Choice | None) -> None:
@@ -233,7 +242,11 @@ def take(
     watcher: Watcher,
     logprobs: Logprobs | None,
 ) -> None:
-    """Take in a row's next token, on rank 0: keep and show it; `work.finish` if the text ends here."""
+    """Take in a row's next token, on rank 0: keep and show it; `work.finish` if the text ends here.
+    Raises InputError for what is no choice, which travels with the tokens (`ops.argmax`), so that
+    nothing that follows from it is ever shown."""
+    if token < 0:
+        raise not_finite(ops.value_of(token), f"{work.name}, after {len(work.tokens)} tokens,")
     work.times.append(now)
     if token in stop_tokens:
         work.finish = "stop"

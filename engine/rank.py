@@ -99,9 +99,10 @@ def share_requests(resolved: ResolvedJob, engine: Opened) -> list[Request]:
                 raise InputError(f"{prompt.name}: {error}") from error
             check_request(len(tokens), prompt.max_new_tokens, job.max_seq_len, prompt.name)
             wire.append([tokens, prompt.max_new_tokens, asdict(prompt.sampling)])
+    shared = share(wire, engine.group, engine.runner.device)
     return [
-        Request(tuple(tokens), count, sampling_from_dict(sampling))
-        for tokens, count, sampling in share(wire, engine.group, engine.runner.device)
+        Request(tuple(tokens), count, sampling_from_dict(sampling), name=prompt.name)
+        for prompt, (tokens, count, sampling) in zip(resolved.prompts, shared, strict=True)
     ]
 
 

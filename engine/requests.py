@@ -15,12 +15,13 @@ from weights.errors import InputError
 @dataclass(frozen=True)
 class Request:
     """A prompt's tokens and how to continue them. The first `cached` of them lie in cache row 0 from an
-    earlier request (that goes with an engine of one row)."""
+    earlier request (that goes with an engine of one row). `name` is what errors call it."""
 
     prompt: tuple[int, ...]
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     cached: int = 0
+    name: str = "the prompt"
 
 
 @dataclass(frozen=True)

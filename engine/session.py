@@ -132,8 +132,9 @@ def _serve(resolved: ResolvedJob, engine: Opened, channel: Channel | None) -> No
         if task["id"] is None:
             return
         request = Request(
-            tuple(task["tokens"]), task["max_new_tokens"], sampling_of(resolved.job), task["cached"]
-        )
+            tuple(task["tokens"]), task["max_new_tokens"], sampling_of(resolved.job), task["cached"],
+            "the conversation",
+        )  # fmt: skip
         if channel is None or engine.codec is None:
             answer = run_requests(resolved, engine, [request], stops, Watcher())[0]
         else:

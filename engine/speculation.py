@@ -30,7 +30,7 @@ from engine.drafts import Index, judge, look_up
 from engine.loop import Watcher, Work, answer_of, begin_of, logprobs_of, take
 from engine.requests import Answer, Request
 from engine.steps import GREEDY, Runner, Span, extend_rows
-from models.sampling import Choice, Sampler, make_sampler, start_row
+from models.sampling import Choice, Sampler, make_sampler, not_finite, start_row
 
 
 @dataclass
@@ -100,8 +100,8 @@ def generate(
 
 def _admit(index: int, request: Request, place: int, sampler: Sampler | None) -> Row:
     if sampler is not None:
-        start_row(sampler, place, request.sampling, request.prompt)
-    work = Work(index, request.prompt, request.max_new_tokens)
+        start_row(sampler, place, request.sampling, request.prompt, request.name)
+    work = Work(index, request.prompt, request.max_new_tokens, request.name)
     return Row(work, list(request.prompt), begin_of(request))
 
 
@@ -165,7 +165,8 @@ def _ask(draft: Runner, rows: Mapping[int, Row], counts: Mapping[int, int]) -> d
 
     It first runs what it has not seen of the texts. Then rows go in step: those that have enough stand
     still, at the last guess, and those without any at the first position that their cache does not
-    know yet: what is written there is overwritten before anything attends to it.
+    know yet: what is written there is overwritten before anything attends to it. Raises InputError,
+    on every rank, where a guess is none (`ops.argmax`).
     """
     asked = [place for place, count in counts.items() if count]
     guesses: dict[int, list[int]] = {place: [] for place in counts}
@@ -175,7 +176,7 @@ def _ask(draft: Runner, rows: Mapping[int, Row], counts: Mapping[int, int]) -> d
         Span(place, rows[place].known_to_draft, rows[place].text[rows[place].known_to_draft :])
         for place in asked
     ]
-    first = extend_rows(draft, spans).argmax(-1)
+    first = ops.whole_argmax(extend_rows(draft, spans))
     tokens, positions, left = torch.zeros(3, draft.num_rows, dtype=torch.int64, device=draft.device)
     for place, row in rows.items():
         positions[place] = len(row.text) if counts[place] else row.known_to_draft
@@ -187,10 +188,12 @@ def _ask(draft: Runner, rows: Mapping[int, Row], counts: Mapping[int, int]) -> d
     for _ in range(max(counts.values()) - 1):
         left -= 1
         going = left > 0
-        tokens = torch.where(going, draft.steps[GREEDY](tokens, positions), tokens)
+        tokens = torch.where(going, draft.steps[GREEDY](tokens.clamp(min=0), positions), tokens)
         positions = positions + going
         made.append(tokens)
     for place, *guess in zip(range(draft.num_rows), *torch.stack(made).tolist(), strict=True):
         if place in guesses:
             guesses[place] = guess[: counts[place]]
+            if (worst := min(guesses[place], default=0)) < 0:
+                raise not_finite(ops.value_of(worst), f"the draft model for {rows[place].work.name}")
     return guesses

@@ -112,7 +112,8 @@ class Decoder(nn.Module):
 
     def decode_greedy(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The likeliest token after one token for each cache row: int64 [R]. Of equal ones the lowest,
-        the same on every rank, which exchange a candidate each and not their logits."""
+        the same on every rank, which exchange a candidate each and not their logits. Below 0 where the
+        largest logit is not a finite number (`ops.argmax`)."""
         local = self.head.local(self.hidden(tokens, positions, None))
         start, stop = self.layout.vocab_start, self.layout.vocab_stop
         return ops.argmax(local[:, : stop - start], start, self.group)

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+from comm import ops
 from comm.group import Group
 from models.config import Rope, stretched_length
 from models.hf_attention import NAME, LayerCache, Probe, Split, StepCache, attend, visible
@@ -90,7 +91,7 @@ class HfModel(nn.Module):
 
     def decode_greedy(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """As `Decoder.decode_greedy`; every rank has all logits."""
-        return self.decode(tokens, positions).argmax(-1)
+        return ops.whole_argmax(self.decode(tokens, positions))
 
 
 def _max_length(config: Any) -> int | None:

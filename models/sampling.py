@@ -54,6 +54,7 @@ class Sampler:
     vocab_size: int
     rows: list[Sampling]
     tables: list[Table | None]  # None: no bias, no penalties
+    names: list[str]  # of the requests, for errors
     seed: Tensor  # int64 [R], as in `rows`: for `uniforms`
 
 
@@ -74,11 +75,16 @@ class Choice:
 def make_sampler(num_rows: int, vocab_size: int, device: torch.device | str = "cpu") -> Sampler:
     """All rows greedy until `start_row`."""
     seed = torch.zeros(num_rows, dtype=torch.int64, device=device)
-    return Sampler(vocab_size, [Sampling()] * num_rows, [None] * num_rows, seed)
+    names = [f"row {row}" for row in range(num_rows)]
+    return Sampler(vocab_size, [Sampling()] * num_rows, [None] * num_rows, names, seed)
 
 
-def start_row(sampler: Sampler, row: int, sampling: Sampling, prompt: Sequence[int]) -> None:
-    """A new request in this row. `sampling` has passed `check_sampling` for this vocabulary."""
+def start_row(
+    sampler: Sampler, row: int, sampling: Sampling, prompt: Sequence[int], name: str = ""
+) -> None:
+    """A new request in this row. `sampling` has passed `check_sampling` for this vocabulary; `name` is
+    what errors call the request."""
+    sampler.names[row] = name or f"row {row}"
     sampler.rows[row] = sampling
     sampler.tables[row] = make_table(sampling, prompt, sampler.vocab_size, sampler.seed.device)
     sampler.seed[row] = sampling.seed
@@ -93,7 +99,7 @@ def choose(sampler: Sampler, logits: Tensor, made: Tensor, active: Tensor | None
     live = _live(sampler, active)
     adjusted = _adjusted(sampler, logits, live)
     best, tokens = adjusted.max(dim=-1)
-    _check_finite(best, live)
+    _check_finite(sampler, best, live)
     drawn = [row for row in live if sampler.rows[row].temperature > 0.0]
     if drawn:
         counts = made.tolist()
@@ -142,7 +148,7 @@ def distribution(
             if step < steps - 1 and drafts is not None:
                 penalties.record(table, [int(drafts[row, step])])
     best, tokens = adjusted.max(dim=-1)
-    _check_finite(best, live)
+    _check_finite(sampler, best, live)
     result = torch.zeros_like(adjusted)
     for row in live:
         sampling = sampler.rows[row]
@@ -184,7 +190,15 @@ def _adjusted(sampler: Sampler, logits: Tensor, live: list[int]) -> Tensor:
     return adjusted
 
 
-def _check_finite(best: Tensor, live: list[int]) -> None:
+def not_finite(value: float, where: str) -> InputError:
+    """The error for a largest logit of which nothing can follow."""
+    return InputError(
+        f"the largest logit of {where} is {value}, not a finite number: the weights are damaged, or "
+        "the model's sums overflow its dtype; try dtype=float32, or another copy"
+    )
+
+
+def _check_finite(sampler: Sampler, best: Tensor, live: list[int]) -> None:
     """A maximum is NaN if one element is: so it is all that must be looked at."""
     finite = best.isfinite()
     if bool(finite.all()):
@@ -192,10 +206,7 @@ def _check_finite(best: Tensor, live: list[int]) -> None:
     bad = [row for row in live if not bool(finite[row].all())]
     if bad:
         value = best[bad[0]].flatten()[~finite[bad[0]].flatten()][0].item()
-        raise InputError(
-            f"the largest logit of row {bad[0]} is {value}, not a finite number: the weights are "
-            "damaged, or the model's sums overflow its dtype; try dtype=float32, or another copy"
-        )
+        raise not_finite(value, sampler.names[bad[0]])
 
 
 def _with_logprobs(sampler: Sampler, logits: Tensor, tokens: Tensor, live: list[int]) -> Choice:

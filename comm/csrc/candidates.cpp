@@ -38,6 +38,12 @@ bool Candidate::before(const Candidate& other) const {
   return index < other.index;
 }
 
+std::int64_t chosen(const Candidate& best) {
+  if (std::isfinite(best.value)) return best.index;
+  if (std::isnan(best.value)) return -1;
+  return best.value > 0 ? -2 : -3;
+}
+
 void best_candidates(const Collectives& c, const float* values, std::size_t rows, std::size_t columns, std::size_t k,
                      std::int64_t offset, Candidate* best) {
   const Candidate none{-std::numeric_limits<float>::infinity(), kNoIndex};

@@ -21,6 +21,10 @@ struct Candidate {
   bool before(const Candidate& other) const;
 };
 
+// The index of a row's best entry; below 0 if that is not a finite number, so that nobody takes it for
+// a choice: -1 for NaN, -2 for infinity, -3 for minus infinity.
+std::int64_t chosen(const Candidate& best);
+
 // The best `k` of each of `rows` rows over all ranks' columns, best first: best[rows * k], the same on
 // every rank. This rank's columns, `columns` of them, start at `offset`. Where there are fewer than k in
 // all, the index of the others is kNoIndex.

@@ -323,7 +323,7 @@ std::vector<Candidate> best_of(const char* name, const at::Tensor& logits, std::
 at::Tensor argmax_op(const at::Tensor& logits, std::int64_t offset, std::int64_t handle) {
   const auto best = best_of("argmax", logits, 1, offset, handle);
   at::Tensor out = at::empty({logits.size(0)}, logits.options().dtype(at::kLong));
-  for (std::size_t row = 0; row < best.size(); ++row) out.mutable_data_ptr<std::int64_t>()[row] = best[row].index;
+  for (std::size_t row = 0; row < best.size(); ++row) out.mutable_data_ptr<std::int64_t>()[row] = chosen(best[row]);
   return out;
 }
 
