@@ -52,8 +52,8 @@ class Rows:
 
 @dataclass
 class Work:
-    """A row's request as the host knows it, `name` for errors. `made` is current as of the last look; tokens and times are
-    kept on rank 0."""
+    """A row's request as the host knows it, `name` for errors. `made` is current as of the last look;
+    tokens and times are kept on rank 0."""
 
     request: int
     prompt: tuple[int, ...]
