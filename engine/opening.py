@@ -33,7 +33,7 @@ from kernels.load import KERNELS, has_kernels
 from models.config import expected_shapes
 from models.decoder import Decoder
 from models.load import config_of, load_model
-from models.tokenizer import TextCodec, byte_codec, load_codec
+from models.tokenizer import TextCodec, byte_codec, load_codec, within_vocabulary
 from weights.checkpoint import Checkpoint, open_checkpoint
 from weights.errors import InputError
 from weights.locate import locate
@@ -117,6 +117,7 @@ def open_engine(env: Any, resolved: ResolvedJob, group: Group, names: Sequence[s
         if group.rank == 0:
             random = job.weights == "random"
             codec = byte_codec(source.vocab_size) if random else load_codec(source.checkpoint)
+            codec = within_vocabulary(codec, source.vocab_size, say)
         started = time.perf_counter()
         try:
             with progress_bar("loading weights", enabled=group.rank == 0) as progress:

@@ -9,7 +9,7 @@ tokens into text that never shows half a character. Chat templates: models/chat.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tokenizers import Tokenizer
 
@@ -93,6 +93,32 @@ def load_codec(checkpoint: Checkpoint) -> TextCodec:
     from models.tokenizer_folder import folder_codec
 
     return folder_codec(checkpoint.folder, checkpoint.config)
+
+
+def within_vocabulary(
+    codec: TextCodec, vocab_size: int, tell: Callable[[str], None] = lambda line: None
+) -> TextCodec:
+    """The codec for a model whose embedding has `vocab_size` rows: `encode` refuses a text with other
+    tokens, which tokenizers may have (added ones, mostly). Stop tokens that the model cannot make are
+    left out, of which it tells."""
+
+    def encode(text: str, whole: bool) -> list[int]:
+        tokens = codec.encode(text, whole)
+        largest = max(tokens, default=0)
+        if largest >= vocab_size:
+            raise InputError(
+                f"a token of the text has id {largest}, and the model has a vocabulary of {vocab_size} "
+                f"(ids 0 to {vocab_size - 1}): its tokenizer has tokens that the weights do not know; "
+                "leave them out of the text, or use the tokenizer that belongs to these weights"
+            )
+        return tokens
+
+    stops = frozenset(token for token in codec.stop_tokens if token < vocab_size)
+    if beyond := sorted(codec.stop_tokens - stops):
+        ids = ", ".join(map(str, beyond))
+        rest = "" if stops else "; none is left, so answers go on to max_new_tokens"
+        tell(f"stop tokens beyond the vocabulary of {vocab_size} are left out: {ids}{rest}")
+    return replace(codec, encode=encode, stop_tokens=stops)
 
 
 def byte_codec(vocab_size: int) -> TextCodec:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models.config import ModelConfig
-from models.tokenizer import load_codec
+from models.tokenizer import load_codec, within_vocabulary
 from weights.checkpoint import Checkpoint
 from weights.errors import InputError
 from weights.files import regular_file
@@ -31,14 +31,13 @@ def read_tokens(path: str, key: str, checkpoint: Checkpoint, config: ModelConfig
         raise InputError(
             f"{key}={path} is not UTF-8 (byte {error.start}); give a plain text"
         ) from error
-    tokens = torch.tensor(load_codec(checkpoint).encode(text, True), dtype=torch.int64)
+    try:
+        found = within_vocabulary(load_codec(checkpoint), config.vocab_size).encode(text, True)
+    except InputError as error:
+        raise InputError(f"{key}={path}: {error}") from error
+    tokens = torch.tensor(found, dtype=torch.int64)
     if len(tokens) < 2:
         raise InputError(f"{key}={path} has {len(tokens)} tokens; two are the least")
-    if int(tokens.max()) >= config.vocab_size:
-        raise InputError(
-            f"{checkpoint.path}: its tokenizer has token {int(tokens.max())}, and the model a "
-            f"vocabulary of {config.vocab_size}: they do not belong together"
-        )
     return tokens
 
 
