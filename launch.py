@@ -181,13 +181,13 @@ def _job(flags: Flags, world_size: int) -> ResolvedJob | None:
     from engine.resolve import check_ranks, resolve
 
     chat = flags.command == "chat"
-    for key in ("prompt", "prompts", "chat", "output", "num_beams", "batch") if chat else ():
-        if any(word.startswith(f"{key}=") for word in flags.words):
+    job = parse_job(flags.words, need_prompt=flags.command == "generate")
+    for key in ("prompt", "prompts", "chat", "output", "num_beams", "batch"):
+        if chat and key in job.given:
             raise LaunchError(
                 f"{key}= goes with generate; leave it out: chat asks for the words itself"
             )
-    job = parse_job(flags.words, need_prompt=flags.command == "generate")
-    if chat and not any(word.startswith("max_new_tokens=") for word in flags.words):
+    if chat and "max_new_tokens" not in job.given:
         # An answer ends by itself, or where the conversation's room does.
         job = replace(job, max_new_tokens=job.max_seq_len - 1)
     if job.device == "cpu" and flags.request.rank_per == "gpu":

@@ -10,7 +10,8 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,7 +26,8 @@ LOOKUP = "lookup"  # the draft that needs no model
 
 @dataclass(frozen=True)
 class Job:
-    """The keys, their types and their defaults. Lengths are in tokens."""
+    """The keys, their types and their defaults. Lengths are in tokens. `given` is none of the keys: it
+    names those that the user gave, and the others may be adapted to the model."""
 
     model: str = MISSING
     prompt: str = ""
@@ -52,6 +54,7 @@ class Job:
     logprobs: int = -1
     seed: int = 0
     stop: str = ""
+    generation_config: str = "auto"
     check_every: int = 8
     num_beams: int = 1
     length_penalty: float = 1.0
@@ -67,8 +70,10 @@ class Job:
     num_kv_heads: int | None = None
     ffn_dim: int | None = None
     vocab_size: int | None = None
+    given: tuple[str, ...] = ()
 
 
+KEYS = tuple(field.name for field in fields(Job) if field.name != "given")
 HELP: dict[str, str] = {
     "model": "a preset, a .gguf file, a folder of safetensors, or OWNER/NAME in the hub cache",
     "prompt": "the text to continue",
@@ -77,18 +82,19 @@ HELP: dict[str, str] = {
     "engine": "auto or yoke (our models), hf (any with a plan in the transformers library)",
     "device": "auto (what the ranks are placed on), cpu or cuda",
     "max_new_tokens": "how many tokens to make at most",
-    "max_seq_len": "room for prompt and answer together, in tokens",
+    "max_seq_len": "room for prompt and answer together, in tokens; a model may have less",
     "batch": "texts made at once; 0: up to 8, as there are prompts and memory",
     "dtype": "auto, float32, bfloat16 or float16; kv_dtype= of the KV cache, int8 too",
     "quant": "auto (keep weights that the file has quantised), none, or to: " + ", ".join(SCHEMES),
     "quant_head": "the LM head, where quant= names a scheme: int8, same (as quant=) or none",
     "activations": "int8 rounds a prompt's to 8 bits where weights have 8: faster with AMX",
     "temperature": "0 is greedy; what limits the choice: top_k= [0], top_p= [1], min_p= [0]",
-    "logit_bias": "ID:BIAS,... is added to logits; repetition_penalty= [1], presence_penalty= and "
-    "frequency_penalty= [0]",
+    "logit_bias": "ID:BIAS,... is added to logits, -inf bans; repetition_penalty= [1], "
+    "presence_penalty= and frequency_penalty= [0]",
     "logprobs": "with output=json: log-probabilities of each token and of N others",
     "seed": "of the sampling, and of random weights",
     "stop": 'a text that ends the answer, or a JSON list of them: ["a", "b"]',
+    "generation_config": "auto (defaults of sampling from the model's file of that name) or none",
     "check_every": "steps from one look for ended texts to the next",
     "num_beams": "width of a beam search; 1 is none. length_penalty= [1]",
     "draft": "guess tokens: lookup (in the text so far) or a small model; draft_tokens= [4]",
@@ -111,7 +117,8 @@ def help_lines() -> list[str]:
     return lines
 
 
-_TEXTS = tuple(field.name for field in fields(Job) if field.type == "str")
+_TYPES: dict[str, Any] = {field.name: field.type for field in fields(Job) if field.name in KEYS}
+_TEXTS = tuple(key for key in KEYS if _TYPES[key] == "str")
 _CHOICES = {
     "weights": ("auto", "random"),
     "engine": ("auto", "yoke", "hf"),
@@ -122,19 +129,19 @@ _CHOICES = {
     "quant_head": HEADS,
     "activations": ("auto", "int8"),
     "output": ("text", "json"),
+    "generation_config": ("auto", "none"),
 }
 
 
 def parse_job(words: Sequence[str], need_prompt: bool = True) -> Job:
     """Read `key=value` words. Raises InputError that names the key."""
-    keys = [field.name for field in fields(Job)]
     values: dict[str, str | None] = {}
     for word in words:
         key, separator, text = word.partition("=")
         if not separator:
             raise InputError(f"{word!r} is not a flag, a command or key=value; see --help")
-        if key not in keys:
-            raise InputError(f"unknown key {key!r}{nearest(key, keys)}; see --help for all keys")
+        if key not in KEYS:
+            raise InputError(f"unknown key {key!r}{nearest(key, list(KEYS))}; see --help for all keys")
         values[key] = text
     if not values.get("model"):
         raise InputError(f"model= is missing: {HELP['model']}")
@@ -142,7 +149,9 @@ def parse_job(words: Sequence[str], need_prompt: bool = True) -> Job:
         raise InputError(f"prompt= is missing: {HELP['prompt']}; prompts= {HELP['prompts']}")
     if values.get("prompt") and values.get("prompts"):
         raise InputError("prompt= and prompts= are both given; one of them says what to continue")
-    job = _typed(values)
+    job = replace(_typed(values), given=tuple(values))
+    if "max_new_tokens" not in values:
+        job = replace(job, max_new_tokens=max(1, min(job.max_new_tokens, job.max_seq_len - 1)))
     _check_values(job)
     if "quant_head" in values and job.quant not in SCHEMES:
         raise InputError(
@@ -169,9 +178,8 @@ def _typed(values: dict[str, str | None]) -> Job:
                 raise ValueError(value)
             OmegaConf.update(typed, key, None if value in ("", "null") else value)
         except (OmegaConfBaseException, ValueError) as error:
-            kind = next(field.type for field in fields(Job) if field.name == key)
-            raise InputError(f"{key}={value}: must be of type {kind}") from error
-    others = {f.name: getattr(typed, f.name) for f in fields(Job) if f.name not in texts}
+            raise InputError(f"{key}={value}: must be of type {_TYPES[key]}") from error
+    others = {key: getattr(typed, key) for key in KEYS if key not in texts}
     return Job(**(others | texts))
 
 
@@ -249,6 +257,19 @@ def _check_modes(job: Job) -> None:
     kv_dtype_name(job.kv_dtype, job.dtype, job.device)
     if job.kv_dtype != "auto" and job.engine == "hf":
         raise InputError(f"kv_dtype={job.kv_dtype} does not go with engine=hf, which keeps dtype=")
+
+
+def fitted_length(job: Job, limit: int | None, stretched_from: int | None = None) -> int:
+    """The job's max_seq_len for a model that was trained for `limit` tokens (None: nobody knows) and
+    rotates all texts otherwise where there is room for more than `stretched_from`. What nobody gave is
+    lowered to that. Raises InputError for what was given and cannot be had."""
+    if "max_seq_len" not in job.given:
+        return min([job.max_seq_len, *(length for length in (limit, stretched_from) if length)])
+    if limit is not None and job.max_seq_len > limit:
+        raise InputError(
+            f"max_seq_len={job.max_seq_len}: this model was trained for {limit} at most; give no more"
+        )
+    return job.max_seq_len
 
 
 def quant_of(job: Job) -> str:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from engine.dtypes import BYTES, dtype_name, kv_dtype_name
-from engine.job import Job, quant_of
+from engine.job import Job, fitted_length, quant_of
 from engine.resolve import ResolvedJob
 from models.config import EMBEDDING, HEAD, ModelConfig
 from models.config_gguf import from_gguf
@@ -86,9 +86,12 @@ def smaller_batch(asked: ResolvedJob, tried: ResolvedJob) -> ResolvedJob | None:
     return replace(tried, job=replace(tried.job, batch=tried.job.batch // 2))
 
 
-def job_needs(resolved: ResolvedJob, world_size: int, thorough: bool) -> list[dict[str, int]]:
+def job_needs(
+    resolved: ResolvedJob, world_size: int, thorough: bool, max_seq_len: int | None = None
+) -> list[dict[str, int]]:
     """What each rank of a job `with_batch` needs; [] where the dimensions cannot be told without
-    opening the weights and `thorough` does not ask for that (it loads torch, which takes seconds)."""
+    opening the weights and `thorough` does not ask for that (it loads torch, which takes seconds).
+    `max_seq_len` None: as the job asks, and the model can have it. Raises InputError if it cannot."""
     outline = None if resolved.checkpoint is None else read_outline(resolved.checkpoint)
     config = resolved.config or _declared(resolved, outline, thorough)
     if config is None:
@@ -96,11 +99,16 @@ def job_needs(resolved: ResolvedJob, world_size: int, thorough: bool) -> list[di
     job = resolved.job
     held = _held(job, config, outline, world_size)
     guesses = job.draft_tokens if job.draft else 0
+    if max_seq_len is None:
+        own = job.engine != "hf"  # what transformers makes of the file, its config says at the rank
+        max_seq_len = (
+            fitted_length(job, config.max_seq_len, config.stretched_from) if own else job.max_seq_len
+        )
     needs = [
         rank_needs(
             config,
             job.dtype,
-            job.max_seq_len,
+            max_seq_len,
             rank,
             world_size,
             max(job.batch, 1),
@@ -112,7 +120,7 @@ def job_needs(resolved: ResolvedJob, world_size: int, thorough: bool) -> list[di
     ]
     if resolved.draft is not None:
         small = replace(resolved.draft, job=replace(resolved.draft.job, batch=job.batch))
-        draft = job_needs(small, world_size, thorough)
+        draft = job_needs(small, world_size, thorough, max_seq_len)
         for need, more in zip(needs, draft, strict=False):
             need["draft"] = more["weights"] + more["kv_cache"]
     return needs

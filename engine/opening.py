@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from comm.errors import BuildError, told
 from comm.group import Group, Rendezvous, open_group, set_timeout
 from engine.compiling import compiling, use_cache_folder
 from engine.dtypes import dtype_name, kv_dtype_name
-from engine.job import Job, quant_of
+from engine.job import Job, fitted_length, quant_of
 from engine.memory import keeps_quantised
 from engine.report import build_progress, compile_progress, progress_bar
 from engine.resolve import ResolvedJob, check_draft, check_ranks
@@ -108,11 +108,12 @@ def open_engine(env: Any, resolved: ResolvedJob, group: Group, names: Sequence[s
         if env.bind_cores:
             unpinned.enter_context(all_cores(env.plan.cpus))
         source = _open(resolved, group, env.plan.device)
-        if source.max_seq_len is not None and job.max_seq_len > source.max_seq_len:
-            raise InputError(
-                f"max_seq_len={job.max_seq_len}: this model was trained for {source.max_seq_len} "
-                "at most"
-            )
+        length = fitted_length(job, source.max_seq_len, source.stretched_from)
+        if group.rank == 0:
+            about = about_length(job.max_seq_len, length, source.max_seq_len, source.stretched_from)
+            for line in (*resolved.notes, *about):
+                say(line)
+        job = replace(job, max_seq_len=length)
         codec = None
         if group.rank == 0:
             random = job.weights == "random"
@@ -180,6 +181,25 @@ def _build_operators(env: Any) -> None:
         build_extensions(wanted, tell, cpus)
 
 
+def about_length(
+    asked: int, length: int, limit: int | None, stretched_from: int | None
+) -> Iterator[str]:
+    """What the user has to know of the room for texts, `length` of the tokens that were asked for."""
+    if length < asked:
+        yield (
+            f"max_seq_len={length}: the most that this model "
+            + ("has" if length == limit else "has without stretching short texts too")
+            + f", less than the default of {asked}"
+        )
+    if stretched_from is not None and length > stretched_from:
+        yield (
+            f"max_seq_len={length} is more than the {stretched_from} tokens that this model's "
+            "rotary embeddings were made for: they are stretched for all texts, so short ones differ "
+            f"from transformers', which stretches long ones alone; max_seq_len={stretched_from} "
+            "leaves them as they are"
+        )
+
+
 def step_names(job: Job, plain: bool) -> tuple[str, ...]:
     """The steps that a job may run. `plain`: every request takes the likeliest token, as it is."""
     if job.num_beams > 1:
@@ -196,11 +216,13 @@ def _runner(job: Job, model: AnyModel, group: Group, device: str) -> Runner:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a job's model comes from. `load(progress)` builds and fills this rank's part of it."""
+    """Where a job's model comes from; `stretched_from` as in `ModelConfig`. `load(progress)` builds and
+    fills this rank's part of it."""
 
     checkpoint: Checkpoint
     vocab_size: int
     max_seq_len: int | None
+    stretched_from: int | None
     load: Callable[[Callable[[int, int], None]], AnyModel]
 
 
@@ -225,6 +247,7 @@ def _open_own(resolved: ResolvedJob, group: Group, device: str) -> _Source:
         checkpoint,
         config.vocab_size,
         config.max_seq_len,
+        config.stretched_from,
         lambda progress: load_model(
             config, checkpoint, group, _dtype(job.dtype, device), progress, device,
             _quant(job, device), job.activations == "int8", tell,
@@ -251,6 +274,7 @@ def _open_hf(resolved: ResolvedJob, group: Group, device: str) -> _Source:
         checkpoint,
         model.vocab_size,
         model.max_seq_len,
+        None,
         lambda progress: fill_model(model, weights, checkpoint, group, progress, device),
     )
 

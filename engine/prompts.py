@@ -13,6 +13,7 @@ begins with `{`. Lines end where weights/texts.py says.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass, field, fields, replace
@@ -33,7 +34,8 @@ _KEYS = ("prompt", "messages", "id", "max_new_tokens", *_SAMPLING)
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to continue, or a conversation (`messages`) to answer."""
+    """A text to continue, or a conversation (`messages`) to answer. `shorten`: nobody gave
+    max_new_tokens, and the answer has less where there is no room for it."""
 
     text: str
     max_new_tokens: int
@@ -41,6 +43,7 @@ class Prompt:
     messages: tuple[dict[str, str], ...] = ()
     id: Any = None
     name: str = field(default="the prompt")
+    shorten: bool = False
 
 
 def prompt_from_dict(data: dict[str, Any]) -> Prompt:
@@ -82,7 +85,8 @@ def _opens_object(line: str) -> bool:
 def _plain(name: str, text: str, job: Job, sampling: Sampling) -> Prompt:
     """A text with the job's own settings."""
     messages = ({"role": "user", "content": text},) if job.chat else ()
-    return Prompt(text, job.max_new_tokens, sampling, messages, name=name)
+    shorten = "max_new_tokens" not in job.given
+    return Prompt(text, job.max_new_tokens, sampling, messages, name=name, shorten=shorten)
 
 
 def _read(source: str) -> list[bytes]:
@@ -129,8 +133,9 @@ def _prompt(name: str, line: str, job: Job, sampling: Sampling) -> Prompt:
             f"{job.max_seq_len}"
         )
     return Prompt(
-        text or "", count, _sampling(name, data, job, sampling), checked, data.get("id"), name
-    )
+        text or "", count, _sampling(name, data, job, sampling), checked, data.get("id"), name,
+        shorten=not {"max_new_tokens"} & {*data, *job.given},
+    )  # fmt: skip
 
 
 def _object(name: str, line: str) -> dict[str, Any]:
@@ -187,7 +192,9 @@ def _messages(name: str, messages: Any) -> tuple[dict[str, str], ...]:
 def _sampling(name: str, data: dict[str, Any], job: Job, default: Sampling) -> Sampling:
     given = {key: data[key] for key in _SAMPLING if key in data}
     if "logit_bias" in given:
-        given["logit_bias"] = _biases(name, given["logit_bias"])
+        bias = dict(_biases(name, given["logit_bias"]))
+        banned = {token: value for token, value in default.logit_bias if value == -math.inf}
+        given["logit_bias"] = tuple((banned | bias).items())
     for key, value in given.items():
         if key == "logit_bias":
             continue

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from base.streams import show
+from base.streams import say, show
 from comm import ops
 from engine import speculation
 from engine.beams import generate_beams
@@ -88,17 +88,26 @@ def _run(env: Any, resolved: ResolvedJob, engine: Opened) -> None:
 def share_requests(resolved: ResolvedJob, engine: Opened) -> list[Request]:
     """The prompts' tokens, made on rank 0, and how to continue them, on every rank. Raises InputError
     for a prompt that does not fit."""
-    job, codec = resolved.job, engine.codec
+    codec, room, shortened = engine.codec, engine.runner.max_seq_len, 0
     wire = []
     if codec is not None:
         for prompt in resolved.prompts:
             try:
-                tokens = encode_prompt(codec, prompt, job.max_seq_len)
+                tokens = encode_prompt(codec, prompt, room)
                 check_sampling(prompt.sampling, engine.runner.vocab_size)
             except InputError as error:
                 raise InputError(f"{prompt.name}: {error}") from error
-            check_request(len(tokens), prompt.max_new_tokens, job.max_seq_len, prompt.name)
-            wire.append([tokens, prompt.max_new_tokens, asdict(prompt.sampling)])
+            count = prompt.max_new_tokens
+            if prompt.shorten and count > room - len(tokens):
+                count = max(1, room - len(tokens))
+                shortened += 1
+            check_request(len(tokens), count, room, prompt.name)
+            wire.append([tokens, count, asdict(prompt.sampling)])
+        if shortened:
+            say(
+                f"max_seq_len={room} leaves {shortened} of {len(wire)} answers "
+                f"less room than the default max_new_tokens={resolved.job.max_new_tokens}"
+            )
     shared = share(wire, engine.group, engine.runner.device)
     return [
         Request(tuple(tokens), count, sampling_from_dict(sampling), name=prompt.name)

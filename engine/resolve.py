@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from engine.generation import with_defaults
 from engine.job import LOOKUP, Job, quant_of
 from engine.prompts import Prompt, prompt_from_dict, read_prompts
 from models import hf_config
@@ -26,19 +27,23 @@ from weights.schemes import SCHEMES
 @dataclass(frozen=True)
 class ResolvedJob:
     """A job with its model found: where the weights are (None for random ones), and the dimensions
-    as far as they are known without opening the file. `draft` is the same of the draft model."""
+    as far as they are known without opening the file. `draft` is the same of the draft model; `notes`
+    are lines for the user, of what was taken from where."""
 
     job: Job
     checkpoint: Path | None
     config: ModelConfig | None
     prompts: tuple[Prompt, ...] = ()
     draft: ResolvedJob | None = None
+    notes: tuple[str, ...] = ()
 
 
 def resolve(job: Job) -> ResolvedJob:
     """Find the model's dimensions and weights, read the prompts. Raises InputError that says what is
     wrong, and for weights the ways to get them."""
-    found = replace(_resolve_model(job), prompts=read_prompts(job))
+    found = _resolve_model(job)
+    job, notes = with_defaults(job, found.checkpoint)
+    found = replace(found, job=job, prompts=read_prompts(job), notes=notes)
     if job.draft in ("", LOOKUP):
         return found
     # quant= is of the model; a draft keeps what its file has, unless nothing is to be kept.
@@ -130,14 +135,16 @@ def _to_dict(resolved: ResolvedJob) -> dict[str, Any]:
         "config": None if resolved.config is None else asdict(resolved.config),
         "prompts": [asdict(prompt) for prompt in resolved.prompts],
         "draft": None if resolved.draft is None else _to_dict(resolved.draft),
+        "notes": resolved.notes,
     }
 
 
 def _from_dict(data: dict[str, Any]) -> ResolvedJob:
     return ResolvedJob(
-        job=Job(**data["job"]),
+        job=Job(**data["job"] | {"given": tuple(data["job"]["given"])}),
         checkpoint=None if data["checkpoint"] is None else Path(data["checkpoint"]),
         config=None if data["config"] is None else from_dict(data["config"]),
         prompts=tuple(prompt_from_dict(prompt) for prompt in data["prompts"]),
         draft=None if data["draft"] is None else _from_dict(data["draft"]),
+        notes=tuple(data["notes"]),
     )

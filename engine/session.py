@@ -125,7 +125,7 @@ def _serve(resolved: ResolvedJob, engine: Opened, channel: Channel | None) -> No
     while True:
         task: dict[str, Any] | None = None
         if channel is not None and engine.codec is not None:
-            task = _next_task(resolved, engine.codec, channel, kept)
+            task = next_task(resolved, engine.codec, channel, kept, engine.runner.max_seq_len)
         task = _meet(task, engine)
         if task is None:
             continue
@@ -160,8 +160,8 @@ def _meet(task: dict[str, Any] | None, engine: Opened) -> dict[str, Any] | None:
     return None
 
 
-def _next_task(
-    resolved: ResolvedJob, codec: TextCodec, channel: Channel, kept: tuple[int, ...]
+def next_task(
+    resolved: ResolvedJob, codec: TextCodec, channel: Channel, kept: tuple[int, ...], max_seq_len: int
 ) -> dict[str, Any] | None:
     """What all ranks are to do next: a request, made ready; with `id` None, to end; None: nothing."""
     if not channel.messages:
@@ -176,11 +176,11 @@ def _next_task(
     job, number = resolved.job, message["id"]
     try:
         prompt = Prompt("", job.max_new_tokens, sampling_of(job), tuple(message["messages"]))
-        tokens = encode_prompt(codec, prompt, job.max_seq_len)
-        room = job.max_seq_len - len(tokens)
+        tokens = encode_prompt(codec, prompt, max_seq_len)
+        room = max_seq_len - len(tokens)
         if room < 1:
             raise InputError(
-                f"the conversation has {len(tokens)} tokens and max_seq_len={job.max_seq_len} leaves "
+                f"the conversation has {len(tokens)} tokens and max_seq_len={max_seq_len} leaves "
                 "no room for an answer; /reset begins anew, a larger max_seq_len= holds more"
             )
     except InputError as error:
@@ -244,7 +244,7 @@ def _facts(env: Any, resolved: ResolvedJob, engine: Opened) -> dict[str, Any]:
     job = resolved.job
     return {
         "model": job.model,
-        "max_seq_len": job.max_seq_len,
+        "max_seq_len": engine.runner.max_seq_len,
         "dtype": engine.dtype,
         "quant": engine.quant,
         "comm": engine.group.backend,

@@ -101,6 +101,14 @@ class ModelConfig:
     def is_windowed(self, layer: int) -> bool:
         return self.window > 0 and (not self.windowed or layer in self.windowed)
 
+    @property
+    def stretched_from(self) -> int | None:
+        """Of rotary embeddings that depend on the room that a run has (see `models.rope`): the most
+        tokens that leave them as they are; None of others."""
+        ropes = (self.rope, *filter(None, [self.local_rope]))
+        lengths = [r.original_max_seq_len for r in ropes if r.kind in ("dynamic", "longrope")]
+        return min(lengths, default=None)
+
     def has_experts(self, layer: int) -> bool:
         return self.num_experts > 0 and layer not in self.dense_layers
 

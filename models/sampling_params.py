@@ -19,7 +19,8 @@ class Sampling:
 
     `repetition_penalty` looks at prompt and answer (Keskar et al., 2019, as transformers does it),
     `presence_penalty` and `frequency_penalty` at the answer alone (as OpenAI and vLLM do it).
-    `logit_bias` are pairs of a token and what is added to its logit. `seed` is any 64-bit integer.
+    `logit_bias` are pairs of a token and what is added to its logit; minus infinity bans it. `seed` is
+    any 64-bit integer.
     """
 
     temperature: float = 0.0  # 0: greedy
@@ -66,7 +67,8 @@ def check_sampling(sampling: Sampling, vocab_size: int | None) -> None:
     last = 2**63 - 1 if vocab_size is None else vocab_size - 1
     for token, bias in s.logit_bias:
         _check_integer("a token of logit_bias", token, 0, last, "name tokens of this vocabulary")
-        _check_number(f"logit_bias of token {token}", bias, -100.0, 100.0, "-100 all but bans a token")
+        if bias != -math.inf:
+            _check_number(f"logit_bias of token {token}", bias, -100.0, 100.0, "-inf bans a token")
     tokens = [token for token, _ in s.logit_bias]
     if len(set(tokens)) < len(tokens):
         twice = next(token for token in tokens if tokens.count(token) > 1)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,14 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from models.tokenizer import byte_codec, within_vocabulary
+from engine.job import parse_job
+from engine.resolve import resolve
+from engine.session import next_task, open_channel
+from models.tokenizer import byte_codec, load_codec, within_vocabulary
 from tests.quantize.small import make_folder
+from weights.checkpoint import open_checkpoint
 from weights.errors import InputError
 
-CHECKOUT = Path(__file__).resolve().parent.parent.parent
 MESSAGE = "a token of the text has id 128, and the model has a vocabulary of 128 (ids 0 to 127)"
 
 
@@ -50,16 +52,20 @@ def test_a_prompt_with_it_is_named(folder: Path, tmp_path: Path, run_yoke: Calla
 
 
 def test_a_chat_goes_on(folder: Path) -> None:
-    chat = subprocess.run(
-        [sys.executable, str(CHECKOUT / "launch.py"), "--ranks=2", "chat", *words(folder)],
-        input="the cat <|r6|>\nthe dog\n/stats\n",
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert chat.returncode == 0, chat.stderr
-    assert MESSAGE in chat.stdout + chat.stderr
-    assert "1 in this conversation" in chat.stdout
+    """The person is told, and the next turn is made ready."""
+    resolved = resolve(parse_job(words(folder), need_prompt=False))
+    codec = within_vocabulary(load_codec(open_checkpoint(folder)), 128)
+    assert codec.stop_tokens == {1}
+    ours, theirs = socket.socketpair()
+    with theirs:
+        channel = open_channel(ours.detach())
+        turns = [[{"role": "user", "content": text}] for text in ("the cat <|r6|>", "a dog")]
+        channel.messages.extend({"id": i, "messages": turn} for i, turn in enumerate(turns))
+        assert next_task(resolved, codec, channel, (), 64) is None
+        assert MESSAGE in json.loads(theirs.recv(1 << 16))["error"]
+        task = next_task(resolved, codec, channel, (), 64)
+        assert task is not None and task["tokens"] == [ord(c) for c in "a dog"]
+        channel.socket.close()
 
 
 def test_the_codec_of_a_smaller_vocabulary() -> None:
