@@ -21,25 +21,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from base.errors import LaunchError
 from base.streams import is_writable, running, say, show, show_json, silence, writing
 from comm.sizes import segment_bytes
-from launcher.backends import require_backend
-from launcher.cgroup import read_cgroup
+from launcher.chat.console import CHAT
 from launcher.child import PROGRAM
-from launcher.console import CHAT
+from launcher.doctor.backends import require_backend
 from launcher.draw import draw, plan_to_json, render_plain
 from launcher.elastic import agent_command, become_agent, check_nodes
-from launcher.errors import LaunchError
 from launcher.fit import Fit, check_fit, machine_memory, require_fit, require_loopback, require_space
 from launcher.flags import Flags, help_text, parse_flags
 from launcher.join import join, local_plan
+from launcher.machine.cgroup import read_cgroup
+from launcher.machine.topology import Topology, read_topology
 from launcher.manager import find_manager
 from launcher.plan import LaunchPlan, make_plan
 from launcher.program import check_program
 from launcher.shared_secret import shared_secret
 from launcher.spawn import launch, new_session
 from launcher.starter import is_typed_in_rank, was_started_by
-from launcher.topology import Topology, read_topology
 
 if TYPE_CHECKING:
     from engine.resolve import ResolvedJob
@@ -97,7 +97,7 @@ def _do_without_output(flags: Flags) -> None:
 def run(flags: Flags) -> int:
     """One command. Raises LaunchError and InputError for what cannot be done."""
     if flags.command == "doctor":
-        from launcher.doctor import doctor
+        from launcher.doctor.report import doctor
 
         request = replace(flags.request, bind_cores=True)
         return doctor(_topology(flags), flags.json, CHECKOUT, request, here=flags.sysfs is None)
@@ -204,7 +204,7 @@ def _target(flags: Flags, job: ResolvedJob | None) -> tuple[str, str]:
     from engine.memory import with_batch
     from engine.resolve import to_json
 
-    return "engine.session" if flags.command == "chat" else "engine.rank", to_json(with_batch(job))
+    return "engine.chat" if flags.command == "chat" else "engine.generate", to_json(with_batch(job))
 
 
 def _fits(

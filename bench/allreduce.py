@@ -48,11 +48,11 @@ from typing import Any
 CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(CHECKOUT)
 
-from launcher.backends import find_backends  # noqa: E402
+from launcher.doctor.backends import find_backends  # noqa: E402
 from launcher.draw import plan_to_json  # noqa: E402
+from launcher.machine.topology import Topology, format_cpu_list, read_topology  # noqa: E402
 from launcher.plan import LaunchPlan, LaunchRequest, make_plan  # noqa: E402
 from launcher.spawn import RunOptions, launch, new_session  # noqa: E402
-from launcher.topology import Topology, format_cpu_list, read_topology  # noqa: E402
 
 KIB = 1024
 SIZES = [KIB, 4 * KIB, 8 * KIB, 16 * KIB, 64 * KIB, 256 * KIB]

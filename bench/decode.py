@@ -29,9 +29,9 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch  # noqa: E402
 
 from bench.breakdown import draw, overhead_us  # noqa: E402
+from launcher.machine.topology import read_topology  # noqa: E402
 from launcher.plan import LaunchRequest, make_plan  # noqa: E402
 from launcher.spawn import RunOptions, launch, new_session  # noqa: E402
-from launcher.topology import read_topology  # noqa: E402
 
 Found = dict[str, Any]
 

@@ -26,8 +26,9 @@ from models.config import ModelConfig, expected_shapes
 from models.decoder import Decoder
 from models.load import config_of, load_model
 from models.presets import PRESETS
-from weights.checkpoint import Checkpoint, open_checkpoint
-from weights.random_io import random_checkpoint
+from weights.checkpoint import Checkpoint
+from weights.formats.random_io import random_checkpoint
+from weights.open import open_checkpoint
 
 
 @torch.no_grad()

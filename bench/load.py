@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from comm.group import Group
 from models.config import ModelConfig, expected_shapes
 from models.load import config_of, load_model
-from weights.checkpoint import open_checkpoint
+from weights.open import open_checkpoint
 
 CONFIG = ModelConfig(2048, 8, 32, 8, 64, 8192, 32000, 2048)
 

@@ -44,14 +44,14 @@ from typing import Any
 CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(CHECKOUT)
 
+from base.errors import InputError  # noqa: E402
 from bench.allreduce import cpu_name, table  # noqa: E402
 from bench.peers_gguf import FILE_TYPES, write_dequantised  # noqa: E402
 from engine.job import Job  # noqa: E402
 from engine.resolve import resolve, to_json  # noqa: E402
+from launcher.machine.topology import read_topology  # noqa: E402
 from launcher.plan import LaunchRequest, make_plan  # noqa: E402
 from launcher.spawn import RunOptions, launch, new_session  # noqa: E402
-from launcher.topology import read_topology  # noqa: E402
-from weights.errors import InputError  # noqa: E402
 
 YOKE = "yoke"
 TASKS = {"prompt": "ttft_s", "tokens": "tpot_s"}

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from comm import ops
+from engine.chat import Channel, open_channel, receive, send
 from engine.loop import generate
 from engine.opening import Opened, joined, open_engine, share
 from engine.requests import Request
 from engine.resolve import from_json
-from engine.session import Channel, open_channel, receive, send
 from engine.steps import EXTEND, GREEDY
 
 IDLE_S = 0.1  # a meeting takes some microseconds: the other program does not feel it

@@ -27,9 +27,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from launcher.machine.topology import read_topology
 from launcher.plan import LaunchRequest, make_plan
 from launcher.spawn import RunOptions, launch, new_session
-from launcher.topology import read_topology
 
 
 def measure(task: dict[str, Any], ranks: int) -> dict[str, Any]:

@@ -32,6 +32,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[0] = str(HERE.parent)
 
+from base.errors import InputError  # noqa: E402
 from models.find import find_weights  # noqa: E402
 from models.load import config_of  # noqa: E402
 from models.quant_rules import parse_asked  # noqa: E402
@@ -42,8 +43,7 @@ from quantize.report import output_error, products, weight_error  # noqa: E402
 from quantize.run import carry_out  # noqa: E402
 from quantize.texts import WINDOW, read_tokens, spread  # noqa: E402
 from quantize.walk import perplexity_of  # noqa: E402
-from weights.checkpoint import open_checkpoint  # noqa: E402
-from weights.errors import InputError  # noqa: E402
+from weights.open import open_checkpoint  # noqa: E402
 from weights.schemes import HEADS, SCHEMES  # noqa: E402
 
 # (how the table calls it, GPTQ or rounding, scales searched, columns sorted)

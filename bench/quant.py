@@ -27,11 +27,11 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from base.errors import InputError  # noqa: E402
+from launcher.machine.topology import read_topology  # noqa: E402
 from launcher.plan import LaunchRequest, make_plan  # noqa: E402
 from launcher.spawn import RunOptions, launch, new_session  # noqa: E402
-from launcher.topology import read_topology  # noqa: E402
 from models.quant_rules import parse_asked  # noqa: E402
-from weights.errors import InputError  # noqa: E402
 
 PLAIN, EAGER = "none", "eager"  # bfloat16, compiled and not
 Found = dict[str, Any]

@@ -36,12 +36,12 @@ LIMIT = 2.0
 WORKER = """
 import contextlib, io, sys, time
 sys.path.insert(0, {checkout!r})
-import tp.reshard, tp.reshard_verify, weights.safetensors_io
+import reshard.command, reshard.verify, weights.formats.safetensors_io
 for line in sys.stdin:
     ranks, source, out = line.rstrip("\\n").split("\\t")
     start = time.perf_counter()
     with contextlib.redirect_stderr(io.StringIO()):
-        code = tp.reshard.main(["--to", ranks, source, out])
+        code = reshard.command.main(["--to", ranks, source, out])
     print(code, time.perf_counter() - start, flush=True)
 """
 

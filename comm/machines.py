@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from comm import ops
+from comm import flat
 from comm.group import Group
 
 
@@ -18,10 +18,10 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
     """Sum inside each machine, sum of those between the leaders, and out again."""
     assert group.local is not None
     narrow = x.dtype in (torch.bfloat16, torch.float16)
-    total = ops.all_reduce(x.float() if narrow else x, group.local)
+    total = flat.all_reduce(x.float() if narrow else x, group.local)
     if group.leaders is not None:
-        total = ops.all_reduce(total, group.leaders)
-    return ops.broadcast(total, 0, group.local).to(x.dtype)
+        total = flat.all_reduce(total, group.leaders)
+    return flat.broadcast(total, 0, group.local).to(x.dtype)
 
 
 def all_gather(x: Tensor, group: Group) -> Tensor:
@@ -29,13 +29,13 @@ def all_gather(x: Tensor, group: Group) -> Tensor:
     assert group.local is not None
     most = max(len(ranks) for ranks in group.members)
     # Gloo wants equal parts: machines with fewer ranks fill up with zeros, which nobody looks at.
-    gathered = ops.all_gather(x, group.local)  # [local size, ...]
+    gathered = flat.all_gather(x, group.local)  # [local size, ...]
     padded = x.new_zeros((most, *x.shape))
     padded[: gathered.shape[0]] = gathered
     everyone = x.new_empty((len(group.members), most, *x.shape))
     if group.leaders is not None:
-        everyone = ops.all_gather(padded, group.leaders)
-    everyone = ops.broadcast(everyone, 0, group.local).flatten(0, 1)
+        everyone = flat.all_gather(padded, group.leaders)
+    everyone = flat.broadcast(everyone, 0, group.local).flatten(0, 1)
     places = {rank: i * most + j for i, m in enumerate(group.members) for j, rank in enumerate(m)}
     return everyone[[places[rank] for rank in range(group.size)]]
 
@@ -45,7 +45,7 @@ def broadcast(x: Tensor, root: int, group: Group) -> Tensor:
     assert group.local is not None
     machine = next(i for i, ranks in enumerate(group.members) if root in ranks)
     if group.rank in group.members[machine]:
-        x = ops.broadcast(x, group.members[machine].index(root), group.local)
+        x = flat.broadcast(x, group.members[machine].index(root), group.local)
     if group.leaders is not None:
-        x = ops.broadcast(x, machine, group.leaders)
-    return ops.broadcast(x, 0, group.local)
+        x = flat.broadcast(x, machine, group.leaders)
+    return flat.broadcast(x, 0, group.local)

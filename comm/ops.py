@@ -6,7 +6,8 @@ input is left alone and a new tensor is returned; with `out` the result is writt
 returned. Sums over shared memory are taken in fp32 and in rank order with one rounding, so that all
 ranks hold the same bits.
 
-What is not here: how ranks meet (`comm.group`), and the operators themselves (`comm.shm`, `csrc/`).
+What is not here: how ranks meet (`comm.group`), the calls of one transport (`comm.flat`) and of several
+machines (`comm.machines`), and the operators themselves (`comm.shm`, `csrc/`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-from comm import machines, optional
-from comm.errors import CommError
+from comm import flat, machines
+from comm.flat import into
 from comm.group import Group
 
 
@@ -26,26 +27,15 @@ def all_reduce(x: Tensor, group: Group, *, out: Tensor | None = None) -> Tensor:
 
     `out` may be `x`.
     """
-    if group.backend == "shm":
-        if out is None:
-            return torch.ops.yoke.all_reduce.default(x, group.handle)
-        torch.ops.yoke.all_reduce.out(x, group.handle, out=out)
-        return out
-    return _into(out, x if group.size == 1 else _all_reduce(x, group))
-
-
-def _all_reduce(x: Tensor, group: Group) -> Tensor:
     if group.backend == "shm+gloo":
-        return machines.all_reduce(x, group)
-    if group.backend == "deepspeed" and optional.can_sum(x):
-        return optional.all_reduce(x)
-    return _torch(torch.ops._c10d_functional.all_reduce, x, "sum", group)
+        return into(out, machines.all_reduce(x, group))
+    return flat.all_reduce(x, group, out)
 
 
 def reduce_scatter(x: Tensor, group: Group, *, out: Tensor | None = None) -> Tensor:
     """This rank's part of the sum: [size * n, ...] -> [n, ...]; dtypes as for `all_reduce`."""
     if group.size == 1:
-        return _into(out, x)
+        return into(out, x)
     if group.backend == "shm":
         if out is None:
             return torch.ops.yoke.reduce_scatter.default(x, group.size, group.handle)
@@ -53,37 +43,22 @@ def reduce_scatter(x: Tensor, group: Group, *, out: Tensor | None = None) -> Ten
         return out
     if group.backend == "nccl":
         scatter = torch.ops._c10d_functional.reduce_scatter_tensor
-        return _into(out, _wait(scatter(x.contiguous(), "sum", group.size, group.name)))
-    return _into(out, _all_reduce(x, group).chunk(group.size)[group.rank].clone())
+        return into(out, flat.wait(scatter(x.contiguous(), "sum", group.size, group.name)))
+    return into(out, all_reduce(x, group).chunk(group.size)[group.rank].clone())
 
 
 def all_gather(x: Tensor, group: Group, *, out: Tensor | None = None) -> Tensor:
     """`x` of every rank, stacked: [...] -> [size, ...], any dtype. All ranks pass the same shape."""
-    if group.size == 1:
-        return _into(out, x.unsqueeze(0))
-    if group.backend == "shm":
-        if out is None:
-            return torch.ops.yoke.all_gather.default(x, group.size, group.handle)
-        torch.ops.yoke.all_gather.out(x, group.size, group.handle, out=out)
-        return out
     if group.backend == "shm+gloo":
-        return _into(out, machines.all_gather(x, group))
-    gather = torch.ops._c10d_functional.all_gather_into_tensor
-    return _into(out, _torch(gather, x.unsqueeze(0), group.size, group))
+        return into(out, machines.all_gather(x, group))
+    return flat.all_gather(x, group, out)
 
 
 def broadcast(x: Tensor, root: int, group: Group, *, out: Tensor | None = None) -> Tensor:
     """`x` of rank `root`, on every rank. All ranks pass the same shape and dtype; `out` may be `x`."""
-    if group.size == 1:
-        return _into(out, x)
-    if group.backend == "shm":
-        if out is None:
-            return torch.ops.yoke.broadcast.default(x, root, group.handle)
-        torch.ops.yoke.broadcast.out(x, root, group.handle, out=out)
-        return out
     if group.backend == "shm+gloo":
-        return _into(out, machines.broadcast(x, root, group))
-    return _into(out, _torch(torch.ops._c10d_functional.broadcast, x, root, group))
+        return into(out, machines.broadcast(x, root, group))
+    return flat.broadcast(x, root, group, out)
 
 
 def barrier(group: Group) -> None:
@@ -181,19 +156,3 @@ def _best_of_ranks(values: Tensor, indices: Tensor, k: int, group: Group) -> tup
     indices, order = indices.sort(stable=True)
     values, order = values.gather(1, order).sort(descending=True, stable=True)
     return values[:, :k], indices.gather(1, order[:, :k])
-
-
-def _torch(
-    operator: torch._ops.OpOverloadPacket, x: Tensor, argument: str | int, group: Group
-) -> Tensor:
-    if not group.name:
-        raise CommError(f"rank {group.rank} of {group.size} has no transport to call {operator}")
-    return _wait(operator(x.contiguous(), argument, group.name))
-
-
-def _wait(x: Tensor) -> Tensor:
-    return torch.ops._c10d_functional.wait_tensor(x)
-
-
-def _into(out: Tensor | None, result: Tensor) -> Tensor:
-    return result if out is None else out.copy_(result)

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from base.errors import InputError
 from comm import ops
 from engine.beam_plan import Beams, Candidate, Hypothesis, Search, advance
 from engine.loop import Watcher
 from engine.requests import Answer, Request, pack
 from engine.steps import BEAMS, Runner, extend
-from weights.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from base.errors import InputError
 from engine.dtypes import dtype_name
 from engine.job import parse_job
 from engine.memory import rank_needs
@@ -18,7 +19,6 @@ from models.config import ModelConfig
 from models.families import FAMILIES, Family, family_of
 from models.presets import PRESETS
 from models.sizes import num_active_parameters, num_parameters
-from weights.errors import InputError
 
 WORLD_SIZES = (1, 2, 4, 8)
 KEYS = ("max_seq_len", "dtype")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from weights.errors import InputError
+from base.errors import InputError
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 

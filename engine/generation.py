@@ -4,7 +4,7 @@ As transformers' `generate()` reads it: what the user gives counts before the fi
 the library. Temperature is the file's only where it samples (`do_sample`), and then top_k is 50 unless
 it says otherwise; penalties and tokens that are suppressed count in any case. A setting that would
 change a text and that nothing here can follow is told. Lengths are Yoke's own (`max_new_tokens=`), and
-stop tokens the tokenizer's (`models.tokenizer_folder`).
+stop tokens the tokenizer's (`models.tokenizer.from_folder`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from base.errors import InputError
 from engine.job import Job, check_beams, sampling_of, stop_texts
 from models.sampling_params import Sampling, check_sampling
-from weights.errors import InputError
 from weights.files import read_json
 from weights.locate import locate
 

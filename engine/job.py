@@ -16,9 +16,9 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from base.errors import InputError, nearest
 from engine.dtypes import dtype_name, kv_dtype_name
 from models.sampling_params import Sampling, check_sampling
-from weights.errors import InputError, nearest
 from weights.schemes import HEADS, SCHEMES
 
 LOOKUP = "lookup"  # the draft that needs no model

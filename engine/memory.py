@@ -11,6 +11,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 
+from base.errors import InputError
 from engine.dtypes import BYTES, dtype_name, kv_dtype_name
 from engine.job import Job, fitted_length, quant_of
 from engine.resolve import ResolvedJob
@@ -19,7 +20,6 @@ from models.config_gguf import from_gguf
 from models.config_hf import from_hf
 from models.quant_rules import Held, held_quantised, parse_asked, products_of, weight_bytes
 from models.sizes import layout_of
-from weights.errors import InputError
 from weights.files import read_json
 from weights.locate import locate
 from weights.outline import Outline, Stored, read_outline, same_numbers
@@ -183,6 +183,6 @@ def _declared(resolved: ResolvedJob, outline: Outline | None, thorough: bool) ->
     if not thorough:
         return None
     from models.load import config_of
-    from weights.checkpoint import open_checkpoint
+    from weights.open import open_checkpoint
 
     return config_of(open_checkpoint(checkpoint))

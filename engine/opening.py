@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from base.errors import InputError
 from base.private import cache_folder
 from base.streams import say
 from comm import ops
@@ -33,12 +34,13 @@ from kernels.load import KERNELS, has_kernels
 from models.config import expected_shapes
 from models.decoder import Decoder
 from models.load import config_of, load_model
-from models.tokenizer import TextCodec, byte_codec, load_codec, within_vocabulary
-from weights.checkpoint import Checkpoint, open_checkpoint
-from weights.errors import InputError
+from models.tokenizer.codec import TextCodec, byte_codec, within_vocabulary
+from models.tokenizer.open import load_codec
+from weights.checkpoint import Checkpoint
+from weights.formats.random_io import random_checkpoint
+from weights.formats.safetensors_io import open_safetensors
 from weights.locate import locate
-from weights.random_io import random_checkpoint
-from weights.safetensors_io import open_safetensors
+from weights.open import open_checkpoint
 
 # Ranks reach their first collective when each has loaded and compiled its own part, which can be
 # minutes apart where ranks share cores. A rank that dies meanwhile is the launcher's to notice.
@@ -264,7 +266,7 @@ def _quant(job: Job, device: str) -> str:
 
 def _open_hf(resolved: ResolvedJob, group: Group, device: str) -> _Source:
     """A model whose code is that of the transformers library."""
-    from models.hf import build_model, fill_model  # transformers is needed here alone
+    from models.hf.model import build_model, fill_model  # transformers is needed here alone
 
     assert resolved.checkpoint is not None
     checkpoint = open_safetensors(locate(resolved.checkpoint), translated=False)

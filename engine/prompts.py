@@ -19,10 +19,10 @@ import sys
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from base.errors import InputError, nearest
 from base.folders import expand
 from engine.job import Job, check_beams, sampling_of
 from models.sampling_params import Sampling, check_sampling
-from weights.errors import InputError, nearest
 from weights.files import parse_json
 from weights.texts import lines_of, not_unicode
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from base.errors import InputError
 from models.sampling import Sampling
-from weights.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from base.errors import InputError, nearest
 from engine.generation import with_defaults
 from engine.job import LOOKUP, Job, quant_of
 from engine.prompts import Prompt, prompt_from_dict, read_prompts
-from models import hf_config
 from models.config import OVERRIDES, ModelConfig, from_dict, override
 from models.find import find_weights
+from models.hf import config as hf_config
 from models.presets import PRESETS
 from models.quant_rules import check_quant, parse_asked
 from tp.heads import check_world_size
-from weights.errors import InputError, nearest
 from weights.locate import locate
 from weights.schemes import SCHEMES
 

@@ -26,7 +26,7 @@ from kernels.load import has_kernels, last_error
 from models.decoder import Decoder
 
 if TYPE_CHECKING:  # transformers is loaded for engine=hf alone
-    from models.hf import HfModel
+    from models.hf.model import HfModel
 
 AnyModel: TypeAlias = "Decoder | HfModel"
 Step = Callable[..., Tensor]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from models.tokenizer import TextCodec
+from models.tokenizer.codec import TextCodec
 
 Feed = Callable[[int | None], tuple[str, bool]]
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from base.errors import InputError
 from kernels.load import has_kernels
-from weights.errors import InputError
 from weights.quant import QuantWeight
 
 STEP = 32  # numbers of k that lie together, and what k and groups are multiples of

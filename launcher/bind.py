@@ -19,9 +19,9 @@ import sys
 from collections.abc import Collection, Mapping, MutableMapping
 from pathlib import Path
 
-from launcher.errors import LaunchError
+from base.errors import LaunchError
+from launcher.machine.topology import format_cpu_list
 from launcher.plan import RankPlan
-from launcher.topology import format_cpu_list
 
 _SET_MEMPOLICY = {"x86_64": 238, "aarch64": 237}  # system call numbers
 # linux/mempolicy.h; PREFERRED_MANY came with Linux 5.15.

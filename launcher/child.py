@@ -23,9 +23,9 @@ from typing import Any
 
 from base.streams import UNREAD, OutputError, prepare, say, silence, writing
 from launcher.bind import bind_this_process, die_with_parent
+from launcher.machine.topology import format_cpu_list
 from launcher.placement import Placement, check_placement, render_placement
 from launcher.plan import RankPlan
-from launcher.topology import format_cpu_list
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PROGRAM = "launcher.program"  # the target that is a program of the user's, left as python has it

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import groupby
 
-from launcher.errors import LaunchError
-from launcher.topology import Core, format_cpu_list
+from base.errors import LaunchError
+from launcher.machine.topology import Core, format_cpu_list
 
 Units = list[tuple[str, tuple[Core, ...]]]  # names, and the cores of each
 

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from launcher.fit import Fit, format_bytes
+from launcher.machine.topology import Core, Node, Topology, format_cpu_list
 from launcher.plan import LaunchPlan, RankPlan
-from launcher.topology import Core, Node, Topology, format_cpu_list
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.errors import LaunchError
+from base.errors import LaunchError
 
 FLAGS = ("--nnodes", "--node-rank", "--rdzv-endpoint")
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.errors import LaunchError
+from base.errors import LaunchError
+from launcher.machine.topology import Topology
 from launcher.plan import LaunchPlan
-from launcher.topology import Topology
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import LaunchError
+from base.errors import LaunchError
+from launcher.machine.topology import parse_cpu_list
 from launcher.plan import LaunchRequest
 from launcher.spawn import RunOptions
-from launcher.topology import parse_cpu_list
 
 COMMANDS = {
     "generate": "continue a prompt (the default)",

@@ -10,15 +10,15 @@ import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from base.errors import LaunchError
 from base.streams import say
 from launcher.child import PROGRAM, RankEnv, run_managed
-from launcher.errors import LaunchError
+from launcher.machine.topology import format_cpu_list, read_topology
 from launcher.manager import Managed, interface_of
 from launcher.meeting import meet
 from launcher.plan import LaunchPlan, LaunchRequest, make_plan
 from launcher.shared_secret import shared_secret
 from launcher.spawn import RunOptions, rank_variables
-from launcher.topology import format_cpu_list, read_topology
 
 
 def local_plan(place: Managed, request: LaunchRequest) -> LaunchPlan:

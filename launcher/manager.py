@@ -12,7 +12,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from launcher.errors import LaunchError
+from base.errors import LaunchError
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+from base.errors import LaunchError
 from base.streams import say
-from launcher.errors import LaunchError
 from launcher.manager import Managed
 from launcher.user_secret import user_secret
 

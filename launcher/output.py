@@ -18,8 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from base.errors import LaunchError
 from base.streams import OutputError, silence
-from launcher.errors import LaunchError
 
 Sink = Callable[[bytes], None]
 

@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.topology import format_cpu_list, parse_cpu_list
+from launcher.machine.topology import format_cpu_list, parse_cpu_list
 
 _MOVE_PAGES = {"x86_64": 279, "aarch64": 239}  # system call numbers
 _NUM_SAMPLES = 1 << 16  # some 7 ms; every page of a process of up to 256 MiB

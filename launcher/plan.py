@@ -13,9 +13,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import groupby
 
+from base.errors import LaunchError
 from launcher.divide import divide, group_cores, join_shared, socket_of
-from launcher.errors import LaunchError
-from launcher.topology import Core, Gpu, Topology, format_cpu_list
+from launcher.machine.topology import Core, Gpu, Topology, format_cpu_list
 
 MAX_RANKS = 1024  # of a group in shared memory (kMaxWorld in comm/csrc/channel.h)
 _FEW_RANKS = 64  # so many may share a few cores, to try things; more need a core each

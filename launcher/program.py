@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import LaunchError
+from base.errors import LaunchError
 
 CHECKOUT = str(Path(__file__).resolve().parent.parent)
 _LOADED = ("base", "launcher", "launch", "engine")  # of Yoke's, before the program is

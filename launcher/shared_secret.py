@@ -10,7 +10,7 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from launcher.errors import LaunchError
+from base.errors import LaunchError
 
 VARIABLE = "YOKE_SECRET"
 _LEAST = 16  # characters

@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from base.errors import LaunchError
 from launcher.allocator import allocator_variables
+from launcher.chat.console import start_console
 from launcher.child import CHECKOUT, PROGRAM, RankEnv, env_to_json
-from launcher.console import start_console
-from launcher.errors import LaunchError
 from launcher.guard import MARK, mark_of, remove_segments
 from launcher.output import open_channel, open_log, untouched, whole_lines
 from launcher.plan import LaunchPlan
@@ -70,7 +70,7 @@ def launch(
     0 if all ranks returned 0; the code of the first rank that failed; 128 + n for a rank that signal
     n killed, or for a signal n to this process. One message on stderr says what happened. Raises
     LaunchError if a rank cannot be started. `console` is the command of a process that has the terminal
-    and a channel to rank 0 (`launcher.console`), whose end ends the run.
+    and a channel to rank 0 (`launcher.chat.console`), whose end ends the run.
     """
     with ExitStack() as stack:
         stack.callback(remove_segments, session)
@@ -201,7 +201,7 @@ def _start_rank(
     sockets = [fd for fd in (env.store_fd, env.channel_fd) if fd is not None]
     try:
         process = subprocess.Popen(
-            [sys.executable, *path_flags(), str(CHECKOUT / "launcher" / "rank.py"), str(spec_fd)],
+            [sys.executable, *path_flags(), str(CHECKOUT / "launcher" / "entry.py"), str(spec_fd)],
             env={**os.environ, **rank_variables(env), **variables},
             pass_fds=[spec_fd, write_end, *sockets],
             process_group=0,

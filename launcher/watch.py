@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from base.streams import say
-from launcher.console import Console, end_console
+from launcher.chat.console import Console, end_console
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Passed on, and nothing else: programs save checkpoints on these, ranks show their stacks on QUIT.

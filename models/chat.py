@@ -25,10 +25,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weights.errors import InputError
+from base.errors import InputError
 
 if TYPE_CHECKING:
-    from models.tokenizer import TextCodec
+    from models.tokenizer.codec import TextCodec
 
 _SECONDS = 1.5
 _WAIT_S = 60.0

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from weights.errors import InputError
+from base.errors import InputError
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"  # absent where the embedding serves as the head

@@ -15,6 +15,7 @@ import struct
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from base.errors import InputError
 from models.config import (
     HEAD,
     MAX_EXPERTS,
@@ -27,8 +28,7 @@ from models.config import (
 )
 from models.defaults import gguf_defaults
 from models.keys import REQUIRED, Keys
-from weights.errors import InputError
-from weights.gguf_names import ARCHITECTURES, same_for_all_layers
+from weights.formats.gguf_names import ARCHITECTURES, same_for_all_layers
 
 _GEMMA = {"block": "gemma", "norm": "rms1p", "activation": "gelu_tanh"}
 # What is the same in all models of an architecture and differs from Llama.
@@ -96,7 +96,8 @@ def _float32(value: float) -> float:
 
 def from_gguf(config: Mapping[str, Any], names: Collection[str], source: str) -> ModelConfig:
     """Read the metadata of a GGUF file that holds weights of these canonical names. `config` has the
-    file's key-values, and the tensors of `weights.gguf_names.FACTORS`. Raises InputError for what is
+    file's key-values, and the tensors of `weights.formats.gguf_names.FACTORS`. Raises InputError for
+    what is
     not supported."""
     name = config.get("general.architecture", "llama")
     if not isinstance(name, str) or name not in ARCHITECTURES:

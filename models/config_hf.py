@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from base.errors import InputError
 from models.config import MAX_EXPERTS, MAX_LAYERS, ModelConfig, Rope, check, head_dim_of
 from models.config_rope import LAYER_TYPES, PHI3_KINDS, read_rope, read_ropes
 from models.defaults import ALIASES, DEFAULTS
 from models.keys import Keys
-from weights.errors import InputError
 from weights.nested import TEXT_MODELS, WRAPPERS, class_of, text_config
 
 

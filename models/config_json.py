@@ -9,9 +9,9 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from base.errors import InputError
 from models.config import ModelConfig, Rope
 from models.config_hf import from_hf
-from weights.errors import InputError
 
 # GGUF's architectures in Hugging Face's terms: the class, and the model_type.
 _FAMILIES = {

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from base.errors import InputError
 from models.config import ROPE_KINDS, Rope, stretched_length
 from models.defaults import ROPE_DEFAULTS, ROPE_NEUTRAL
 from models.keys import Keys
-from weights.errors import InputError
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 # What files call the kinds. Phi-3's have two only, and its first files call longrope "su" or "yarn".

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from weights.gguf_names import ARCHITECTURES as GGUF_ARCHITECTURES
+from weights.formats.gguf_names import ARCHITECTURES as GGUF_ARCHITECTURES
 
 
 @dataclass(frozen=True)

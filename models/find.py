@@ -7,9 +7,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from base.errors import InputError, nearest
 from base.folders import cache_home, expand
 from models.presets import PRESETS
-from weights.errors import InputError, nearest
 from weights.locate import locate_in
 
 # Presets whose weights a package carries: (package, file).

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from weights.errors import InputError
+from base.errors import InputError
 
 REQUIRED = "required"  # in a table: nothing can be read without this key
 

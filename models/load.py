@@ -16,6 +16,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from base.errors import InputError
 from comm.group import Group
 from kernels.packed import PackedRows
 from models.config import EMBEDDING, HEAD, ModelConfig, expected_shapes
@@ -47,7 +48,6 @@ from tp.layers import (
 )
 from tp.shard import find_spec, slices_of
 from weights.checkpoint import Checkpoint, Entry, Slices
-from weights.errors import InputError
 from weights.pages import release_pages
 
 BLOCK_BYTES = 8 << 20  # of a weight in float32, where it is not read as it lies

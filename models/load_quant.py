@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from base.errors import InputError
 from models.config import EMBEDDING, HEAD, ModelConfig
 from models.mlp import ExpertStack
 from models.quant_rules import (
@@ -30,9 +31,8 @@ from models.quant_rules import (
 from tp.layers import Linear
 from weights import schemes
 from weights.checkpoint import Checkpoint, Entry, Slices
-from weights.errors import InputError
 from weights.quant import QuantWeight, join_rows
-from weights.quantise import quantise_rtn
+from weights.quantize import quantise_rtn
 from weights.schemes import Scheme
 
 BLOCK_BYTES = 32 << 20  # of a plain weight in float32, as it is being rounded

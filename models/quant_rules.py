@@ -18,10 +18,10 @@ from functools import cache
 from math import prod
 from typing import Protocol
 
+from base.errors import InputError
 from models.config import EMBEDDING, HEAD, ModelConfig, expected_shapes
 from models.sizes import layout_of, weight_kinds
 from tp.shard import Layout, find_spec, slices_of
-from weights.errors import InputError
 from weights.schemes import HEADS, MIN_GROUP, SCHEMES, Scheme, is_plain, parse_scheme
 
 HEAD_SCHEME = Scheme(8, 0)  # unless another is asked for

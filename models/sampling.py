@@ -22,12 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from base.errors import InputError
 from models import penalties
 from models.limits import likeliest, weights
 from models.penalties import Table, make_table
 from models.philox import uniform, uniforms
 from models.sampling_params import Sampling, check_sampling
-from weights.errors import InputError
 
 __all__ = [
     "CHOICE_STREAM",

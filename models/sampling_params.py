@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from weights.errors import InputError
+from base.errors import InputError
 
 MAX_LOGPROBS = 20
 

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from base.errors import InputError
 from models.load import PARTS
 from models.mlp import ACTIVATIONS, Experts
 from quantize.gptq import gptq
 from quantize.grid import range_grid, search_grid
 from quantize.walk import Walk
 from tp.layers import ColumnLinear, RowLinear
-from weights.errors import InputError
 from weights.quant import QuantWeight
 from weights.schemes import Scheme
 

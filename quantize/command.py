@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from base.errors import InputError
 from base.folders import expand
 from base.streams import say, show, show_json, writing
 from models.config import HEAD
 from models.find import find_weights
 from quantize.job import Job, help_text, parse_job, searches, uses_gptq
-from tp.reshard_output import (
+from weights.output import (
     Interrupted,
     check_space,
     check_target,
@@ -21,7 +22,6 @@ from tp.reshard_output import (
     left_by,
     new_folder,
 )
-from weights.errors import InputError
 
 
 def main(words: Sequence[str]) -> int:
@@ -59,7 +59,7 @@ def run(job: Job) -> None:
     from quantize.run import carry_out
     from quantize.texts import WINDOW, read_tokens, spread
     from quantize.walk import perplexity_of
-    from weights.checkpoint import open_checkpoint
+    from weights.open import open_checkpoint
 
     named = job.quant_head != "auto"
     asked = parse_asked(f"{job.quant}/{job.quant_head}" if named else job.quant)

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from base.errors import InputError
 from quantize.grid import Grid
-from weights.errors import InputError
 
 BLOCK = 128  # columns whose effect on all later ones is brought up to date in one product
 _MORE_DAMPING = 4  # times ten each, where a Hessian is too near to singular

@@ -1,7 +1,7 @@
 """Which numbers a quantised weight can take: scales and zero points of its groups, and how they are
 chosen.
 
-The plain choice covers a group's range (`weights.quantise`). Where few numbers are far out, a smaller
+The plain choice covers a group's range (`weights.quantize`). Where few numbers are far out, a smaller
 scale cuts these off and is finer for the others; which one errs least is found by trying.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from weights.quant import QuantWeight, pack_nibbles
-from weights.quantise import TINY, quantise_rtn
+from weights.quantize import TINY, quantise_rtn
 from weights.schemes import Scheme
 
 # Of the plain scale. Below 0.6 nothing was ever chosen; finer steps changed no perplexity that counts.

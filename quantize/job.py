@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from weights.errors import InputError, nearest
+from base.errors import InputError, nearest
 from weights.schemes import HEADS
 
 

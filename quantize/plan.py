@@ -16,14 +16,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from base.errors import InputError
 from models.config import EMBEDDING, HEAD, ModelConfig, expected_shapes
 from models.load import check_names, config_of
 from models.quant_rules import Asked, scheme_for
 from quantize.compressed import Shapes, quantization_config, stored_shapes
 from quantize.small_files import small_files
-from tp.reshard_plan import INDEX, SHARD_BYTES, hf_files
+from reshard.plan import INDEX, SHARD_BYTES, hf_files
 from weights.checkpoint import Checkpoint, Entry
-from weights.errors import InputError
 from weights.schemes import SCHEMES, Scheme, parse_scheme
 from weights.writer import DTYPES, Tensors
 

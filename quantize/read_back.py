@@ -14,8 +14,8 @@ from torch import Tensor
 
 from quantize.plan import Plan
 from weights.checkpoint import Checkpoint, Entry, Slices
+from weights.formats.safetensors_io import stored_entries
 from weights.quant import QuantWeight
-from weights.safetensors_io import stored_entries
 from weights.schemes import Scheme
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from base.errors import InputError
 from quantize.calibrate import Errors, Settings, quantise_block
 from quantize.compressed import stored_tensors
 from quantize.grid import range_grid, search_grid
 from quantize.plan import Plan
 from quantize.walk import Walk, whole
-from weights.errors import InputError
 from weights.pages import release_pages
 from weights.quant import QuantWeight
 from weights.schemes import Scheme

@@ -7,9 +7,9 @@ from typing import Any
 
 from models.config import HEAD, ModelConfig
 from models.config_json import to_hf
-from models.tokenizer_files import tokenizer_files
-from tp.companions import companions
+from models.tokenizer.files import tokenizer_files
 from weights.checkpoint import Checkpoint
+from weights.companions import companions
 
 _OWN = ("config.json", "params.json")  # written anew; Meta's is in ours
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from base.errors import InputError
 from models.config import ModelConfig
-from models.tokenizer import load_codec, within_vocabulary
+from models.tokenizer.codec import within_vocabulary
+from models.tokenizer.open import load_codec
 from weights.checkpoint import Checkpoint
-from weights.errors import InputError
 from weights.files import regular_file
 from weights.texts import without_mark
 

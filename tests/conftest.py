@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from launcher.machine.topology import read_topology
 from launcher.plan import LaunchRequest, make_plan
 from launcher.spawn import RunOptions, launch, new_session
-from launcher.topology import read_topology
 from tests.leftovers import MARK, expect_no_more_segments, segments
 
 CHECKOUT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from weights.errors import InputError
+from base.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from base.errors import InputError
 from tp.heads import Heads, split_heads
-from weights.errors import InputError
 
 if TYPE_CHECKING:  # the table is read where torch is not loaded, too
     from weights.checkpoint import Slices

@@ -6,7 +6,7 @@ any rectangular part of one tensor as a torch tensor: each rank asks for its own
 Where a file has quantised weights that products can take, `Entry.quant` brings a part of them as they
 are (`weights.quant`).
 
-What is not here: writing.
+What is not here: opening one (`weights.open`), writing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 
 from torch import Tensor
 
-from weights.locate import locate
 from weights.quant import QuantWeight
 from weights.schemes import Scheme
 
@@ -84,33 +83,6 @@ class Checkpoint:
     def folder(self) -> Path:
         """Where config and tokenizer are."""
         return self.beside or (self.path if self.path.is_dir() else self.path.parent)
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint of any format that is read: a file, an index, or the folder of a model, as
-    `weights.locate` finds them. Raises InputError for what is missing, damaged, or of a format that is
-    not read."""
-    source = locate(path)
-    # Imported here: each brings a library that only its own format needs.
-    if source.form == "gguf":
-        from weights.gguf_io import open_gguf
-
-        return open_gguf(source)
-    if source.form == "safetensors":
-        from weights.safetensors_io import open_safetensors
-
-        return open_safetensors(source)
-    if source.form == "meta":
-        from weights.meta_io import open_meta
-
-        return open_meta(source)
-    if source.form == "yoke":
-        from weights.yoke_io import open_yoke
-
-        return open_yoke(source.folder)
-    from weights.pickle_io import open_pickle
-
-    return open_pickle(source)
 
 
 def check_slices(name: str, shape: tuple[int, ...], slices: Slices) -> None:

@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from weights.errors import InputError
+from base.errors import InputError
 from weights.texts import without_mark
 
 # What reading a damaged file raises, in our code and in the libraries': the boundary of each format

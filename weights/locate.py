@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from weights.errors import InputError
+from base.errors import InputError
 from weights.files import HEADER_LIMIT, read_json, regular_file
 
 READ = (

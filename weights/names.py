@@ -3,7 +3,7 @@
 Canonical names are those of Hugging Face's Llama. Most families have them already; GPT-J, Falcon,
 Mixtral's experts, Meta's releases, gpt-fast, fused projections (Phi-3) and what was saved from a base
 model (without `model.` before each name) are translated. A name that no family has keeps itself, so
-that the loader can name it where it refuses it. GGUF's names: `weights.gguf_names`.
+that the loader can name it where it refuses it. GGUF's names: `weights.formats.gguf_names`.
 
 Two families store the rows of the query and key projections interleaved, for rotary embeddings over
 neighbours (2i, 2i+1) where the canonical order has halves (i, i + half a head): Meta with gpt-fast,

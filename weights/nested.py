@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from weights.errors import InputError
+from base.errors import InputError
 
 T = TypeVar("T")
 

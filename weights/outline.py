@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from weights.files import DAMAGE, read_json
+from weights.formats.quant_config import QuantConfig, read_quant_config, with_file_beside
 from weights.locate import MANIFEST, Source, locate
 from weights.names import Piece, translate
 from weights.nested import is_nested, text_config, text_weights
-from weights.quant_config import QuantConfig, read_quant_config, with_file_beside
 from weights.schemes import GGUF_SCHEMES, Scheme
 
 _BLOCK = 8 << 20  # bytes of a weight that are compared at once
@@ -74,9 +74,9 @@ def read_outline(path: Path) -> Outline | None:
 def _gguf(source: Source) -> Outline:
     from gguf import GGMLQuantizationType
 
-    from weights.gguf_header import architecture_of, num_experts_of
-    from weights.gguf_names import FACTORS, naming_of, translate_gguf
-    from weights.gguf_split import read_parts
+    from weights.formats.gguf_header import architecture_of, num_experts_of
+    from weights.formats.gguf_names import FACTORS, naming_of, translate_gguf
+    from weights.formats.gguf_split import read_parts
 
     path, headers = source.path, read_parts(source.files)
     header, tensors = headers[0], [tensor for part in headers for tensor in part.tensors]
@@ -112,7 +112,7 @@ def _yoke(source: Source) -> Outline:
 
 
 def _safetensors(source: Source) -> Outline:
-    from weights.safetensors_header import read_header
+    from weights.formats.safetensors_header import read_header
 
     declared = read_json(source.folder / "config.json")
     found: dict[str, Mapping[str, Any]] = {}
@@ -125,7 +125,7 @@ def _safetensors(source: Source) -> Outline:
                 first, last = header[name]["data_offsets"]
                 places[name] = (file, start + first, start + last)
     if is_nested(declared):
-        found, places = (text_weights(each, source.path) for each in (found, places))
+        found, places = text_weights(found, source.path), text_weights(places, source.path)
     config, said_by = with_file_beside(text_config(declared), source.folder, found)
     quantised = read_quant_config(config, said_by)
     modules: dict[str, dict[str, tuple[int, ...]]] = {}

@@ -7,8 +7,8 @@ covers the schemes that are read or made: int8 per channel, int4 in groups with 
 every world size and processor: it is cut for a rank first, and laid out for an instruction set last
 (kernels/).
 
-What is not here: how weights are quantised (weights.quantise, quantize/), how files store them
-(weights.quant_hf, weights.gguf_blocks), and products.
+What is not here: how weights are quantised (weights.quantize, quantize/), how files store them
+(weights.formats.quant_hf, weights.formats.gguf_blocks), and products.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weights.errors import InputError
+from base.errors import InputError
 from weights.schemes import MIN_GROUP as MIN_GROUP
 from weights.schemes import SCHEMES as SCHEMES
 from weights.schemes import Scheme as Scheme

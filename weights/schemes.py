@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from math import gcd
 
-from weights.errors import InputError
+from base.errors import InputError
 
 SCHEMES = (
     "int8",
@@ -55,7 +55,7 @@ class Scheme:
         return 0 if size % MIN_GROUP else size
 
 
-# GGUF's blocks that are kept as they are (weights.gguf_blocks); others are dequantised.
+# GGUF's blocks that are kept as they are (weights.formats.gguf_blocks); others are dequantised.
 GGUF_SCHEMES = {"Q4_0": Scheme(4, 32), "Q4_1": Scheme(4, 32, symmetric=False), "Q8_0": Scheme(8, 32)}
 
 

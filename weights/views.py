@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from base.errors import InputError
 from weights.checkpoint import Checkpoint, Entry, ReadQuant, Slices, check_slices
-from weights.errors import InputError
 from weights.locate import Source
 from weights.names import Piece
 from weights.quant import QuantWeight, join_rows

@@ -7,7 +7,8 @@ and no more than a piece per thread is ever held. What is written is checksummed
 The format: eight bytes with the length of the header (little-endian), a JSON header padded with spaces
 to eight bytes, and the data, back to back. Tensors of wide elements come first, so all are aligned.
 
-What is not here: reading (safetensors does that, or `weights.yoke_io`), and which tensors go where.
+What is not here: reading (safetensors does that, or `weights.formats.yoke_io`), and which tensors go
+where.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from base.compiler import find_compiler, program_of
-from launcher.probe import try_compiler
+from launcher.doctor.probe import try_compiler
 
 SYSTEM = Path(__file__).resolve().parents[2] / "requirements/system.sh"
 

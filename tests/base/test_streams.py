@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from base.errors import LaunchError
 from base.streams import printable
-from launcher.errors import LaunchError
 from launcher.output import untouched
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent

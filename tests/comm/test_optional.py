@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from base.errors import LaunchError
 from comm import optional
 from comm.optional import PackageError
-from launcher.backends import require_backend
-from launcher.errors import LaunchError
+from launcher.doctor.backends import require_backend
 from tests.conftest import yoke
 
 PACKAGES = {"ccl": "oneccl_bindings_for_pytorch", "deepspeed": "deepspeed"}
@@ -84,7 +84,7 @@ def test_the_command_refuses_what_does_not_fit_and_imports_nothing(
 @pytest.mark.parametrize("comm", ["ccl", "deepspeed"])
 def test_doctor_tells_how_it_would_be_used(comm: str, tmp_path: Path) -> None:
     code = (
-        "import torch; from launcher.backends import find_backends\n"
+        "import torch; from launcher.doctor.backends import find_backends\n"
         "for backend in find_backends(torch.__version__): print(backend.name, backend.note)"
     )
     install(tmp_path, "deepspeed", "0.19.8")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from base.errors import InputError
 from comm.group import Group
 from engine.beam_plan import Search
 from engine.beams import beam_search, find, generate_beams
@@ -27,11 +28,10 @@ from models.config import expected_shapes
 from models.decoder import Decoder
 from models.load import config_of, load_model
 from models.presets import PRESETS
-from models.tokenizer import byte_codec
+from models.tokenizer.codec import byte_codec
 from tests.models.families import make
-from weights.checkpoint import open_checkpoint
-from weights.errors import InputError
-from weights.random_io import random_checkpoint
+from weights.formats.random_io import random_checkpoint
+from weights.open import open_checkpoint
 
 VOCAB, WIDTH, COUNT = 50, 4, 14
 

@@ -9,6 +9,7 @@ from math import prod
 
 import pytest
 
+from base.errors import InputError
 from engine.catalog import catalog, select
 from engine.memory import rank_needs
 from launcher.models_view import format_count, model_rows, notes, render
@@ -19,7 +20,6 @@ from models.families import FAMILIES, family_of
 from models.presets import PRESETS
 from models.sizes import layout_of, num_active_parameters, num_parameters
 from tp.shard import slices_of
-from weights.errors import InputError
 
 
 def counted_one_by_one(config: ModelConfig, rank: int, size: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from base.errors import InputError
 from engine.job import fitted_length, parse_job
 from engine.memory import job_needs, with_batch
 from engine.opening import about_length
@@ -20,7 +21,6 @@ from models.config import Rope
 from models.presets import PRESETS
 from models.sampling import Sampling
 from tests.quantize.small import make_folder
-from weights.errors import InputError
 
 RUN = ("compile=false", "dtype=float32", "output=json")
 

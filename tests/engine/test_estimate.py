@@ -24,11 +24,11 @@ from models.decoder import Decoder
 from models.load import config_of, linears_of, load_model
 from models.presets import PRESETS
 from models.quant_rules import products_of
+from reshard.plan import make_plan
+from reshard.run import Reader
+from reshard.run import write as write_parts
 from tests.weights.quant_files import CONFIG, Kind, write
-from tp.reshard_plan import make_plan
-from tp.reshard_run import Reader
-from tp.reshard_run import write as write_parts
-from weights.checkpoint import open_checkpoint
+from weights.open import open_checkpoint
 from weights.outline import read_outline
 
 DIM, FFN, VOCAB, LAYERS = 256, 512, 96, 2

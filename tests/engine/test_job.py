@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from base.errors import InputError
 from engine.job import Job, parse_job, stop_texts
 from engine.memory import job_needs, smaller_batch, with_batch
 from engine.resolve import check_ranks, from_json, resolve, to_json
 from models.find import find_weights
-from weights.errors import InputError
 
 GOOD = ["model=tiny", "weights=random", "prompt=hi"]
 

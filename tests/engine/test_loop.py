@@ -15,11 +15,11 @@ from engine.requests import Answer, Request
 from engine.steps import Runner, make_runner
 from models.config import expected_shapes
 from models.decoder import Decoder
-from models.generate import generate as plain_loop
 from models.load import load_model
 from models.presets import PRESETS
+from models.reference import generate as plain_loop
 from models.sampling import Sampling
-from weights.random_io import random_checkpoint
+from weights.formats.random_io import random_checkpoint
 
 CONFIG = PRESETS["tiny"]
 GROUP = Group(0, 1)

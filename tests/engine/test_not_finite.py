@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from base.errors import InputError
 from comm.group import Group
 from engine import speculation
 from engine.loop import Watcher, generate
@@ -17,14 +18,13 @@ from engine.requests import Request
 from engine.steps import Runner, make_runner
 from models.config import expected_shapes
 from models.decoder import Decoder
-from models.generate import generate as plain_loop
 from models.load import config_of, load_model
 from models.presets import PRESETS
+from models.reference import generate as plain_loop
 from models.sampling import Sampling
 from tests.quantize.small import make_folder, tensors_of
-from weights.checkpoint import open_checkpoint
-from weights.errors import InputError
-from weights.random_io import random_checkpoint
+from weights.formats.random_io import random_checkpoint
+from weights.open import open_checkpoint
 
 ALONE = Group(0, 1)
 CONFIG = PRESETS["tiny"]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from base.errors import InputError
 from engine.job import Job, parse_job
 from engine.prompts import prompt_from_dict, read_prompts
-from weights.errors import InputError
 
 
 def job(file: Path, *words: str) -> Job:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from base.errors import InputError
 from engine.job import help_lines, parse_job
 from engine.memory import job_needs, keeps_quantised, with_batch
 from engine.resolve import check_ranks, resolve
 from tests.weights.quant_files import Kind, write
-from weights.errors import InputError
 
 WORDS = ["model=llama-3.2-1b", "weights=random", "prompt=hi", "dtype=bfloat16"]
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from base.errors import InputError
 from engine.requests import check_request, pack
-from weights.errors import InputError
 
 
 @given(

@@ -13,9 +13,9 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from engine.session import check_chat
-from models.tokenizer import byte_codec
-from weights.errors import InputError
+from base.errors import InputError
+from engine.chat import check_chat
+from models.tokenizer.codec import byte_codec
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 WORDS = ("model=tiny", "weights=random", "compile=false", "dtype=float32")

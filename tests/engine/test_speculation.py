@@ -12,6 +12,7 @@ from itertools import product
 import pytest
 import torch
 
+from base.errors import InputError
 from comm.group import Group
 from engine import speculation
 from engine.job import parse_job
@@ -26,8 +27,7 @@ from models.load import load_model
 from models.presets import PRESETS
 from models.sampling import Sampling
 from tests.engine.chances import chi_square, limit
-from weights.errors import InputError
-from weights.random_io import random_checkpoint
+from weights.formats.random_io import random_checkpoint
 
 ALONE = Group(0, 1)
 SMALL = replace(PRESETS["tiny"], vocab_size=4, num_layers=1)

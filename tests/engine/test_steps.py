@@ -17,7 +17,7 @@ from models.config import ModelConfig, expected_shapes
 from models.decoder import Decoder
 from models.load import load_model
 from models.presets import PRESETS
-from weights.random_io import random_checkpoint
+from weights.formats.random_io import random_checkpoint
 
 ALONE = Group(0, 1)
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.texts import text_stream
-from models.tokenizer import byte_codec
+from models.tokenizer.codec import byte_codec
 
 CODEC = byte_codec(256)
 
@@ -40,8 +40,8 @@ def test_the_text_ends_before_the_first_stop(text: str, stops: list[str]) -> Non
 
 
 def test_half_a_character_is_not_shown(gguf) -> None:
-    from models.tokenizer import load_codec
-    from weights.checkpoint import open_checkpoint
+    from models.tokenizer.open import load_codec
+    from weights.open import open_checkpoint
 
     codec = load_codec(open_checkpoint(gguf))
     text = "né🙂 fin. Then more"

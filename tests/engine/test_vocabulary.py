@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
+from base.errors import InputError
+from engine.chat import next_task, open_channel
 from engine.job import parse_job
 from engine.resolve import resolve
-from engine.session import next_task, open_channel
-from models.tokenizer import byte_codec, load_codec, within_vocabulary
+from models.tokenizer.codec import byte_codec, within_vocabulary
+from models.tokenizer.open import load_codec
 from tests.quantize.small import make_folder
-from weights.checkpoint import open_checkpoint
-from weights.errors import InputError
+from weights.open import open_checkpoint
 
 MESSAGE = "a token of the text has id 128, and the model has a vocabulary of 128 (ids 0 to 127)"
 

@@ -12,7 +12,7 @@ from kernels.gated_mlp import ACTIVATIONS, gated_mlp, gated_mlp_reference
 from kernels.load import load_kernels
 from kernels.packed import pack_bf16
 from kernels.quant_linear import Packed, pack, quant_linear
-from weights.quantise import quantise_rtn
+from weights.quantize import quantise_rtn
 from weights.schemes import parse_scheme
 
 assert load_kernels()

@@ -8,9 +8,9 @@ import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from base.errors import InputError
 from kernels.load import load_kernels
 from kernels.quant_linear import Packed, pack, quant_linear, quant_linear_reference, unpack
-from weights.errors import InputError
 from weights.quant import QuantWeight, pack_nibbles
 
 assert load_kernels()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.backends import find_backends, judge, release
+from launcher.doctor.backends import find_backends, judge, release
 
 
 def install(folder: Path, distribution: str, version: str, package: str) -> None:

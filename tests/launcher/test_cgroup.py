@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from trees import write
 
-from launcher.cgroup import Cgroup, read_cgroup
+from launcher.machine.cgroup import Cgroup, read_cgroup
 
 UNLIMITED_V1 = "9223372036854771712"
 V2 = {

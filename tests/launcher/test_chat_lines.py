@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.chat_lines import AbandonedError, Turn, history_path, load_history, read_turn, remember
-from launcher.chat_link import Done
-from launcher.chat_view import figures, stats
+from launcher.chat.lines import AbandonedError, Turn, history_path, load_history, read_turn, remember
+from launcher.chat.link import Done
+from launcher.chat.view import figures, stats
 
 
 def turns(lines: list[str]) -> list[Turn]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from trees import GPU_UUIDS, NODE, gpus, memory_only, two_sockets, write
 
-from launcher.gpus import Gpu, read_gpus
-from launcher.topology import read_topology
+from launcher.machine.gpus import Gpu, read_gpus
+from launcher.machine.topology import read_topology
 
 FIRST, SECOND, THIRD = "0000:3b:00.0", "0000:5e:00.0", "10000:01:00.0"
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
+from base.errors import LaunchError
 from launcher.elastic import agent_command
-from launcher.errors import LaunchError
 from launcher.manager import find_manager, first_host, interface_of, tasks_per_node
 from launcher.meeting import Meeting, meet
 from launcher.starter import is_typed_in_rank, was_started_by

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from base.errors import LaunchError
 from launcher import meeting, watch
-from launcher.errors import LaunchError
 from launcher.guard import MARK, kill_groups, mark_of, remove_segments
 from launcher.manager import Managed
 from launcher.meeting import meet

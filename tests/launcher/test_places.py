@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from trees import NODE, sockets_on_nodes, two_sockets, write
 
+from base.errors import LaunchError
 from launcher.draw import render_plain
-from launcher.errors import LaunchError
 from launcher.fit import check_fit
+from launcher.machine.topology import Topology, read_topology
 from launcher.plan import MAX_RANKS, LaunchPlan, LaunchRequest, make_plan
-from launcher.topology import Topology, read_topology
 from tests.conftest import CHECKOUT
 
 

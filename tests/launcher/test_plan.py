@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from base.errors import LaunchError
 from launcher.draw import plan_to_json, render_plain
-from launcher.errors import LaunchError
 from launcher.fit import check_fit, require_fit
 from launcher.flags import parse_flags
+from launcher.machine.topology import Core, Gpu, Node, Socket, Topology
 from launcher.plan import LaunchRequest, make_plan
-from launcher.topology import Core, Gpu, Node, Socket, Topology
 
 
 def machine(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import LaunchError
+from base.errors import LaunchError
 from launcher.flags import parse_flags
 from launcher.program import check_program
 from tests.conftest import CHECKOUT

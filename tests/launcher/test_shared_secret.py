@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import LaunchError
+from base.errors import LaunchError
 from launcher.shared_secret import shared_secret
 
 GOOD = "0123456789abcdef"

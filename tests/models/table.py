@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from comm.group import Group
+from launcher.machine.topology import read_topology
 from launcher.plan import LaunchRequest, make_plan
 from launcher.spawn import RunOptions, launch, new_session
-from launcher.topology import read_topology
 from models.defaults import DEFAULTS
 from models.families import FAMILIES as NAMED
 from models.load import config_of, load_model
@@ -33,7 +33,7 @@ from tests.models.families import (
     wanted,
 )
 from tests.models.traces import expected, group_of_one, trace
-from weights.checkpoint import open_checkpoint
+from weights.open import open_checkpoint
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TITLES = ("variant", "architecture", "block", "heads", "KV heads", "what it shows")

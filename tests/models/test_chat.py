@@ -16,10 +16,10 @@ import pytest
 from hostile_texts import TEMPLATES as HOSTILE
 from tokenizers import Tokenizer, models
 
+from base.errors import InputError
 from models import chat
 from models.chat import apply_chat_template
-from models.tokenizer import TextCodec
-from weights.errors import InputError
+from models.tokenizer.codec import TextCodec
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}

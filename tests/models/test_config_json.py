@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from vocabularies import SPECIAL, TEXTS, gguf_of, train_bytes
 
+from base.errors import InputError
 from models.config import ModelConfig, Rope
 from models.config_hf import from_hf
 from models.config_json import to_hf
-from models.tokenizer import load_codec
-from models.tokenizer_files import tokenizer_files
+from models.tokenizer.files import tokenizer_files
+from models.tokenizer.open import load_codec
 from weights.checkpoint import Checkpoint
-from weights.errors import InputError
-from weights.gguf_io import open_gguf
+from weights.formats.gguf_io import open_gguf
 
 BASE = ModelConfig(
     dim=64, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16, ffn_dim=96, vocab_size=40,

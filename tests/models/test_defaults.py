@@ -13,12 +13,12 @@ import families
 import pytest
 import torch
 
+from base.errors import InputError
 from models import config_gguf, config_hf, config_rope
 from models.config import ModelConfig
 from models.config_hf import ARCHITECTURES, from_hf
 from models.defaults import ALIASES, DEFAULTS, ROPE_DEFAULTS, gguf_defaults
 from models.keys import REQUIRED
-from weights.errors import InputError
 
 # Keys that are no fields of a class: rotary settings, and what it takes from any file that has them.
 NOT_FIELDS = {

@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import NAMES, run, save, wanted
 
+from base.errors import InputError
 from comm import ops
 from comm.group import Group
 from models.config import expected_shapes
@@ -21,8 +22,7 @@ from models.load import config_of, destinations, load_model
 from tests.models.table import DEFAULTS_ABOUT, TITLES, defaults_table, described
 from tests.models.traces import expected, group_of_one, trace
 from tp.shard import find_spec, plan_layout, slices_of
-from weights.checkpoint import open_checkpoint
-from weights.errors import InputError
+from weights.open import open_checkpoint
 
 # Of these, 8 ranks can be made.
 UP_TO_8 = ("llama", "llama-biases", "qwen2", "qwen3", "gptj")

@@ -18,15 +18,15 @@ from nested_families import NESTED
 from nested_families import save as save_nested
 from safetensors.torch import load_file, save_file
 
+from base.errors import InputError
 from comm.group import Group
 from models.config_hf import from_hf
 from models.load import config_of, load_model
-from models.tokenizer import load_codec
-from tp.reshard_plan import make_plan
-from tp.reshard_run import Reader, write
-from weights.checkpoint import open_checkpoint
-from weights.errors import InputError
+from models.tokenizer.open import load_codec
+from reshard.plan import make_plan
+from reshard.run import Reader, write
 from weights.nested import WRAPPERS
+from weights.open import open_checkpoint
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 TIED = {"tie_word_embeddings": True}

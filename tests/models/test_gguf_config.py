@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from base.errors import InputError
 from models.config import HEAD, ModelConfig, Rope
 from models.config_gguf import from_gguf
 from models.presets import PRESETS
 from models.rope import frequencies
-from weights.errors import InputError
-from weights.gguf_names import ARCHITECTURES
+from weights.formats.gguf_names import ARCHITECTURES
 
 SIZES = {
     "block_count": 4,

@@ -23,7 +23,7 @@ from gguf.quants import dequantize, quantize
 
 from comm.group import Group
 from models.load import config_of, load_model
-from weights.checkpoint import open_checkpoint
+from weights.open import open_checkpoint
 
 # What GGUF cannot say is left at what llama.cpp takes for granted: Gemma's query scale, SmolLM3's
 # period, normalised weights of Qwen 3's experts. Files of "dynamic" scaling and of Qwen 2 with windows

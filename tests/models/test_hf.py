@@ -18,15 +18,15 @@ import torch
 from hf_families import FAMILIES, add_tokenizer, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from base.errors import InputError
 from comm.group import Group
 from engine.job import parse_job
 from engine.memory import job_needs
 from engine.resolve import check_ranks, resolve
-from models.hf import HfModel, build_model, load_hf_model
+from models.hf.model import HfModel, build_model, load_hf_model
 from tests.targets.hf import run, wanted_of
 from tp.heads import split_heads
-from weights.errors import InputError
-from weights.safetensors_io import open_safetensors
+from weights.formats.safetensors_io import open_safetensors
 
 # What these hold whole: VaultGemma's table, which it scales; the latents of MiniCPM3's attention.
 WHOLE = ("vaultgemma", "minicpm3")

@@ -9,16 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from base.errors import InputError
 from comm.group import Group
 from models.config import ModelConfig
 from models.config_gguf import from_gguf
 from models.config_hf import from_hf
-from models.generate import generate
 from models.load import config_of, expected_shapes, load_model
 from models.presets import PRESETS
-from weights.checkpoint import open_checkpoint
-from weights.errors import InputError
-from weights.random_io import random_checkpoint
+from models.reference import generate
+from weights.formats.random_io import random_checkpoint
+from weights.open import open_checkpoint
 
 SHAPES = {
     "mha": {"num_attention_heads": 4, "num_key_value_heads": 4},

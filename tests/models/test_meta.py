@@ -13,7 +13,7 @@ from comm.group import Group
 from models.load import config_of, load_model
 from models.rope import frequencies
 from tests.weights.samples import CONFIG, HEAD_DIM, llama, write_meta
-from weights.checkpoint import open_checkpoint
+from weights.open import open_checkpoint
 
 
 @pytest.mark.parametrize(("more", "factor"), [({}, 32.0), ({"rope_scaling_factor": 8.0}, 8.0)])

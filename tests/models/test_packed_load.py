@@ -15,7 +15,7 @@ from kernels.load import load_kernels
 from models.config import ModelConfig, expected_shapes
 from models.load import load_model
 from tests.targets.packed import logits_of
-from weights.random_io import random_checkpoint
+from weights.formats.random_io import random_checkpoint
 
 assert load_kernels()
 ALONE = Group(0, 1)

@@ -14,9 +14,9 @@ from models.decoder import Decoder
 from models.load import config_of, load_model
 from models.perplexity import perplexity
 from models.presets import PRESETS
-from models.tokenizer import load_codec
-from weights.checkpoint import open_checkpoint
-from weights.random_io import random_checkpoint
+from models.tokenizer.open import load_codec
+from weights.formats.random_io import random_checkpoint
+from weights.open import open_checkpoint
 
 WINDOW = 256  # tokens of the text's 635
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from base.errors import InputError
 from models.config import ModelConfig, check, from_dict, override
 from models.config_hf import ARCHITECTURES, from_hf
 from models.families import FAMILIES, family_of
 from models.presets import PRESETS
 from models.sizes import num_parameters
-from weights.errors import InputError
 
 # Published numbers of parameters, in units of 10^9; a tied head is not counted twice. Gemma 3 from 4B
 # on: without what it sees pictures with, a tower of 0.4169 and a projector.

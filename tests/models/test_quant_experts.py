@@ -11,6 +11,7 @@ import gguf
 import pytest
 import torch
 
+from base.errors import InputError
 from comm.group import Group
 from engine.job import parse_job
 from engine.memory import job_needs, with_batch
@@ -24,10 +25,10 @@ from models.quant_rules import check_quant, parse_asked, scheme_for
 from tests.models.expert_files import CONFIG, DIM, MIXTRAL, WIDTH, write_folder, write_gguf
 from tests.targets.quant import TOKENS
 from tests.weights.quant_files import Kind
-from weights.checkpoint import Checkpoint, Entry, open_checkpoint
-from weights.errors import InputError
+from weights.checkpoint import Checkpoint, Entry
+from weights.formats.random_io import random_checkpoint
+from weights.open import open_checkpoint
 from weights.outline import read_outline
-from weights.random_io import random_checkpoint
 from weights.schemes import parse_scheme
 
 ALONE = Group(0, 1)

@@ -12,6 +12,7 @@ import torch
 from gguf import GGMLQuantizationType
 
 import tp.layers
+from base.errors import InputError
 from comm.group import Group
 from kernels.quant_linear import Packed, unpack_bf16
 from models.config import HEAD, ModelConfig, expected_shapes
@@ -30,19 +31,19 @@ from models.quant_rules import (
     scheme_for,
 )
 from models.sizes import layout_of
+from reshard.plan import make_plan
+from reshard.run import Reader
+from reshard.run import write as write_parts
 from tests.models.expert_files import write_folder, write_gguf
 from tests.targets.quant import TOKENS, logits_of, wanted_file
 from tests.weights.quant_files import CONFIG as KEYS
 from tests.weights.quant_files import Kind, save, write
-from tp.reshard_plan import make_plan
-from tp.reshard_run import Reader
-from tp.reshard_run import write as write_parts
 from tp.shard import slices_of
-from weights.checkpoint import Checkpoint, Entry, open_checkpoint
-from weights.errors import InputError
+from weights.checkpoint import Checkpoint, Entry
+from weights.formats.random_io import random_checkpoint
+from weights.open import open_checkpoint
 from weights.outline import Stored
 from weights.quant import QuantWeight
-from weights.random_io import random_checkpoint
 from weights.schemes import Scheme
 
 ALONE = Group(0, 1)

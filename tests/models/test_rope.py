@@ -10,11 +10,11 @@ import torch
 from transformers import Gemma3TextConfig, LlamaConfig, Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from base.errors import InputError
 from kernels.rotary import rotate
 from models.config import ModelConfig, Rope
 from models.config_hf import from_hf
 from models.rope import frequencies, rope_tables
-from weights.errors import InputError
 
 LENGTHS = (1, 15, 16, 17, 63, 64, 65, 1000)
 HEADS = 4

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from base.errors import InputError
 from models.limits import likeliest
 from models.sampling import (
     Choice,
@@ -21,7 +22,6 @@ from models.sampling import (
     start_row,
 )
 from models.sampling_params import check_sampling
-from weights.errors import InputError
 
 # Of a right program one test in a million fails, were the seeds not fixed.
 ALARM = 1e-6

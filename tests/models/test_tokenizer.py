@@ -10,8 +10,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from vocabularies import TEXTS
 
 from models.chat import apply_chat_template
-from models.tokenizer import TextCodec, byte_codec, load_codec
-from weights.checkpoint import Checkpoint, open_checkpoint
+from models.tokenizer.codec import TextCodec, byte_codec
+from models.tokenizer.open import load_codec
+from weights.checkpoint import Checkpoint
+from weights.open import open_checkpoint
 
 
 @pytest.fixture(scope="module")

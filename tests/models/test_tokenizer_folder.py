@@ -14,11 +14,12 @@ from test_tokenizer_gguf import LLAMA_3, byte_level, patterns
 from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
 from vocabularies import CORPUS, SPECIAL, TEXTS, train_bytes, train_spm
 
+from base.errors import InputError
 from models.chat import apply_chat_template
-from models.tokenizer import TextCodec, load_codec
-from models.tokenizer_bytes import spell
+from models.tokenizer.byte_level import spell
+from models.tokenizer.codec import TextCodec
+from models.tokenizer.open import load_codec
 from weights.checkpoint import Checkpoint
-from weights.errors import InputError
 
 
 def read(folder: Path, **config: Any) -> TextCodec:
@@ -203,7 +204,7 @@ def test_legacy_puts_a_space_behind_special_tokens(folder: Path) -> None:
 
 
 def _pipeline(folder: Path) -> str:
-    from models.tokenizer_spm import build_spm, read_spm
+    from models.tokenizer.spm import build_spm, read_spm
 
     return str(build_spm(read_spm(folder / "tokenizer.model")).to_str())
 

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 from vocabularies import SPECIAL, TEXTS, gguf_of, train_bytes, train_spm, write_gguf
 
+from base.errors import InputError
 from models.chat import apply_chat_template
-from models.tokenizer import TextCodec, load_codec
-from models.tokenizer_bytes import SPLITTINGS, build_bytes
-from models.tokenizer_spm import read_spm
-from weights.checkpoint import Checkpoint, open_checkpoint
-from weights.errors import InputError
+from models.tokenizer.byte_level import SPLITTINGS, build_bytes
+from models.tokenizer.codec import TextCodec
+from models.tokenizer.open import load_codec
+from models.tokenizer.spm import read_spm
+from weights.checkpoint import Checkpoint
+from weights.open import open_checkpoint
 
 
 def split(pattern: str) -> dict[str, Any]:

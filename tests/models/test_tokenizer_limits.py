@@ -14,9 +14,9 @@ from test_tokenizer_folder import read
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from vocabularies import CORPUS
 
-from models.tokenizer import make_codec
-from models.tokenizer_limits import check_json, check_length, divisions, guarded
-from weights.errors import InputError
+from base.errors import InputError
+from models.tokenizer.codec import make_codec
+from models.tokenizer.limits import check_json, check_length, divisions, guarded
 
 
 @contextmanager

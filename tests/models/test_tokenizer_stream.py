@@ -12,9 +12,10 @@ from test_tokenizer_gguf import LLAMA_3, byte_level, patterns
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from vocabularies import TEXTS, train_bytes, train_spm
 
-from models.tokenizer import TextCodec, byte_codec, load_codec, make_codec
+from base.errors import InputError
+from models.tokenizer.codec import TextCodec, byte_codec, make_codec
+from models.tokenizer.open import load_codec
 from weights.checkpoint import Checkpoint
-from weights.errors import InputError
 
 WORDS = [
     "ab",
@@ -147,7 +148,7 @@ def test_a_long_text_streams_in_time_that_grows_with_it(tmp_path: Path) -> None:
         longest = max(longest, len(tokens))
         return codec.decode(tokens)
 
-    from models.tokenizer import _stream
+    from models.tokenizer.codec import _stream
 
     step = _stream(decode, frozenset(), lambda token: False)
     tokens = codec.encode(" ".join(TEXTS[:4] * 20), False)

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from base.errors import InputError
 from comm.group import Group
 from models.config_hf import from_hf
 from models.load import config_of, load_model
@@ -26,10 +27,9 @@ from quantize.job import parse_job, searches, uses_gptq
 from quantize.plan import make_plan
 from tests.conftest import CHECKOUT
 from tests.quantize.small import CONFIG, TEXT, make_folder, tensors_of
-from weights.checkpoint import open_checkpoint
-from weights.errors import InputError
+from weights.open import open_checkpoint
 from weights.quant import parse_scheme
-from weights.quantise import quantise_rtn
+from weights.quantize import quantise_rtn
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -259,7 +259,7 @@ def test_too_little_space_is_told_before(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr("tp.reshard_output.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("weights.output.shutil.disk_usage", lambda folder: usage)
     said = refused(capsys, f"model={source}", f"out={tmp_path / 'out'}", "quant=int8")
     assert "1000 B free" in said and list(tmp_path.iterdir()) == []
 

@@ -23,9 +23,10 @@ from quantize.command import main
 from quantize.walk import Walk
 from tests.models.expert_files import KEYS, MIXTRAL, in_mixtral
 from tests.quantize.small import TEXT
-from weights.checkpoint import Checkpoint, open_checkpoint
+from weights.checkpoint import Checkpoint
+from weights.formats.random_io import random_checkpoint
+from weights.open import open_checkpoint
 from weights.quant import parse_scheme
-from weights.random_io import random_checkpoint
 
 SOURCE = replace(MIXTRAL, vocab_size=128, max_seq_len=512)
 UNMET = 3  # an expert that the router never chooses

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from base.errors import InputError
 from quantize.gptq import gptq, inverse_factor
 from quantize.grid import Grid, range_grid, search_grid
-from weights.errors import InputError
 from weights.quant import Scheme, parse_scheme
-from weights.quantise import quantise_rtn
+from weights.quantize import quantise_rtn
 
 N, K = 24, 320
 

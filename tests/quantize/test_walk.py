@@ -24,8 +24,9 @@ from quantize.run import carry_out
 from quantize.texts import spread
 from quantize.walk import Walk, perplexity_of
 from tests.quantize.small import CONFIG, TEXT, make_folder
-from weights.checkpoint import Checkpoint, open_checkpoint
-from weights.random_io import random_checkpoint
+from weights.checkpoint import Checkpoint
+from weights.formats.random_io import random_checkpoint
+from weights.open import open_checkpoint
 
 BASE = replace(CONFIG, num_layers=3, num_kv_heads=4, rope=Rope(100.0))
 CONFIGS = {

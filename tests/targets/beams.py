@@ -15,7 +15,7 @@ from engine.beam_plan import Search
 from engine.beams import find
 from engine.steps import BEAMS, Runner, make_runner
 from models.load import config_of, load_model
-from weights.checkpoint import open_checkpoint
+from weights.open import open_checkpoint
 
 
 def main(env: Any, payload: str) -> int:

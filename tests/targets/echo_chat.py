@@ -106,10 +106,10 @@ def serve(channel: socket.socket, pause_s: float, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    from launcher.console import CHAT
+    from launcher.chat.console import CHAT
+    from launcher.machine.topology import read_topology
     from launcher.plan import LaunchRequest, make_plan
     from launcher.spawn import RunOptions, launch, new_session
-    from launcher.topology import read_topology
 
     ranks = json.loads(sys.argv[1]).get("ranks", 1)
     plan = make_plan(read_topology(), LaunchRequest(ranks=ranks, comm="gloo"))

@@ -15,7 +15,7 @@ from comm import ops
 from comm.group import Group, Rendezvous, open_group
 from models.load import config_of, load_model
 from tests.models.families import STEPS, largest_difference, run
-from weights.checkpoint import open_checkpoint
+from weights.open import open_checkpoint
 
 
 @torch.no_grad()

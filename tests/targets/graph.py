@@ -17,7 +17,7 @@ from engine.requests import Request
 from engine.steps import EXTEND, GREEDY, Runner, make_runner, warm_up
 from models.load import expected_shapes, load_model
 from models.presets import PRESETS
-from weights.random_io import random_checkpoint
+from weights.formats.random_io import random_checkpoint
 
 COLLECTIVES = {
     "yoke::all_reduce",

@@ -10,8 +10,8 @@ import torch
 
 from comm import ops
 from comm.group import Rendezvous, open_group
-from models.hf import load_hf_model
-from weights.safetensors_io import open_safetensors
+from models.hf.model import load_hf_model
+from weights.formats.safetensors_io import open_safetensors
 
 LENGTHS = (9, 5, 7)  # of the prompts in a batch; each is padded to 12
 STEPS = 8

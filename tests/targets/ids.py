@@ -10,9 +10,9 @@ import torch
 
 from comm import ops
 from comm.group import Rendezvous, open_group
-from models.generate import generate
 from models.load import config_of, load_model
-from weights.checkpoint import open_checkpoint
+from models.reference import generate
+from weights.open import open_checkpoint
 
 
 def main(env: Any, payload: str) -> int:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from comm.group import Group
-from engine.rank import peak_rss_bytes
+from engine.generate import peak_rss_bytes
 from models.load import config_of, load_model
-from weights.checkpoint import open_checkpoint
+from weights.open import open_checkpoint
 
 
 def main(env: Any, payload: str) -> int:

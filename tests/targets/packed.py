@@ -14,7 +14,7 @@ from comm.group import Group, Rendezvous, open_group
 from kernels.load import load_kernels
 from models.config import ModelConfig, expected_shapes
 from models.load import load_model
-from weights.random_io import random_checkpoint
+from weights.formats.random_io import random_checkpoint
 
 TOKENS = 40  # more than a few rows
 

@@ -11,7 +11,7 @@ import torch
 from comm import ops
 from comm.group import Group, Rendezvous, open_group
 from models.load import config_of, load_model
-from weights.checkpoint import open_checkpoint
+from weights.open import open_checkpoint
 
 TOKENS = [[1, 17, 40, 63, 5, 111, 2, 90]]
 

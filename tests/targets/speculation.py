@@ -17,7 +17,7 @@ from models.config import expected_shapes
 from models.load import load_model
 from models.presets import PRESETS
 from models.sampling import Sampling
-from weights.random_io import random_checkpoint
+from weights.formats.random_io import random_checkpoint
 
 PROMPTS = ((1, 2, 3, 1, 2), (7,), tuple(range(40)), (9, 9, 9), (5, 6) * 30, (11, 12, 13))
 SAMPLINGS = (Sampling(), Sampling(temperature=0.3, seed=5), Sampling(repetition_penalty=1.3))

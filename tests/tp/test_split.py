@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from base.errors import InputError
 from models.load import expected_shapes
 from models.presets import PRESETS
 from models.sizes import layout_of
 from tp.heads import split_heads
 from tp.shard import find_spec, slices_of, split_units
-from weights.errors import InputError
 
 
 @st.composite

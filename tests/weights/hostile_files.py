@@ -162,9 +162,9 @@ _CHILD = """
 import json, resource, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from weights.checkpoint import open_checkpoint
-from weights.errors import InputError
-import numpy, weights.gguf_io, weights.pickle_io, weights.safetensors_io, weights.yoke_io
+from weights.open import open_checkpoint
+from base.errors import InputError
+from weights.formats import gguf_io, pickle_io, safetensors_io, yoke_io
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 before, start, said = peak(), time.process_time(), ""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from weights.checkpoint import open_checkpoint
-from weights.errors import InputError
+from base.errors import InputError
+from weights.open import open_checkpoint
 
 
 def read_all(path: Path) -> None:

@@ -13,9 +13,10 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
 from safetensors.torch import save_file
 
-from weights.checkpoint import Checkpoint, open_checkpoint
-from weights.errors import InputError
-from weights.random_io import random_checkpoint
+from base.errors import InputError
+from weights.checkpoint import Checkpoint
+from weights.formats.random_io import random_checkpoint
+from weights.open import open_checkpoint
 
 KINDS = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_1, Kind.Q4_0, Kind.Q5_1]
 HEADS, KV_HEADS, HEAD_DIM, DIM, FFN = 6, 2, 16, 96, 160

@@ -30,8 +30,8 @@ from samples import (
     write_safetensors,
 )
 
-from weights.checkpoint import open_checkpoint
-from weights.errors import InputError
+from base.errors import InputError
+from weights.open import open_checkpoint
 
 EXAMPLES = int(os.environ.get("YOKE_FUZZ", "0"))
 pytestmark = pytest.mark.usefixtures("little_memory")

@@ -12,8 +12,8 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
 from samples import HEADS, KV_HEADS, interleave, whole, write_gguf
 
-from weights.checkpoint import open_checkpoint
-from weights.errors import InputError
+from base.errors import InputError
+from weights.open import open_checkpoint
 
 ROWS, COLUMNS = 24, 1024
 WRITABLE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "TQ1_0", "TQ2_0", "MXFP4")

@@ -9,8 +9,8 @@ import pytest
 from lies import refused, save
 from samples import tiny, write_gguf
 
-from weights.checkpoint import open_checkpoint
-from weights.errors import InputError
+from base.errors import InputError
+from weights.open import open_checkpoint
 
 pytestmark = pytest.mark.usefixtures("little_memory")
 HUGE = (1 << 60, (1 << 64) - 1, 1 << 63, 100 << 30)

@@ -15,7 +15,7 @@ import torch
 from lies import refused, save
 from samples import tiny, write_json
 
-from weights.checkpoint import open_checkpoint
+from weights.open import open_checkpoint
 
 pytestmark = pytest.mark.usefixtures("little_memory")
 

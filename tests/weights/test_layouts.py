@@ -30,13 +30,14 @@ from samples import (
 )
 from torch import Tensor
 
+from base.errors import InputError
 from engine.job import parse_job
 from engine.resolve import resolve
 from models.config import expected_shapes
 from models.config_hf import from_hf
-from weights.checkpoint import Checkpoint, Entry, open_checkpoint
-from weights.errors import InputError
+from weights.checkpoint import Checkpoint, Entry
 from weights.names import translate
+from weights.open import open_checkpoint
 from weights.views import concat
 
 
@@ -293,7 +294,7 @@ def test_mistrals_second_copy_is_left_alone(tmp_path: Path) -> None:
 PROBE = """
 import sys, torch
 from pathlib import Path
-from weights.checkpoint import open_checkpoint
+from weights.open import open_checkpoint
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -17,15 +17,15 @@ from quant_files import save as save_quantized
 from safetensors.torch import load_file, save_file
 from samples import llama, tiny, write_bin, write_json, write_meta, write_safetensors
 
+from base.errors import InputError
 from comm.group import Group
 from engine.job import parse_job
 from engine.resolve import resolve
 from models.load import config_of, load_model
 from tests.models.families import save
 from tests.models.gguf_files import write as write_gguf
-from weights.checkpoint import open_checkpoint
-from weights.errors import InputError
 from weights.locate import locate, locate_in
+from weights.open import open_checkpoint
 from weights.outline import read_outline
 
 

@@ -12,12 +12,12 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
 from samples import interleave, write_gguf
 
-from weights.checkpoint import open_checkpoint
-from weights.errors import InputError
-from weights.gguf_blocks import SCHEMES as BLOCKS
-from weights.gguf_blocks import from_blocks
+from base.errors import InputError
+from weights.formats.gguf_blocks import SCHEMES as BLOCKS
+from weights.formats.gguf_blocks import from_blocks
+from weights.open import open_checkpoint
 from weights.quant import join_rows
-from weights.quantise import quantise_rtn
+from weights.quantize import quantise_rtn
 from weights.schemes import SCHEMES, parse_scheme
 
 

@@ -13,8 +13,9 @@ import torch
 from quant_files import DIM, FFN, LAYER, Kind, declared, module, save, write
 from torch import Tensor
 
-from weights.checkpoint import Entry, open_checkpoint
-from weights.errors import InputError
+from base.errors import InputError
+from weights.checkpoint import Entry
+from weights.open import open_checkpoint
 from weights.outline import read_outline
 from weights.schemes import Scheme
 

@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tests.tp.reshard_cases import SMALL, random_tensors, same, small, whole, write_hf
-from tp import reshard
+from base.errors import InputError
+from reshard import command as reshard
+from reshard.plan import layout_of, make_plan
+from tests.reshard.reshard_cases import SMALL, random_tensors, same, small, whole, write_hf
 from tp.heads import split_heads
-from tp.reshard_plan import layout_of, make_plan
 from tp.shard import slices_of
-from weights.checkpoint import open_checkpoint
-from weights.errors import InputError
+from weights.formats.yoke_io import open_folder, open_yoke
+from weights.formats.yoke_manifest import MANIFEST, rank_file, read_manifest, to_json
+from weights.open import open_checkpoint
 from weights.writer import DTYPES, SafetensorsFile, Tensors, digest_of
-from weights.yoke_io import open_folder, open_yoke
-from weights.yoke_manifest import MANIFEST, rank_file, read_manifest, to_json
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 K = "model.layers.0.self_attn.k_proj.weight"

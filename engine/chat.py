@@ -1,0 +1,255 @@
+"""What each rank runs for `chat`: one conversation after another, over a channel to the terminal.
+
+Rank 0 reads requests from the channel, JSON objects on lines (`launcher.chat.console` has the
+protocol), and hands them to the other ranks. While nothing is asked all ranks meet many times a second,
+so that a wait for a person never looks like a rank that hangs. The keys of earlier turns stay in the
+cache: of a conversation that goes on only what is new is run.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import signal
+import socket
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from base.errors import InputError
+from comm import ops
+from engine.generate import encode_prompt, run_requests, shared_stops
+from engine.job import sampling_of, stop_texts
+from engine.loop import Watcher
+from engine.opening import Opened, joined, open_engine, share, step_names
+from engine.prompts import Prompt
+from engine.requests import Answer, Request
+from engine.resolve import ResolvedJob, from_json
+from engine.texts import text_stream
+from models.chat import start_templates
+from models.sampling_params import check_sampling
+from models.tokenizer.codec import TextCodec
+
+IDLE_S = 0.04  # between two meetings of the ranks; what a first token is later by, at most
+
+
+def main(env: Any, payload: str) -> int:
+    """Serve conversations until the channel ends; the exit code. Raises InputError, CommError."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    resolved = from_json(payload)
+    with joined(env) as group:
+        if group.rank == 0:
+            start_templates()
+        sampling = sampling_of(resolved.job)
+        names = step_names(resolved.job, sampling.is_plain)
+        engine = open_engine(env, resolved, group, names)
+        check_sampling(sampling, engine.runner.vocab_size)
+        channel = None
+        if engine.codec is not None:
+            check_chat(engine.codec, resolved.job.model)
+            channel = open_channel(env.channel_fd)
+        if channel is not None:
+            send(channel, {"ready": _facts(env, resolved, engine)})
+        _serve(resolved, engine, channel)
+    return 0
+
+
+def check_chat(codec: TextCodec, model: str) -> None:
+    """Raise InputError for a model that was not made for conversations."""
+    if not codec.chat_templates:
+        raise InputError(
+            f"model={model} has no chat template: it continues texts; use generate, or a model whose "
+            "name ends in -instruct, -chat or -it"
+        )
+
+
+@dataclass(frozen=True)
+class Channel:
+    """Rank 0's end of the channel: bytes of an unfinished line and messages that have come and are not
+    dealt with (None is the channel's end), and bytes that are still to go: a terminal that is stopped
+    does not read, and the other ranks would not wait for it."""
+
+    socket: socket.socket
+    rest: bytearray
+    messages: deque[dict[str, Any] | None]
+    unsent: bytearray
+
+
+def open_channel(fd: int) -> Channel:
+    """The channel behind a descriptor."""
+    end = socket.socket(fileno=fd)
+    end.setblocking(False)
+    return Channel(end, bytearray(), deque(), bytearray())
+
+
+def send(channel: Channel, message: dict[str, Any]) -> None:
+    """Write one message, or as much of it as is taken now."""
+    channel.unsent.extend(json.dumps(message, ensure_ascii=False).encode() + b"\n")
+    _flush(channel)
+
+
+def _flush(channel: Channel) -> None:
+    try:
+        while channel.unsent:
+            del channel.unsent[: channel.socket.send(channel.unsent)]
+    except BlockingIOError:
+        pass
+    except (BrokenPipeError, ConnectionResetError):
+        channel.unsent.clear()  # nobody reads any more: `receive` tells
+
+
+def receive(channel: Channel, wait_s: float) -> None:
+    """Take in what has come, waiting so long at most for the first of it."""
+    _flush(channel)
+    while select.select([channel.socket], [], [], wait_s)[0]:
+        try:
+            data = channel.socket.recv(1 << 16)
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            channel.messages.append(None)
+            return
+        channel.rest.extend(data)
+        *lines, rest = channel.rest.split(b"\n")
+        channel.rest[:] = rest
+        channel.messages.extend(json.loads(line) for line in lines)
+        wait_s = 0.0
+
+
+def _serve(resolved: ResolvedJob, engine: Opened, channel: Channel | None) -> None:
+    kept: tuple[int, ...] = ()  # the tokens whose keys are in the cache
+    stops = shared_stops(engine)
+    while True:
+        task: dict[str, Any] | None = None
+        if channel is not None and engine.codec is not None:
+            task = next_task(resolved, engine.codec, channel, kept, engine.runner.max_seq_len)
+        task = _meet(task, engine)
+        if task is None:
+            continue
+        if task["id"] is None:
+            return
+        request = Request(
+            tuple(task["tokens"]), task["max_new_tokens"], sampling_of(resolved.job), task["cached"],
+            "the conversation",
+        )  # fmt: skip
+        if channel is None or engine.codec is None:
+            answer = run_requests(resolved, engine, [request], stops, Watcher())[0]
+        else:
+            answer = _answer(resolved, engine, engine.codec, channel, request, task["id"], stops)
+        made = share(
+            answer.tokens[:-1], engine.group, engine.runner.device
+        )  # the last one was never fed
+        kept = request.prompt + tuple(made)
+
+
+def _meet(task: dict[str, Any] | None, engine: Opened) -> dict[str, Any] | None:
+    """Rank 0's task on every rank; None if there is none, after a pause."""
+    group = engine.group
+    if group.rank and group.size > 1:
+        there = torch.zeros(1, dtype=torch.int64, device=engine.runner.device)
+    else:
+        there = torch.tensor([int(task is not None)], device=engine.runner.device)
+    if int(ops.broadcast(there, 0, group)):
+        found: dict[str, Any] = share(task, group, engine.runner.device)
+        return found
+    if group.rank:
+        time.sleep(IDLE_S * 0.9)  # rank 0 listens meanwhile; to wait in the collective would spin
+    return None
+
+
+def next_task(
+    resolved: ResolvedJob, codec: TextCodec, channel: Channel, kept: tuple[int, ...], max_seq_len: int
+) -> dict[str, Any] | None:
+    """What all ranks are to do next: a request, made ready; with `id` None, to end; None: nothing."""
+    if not channel.messages:
+        receive(channel, IDLE_S)
+    if not channel.messages:
+        return None
+    message = channel.messages.popleft()
+    if message is None:
+        return {"id": None}
+    if "id" not in message:
+        return None  # to cancel what has ended by itself
+    job, number = resolved.job, message["id"]
+    try:
+        prompt = Prompt("", job.max_new_tokens, sampling_of(job), tuple(message["messages"]))
+        tokens = encode_prompt(codec, prompt, max_seq_len)
+        room = max_seq_len - len(tokens)
+        if room < 1:
+            raise InputError(
+                f"the conversation has {len(tokens)} tokens and max_seq_len={max_seq_len} leaves "
+                "no room for an answer; /reset begins anew, a larger max_seq_len= holds more"
+            )
+    except InputError as error:
+        send(channel, {"id": number, "error": str(error)})
+        return None
+    pairs = enumerate(zip(kept, tokens, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(kept), len(tokens)))
+    return {
+        "id": number,
+        "tokens": tokens,
+        "max_new_tokens": min(room, job.max_new_tokens),
+        # A draft model's cache does not know the earlier turns.
+        "cached": 0 if resolved.draft is not None else same,
+    }
+
+
+def _answer(
+    resolved: ResolvedJob,
+    engine: Opened,
+    codec: TextCodec,
+    channel: Channel,
+    request: Request,
+    number: int,
+    stops: frozenset[int],
+) -> Answer:
+    """Rank 0's part of an answer: its text goes out as it is made."""
+    feed = text_stream(codec, stop_texts(resolved.job))
+    pieces: list[str] = []
+
+    def show(text: str) -> None:
+        pieces.append(text)
+        if text:
+            send(channel, {"id": number, "text": text})
+
+    def on_token(_: int, token: int) -> bool:
+        text, ended = feed(token)
+        show(text)
+        return ended
+
+    def cancelled() -> set[int]:
+        receive(channel, 0.0)
+        gone = None in channel.messages or {"cancel": number} in channel.messages
+        return {0} if gone else set()
+
+    answer = run_requests(resolved, engine, [request], stops, Watcher(on_token, cancelled))[0]
+    show(feed(None)[0])
+    figures = {
+        "finish": answer.finish,
+        "prompt_tokens": len(request.prompt),
+        "cached_tokens": request.cached,
+        "tokens": len(answer.tokens),
+        "ttft_s": answer.ttft_s,
+        "tpot_s": answer.tpot_s,
+        "text": "".join(pieces),
+    }
+    send(channel, {"id": number, "done": figures})
+    return answer
+
+
+def _facts(env: Any, resolved: ResolvedJob, engine: Opened) -> dict[str, Any]:
+    job = resolved.job
+    return {
+        "model": job.model,
+        "max_seq_len": engine.runner.max_seq_len,
+        "dtype": engine.dtype,
+        "quant": engine.quant,
+        "comm": engine.group.backend,
+        "ranks": engine.group.size,
+        "placement": env.placement,
+        "load_s": round(engine.load_s, 1),
+        "compile_s": round(engine.compile_s, 1),
+    }

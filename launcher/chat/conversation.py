@@ -1,0 +1,306 @@
+"""A conversation at the terminal: the process that `launcher.chat.console` starts and talks with rank
+0.
+
+One thread. While it waits for rank 0 a Ctrl-C wakes the waiting and becomes a request to stop; while it
+waits for a line, the signal's handler raises, which is how Python's input() is left early. A run that
+ends for any other reason ends this process with SIGTERM: from the launcher or, when that was killed,
+from the kernel.
+
+In a pipeline each line of stdin is a turn, answers go to stdout and nothing else does (what commands
+show excepted); what cannot be served is said on stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import termios
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from base.streams import OutputError, printable, say, show, silence
+from launcher.bind import die_with_parent
+from launcher.chat import view as view
+from launcher.chat.lines import (
+    AbandonedError,
+    ResumedError,
+    Turn,
+    history_path,
+    line_from_person,
+    line_from_pipe,
+    marks_escapes,
+    open_editor,
+    read_turn,
+    remember,
+    typed_so_far,
+)
+from launcher.chat.link import (
+    Done,
+    EndedError,
+    InterruptedByKeyError,
+    Link,
+    Message,
+    read_done,
+    receive,
+    send,
+    take_interrupts,
+)
+from launcher.chat.terminal import (
+    Modes,
+    apply,
+    can_be_continued,
+    knows_escapes,
+    quieten,
+    read_modes,
+    restore,
+)
+
+
+@dataclass
+class Chat:
+    """A session. `modes` are those of the person's terminal, None in a pipeline."""
+
+    link: Link
+    modes: Modes | None
+    history: Path | None
+    max_seq_len: int = 0
+    system: str = ""
+    messages: list[dict[str, str]] = field(default_factory=list)  # without the system message
+    answers: list[Done] = field(default_factory=list)  # of the whole session
+    turns: int = 0  # of the conversation
+    requests: int = 0
+    at_prompt: bool = False
+    at_line_start: bool = True
+    launcher: int = -1  # a descriptor of its process
+
+
+def main(fd: int, launcher_pid: int) -> int:
+    """Until the person has enough (0), ends it while it works (130), or rank 0 is gone (0: the launcher
+    knows better)."""
+    if sys.stdin is not None:
+        # A file that is piped in may begin with a byte-order mark; its lines end with line feeds alone.
+        encoding = "utf-8" if sys.stdin.isatty() else "utf-8-sig"
+        sys.stdin.reconfigure(encoding=encoding, errors="replace", newline="\n")  # type: ignore[union-attr]
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    modes = read_modes()
+    path = None if modes is None else history_path()
+    chat = Chat(Link(socket.socket(fileno=fd), read_end), modes, path)
+    try:
+        _catch_signals(chat, write_end)
+        die_with_parent(launcher_pid, signal.SIGTERM)
+        chat.launcher = os.pidfd_open(launcher_pid)
+        if modes is not None:
+            quieten(modes)
+            open_editor(path)
+        facts = receive(chat.link)["ready"]
+        chat.max_seq_len = facts["max_seq_len"]
+        if modes is not None:
+            # In place of whatever a progress bar has left in this line.
+            show("\r\x1b[K" if knows_escapes() else "\n", end="", escapes=True)
+            _note(chat, printable(view.greeting(facts)))
+        _converse(chat)
+        return 0
+    except EndedError:
+        return 0
+    except InterruptedByKeyError:
+        return 130
+    except OutputError as error:  # the launcher says it
+        silence(sys.stdout)
+        return error.exit_code
+    finally:
+        if chat.at_prompt or (modes is not None and not chat.at_line_start):
+            with suppress(OutputError):
+                show("")
+        restore(modes)
+        # Left open: rank 0 must not hear of the end, and end itself, before this process has a code.
+        chat.link.channel.detach()
+
+
+def _catch_signals(chat: Chat, wakeup: int) -> None:
+    """Have signals end, wake or suspend the chat."""
+
+    def end(number: int, _: Any) -> None:
+        for other in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(other, signal.SIG_IGN)  # once is enough
+        raise SystemExit(128 + number)
+
+    def interrupt(_: int, __: Any) -> None:
+        if chat.at_prompt:
+            raise AbandonedError(empty=not typed_so_far())
+
+    def suspend(_: int, __: Any) -> None:
+        if not can_be_continued():
+            return
+        now, typed = termios.tcgetattr(0), typed_so_far()
+        restore(chat.modes)
+        # The launcher first: the shell acts on it, and we leave the terminal alone from here on.
+        signal.pidfd_send_signal(chat.launcher, signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        if chat.at_prompt:
+            raise ResumedError(typed)
+        apply(now)
+
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, end)
+    signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # Ctrl-\ shows where the ranks are
+    if chat.modes is None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher stops all
+    else:
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTSTP, suspend)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
+def _converse(chat: Chat) -> None:
+    """Turn by turn, until there is no more."""
+    warned = False
+    while True:
+        try:
+            turn = read_turn(lambda goes_on: _next_line(chat, goes_on))
+        except EOFError:
+            if chat.modes is not None:
+                _write(chat, "\n")
+            return
+        except AbandonedError as abandoned:
+            _write(chat, "\n")
+            if abandoned.empty and warned:
+                return
+            warned = abandoned.empty
+            if warned:
+                _note(chat, "Ctrl-C again, Ctrl-D or /quit ends the chat")
+            continue
+        warned = False
+        if not turn.text:
+            continue
+        if chat.modes is not None:
+            remember(turn, chat.history)
+        if not turn.command:
+            _answer(chat, turn.text)
+        elif not _obey(chat, turn):
+            return
+
+
+def _next_line(chat: Chat, goes_on: bool) -> str:
+    if chat.modes is None:
+        return line_from_pipe(goes_on)
+    prompt = "... " if goes_on else "> "
+    if _colours() and marks_escapes():
+        prompt = f"\001\x1b[1;36m\002{prompt}\001\x1b[0m\002"
+    apply(chat.modes)
+    chat.at_prompt = True
+    try:
+        line = line_from_person(prompt)
+    except SystemExit:
+        raise  # still at the prompt, which main() ends
+    except BaseException:
+        chat.at_prompt = False
+        raise
+    chat.at_prompt = False
+    quieten(chat.modes)
+    return line
+
+
+def _obey(chat: Chat, turn: Turn) -> bool:
+    """Carry out a command; False if it was the last."""
+    word, *rest = turn.text.split(maxsplit=1)
+    if word == "/quit":
+        return False
+    if word == "/help":
+        _write(chat, view.help_text() + "\n")
+    elif word == "/stats":
+        _write(chat, view.stats(chat.answers, chat.turns, chat.max_seq_len) + "\n")
+    elif word == "/reset":
+        _reset(chat)
+    elif word == "/system" and rest:
+        chat.system = "" if rest[0] == '""' else rest[0]
+        _reset(chat)
+    elif word == "/system":
+        _write(chat, (chat.system or "(no system message)") + "\n")
+    else:
+        _note(chat, view.unknown(printable(word)))
+    return True
+
+
+def _reset(chat: Chat) -> None:
+    chat.messages.clear()
+    chat.turns = 0
+    if chat.modes is not None:
+        _note(chat, "a new conversation" + (", with the system message" if chat.system else ""))
+
+
+def _answer(chat: Chat, text: str) -> None:
+    """Ask rank 0 and show what comes. Raises EndedError, and InterruptedByKeyError if the person does
+    not want to wait for an answer to stop."""
+    chat.requests += 1
+    number, asked = chat.requests, {"role": "user", "content": text}
+    system = [{"role": "system", "content": chat.system}] if chat.system else []
+    take_interrupts(chat.link)
+    send(chat.link, {"id": number, "messages": [*system, *chat.messages, asked]})
+    shown, interrupts = "", 0
+    while True:
+        try:
+            message = receive(chat.link)
+        except InterruptedByKeyError:
+            interrupts += 1
+            if interrupts > 2:
+                raise
+            if interrupts == 2:
+                _note(chat, "waiting for the answer to stop; Ctrl-C once more ends the chat")
+            else:
+                send(chat.link, {"cancel": number})
+            continue
+        if message.get("id") != number:
+            continue
+        if "text" in message:
+            shown += message["text"]
+            _write(chat, message["text"])
+        elif "done" in message:
+            _finish(chat, asked, shown, message)
+            return
+        elif "error" in message:
+            _note(chat, f"error: {printable(message['error'])} (this turn does not count)")
+            return
+
+
+def _finish(chat: Chat, asked: dict[str, str], shown: str, message: Message) -> None:
+    """The rest of an answer, its figures, and its place in the conversation."""
+    done = read_done(message["done"])
+    # What was held back: a character that the last token left incomplete.
+    _write(chat, done.text[len(shown) :] if done.text.startswith(shown) else "")
+    if not chat.at_line_start or not done.text:
+        _write(chat, "\n")
+    chat.messages += [asked, {"role": "assistant", "content": done.text}]
+    chat.answers.append(done)
+    chat.turns += 1
+    if chat.modes is not None:
+        _note(chat, view.figures(done))
+
+
+def _write(chat: Chat, text: str) -> None:
+    """To stdout at once."""
+    if text:
+        chat.at_line_start = text.endswith("\n")
+        show(text, end="")
+
+
+def _note(chat: Chat, text: str) -> None:
+    """A line that is no answer: dim for a person, on stderr in a pipeline."""
+    if chat.modes is None:
+        say(text)
+        return
+    start = "" if chat.at_line_start else "\n"
+    chat.at_line_start = True
+    shown = f"{start}\x1b[2m{text}\x1b[0m" if _colours() else f"{start}{text}"
+    show(shown, escapes=True)
+
+
+def _colours() -> bool:
+    return knows_escapes() and not os.environ.get("NO_COLOR")

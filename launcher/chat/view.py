@@ -1,0 +1,83 @@
+"""What a chat shows besides the answers: figures, facts, the list of commands. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from launcher.chat.link import Done
+
+COMMANDS = {
+    "/help": "this list",
+    "/reset": "forget the conversation, keep the system message",
+    "/system TEXT": 'set the system message and reset; "" takes it away; alone: show it',
+    "/stats": "tokens, times, rates",
+    "/quit": "end, as Ctrl-D does",
+}
+
+_KEYS = """\
+A line that ends with \\ goes on in the next; \"\"\" opens and ends a text of several lines; a line that
+begins with a space is no command. Ctrl-C stops an answer, or empties the prompt; at an empty prompt,
+twice, it ends the chat. Arrow up: what was said before."""
+
+
+def help_text() -> str:
+    lines = [f"  {name:<14}{text}" for name, text in COMMANDS.items()]
+    return "\n".join([*lines, _KEYS])
+
+
+def unknown(word: str) -> str:
+    names = "  ".join(name.split()[0] for name in COMMANDS)
+    return f"no command {word}; there are: {names}"
+
+
+def greeting(facts: Mapping[str, Any]) -> str:
+    """One line about what is loaded: the model, its room, and whatever else rank 0 tells."""
+    others = [
+        str(value) if isinstance(value, str) else f"{key} {value}"
+        for key, value in facts.items()
+        if key not in ("model", "max_seq_len")
+    ]
+    parts = [str(facts["model"]), f"room for {facts['max_seq_len']} tokens", *others]
+    return " | ".join(parts) + "\n/help lists the commands, Ctrl-D ends"
+
+
+def figures(done: Done) -> str:
+    """The line under an answer."""
+    parts = [f"{done.tokens} tokens", f"TTFT {done.ttft_s * 1e3:.0f} ms", _rate(done.tpot_s)]
+    if done.cached_tokens:
+        parts.insert(1, f"{done.cached_tokens} of {done.prompt_tokens} prompt tokens cached")
+    if done.finish == "cancelled":
+        parts.insert(0, "stopped")
+    elif done.finish == "length":
+        parts.insert(0, "cut at max_new_tokens or max_seq_len")
+    return f"[{' | '.join(parts)}]"
+
+
+def stats(answers: Sequence[Done], turns: int, max_seq_len: int) -> str:
+    """A small table. `answers` are all of this session, of which the last `turns` make up the
+    conversation."""
+    last = answers[-1] if answers else None
+    used = last.prompt_tokens + last.tokens if last is not None and turns else 0
+    rows = [
+        ("turns", f"{turns} in this conversation, {len(answers)} in all"),
+        ("conversation", f"{used} of {max_seq_len} tokens"),
+    ]
+    if last is not None:
+        steps = [(done.tokens - 1, done.tpot_s) for done in answers if done.tokens > 1]
+        spent_s = sum(count * tpot_s for count, tpot_s in steps)
+        mean_s = spent_s / sum(count for count, _ in steps) if steps else 0.0
+        ttft_s = sum(done.ttft_s for done in answers) / len(answers)
+        prompts = sum(done.prompt_tokens for done in answers)
+        cached = sum(done.cached_tokens for done in answers)
+        rows += [
+            ("TTFT", f"{last.ttft_s * 1e3:.0f} ms last, {ttft_s * 1e3:.0f} ms mean"),
+            ("rate", f"{_rate(last.tpot_s)} last, {_rate(mean_s)} mean"),
+            ("cached", f"{last.cached_tokens} of {last.prompt_tokens} prompt tokens last, "
+             f"{cached} of {prompts} in all"),
+        ]  # fmt: skip
+    return "\n".join(f"  {name:<14}{text}" for name, text in rows)
+
+
+def _rate(tpot_s: float) -> str:
+    return f"{1 / tpot_s:.1f} tokens/s" if tpot_s > 0 else "no rate"

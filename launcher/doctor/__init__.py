@@ -1,0 +1,1 @@
+"""The report on this machine, and what it finds out by trying."""

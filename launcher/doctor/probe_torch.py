@@ -1,0 +1,86 @@
+"""`python -P -m launcher.doctor.probe_torch`: what the installed torch is, as one line of JSON.
+
+A process of its own, because importing torch takes a second, starts threads and can fail or crash.
+This is the one file of the launcher whose code loads torch, and by name: a module that imports this
+one loads nothing. A fact that cannot be had is null, and why is told in `failed`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def loaded_openmp(maps: str) -> list[str]:
+    """File names of the OpenMP runtimes in the text of a maps file; more than one is a mistake."""
+    # Wheels may carry a renamed copy: libgomp-a34b3233.so.1.
+    return sorted(
+        set(re.findall(r"/(lib(?:gomp|iomp5|omp)(?:-[0-9a-f]+)?\.so[.\d]*)$", maps, re.MULTILINE))
+    )
+
+
+def probe() -> dict[str, Any]:
+    """Import torch and look. Raises what importing torch raises."""
+    torch = importlib.import_module("torch")
+    failed: list[str] = []
+
+    def told(what: str, look: Callable[[], Any]) -> Any:
+        try:
+            return look()
+        except Exception as error:
+            failed.append(f"{what}: {type(error).__name__}: {error}")
+            return None
+
+    return {
+        "version": str(torch.__version__),
+        "openmp": told(
+            "openmp", lambda: loaded_openmp(Path("/proc/self/maps").read_text(errors="replace"))
+        ),
+        "num_threads": told("num_threads", torch.get_num_threads),
+        "cpu_capability": told("cpu_capability", torch.backends.cpu.get_cpu_capability),
+        "mkl": told("mkl", torch.backends.mkl.is_available),
+        "onednn": told("onednn", torch.backends.mkldnn.is_available),
+        "cuda": torch.version.cuda,
+        "cuda_devices": told("cuda_devices", lambda: _cuda_devices(torch)),
+        "nccl": told("nccl", lambda: _nccl_version(torch)),
+        "extension": told("extension", _built_extension),
+        "segment_bytes_per_rank": told("segment_bytes_per_rank", _segment_bytes_per_rank),
+        "failed": failed,
+    }
+
+
+def _cuda_devices(torch: Any) -> list[dict[str, Any]]:
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        capability = f"{device.major}.{device.minor}"
+        devices.append(
+            {"name": device.name, "memory_bytes": device.total_memory, "capability": capability}
+        )
+    return devices
+
+
+def _nccl_version(torch: Any) -> str | None:
+    distributed = importlib.import_module("torch.distributed")
+    if not (distributed.is_available() and distributed.is_nccl_available()):
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def _built_extension() -> str | None:
+    """The path of Yoke's compiled operators, if they are built for this torch and compiler."""
+    library = importlib.import_module("comm.build").built_extension()
+    return None if library is None else str(library)
+
+
+def _segment_bytes_per_rank() -> int:
+    """A rank has two buffers of the group in /dev/shm."""
+    return 2 * int(importlib.import_module("comm.sizes").slot_bytes(2))
+
+
+if __name__ == "__main__":
+    print(json.dumps(probe()))

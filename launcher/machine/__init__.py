@@ -1,0 +1,1 @@
+"""What is here: sockets, cores, memory nodes, GPUs, limits, read from sysfs and proc."""

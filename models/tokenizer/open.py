@@ -1,0 +1,15 @@
+"""The tokenizer that comes with a checkpoint, whatever kind of file holds it."""
+
+from __future__ import annotations
+
+from models.tokenizer.codec import TextCodec
+from models.tokenizer.from_folder import folder_codec
+from models.tokenizer.from_gguf import gguf_codec
+from weights.checkpoint import Checkpoint
+
+
+def load_codec(checkpoint: Checkpoint) -> TextCodec:
+    """The tokenizer of a checkpoint. Raises InputError."""
+    if checkpoint.format == "gguf":
+        return gguf_codec(checkpoint.path, checkpoint.config)
+    return folder_codec(checkpoint.folder, checkpoint.config)

@@ -1,0 +1,243 @@
+"""SentencePiece vocabularies: a `tokenizer.model`, or the same as a GGUF file holds it, as a pipeline
+of the `tokenizers` library.
+
+The file is a protobuf message, of which only the few fields that matter are read, by hand: neither
+the sentencepiece nor the protobuf package is needed, and lengths are checked before they are used.
+BPE with byte fallback (Llama 1 and 2, Mistral, Gemma) and Unigram (T5) are built; word and character
+models are not.
+
+Sources: `sentencepiece_model.proto` and `bpe_model.cc` of Google's sentencepiece.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from base.errors import InputError
+from models.tokenizer.limits import charsmap_growth, check_added, divisions
+from weights.files import DAMAGE, HEADER_LIMIT, damaged, regular_file
+
+FORM = "a SentencePiece model"
+SPACE = "\u2581"  # what a space is in the vocabulary
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of pieces; GGUF has the same numbers
+_UNIGRAM, _BPE = 1, 2
+
+
+@dataclass(frozen=True)
+class SpmVocabulary:
+    """What a SentencePiece model says. The index of a piece is its id; -1 stands for no such token.
+
+    `dummy_prefix`: a text gets a space in front. `after_special`: so does what follows a special
+    token inside it (`legacy` in Hugging Face's terms). `collapse`: other spaces at the ends go, and
+    runs become one. `charsmap` is the compiled normalisation, empty for none.
+    """
+
+    pieces: tuple[str, ...]
+    scores: tuple[float, ...]
+    types: tuple[int, ...]
+    unigram: bool = False
+    byte_fallback: bool = True
+    dummy_prefix: bool = True
+    after_special: bool = False
+    collapse: bool = False
+    charsmap: bytes = b""
+    unk: int = 0
+    bos: int = 1
+    eos: int = 2
+    pad: int = -1
+
+    @property
+    def doubled_space(self) -> bool:
+        """Whether a text that begins with a space needs one more before it is encoded.
+
+        SentencePiece puts its space in front of every text; the library's Metaspace, and transformers
+        5 with it, leaves out that of a text which begins with one. The model was trained as
+        SentencePiece does it, and decoding takes one space away again.
+        """
+        return self.dummy_prefix and not (self.after_special or self.unigram or self.collapse)
+
+
+def build_spm(vocabulary: SpmVocabulary) -> Tokenizer:
+    """The pipeline of a vocabulary, without its first and last token. Raises whatever the library
+    raises for a vocabulary that it cannot use."""
+    # Runs of spaces that the user defined are looked for in the text before its spaces become SPACE.
+    pieces = [
+        piece.replace(SPACE, " ") if kind == USER_DEFINED else piece
+        for piece, kind in zip(vocabulary.pieces, vocabulary.types, strict=True)
+    ]
+    if len(set(pieces)) != len(pieces):
+        raise ValueError("a piece occurs twice")
+    if charsmap_growth(vocabulary.charsmap) > 1:
+        raise ValueError("its normalization writes too long a text for a character")
+    if not all(map(math.isfinite, vocabulary.scores)):
+        raise ValueError("a score is not a finite number")
+    unk = vocabulary.unk if 0 <= vocabulary.unk < len(pieces) else None
+    if vocabulary.unigram:
+        scored = list(zip(pieces, vocabulary.scores, strict=True))
+        model: models.Model = models.Unigram(scored, unk_id=unk, byte_fallback=vocabulary.byte_fallback)
+    else:
+        model = models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            merges=_merges(pieces, vocabulary.scores, vocabulary.types),
+            unk_token=None if unk is None else pieces[unk],
+            fuse_unk=True,
+            byte_fallback=vocabulary.byte_fallback,
+        )
+    tokenizer = Tokenizer(model)
+    _add_spaces(tokenizer, vocabulary)
+    added = [
+        AddedToken(piece, special=kind != USER_DEFINED, normalized=False)
+        for piece, kind in zip(pieces, vocabulary.types, strict=True)
+        # SentencePiece finds no control token in a text; a chat template's are meant to be found.
+        if kind in (CONTROL, USER_DEFINED, UNKNOWN) and piece
+    ]
+    check_added(token.content for token in added)
+    tokenizer.add_tokens(added)
+    return tokenizer
+
+
+def _add_spaces(tokenizer: Tokenizer, vocabulary: SpmVocabulary) -> None:
+    """Spaces to SPACE with what is put in front, and back."""
+    steps: list[normalizers.Normalizer] = []
+    if vocabulary.charsmap:
+        steps.append(normalizers.Precompiled(vocabulary.charsmap))
+    if vocabulary.collapse:
+        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    if vocabulary.unigram:
+        scheme = "always" if vocabulary.dummy_prefix else "never"
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme)
+    elif vocabulary.dummy_prefix and not vocabulary.after_special:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
+    else:
+        if vocabulary.dummy_prefix:
+            steps.append(normalizers.Prepend(SPACE))
+        steps.append(normalizers.Replace(" ", SPACE))
+    if steps:
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    decoding: list[decoders.Decoder] = [decoders.Replace(SPACE, " ")]
+    if vocabulary.byte_fallback:
+        decoding.append(decoders.ByteFallback())
+    decoding.append(decoders.Fuse())
+    if vocabulary.dummy_prefix:
+        decoding.append(decoders.Strip(content=" ", left=1, right=0))
+    tokenizer.decoder = decoders.Sequence(decoding)
+
+
+def _merges(
+    pieces: list[str], scores: tuple[float, ...], types: tuple[int, ...]
+) -> list[tuple[str, str]]:
+    """Every way to put a piece together from two others, best score first.
+
+    SentencePiece merges the two neighbours whose union has the best score. So the pairs of one piece
+    are equals there; here one comes first, which decides only where they overlap (as in transformers).
+    Only normal pieces are made or merged: a byte token is never spelled out.
+    """
+    normal = {piece: i for i, piece in enumerate(pieces) if types[i] == NORMAL}
+    order = sorted(normal.items(), key=lambda item: (-scores[item[1]], item[1]))
+    return divisions((piece for piece, _ in order), normal)
+
+
+def read_spm(path: Path) -> SpmVocabulary:
+    """Read a SentencePiece model. Raises InputError."""
+    size = regular_file(path, FORM)
+    if size > HEADER_LIMIT:
+        raise InputError(f"{path} has {size} bytes; no {FORM[2:]} is larger than {HEADER_LIMIT}")
+    try:
+        return _parse(path, path.read_bytes())
+    except InputError:
+        raise
+    except DAMAGE as error:
+        raise damaged(path, FORM, error) from error
+
+
+def _parse(path: Path, content: bytes) -> SpmVocabulary:
+    pieces, scores, types = [], [], []
+    trainer: dict[int, int | bytes] = {}
+    normalizer: dict[int, int | bytes] = {}
+    for number, value in _fields(content):
+        if number == 1:
+            piece = dict(_fields(_bytes(value)))
+            pieces.append(_bytes(piece.get(1, b"")).decode("utf-8"))
+            scores.append(struct.unpack("<f", _bytes(piece.get(2, bytes(4))))[0])
+            types.append(_integer(piece.get(3, NORMAL)))
+        elif number == 2:
+            trainer.update(_fields(_bytes(value)))
+        elif number == 3:
+            normalizer.update(_fields(_bytes(value)))
+    if not pieces:
+        raise ValueError("it holds no pieces")
+    kind = _integer(trainer.get(3, _UNIGRAM))
+    if kind not in (_UNIGRAM, _BPE):
+        raise InputError(
+            f"{path} is a SentencePiece model of kind {kind}; BPE (2) and Unigram (1) are supported"
+        )
+    if _integer(trainer.get(24, 0)):
+        raise InputError(f"{path} treats spaces as suffixes of words, which is not supported")
+    return SpmVocabulary(
+        tuple(pieces),
+        tuple(scores),
+        tuple(types),
+        unigram=kind == _UNIGRAM,
+        byte_fallback=bool(_integer(trainer.get(35, 0))),
+        dummy_prefix=bool(_integer(normalizer.get(3, 1))),
+        collapse=bool(_integer(normalizer.get(4, 1))),
+        charsmap=_bytes(normalizer.get(2, b"")),
+        unk=_integer(trainer.get(40, 0)),
+        bos=_integer(trainer.get(41, 1)),
+        eos=_integer(trainer.get(42, 2)),
+        pad=_integer(trainer.get(43, -1)),
+    )
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Numbers and values of a protobuf message's fields. Raises ValueError where they do not fit."""
+    at, end = 0, len(message)
+    while at < end:
+        key, at = _varint(message, at)
+        kind = key & 7
+        if kind == 0:
+            value, at = _varint(message, at)
+            yield key >> 3, value
+            continue
+        if kind == 2:
+            length, at = _varint(message, at)
+        elif kind in (1, 5):
+            length = 8 if kind == 1 else 4
+        else:
+            raise ValueError(f"a field of wire type {kind} at byte {at}")
+        if length > end - at:
+            raise ValueError(f"a field at byte {at} takes {length} bytes, {end - at} are left")
+        yield key >> 3, message[at : at + length]
+        at += length
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(message):
+            raise ValueError("it ends within a number")
+        byte = message[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+    raise ValueError(f"a number of more than ten bytes before byte {at}")
+
+
+def _bytes(value: int | bytes) -> bytes:
+    if not isinstance(value, bytes):
+        raise ValueError("a number where a text or a message belongs")
+    return value
+
+
+def _integer(value: int | bytes) -> int:
+    if not isinstance(value, int):
+        raise ValueError("a text where a number belongs")
+    return value - (1 << 64) if value >> 63 else value  # int32 is written as 64 bits

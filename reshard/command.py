@@ -1,0 +1,207 @@
+"""The offline resharder: a checkpoint for any number of ranks from one for any other.
+
+    python -m tp.reshard --to 16 llama-2-70b/ llama-2-70b-16/
+
+reads what `weights.checkpoint` reads (Hugging Face, Meta's consolidated files, GGUF, Yoke's own form)
+and writes Yoke's form, one file per rank, or for one rank a plain Hugging Face folder. Bytes are moved,
+never computed with: going to any number of ranks and back gives the same bytes.
+
+This file is the command. What goes where is planned in `reshard.plan`, carried out in
+`reshard.run` and checked in `reshard.verify`; `weights.output` makes the result appear whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from base.errors import InputError
+from base.streams import say, show
+from weights.output import (
+    Interrupted,
+    check_space,
+    check_target,
+    format_bytes,
+    interruptible,
+    left_by,
+    new_folder,
+)
+
+if TYPE_CHECKING:  # torch is loaded once the command line has been understood
+    from reshard.plan import ReshardPlan
+
+USAGE = "python -m tp.reshard --to N [--from N] [flags] CHECKPOINT OUT"
+EXAMPLES = """\
+examples:
+  python -m tp.reshard --to 2 SmolLM2-135M-Instruct/ smollm2-2/       a Hugging Face folder for 2 ranks
+  python -m tp.reshard --from 8 --to 16 llama-2-70b/ llama-2-70b-16/  Meta's 8 files for 16 ranks
+  python -m tp.reshard --to 1 smollm2-2/ smollm2-hf/                  back to Hugging Face's form
+  python -m tp.reshard --to 6 --dry-run model.gguf model-6/           what would be written
+
+Any number of ranks up to the number of query heads. Where there are more ranks than KV heads, these are
+copied to each rank that needs them, and compared and written once on the way back. Quantised tensors
+stay as they are, block by block; a GGUF model keeps Yoke's form for one rank, too.
+OUT appears when all of it is on the disk, and not at all if something fails."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def print_help(self, file: Any = None) -> None:
+        show(self.format_help(), end="")  # argparse's own passes over output that cannot be written
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see python -m tp.reshard --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = _Parser(
+        prog="python -m tp.reshard",
+        usage=USAGE,
+        description="Divide a checkpoint anew: from any number of ranks to any other.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a folder, or a .gguf file")
+    made.add_argument("out", metavar="OUT", type=Path, help="a folder that is new or empty")
+    made.add_argument("--to", metavar="N", type=int, required=True, help="ranks to divide it for")
+    made.add_argument(
+        "--from", metavar="N", type=int, dest="source_ranks", help="ranks it is divided for [found out]"
+    )
+    made.add_argument(
+        "--dequantize", action="store_true", help="write quantised tensors as bf16 [keep them]"
+    )
+    made.add_argument("--dry-run", action="store_true", help="show what would be written, and stop")
+    made.add_argument("--verify", action="store_true", help="read the result back, compare every byte")
+    made.add_argument(
+        "--verify-forward", action="store_true", help="run some tokens through both, compare logits"
+    )
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    try:
+        options = parser().parse_args(argv)
+        with interruptible():
+            run(options)
+    except InputError as error:
+        say(f"reshard: {error}")
+        return error.exit_code
+    except Interrupted as stopped:
+        say(f"reshard: stopped by {stopped}; {left_by(stopped, options.out)}")
+        return 128 + stopped.number
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the command line says. Raises InputError, Interrupted."""
+    out: Path = options.out.absolute()
+    if not options.dry_run:
+        check_target(out)
+    from reshard.plan import make_plan
+    from reshard.run import Reader, check_replicas, needed_bytes, write
+    from reshard.verify import open_any, verify, verify_forward
+    from weights.formats.yoke_io import open_folder
+    from weights.formats.yoke_manifest import MANIFEST
+
+    checkpoint = open_any(options.checkpoint)
+    if options.source_ranks not in (None, checkpoint.world_size):
+        raise InputError(
+            f"--from {options.source_ranks}: {checkpoint.path} is divided for {checkpoint.world_size} "
+            f"{'rank' if checkpoint.world_size == 1 else 'ranks'}; leave --from out, or give that"
+        )
+    folder = None
+    if (options.checkpoint / MANIFEST).is_file():
+        folder = open_folder(options.checkpoint)
+    for note in checkpoint.notes:
+        say(note)
+    num_heads = folder.manifest.num_heads if folder else None
+    plan = make_plan(checkpoint, options.to, num_heads=num_heads, dequantize=options.dequantize)
+    needed = needed_bytes(plan, checkpoint)
+    if options.dry_run:
+        show("\n".join(describe(plan, checkpoint.world_size, needed)))
+        return
+    check_space(out.parent, needed)
+    reader, start = Reader(checkpoint), time.perf_counter()
+    if folder is not None:
+        check_replicas(folder, reader)
+    with new_folder(out) as partial:
+        with progress_bar("writing") as progress:
+            write(plan, reader, partial, progress)
+        if options.verify:
+            with progress_bar("verifying") as progress:
+                count, size = verify(plan, reader, partial, progress)
+            say(f"verified {count} tensors, {format_bytes(size)}, byte by byte")
+        if options.verify_forward:
+            verify_forward(checkpoint, partial)
+            say("verified: the logits of both are equal bit for bit")
+    seconds = time.perf_counter() - start
+    say(
+        f"wrote {options.out}: {len(plan.files)} files, {format_bytes(plan.total_bytes)} in "
+        f"{seconds:.1f} s ({format_bytes(plan.total_bytes / seconds)}/s)"
+    )
+
+
+def describe(plan: ReshardPlan, source_ranks: int, needed: int) -> list[str]:
+    """What would be written, as lines."""
+    dims, ranks = plan.dims, plan.world_size
+    form = "a Hugging Face folder" if plan.form == "hf" else "Yoke's form, one file per rank"
+    lines = [
+        f"from {source_ranks} to {ranks} ranks: {form}",
+        f"{len(plan.tensors)} tensors, {dims.num_heads} query heads, {dims.num_kv_heads} KV heads of "
+        f"{dims.head_dim}, MLP {dims.ffn_dim}, vocabulary {dims.vocab_size}",
+        "",
+        f"{'file':<36}{'size':>12}{'tensors':>9}  {'query heads':<13}KV heads",
+    ]
+    held: list[range] = []
+    for i, (name, contents) in enumerate(plan.files.items()):
+        line = f"{name:<36}{format_bytes(contents.file_bytes):>12}{len(contents.shapes):>9}"
+        if plan.form == "yoke":
+            query, kv = _heads(plan, i, "q"), _heads(plan, i, "kv")
+            held.append(kv)
+            line += f"  {_span(query):<13}{_span(kv)}"
+        lines.append(line)
+    copies = [sum(head in heads for heads in held) for head in range(dims.num_kv_heads)]
+    if plan.form == "yoke":
+        shared = sum(count > 1 for count in copies)
+        lines.append("")
+        lines.append(
+            f"replicated KV heads: {shared} of {dims.num_kv_heads}, up to {max(copies)} copies of one"
+            if shared
+            else "replicated KV heads: none"
+        )
+    quantised = sorted({tensor.blocks.format for tensor in plan.tensors if tensor.blocks})
+    if quantised:
+        lines.append(f"quantised tensors are kept as they are: {', '.join(quantised)}")
+    lines.append(f"needs {format_bytes(needed)}; nothing was written")
+    return lines
+
+
+def _heads(plan: ReshardPlan, rank: int, axis: str) -> range:
+    """The heads that a rank's file holds, by the first tensor that is divided along `axis`."""
+    tensor = next(t for t in plan.tensors if t.axis == axis and t.dim is not None)
+    part = next(part for part in tensor.parts if part.rank == rank)
+    return range(part.start // plan.dims.head_dim, part.stop // plan.dims.head_dim)
+
+
+def _span(heads: range) -> str:
+    return f"{heads.start}" if len(heads) == 1 else f"{heads.start}-{heads.stop - 1}"
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr where that is a terminal, fed with (bytes done, bytes in all)."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,376 @@
+"""What resharding will write: which part of which tensor goes into which file. Pure.
+
+The division is the loader's own (`tp.shard`), so a rank finds in its file what it would have cut from
+the whole. Two forms come out: Yoke's, one file per rank and a manifest
+(`weights.formats.yoke_manifest`), and for one rank the plain Hugging Face folder, under the names that
+the weights had there.
+
+Quantised tensors are carried block by block, never quantised again. A border between ranks that would
+cut a block is moved to the block's edge where it divides an MLP; where it separates heads it cannot be
+moved, and the tensor has to be dequantised. A rank then finds a part of its MLP in a neighbour's file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import lcm
+from typing import Any
+
+from base.errors import InputError
+from tp.shard import FFN_UNIT, Layout, find_spec, plan_layout, slices_of, split_units
+from weights.checkpoint import Checkpoint, Entry
+from weights.formats.gguf_names import same_for_all_layers
+from weights.formats.yoke_manifest import (
+    Blocks,
+    Manifest,
+    Part,
+    StoredTensor,
+    block_sizes,
+    file_contents,
+    rank_file,
+)
+from weights.names import translate
+from weights.writer import DTYPES, Tensors, num_bytes
+
+SHARD_BYTES = 5 * 10**9  # of Hugging Face's files, as the library itself divides them
+INDEX = "model.safetensors.index.json"
+_NUM_HEADS = ("num_attention_heads", "n_heads", "n_head", "num_heads")
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Of a model what its division depends on."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_dim: int  # 0 where all layers have experts
+    vocab_size: int
+    expert_dim: int = 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements `[start, stop)` of a tensor along its divided dimension."""
+
+    tensor: StoredTensor
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of one file: its name there, and the pieces that make it up, one after the other."""
+
+    file: str
+    name: str
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class ReshardPlan:
+    """`form` is "yoke" or "hf". `outputs` are in the order of writing, by tensor and then by rank, so
+    that the source is read from front to back; `texts` are small files to be written with them."""
+
+    form: str
+    world_size: int
+    dims: Dims
+    source_format: str
+    config: Mapping[str, Any]
+    tensors: tuple[StoredTensor, ...]
+    files: Mapping[str, Tensors]
+    outputs: tuple[Output, ...]
+    texts: Mapping[str, str]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.file_bytes for file in self.files.values())
+
+
+def make_plan(
+    checkpoint: Checkpoint, world_size: int, *, num_heads: int | None = None, dequantize: bool = False
+) -> ReshardPlan:
+    """Plan resharding to `world_size` ranks. Raises InputError for what cannot be divided so.
+
+    `num_heads` is told where the checkpoint's own configuration need not be asked.
+    """
+    if world_size < 1:
+        raise InputError(f"--to {world_size}: there must be at least one rank")
+    dims = dims_of(checkpoint, num_heads)
+    unit = lcm(FFN_UNIT, *_ffn_blocks(checkpoint, dequantize))
+    layouts = [layout_of(dims, rank, world_size, unit) for rank in range(world_size)]
+    # GGUF's metadata are no config.json, so such a model keeps Yoke's form even for one rank.
+    form = "hf" if world_size == 1 and checkpoint.format != "gguf" else "yoke"
+    tensors = tuple(
+        _tensor(name, entry, checkpoint, layouts, dequantize)
+        for name, entry in checkpoint.entries.items()
+    )
+    if form == "hf":
+        outputs = _hf_outputs(tensors, checkpoint.format, dims)
+    else:
+        outputs = tuple(
+            Output(
+                rank_file(part.rank, world_size), tensor.name, (Piece(tensor, part.start, part.stop),)
+            )
+            for tensor in tensors
+            for part in tensor.parts
+        )
+    files = (
+        hf_files(_hf_shapes(outputs), SHARD_BYTES)
+        if form == "hf"
+        else {
+            rank_file(rank, world_size): file_contents(tensors, rank, world_size)
+            for rank in range(world_size)
+        }
+    )
+    places = {name: file for file, contents in files.items() for name in contents.shapes}
+    texts: dict[str, str] = {}
+    if form == "hf":
+        outputs = tuple(replace(output, file=places[output.name]) for output in outputs)
+        texts["config.json"] = json.dumps(checkpoint.config, indent=2, ensure_ascii=False) + "\n"
+        if len(files) > 1:
+            total = sum(contents.data_bytes for contents in files.values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+            texts[INDEX] = json.dumps(index, indent=2) + "\n"
+    return ReshardPlan(
+        form,
+        world_size,
+        dims,
+        checkpoint.format,
+        checkpoint.config,
+        tensors,
+        files,
+        outputs,
+        texts,
+    )
+
+
+def manifest_of(plan: ReshardPlan, digests: Mapping[tuple[str, str], str]) -> Manifest:
+    """The manifest of what was written; `digests` are by file and name."""
+    ranks = plan.world_size
+    tensors = tuple(
+        replace(
+            tensor,
+            parts=tuple(
+                replace(part, digest=digests[rank_file(part.rank, ranks), tensor.name])
+                for part in tensor.parts
+            ),
+        )
+        for tensor in plan.tensors
+    )
+    sizes = tuple(plan.files[rank_file(rank, ranks)].file_bytes for rank in range(ranks))
+    dims = plan.dims
+    return Manifest(
+        ranks,
+        dims.num_heads,
+        dims.num_kv_heads,
+        dims.head_dim,
+        plan.source_format,
+        plan.config,
+        tensors,
+        sizes,
+    )
+
+
+def dims_of(checkpoint: Checkpoint, num_heads: int | None = None) -> Dims:
+    """Sizes from the tensors themselves, and from the configuration only the number of query heads,
+    which they do not tell. Raises InputError where they contradict each other."""
+    extents: dict[str, tuple[int, str]] = {}
+    for name, entry in checkpoint.entries.items():
+        spec = find_spec(name)
+        if spec.dim is None:
+            continue
+        if spec.dim >= len(entry.shape):
+            raise InputError(f"{name} has shape {entry.shape}, which has no dimension {spec.dim}")
+        size = entry.shape[spec.dim]
+        known, first = extents.setdefault(spec.axis, (size, name))
+        if size != known:
+            raise InputError(
+                f"{name} has {size} elements along {spec.axis!r} and {first} has {known}: they are "
+                "not of one model"
+            )
+    mlp = "expert" if "expert" in extents else "ffn"
+    for axis in ("q", "kv", mlp, "vocab"):
+        if axis not in extents:
+            raise InputError(f"{checkpoint.path} has no weight that is divided along {axis!r}")
+    if num_heads is None:
+        num_heads = _find_num_heads(checkpoint)
+    q, kv = extents["q"][0], extents["kv"][0]
+    if q % num_heads:
+        raise InputError(f"{extents['q'][1]} has {q} rows, which are not {num_heads} heads of one size")
+    head_dim = q // num_heads
+    if kv % head_dim or num_heads % (kv // head_dim):
+        raise InputError(
+            f"{extents['kv'][1]} has {kv} rows, which are no number of KV heads of {head_dim} that "
+            f"{num_heads} query heads could share"
+        )
+    ffn, expert = (extents.get(axis, (0, ""))[0] for axis in ("ffn", "expert"))
+    return Dims(num_heads, kv // head_dim, head_dim, ffn, extents["vocab"][0], expert)
+
+
+def _find_num_heads(checkpoint: Checkpoint) -> int:
+    config = checkpoint.config
+    architecture = config.get("general.architecture")
+    for key in (*_NUM_HEADS, f"{architecture}.attention.head_count"):
+        if key in config:
+            value = same_for_all_layers(config, key, checkpoint.path)
+            if type(value) is not int or value < 1:
+                raise InputError(f"{checkpoint.path}: {key} must be a positive integer, not {value!r}")
+            return int(value)
+    raise InputError(
+        f"{checkpoint.path}: its configuration does not tell the number of query heads "
+        f"({', '.join(_NUM_HEADS)}); put the model's config.json beside the weights"
+    )
+
+
+def layout_of(dims: Dims, rank: int, world_size: int, ffn_unit: int = FFN_UNIT) -> Layout:
+    """The loader's layout of a rank, with borders in the MLP at multiples of `ffn_unit`."""
+    layout = plan_layout(
+        num_heads=dims.num_heads,
+        num_kv_heads=dims.num_kv_heads,
+        head_dim=dims.head_dim,
+        ffn_dim=dims.ffn_dim,
+        vocab_size=dims.vocab_size,
+        expert_dim=dims.expert_dim,
+        rank=rank,
+        world_size=world_size,
+    )
+    if ffn_unit == FFN_UNIT:
+        return layout
+    if dims.ffn_dim:
+        start, stop = split_units(dims.ffn_dim, ffn_unit, rank, world_size)
+        layout = replace(layout, ffn_start=start, ffn_stop=stop)
+    if dims.expert_dim:
+        start, stop = split_units(dims.expert_dim, ffn_unit, rank, world_size)
+        layout = replace(layout, expert_start=start, expert_stop=stop)
+    return layout
+
+
+def _ffn_blocks(checkpoint: Checkpoint, dequantize: bool) -> list[int]:
+    """The blocks that a border in the MLP could cut."""
+    if dequantize:
+        return []
+    found = set()
+    for name, entry in checkpoint.entries.items():
+        spec = find_spec(name)
+        if spec.axis in ("ffn", "expert") and spec.dim == len(entry.shape) - 1 and entry.block > 1:
+            found.add(entry.block)
+    return sorted(found)
+
+
+def _tensor(
+    name: str, entry: Entry, checkpoint: Checkpoint, layouts: list[Layout], dequantize: bool
+) -> StoredTensor:
+    spec = find_spec(name)
+    stored_name = checkpoint.stored_names.get(name, name)
+    dtype, blocks = _storage(name, entry, dequantize)
+    if len(layouts) == 1 and checkpoint.format != "gguf" and blocks is not None:
+        raise InputError(
+            f"{name} is quantised ({blocks.format}), which a Hugging Face folder cannot hold; "
+            "--dequantize writes it as bf16"
+        )
+    if 0 in entry.shape:
+        raise InputError(f"{name} has shape {entry.shape}: it holds nothing; is the file damaged?")
+    whole = StoredTensor(name, stored_name, dtype, entry.shape, spec.dim, spec.axis, (), blocks)
+    if spec.dim is None:
+        ranks = range(1 if spec.axis == "first" else len(layouts))
+        return replace(whole, parts=tuple(Part(rank, 0, whole.extent) for rank in ranks))
+    parts = []
+    for rank, layout in enumerate(layouts):
+        bounds = slices_of(name, entry.shape, layout)[spec.dim]
+        if bounds.start < bounds.stop:  # the last ranks may hold nothing of a small vocabulary
+            parts.append(Part(rank, bounds.start, bounds.stop))
+    # The table and the layout must make up the tensor; the manifest's reader would refuse it later.
+    assert parts[0].start == 0 and parts[-1].stop == whole.extent, (name, parts)
+    assert all(left.stop >= right.start for left, right in pairwise(parts)), (name, parts)
+    if blocks is not None and spec.dim == len(entry.shape) - 1:
+        for part in parts:
+            if part.start % blocks.elements or part.stop % blocks.elements:
+                raise InputError(
+                    f"{name} is stored in blocks of {blocks.elements} ({blocks.format}), and the "
+                    f"border of rank {part.rank} of {len(layouts)} ({part.start}..{part.stop}) would "
+                    "cut one; use another number of ranks, or --dequantize to write it as bf16"
+                )
+    return replace(whole, parts=tuple(parts))
+
+
+def _storage(name: str, entry: Entry, dequantize: bool) -> tuple[str, Blocks | None]:
+    """The dtype that is written, and the blocks of a tensor that stays quantised."""
+    if entry.stored_as in DTYPES and entry.block == 1:
+        return entry.stored_as, None
+    if dequantize:
+        return "BF16", None
+    sizes = block_sizes(entry.stored_as)
+    if entry.read_raw is None or sizes is None or sizes[0] != entry.block:
+        raise InputError(
+            f"{name} is stored as {entry.stored_as}, which cannot be carried as it is; "
+            "--dequantize writes it as bf16"
+        )
+    return "U8", Blocks(entry.stored_as, *sizes)
+
+
+def _hf_outputs(
+    tensors: tuple[StoredTensor, ...], source_format: str, dims: Dims
+) -> tuple[Output, ...]:
+    """The tensors under the names that Hugging Face's files had. Several tensors of one such name were
+    one fused tensor, and are put together again, in their order: one after the other, or (Falcon) the
+    rows of one KV head after another's, each with its query heads before it."""
+    # Names under which the rows are in another order (Meta's) would lie about what is written.
+    stored = {tensor.stored_name for tensor in tensors}
+    known = source_format != "gguf" and not any(
+        piece.interleaved for name in stored for piece in translate(name)
+    )
+    together: dict[str, list[StoredTensor]] = {}
+    for tensor in tensors:
+        together.setdefault(tensor.stored_name if known else tensor.name, []).append(tensor)
+    for name, parts in together.items():
+        if len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
+            raise InputError(
+                f"{name} was made of tensors that do not go together: {parts[0].name}, ..."
+            )
+
+    def pieces(name: str, parts: list[StoredTensor]) -> tuple[Piece, ...]:
+        grouped = known and any(piece.grouped for piece in translate(name))
+        groups = dims.num_kv_heads if grouped else 1
+        return tuple(
+            Piece(part, part.extent * i // groups, part.extent * (i + 1) // groups)
+            for i in range(groups)
+            for part in parts
+        )
+
+    return tuple(Output("", name, pieces(name, parts)) for name, parts in together.items())
+
+
+def _hf_shapes(outputs: tuple[Output, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names, dtypes and shapes of Hugging Face's tensors."""
+    shapes = {}
+    for output in outputs:
+        first = output.pieces[0].tensor
+        shape = first.shape
+        if len(output.pieces) > 1:
+            rows = sum(piece.stop - piece.start for piece in output.pieces)
+            shape = (rows, *shape[1:])
+        shapes[output.name] = (first.dtype, shape)
+    return shapes
+
+
+def hf_files(shapes: Mapping[str, tuple[str, tuple[int, ...]]], shard_bytes: int) -> dict[str, Tensors]:
+    """Hugging Face's division of tensors (dtype in safetensors' spelling, shape) into files: in order,
+    a new file where the limit would be passed."""
+    shards: list[dict[str, tuple[str, tuple[int, ...]]]] = []
+    filled = 0
+    for name, (dtype, shape) in shapes.items():
+        size = num_bytes(dtype, shape)
+        if not shards or filled + size > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = (dtype, shape)
+        filled += size
+    count = len(shards)
+    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    if count == 1:
+        names = ["model.safetensors"]
+    return {name: Tensors(shapes, {"format": "pt"}) for name, shapes in zip(names, shards, strict=True)}

@@ -1,0 +1,177 @@
+"""Carrying a plan out: read a piece, checksum it, write it at its place; a few threads, little memory.
+
+Each thread holds one piece of some 4 MiB. What was read through a mapping is let go of as the
+work proceeds, so the process stays small, whatever the size of the model and the number of ranks.
+Files that make a folder loadable (`yoke.json`, `config.json`) are written last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from base.errors import InputError
+from reshard.plan import Output, Piece, ReshardPlan, manifest_of
+from weights.checkpoint import Checkpoint, Entry
+from weights.companions import companions
+from weights.files import parse_json
+from weights.formats.yoke_io import YokeFolder, unequal_replicas
+from weights.formats.yoke_manifest import MANIFEST, StoredTensor, to_json
+from weights.nested import is_nested
+from weights.pages import release_pages
+from weights.writer import DTYPES, SafetensorsFile
+
+PIECE_BYTES = 4 << 20
+RELEASE_BYTES = 32 << 20
+
+
+# Beside the weights these describe the model and its tokenizer; they are copied as they are.
+@dataclass
+class Reader:
+    """Reads pieces of a checkpoint and lets go of its pages now and then."""
+
+    checkpoint: Checkpoint
+    _touched: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def pieces(self, piece: Piece, head_dim: int) -> Iterator[Tensor]:
+        """A piece of a tensor as it is to be written, some rows at a time and contiguous."""
+        tensor = piece.tensor
+        entry = self.checkpoint.entries[tensor.name]
+        slices = tensor.slices(piece.start, piece.stop)
+        if not slices:
+            yield as_stored(entry, tensor, ())
+            return
+        rows = slices[0]
+        # Counted by whole rows: a slice of columns still brings all their pages in.
+        row_bytes = max(_row_bytes(tensor), 1)
+        step = max(PIECE_BYTES // row_bytes, 1)
+        # Some formats store the rows of a head in another order and read it whole.
+        step = max(step // head_dim, 1) * head_dim if step >= head_dim else step
+        for start in range(rows.start, rows.stop, step):
+            stop = min(start + step, rows.stop)
+            yield as_stored(entry, tensor, (slice(start, stop), *slices[1:]))
+            self.touched((stop - start) * row_bytes)
+
+    def touched(self, size: int) -> None:
+        """So many bytes more of the source have been read."""
+        with self._lock:
+            self._touched += size
+            if self._touched < RELEASE_BYTES:
+                return
+            self._touched = 0
+        release_pages(self.checkpoint.files)
+
+
+def _row_bytes(tensor: StoredTensor) -> int:
+    """Bytes of a whole row as the source stores it (at most: a dequantised one has four a number)."""
+    size = DTYPES[tensor.dtype].itemsize
+    for count in tensor.shape[1:]:
+        size *= count
+    return size * 2 if tensor.dtype == "BF16" else size
+
+
+def as_stored(entry: Entry, tensor: StoredTensor, slices: tuple[slice, ...]) -> Tensor:
+    """A part of an entry, in the dtype or the blocks that `tensor` has in the output."""
+    if tensor.blocks is not None:
+        assert entry.read_raw is not None
+        return entry.read_raw(slices).contiguous()
+    # Some formats read as float32 what they store in fewer bits: the conversion gives back the bits.
+    part = (entry.peek or entry.read)(slices)
+    return part.to(DTYPES[tensor.dtype]).contiguous()
+
+
+def num_threads() -> int:
+    """Two at least: one waits for the disk while another computes. More than four do not help it."""
+    return max(2, min(4, len(os.sched_getaffinity(0))))
+
+
+def check_replicas(folder: YokeFolder, reader: Reader) -> None:
+    """Raise InputError if ranks that hold the same elements disagree on them."""
+    for tensor in folder.manifest.tensors:
+        ranks = unequal_replicas(folder, tensor)
+        if ranks is not None:
+            raise InputError(
+                f"{tensor.name}: ranks {ranks[0]} and {ranks[1]} hold copies of the same part, and "
+                f"these differ; {folder.path} is damaged: copy it again"
+            )
+        reader.touched(sum(_row_bytes(tensor) * (part.stop - part.start) for part in tensor.parts))
+
+
+def write(
+    plan: ReshardPlan, reader: Reader, folder: Path, progress: Callable[[int, int], None]
+) -> None:
+    """Write all that a plan says into `folder`. `progress` gets bytes written and in all."""
+    done, total = 0, sum(contents.data_bytes for contents in plan.files.values())
+    lock, stop = threading.Lock(), threading.Event()
+    files: dict[str, SafetensorsFile] = {}
+
+    def told(size: int) -> None:
+        nonlocal done
+        with lock:
+            done += size
+            progress(done, total)
+
+    def run(output: Output) -> str:
+        return files[output.file].write(output.name, pieces_of(output), told)
+
+    def pieces_of(output: Output) -> Iterator[Tensor]:
+        for piece in output.pieces:
+            for part in reader.pieces(piece, plan.dims.head_dim):
+                if stop.is_set():
+                    raise InputError("stopped")  # never told: another failure came first
+                yield part
+
+    digests: dict[tuple[str, str], str] = {}
+    with ThreadPoolExecutor(num_threads()) as pool:
+        try:
+            for name, contents in plan.files.items():
+                # Hugging Face's form has no place for digests, which cost more than all the rest.
+                files[name] = SafetensorsFile(folder / name, contents, digests=plan.form == "yoke")
+            futures = [(output, pool.submit(run, output)) for output in plan.outputs]
+            for output, future in futures:
+                digests[output.file, output.name] = future.result()
+            for _ in pool.map(SafetensorsFile.finish, files.values()):
+                pass
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        finally:
+            for file in files.values():
+                file.close()
+    _write_last(plan, reader.checkpoint, folder, digests)
+
+
+def _write_last(
+    plan: ReshardPlan, checkpoint: Checkpoint, folder: Path, digests: dict[tuple[str, str], str]
+) -> None:
+    """What makes the files a checkpoint, in an order in which only the last step does."""
+    texts = {name: text.encode() for name, text in plan.texts.items()}
+    texts |= companions(checkpoint)
+    config = texts.get("config.json")
+    if config is not None and checkpoint.format != "gguf" and is_nested(parse_json(config)):
+        # What is written is the text model alone.
+        alone = json.dumps(checkpoint.config, indent=2, ensure_ascii=False) + "\n"
+        texts["config.json"] = alone.encode()
+    if plan.form == "yoke":
+        texts[MANIFEST] = to_json(manifest_of(plan, digests)).encode()
+    for name in sorted(texts, key=lambda name: (name == MANIFEST, name == "config.json")):
+        with (folder / name).open("wb") as target:
+            target.write(texts[name])
+            target.flush()
+            os.fsync(target.fileno())
+
+
+def needed_bytes(plan: ReshardPlan, checkpoint: Checkpoint) -> int:
+    """Bytes on the disk, with some for the manifest and what file systems round up."""
+    small = sum(map(len, companions(checkpoint).values()))
+    small += sum(len(text.encode()) for text in plan.texts.values())
+    return plan.total_bytes + small + 200 * len(plan.outputs) + 8192 * (len(plan.files) + 8)

@@ -1,0 +1,116 @@
+"""Looking at the result again: every byte against its source, and what a model makes of both.
+
+`verify` reads the result from the disk as a loader would, compares it with the source piece by piece,
+and every part with the digest that the manifest has of it. `verify_forward` runs the same tokens
+through a model of either and compares the logits bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from base.errors import InputError
+from comm.group import Group
+from models.load import config_of, load_model
+from reshard.plan import Piece, ReshardPlan
+from reshard.run import PIECE_BYTES, Reader
+from weights.checkpoint import Checkpoint
+from weights.formats.yoke_io import YokeFolder, open_folder, open_yoke
+from weights.formats.yoke_manifest import MANIFEST, Part, StoredTensor
+from weights.open import open_checkpoint
+from weights.writer import digest_of
+
+PROMPT_LENGTH = 8
+
+
+def open_any(path: Path) -> Checkpoint:
+    """A checkpoint of any format. Raises InputError."""
+    return open_yoke(path) if (path / MANIFEST).is_file() else open_checkpoint(path)
+
+
+def verify(
+    plan: ReshardPlan, source: Reader, out: Path, progress: Callable[[int, int], None]
+) -> tuple[int, int]:
+    """Compare the result with the source; how many tensors and bytes were. Raises InputError."""
+    result = Reader(open_any(out))
+    missing = sorted(result.checkpoint.entries.keys() ^ source.checkpoint.entries.keys())
+    if missing:
+        raise InputError(f"{out} and its source do not hold the same weights, such as {missing[0]!r}")
+    total = sum(contents.data_bytes for contents in plan.files.values())
+    done = 0
+    if plan.form == "yoke":
+        folder = open_folder(out)
+        for tensor in folder.manifest.tensors:
+            for part in tensor.parts:
+                if digest_of(_stored_pieces(folder, tensor, part, result)) != part.digest:
+                    raise InputError(
+                        f"{out}: what rank {part.rank} holds of {tensor.name} does not have the digest "
+                        "that yoke.json has of it; the disk or the memory failed: write it again"
+                    )
+    for tensor in plan.tensors:
+        for part in _distinct(tensor):
+            piece, head_dim = Piece(tensor, part.start, part.stop), plan.dims.head_dim
+            ours = result.pieces(piece, head_dim)
+            for wanted, written in zip(source.pieces(piece, head_dim), ours, strict=True):
+                if wanted.dtype != written.dtype or not torch.equal(_bytes(wanted), _bytes(written)):
+                    raise InputError(
+                        f"{out}: {tensor.name} differs from its source in elements {part.start}.."
+                        f"{part.stop} along {tensor.axis!r}: write it again"
+                    )
+                done += written.nbytes
+                progress(done, total)
+    return len(plan.tensors), done
+
+
+def _distinct(tensor: StoredTensor) -> Iterator[Part]:
+    """Parts that cover a tensor once: copies are compared by their digests."""
+    reached = 0
+    for part in tensor.parts:
+        if part.stop > reached:
+            yield Part(part.rank, reached, part.stop)
+            reached = part.stop
+
+
+def _stored_pieces(
+    folder: YokeFolder, tensor: StoredTensor, part: Part, reader: Reader
+) -> Iterator[Tensor]:
+    """What a file holds of a part, some rows at a time."""
+    whole = folder.part(tensor, part.rank)
+    if not whole.shape:
+        yield whole
+        return
+    step = max(PIECE_BYTES * whole.shape[0] // max(whole.nbytes, 1), 1)
+    for rows in whole.split(step):
+        yield rows
+        reader.touched(rows.nbytes)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def verify_forward(source: Checkpoint, out: Path) -> None:
+    """Load both on one rank, one after the other, and compare the logits of a few tokens bit for bit.
+    Raises InputError if they differ."""
+    wanted, made = _logits(source), _logits(open_any(out))
+    if not torch.equal(wanted, made):
+        raise InputError(
+            f"{out}: a model of it gives other logits than its source (they differ by up to "
+            f"{(wanted - made).abs().max():.3g})"
+        )
+
+
+@torch.no_grad()
+def _logits(checkpoint: Checkpoint) -> Tensor:
+    config = config_of(checkpoint)
+    model = load_model(config, checkpoint, Group(0, 1), torch.float32)
+    model.setup(1, PROMPT_LENGTH + 4)
+    tokens = torch.arange(1, PROMPT_LENGTH + 1).unsqueeze(0) % config.vocab_size
+    logits = [model(tokens, torch.arange(PROMPT_LENGTH), torch.tensor([PROMPT_LENGTH - 1]))]
+    for i in range(PROMPT_LENGTH, PROMPT_LENGTH + 4):
+        logits.append(model(logits[-1].argmax(-1, keepdim=True), torch.tensor([i])))
+    return torch.stack(logits)

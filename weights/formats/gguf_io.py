@@ -1,0 +1,213 @@
+"""GGUF files (the format of llama.cpp): lazy, mapped, dequantised as slices are read, or, where
+products take them so, quantised as they are (weights.formats.gguf_blocks).
+
+The header is read by weights.formats.gguf_header; what the block formats mean is the `gguf` package's
+knowledge: any quantisation that it can dequantise is read. What llama.cpp's converter changes is
+undone: dimensions are stored in reverse, experts are stacked, the rows of some architectures' query and
+key projections are reordered for interleaved rotary embeddings, and Gemma's norms have 1 added
+(`weights.formats.gguf_names`). Tensors that are settings, not weights, become values of `config`, under
+their names: the factors by which rotary frequencies are divided.
+
+A model may be split into several files (weights.formats.gguf_split).
+
+Source: the GGUF specification, and llama.cpp's `convert_hf_to_gguf.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+from torch import Tensor
+
+from base.errors import InputError
+from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
+from weights.files import DAMAGE, check_overlaps, damaged
+from weights.formats.gguf_blocks import reader_of_blocks, reader_of_stacked_blocks
+from weights.formats.gguf_header import (
+    FORM,
+    Header,
+    TensorInfo,
+    architecture_of,
+    num_experts_of,
+)
+from weights.formats.gguf_names import (
+    FACTORS,
+    naming_of,
+    same_for_all_layers,
+    translate_gguf,
+)
+from weights.formats.gguf_split import read_parts
+from weights.locate import Source
+from weights.mapped import Bytes, map_file, plain_entry
+from weights.names import Piece
+from weights.schemes import GGUF_SCHEMES
+from weights.views import present
+
+_MAX_FACTORS = 1 << 12  # half of a head's size; what is longer cannot be rotary factors
+_PLAIN = ("F64", "F32", "F16", "BF16")  # numbers as they are; everything else comes in blocks
+
+
+def open_gguf(source: Source) -> Checkpoint:
+    """Open a GGUF model of one of `ARCHITECTURES`, in one file or in several. Raises InputError."""
+    path = source.path
+    try:
+        headers = read_parts(source.files)
+        header = headers[0]
+        architecture = architecture_of(header, path)
+        stored: dict[str, Entry] = {}
+        for file, part in zip(source.files, headers, strict=True):
+            stored |= _stored_entries(file, part)
+        factors = {name: _factors(path, name, stored.pop(name)) for name in FACTORS if name in stored}
+        config = header.values.plus(factors)
+        naming = naming_of(architecture, stored)
+
+        def canonical(name: str) -> tuple[Piece, ...]:
+            num_experts = 0
+            if "_exps." in name:
+                num_experts = num_experts_of(header, path, architecture, name, stored[name].shape)
+            pieces = translate_gguf(name, naming, num_experts)
+            if not pieces:
+                raise InputError(f"{path} holds a tensor {name!r} that Yoke does not know")
+            return pieces
+
+        def heads() -> tuple[int, int]:
+            return _heads(path, config, f"{architecture}.attention.")
+
+        return present(source, stored, canonical, config, heads)
+    except InputError:
+        raise
+    except DAMAGE as error:
+        raise damaged(path, FORM, error) from error
+
+
+def _factors(path: Path, name: str, entry: Entry) -> Callable[[], list[float]]:
+    """How to read the factors of rotary frequencies."""
+    if len(entry.shape) != 1 or entry.shape[0] > _MAX_FACTORS:
+        raise InputError(f"{path}: {name!r} has shape {entry.shape}; it must be a list of factors")
+
+    def values() -> list[float]:
+        found: list[float] = entry.read((slice(0, entry.shape[0]),)).tolist()
+        return found
+
+    return values
+
+
+def _heads(path: Path, config: Mapping[str, Any], prefix: str) -> tuple[int, int]:
+    num_q = same_for_all_layers(config, prefix + "head_count", path)
+    num_kv = same_for_all_layers(config, prefix + "head_count_kv", path)
+    num_kv = num_q if num_kv is None else num_kv
+    for value in (num_q, num_kv):
+        if type(value) is not int or not 1 <= value < 1 << 20:
+            raise InputError(
+                f"{path}: {prefix}head_count and head_count_kv must be positive integers, not "
+                f"{str(num_q)[:100]} and {str(num_kv)[:100]}"
+            )
+    return num_q, num_kv
+
+
+def _stored_entries(path: Path, header: Header) -> dict[str, Entry]:
+    """The tensors of one file under GGUF's names. Raises InputError."""
+    try:
+        return {name: replace(entry, file=path) for name, entry in _checked(path, header).items()}
+    except InputError:
+        raise
+    except DAMAGE as error:
+        raise damaged(path, FORM, error) from error
+
+
+def _checked(path: Path, header: Header) -> dict[str, Entry]:
+    """The same. Raises InputError or one of files.DAMAGE."""
+    size, data = path.stat().st_size, map_file(path)
+    entries, ranges = {}, []
+    for info in header.tensors:
+        start = header.data_start + info.offset
+        kind = _kind(path, info)
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        if info.dims[0] % block:
+            raise ValueError(
+                f"{info.name!r} has rows of {info.dims[0]}, not of whole {kind.name} blocks"
+            )
+        stop = start + math.prod(info.dims) // block * block_bytes
+        if stop > size:
+            raise ValueError(f"{info.name!r} ends at byte {stop} of {size}")
+        ranges.append((start, stop, info.name))
+        shape = tuple(reversed(info.dims))
+        if kind.name in _PLAIN:
+            entries[info.name] = plain_entry(info.name, data, start, math.prod(shape), kind.name, shape)
+        else:
+            entries[info.name] = _blocks_entry(info.name, data[start:stop], kind, shape)
+    check_overlaps(ranges)
+    return entries
+
+
+def _kind(path: Path, info: TensorInfo) -> GGMLQuantizationType:
+    """The type of a tensor, if it can be read. Raises InputError."""
+    known = info.kind in GGMLQuantizationType._value2member_map_
+    kind = GGMLQuantizationType(info.kind) if known else None
+    if kind is None or not _readable(kind):
+        raise InputError(
+            f"{path}: {info.name!r} is stored as {kind.name if kind else f'type {info.kind}'}, which "
+            "the installed gguf package cannot dequantise; use another quantisation of the model, or a "
+            "newer package"
+        )
+    return kind
+
+
+@functools.cache
+def _readable(kind: GGMLQuantizationType) -> bool:
+    """Whether the package can dequantise a type: found by trying one block of zeros."""
+    if kind.name in _PLAIN:
+        return True
+    if kind not in GGML_QUANT_SIZES:
+        return False
+    try:
+        _dequantise(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _dequantise(stored: Bytes, kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
+    with np.errstate(all="ignore"):  # a scale may be infinite; that is the file's affair
+        return dequantize(np.ascontiguousarray(stored), kind)
+
+
+def _blocks_entry(name: str, data: Bytes, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> Entry:
+    """A tensor whose rows are stored as blocks along the last dimension."""
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    rows = data.reshape(*shape[:-1], shape[-1] // block * block_bytes)
+
+    def stored(slices: Slices, first: int, last: int) -> Bytes:
+        return rows[(*slices[:-1], slice(first * block_bytes, last * block_bytes))]
+
+    def read(slices: Slices) -> Tensor:
+        check_slices(name, shape, slices)
+        sizes = [part.stop - part.start for part in slices]
+        if 0 in sizes:
+            return torch.empty(sizes)  # the package does not take empty arrays
+        columns = slices[-1]
+        first, last = columns.start // block, -(-columns.stop // block)
+        values = _dequantise(stored(slices, first, last), kind)
+        inside = slice(columns.start - first * block, columns.stop - first * block)
+        return torch.from_numpy(np.ascontiguousarray(values[..., inside]))
+
+    def read_raw(slices: Slices) -> Tensor:
+        check_slices(name, shape, slices)
+        columns = slices[-1]
+        assert columns.start % block == 0 and columns.stop % block == 0, (name, columns, block)
+        part = stored(slices, columns.start // block, columns.stop // block)
+        return torch.from_numpy(np.array(part, order="C"))
+
+    quant = reader_of_blocks(kind.name, shape, read_raw)
+    quant_of = reader_of_stacked_blocks(kind.name, shape, read_raw)
+    scheme = None if quant is None and quant_of is None else GGUF_SCHEMES[kind.name]
+    return Entry(shape, kind.name, read, block, read_raw, scheme=scheme, quant=quant, quant_of=quant_of)

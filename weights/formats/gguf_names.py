@@ -1,0 +1,135 @@
+"""What GGUF's architectures call their tensors, and what llama.cpp's converter does to them. Pure; free
+of torch.
+
+Names are those of the `gguf` package's `constants.py` and `tensor_mapping.py`. What is done to values
+and rows: `modify_tensors` of the architectures' classes in llama.cpp's `convert_hf_to_gguf.py`. Its
+class for Llama reorders the rows of query and key projections for rotary embeddings over neighbours
+(`undo_permute`); Granite's and SmolLM3's classes are derived from it, and Mistral and Mixtral are
+written as "llama", while the others' embeddings rotate halves and their rows stay as they are.
+
+What is not here: GPT-J. The package has its names, llama.cpp has neither converter nor graph for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from base.errors import InputError
+from weights.names import GATE_UP, QKV, ROTATED, Parts, Piece
+
+# No weights but settings of the rotary embeddings, which are stored as tensors all the same.
+FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_SHARED = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output_norm.bias": "model.norm.bias",
+    "output.weight": "lm_head.weight",
+    "output.bias": "lm_head.bias",
+}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+}
+_GEMMA = _LAYER | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+# Falcon with two norms: the MLP's is the one that smaller Falcons share (`ln_mlp` is ATTN_NORM).
+_TWO_NORMS = _LAYER | {"attn_norm": "mlp_layernorm", "attn_norm_2": "input_layernorm"}
+_EXPERTS = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
+
+
+@dataclass(frozen=True)
+class Naming:
+    """Of one architecture: the names within a layer, those that are fused, whether the rows of query
+    and key are interleaved, and whether norms are stored with 1 added (Gemma's)."""
+
+    names: Mapping[str, str] = field(default_factory=lambda: _LAYER)
+    fused: Mapping[str, Parts] = field(default_factory=dict)
+    interleaved: bool = False
+    plus_one: bool = False
+
+
+_NAMINGS = {
+    "llama": Naming(interleaved=True),
+    "granite": Naming(interleaved=True),
+    "smollm3": Naming(interleaved=True),
+    "qwen2": Naming(),
+    "qwen3": Naming(),
+    "qwen3moe": Naming(),
+    "phi3": Naming(fused={"attn_qkv": QKV, "ffn_up": GATE_UP}),
+    "gemma2": Naming(_GEMMA, plus_one=True),
+    "gemma3": Naming(_GEMMA, plus_one=True),
+    # Rows of the fused projection are in the order of queries, keys, values, whatever Falcon's was.
+    "falcon": Naming(fused={"attn_qkv": QKV}),
+}
+ARCHITECTURES = tuple(_NAMINGS)
+
+
+def naming_of(architecture: str, stored: Collection[str]) -> Naming:
+    """How a file of this architecture that holds tensors of these names is to be understood."""
+    if architecture == "falcon" and "blk.0.attn_norm_2.weight" in stored:
+        return Naming(_TWO_NORMS, {"attn_qkv": QKV})
+    return _NAMINGS[architecture]
+
+
+def translate_gguf(stored: str, naming: Naming, num_experts: int = 0) -> tuple[Piece, ...]:
+    """The canonical tensors in the stored one of this name, as `weights.names.translate`; none at all
+    for a name that the architecture does not have. `num_experts`: of a tensor that stacks experts."""
+    if stored in _SHARED:
+        name = _SHARED[stored]
+        return (Piece(name, plus_one=naming.plus_one and "norm" in name),)
+    match = re.fullmatch(
+        r"blk\.(\d{1,6})\.([a-z_0-9]+?)(_exps|\.(\d{1,6}))?\.(weight|bias)", stored, re.ASCII
+    )
+    if match is None:
+        return ()
+    layer, name, stacked, expert, kind = match.groups()
+    prefix = f"model.layers.{int(layer)}"
+    if stacked:
+        if name not in _EXPERTS:
+            return ()
+        inner = f"{_EXPERTS[name]}.{kind}"
+        if expert is not None:  # older files: each expert's by itself
+            return (Piece(f"{prefix}.mlp.experts.{int(expert)}.{inner}"),)
+        return tuple(Piece(f"{prefix}.mlp.experts.{i}.{inner}", expert=i) for i in range(num_experts))
+    if name in naming.fused:
+        return tuple(Piece(f"{prefix}.{part}.{kind}", rows) for rows, part in naming.fused[name])
+    if name not in naming.names:
+        return ()
+    name = naming.names[name]
+    return (
+        Piece(
+            f"{prefix}.{name}.{kind}",
+            interleaved=naming.interleaved and name in ROTATED,
+            plus_one=naming.plus_one and "norm" in name,
+        ),
+    )
+
+
+def same_for_all_layers(config: Mapping[str, Any], key: str, source: object) -> Any:
+    """The value of a key that may have an entry for each layer; None where it is missing. Raises
+    InputError where the layers differ."""
+    value = config.get(key)
+    if not isinstance(value, list):
+        return value
+    if not value or any(entry != value[0] for entry in value):
+        raise InputError(
+            f"{source}: {key} is {str(value)[:100]}; only models are supported whose layers are all "
+            "of one size"
+        )
+    return value[0]

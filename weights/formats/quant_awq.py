@@ -1,0 +1,58 @@
+"""AWQ's files (version "gemm"): qweight int32 [k, n / 8], qzeros int32 [groups, n / 8], scales
+[groups, n]. Of the eight 4-bit numbers of an int32 the i-th, from the lowest bits on, is column
+_ORDER[i] of its eight.
+
+Source: `WQLinear_GEMM.from_linear` of AutoAWQ.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weights.formats.quant_parts import (
+    HALVES,
+    Module,
+    Stored,
+    checked_zeros,
+    part_of,
+    scales_of,
+    unpack,
+)
+from weights.quant import QuantWeight, pack_nibbles
+
+ENDS = frozenset({"qweight", "qzeros", "scales"})
+_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def open_stored(module: Module) -> Stored:
+    """The weight of a module. Raises InputError."""
+    packed, k, width = module.matrix("qweight", ("I32",))
+    n = width * 8
+    scales, groups, _ = module.matrix("scales", HALVES)
+    scheme = module.scheme(4, groups, k)
+    module.part("scales", HALVES, (groups, n))
+    zeros = module.part("qzeros", ("I32",), (groups, width))
+    size = scheme.group_size or k
+
+    def read(rows: slice, columns: slice) -> QuantWeight:
+        across = slice(rows.start // 8, rows.stop // 8)
+        some = slice(columns.start // size, -(-columns.stop // size))
+        q = _in_order(part_of(packed, columns, across)).t().contiguous()
+        zero = _in_order(part_of(zeros, some, across)).t()
+        scale, offset = scales_of(
+            module,
+            scheme,
+            part_of(scales, some, rows).t().contiguous(),
+            checked_zeros(module, scheme, zero, 8),
+        )
+        return QuantWeight(pack_nibbles(q), scale, offset, 4, min(size, q.shape[1]))
+
+    return Stored((n, k), scheme, read, 8)
+
+
+def _in_order(numbers: Tensor) -> Tensor:
+    """int32 [m, n / 8] -> uint8 [m, n]."""
+    places = sorted(range(8), key=_ORDER.__getitem__)
+    eights = unpack(numbers, 4).unflatten(-1, (numbers.shape[1], 8))
+    return eights[..., torch.tensor(places)].flatten(-2)

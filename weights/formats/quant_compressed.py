@@ -1,0 +1,132 @@
+"""The files of compressed-tensors (llm-compressor). "pack-quantized": weight_packed int32
+[n, k * bits / 32], the lowest bits first, weight_shape [2], weight_scale [n, groups], with zero points
+weight_zero_point int32 [n * bits / 32, groups], and with act-order weight_g_idx [k]. "int-quantized":
+weight int8 [n, k], weight_scale [n, groups] (or one of all), weight_zero_point int8.
+
+Packed numbers are stored with half the range added. What belongs to activations is left out.
+
+Source: `pack_to_int32` and the compressors `pack_quantized`, `naive_quantized` of the library
+compressed-tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weights.checkpoint import Entry
+from weights.formats.quant_config import MIXED
+from weights.formats.quant_parts import (
+    HALVES,
+    Module,
+    Stored,
+    checked_zeros,
+    data_of,
+    group_of_columns,
+    part_of,
+    scales_of,
+)
+from weights.quant import QuantWeight
+
+ENDS = frozenset({
+    "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale",
+    "input_zero_point", "output_scale", "output_zero_point",
+})  # fmt: skip
+
+
+def open_stored(module: Module) -> Stored:
+    """The weight of a module. Raises InputError."""
+    packed = module.config.format == "pack-quantized"
+    if module.config.format == MIXED:
+        packed = "weight" not in module.parts
+    return _packed(module) if packed else _plain_integers(module)
+
+
+def _packed(module: Module) -> Stored:
+    numbers, n, width = module.matrix("weight_packed", ("I32",))
+    dims = part_of(module.part("weight_shape", ("I64", "I32"), (2,)), slice(0, 2)).tolist()
+    k = dims[1]
+    bits = next((b for b in (4, 8) if width * 32 == k * b), 0)
+    if dims[0] != n or not bits:
+        raise module.error(f"{module.name}.weight_packed is {n} x {width}, of a weight of {dims}")
+    scales = _scales(module, n)
+    groups = scales.shape[1]
+    zeros = module.parts.get("weight_zero_point")
+    scheme = module.scheme(bits, groups, k, zeros is not None)
+    per, middle = 32 // bits, 1 << (bits - 1)
+    if zeros is not None:
+        module.part("weight_zero_point", ("I32",), (-(-n // per), groups))
+    order = module.parts.get("weight_g_idx")
+    if order is not None or module.config.reordered:
+        module.part("weight_g_idx", ("I32", "I64"), (k,))
+    size = scheme.group_size or k
+
+    def read(rows: slice, columns: slice) -> QuantWeight:
+        across = slice(columns.start // per, columns.stop // per)
+        some = slice(columns.start // size, -(-columns.stop // size))
+        octets = part_of(numbers, rows, across).contiguous().view(torch.uint8)
+        zero = None
+        if zeros is not None:
+            stored = part_of(zeros, slice(rows.start // per, -(-rows.stop // per)), some)
+            zero = _down(stored, bits)[: rows.stop - rows.start]
+            zero = checked_zeros(module, scheme, zero, middle)
+        scale, offset = scales_of(module, scheme, part_of(scales, rows, some), zero)
+        width = columns.stop - columns.start
+        return QuantWeight(data_of(octets, bits), scale, offset, bits, min(size, width))
+
+    if order is None:
+        return Stored((n, k), scheme, read, per)
+    return Stored((n, k), scheme, read, per, group_of_columns(module, "weight_g_idx", groups))
+
+
+def _down(numbers: Tensor, bits: int) -> Tensor:
+    """int32 [m, groups], packed down the rows -> int16 [m * 32 / bits, groups]."""
+    octets = numbers.contiguous().view(torch.uint8).unflatten(-1, (numbers.shape[1], 4))
+    fine = octets if bits == 8 else torch.stack((octets & 15, octets >> 4), dim=-1).flatten(-2)
+    return fine.transpose(1, 2).flatten(0, 1).to(torch.int16)
+
+
+def _plain_integers(module: Module) -> Stored:
+    numbers, n, k = module.matrix("weight", ("I8",))
+    scales = _scales(module, n)
+    groups = scales.shape[1]
+    zeros = module.parts.get("weight_zero_point")
+    scheme = module.scheme(8, groups, k, zeros is not None)
+    if zeros is not None:
+        zeros = _by_row(module.part("weight_zero_point", ("I8",)), module, "weight_zero_point", n)
+        if zeros.shape != scales.shape:
+            raise module.error(f"{module.name} has zero points {zeros.shape}, scales {scales.shape}")
+    size = scheme.group_size or k
+
+    def read(rows: slice, columns: slice) -> QuantWeight:
+        some = slice(columns.start // size, -(-columns.stop // size))
+        zero = None
+        if zeros is not None:
+            zero = part_of(zeros, rows, some).to(torch.int16)
+            if not scheme.symmetric:
+                zero = zero + 128  # as in the other format
+            zero = checked_zeros(module, scheme, zero, 0 if scheme.symmetric else 128)
+        scale, offset = scales_of(module, scheme, part_of(scales, rows, some), zero)
+        data = part_of(numbers, rows, columns).contiguous()
+        return QuantWeight(data, scale, offset, 8, min(size, columns.stop - columns.start))
+
+    return Stored((n, k), scheme, read)
+
+
+def _scales(module: Module, n: int) -> Entry:
+    """The scales, [n, groups]."""
+    return _by_row(module.part("weight_scale", HALVES), module, "weight_scale", n)
+
+
+def _by_row(entry: Entry, module: Module, end: str, n: int) -> Entry:
+    """An entry [n, groups] of what may also be one number for all rows, or one a row."""
+    if len(entry.shape) == 2 and entry.shape[0] == n and entry.shape[1]:
+        return entry
+    if entry.shape not in ((), (1,), (n,)):
+        raise module.error(f"{module.name}.{end} has shape {list(entry.shape)} for {n} rows")
+
+    def read(slices: tuple[slice, ...]) -> Tensor:
+        whole = entry.read(tuple(slice(0, size) for size in entry.shape)).reshape(-1, 1)
+        return whole.expand(n, 1)[slices].clone()
+
+    return Entry((n, 1), entry.stored_as, read, file=entry.file)

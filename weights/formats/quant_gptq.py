@@ -1,0 +1,72 @@
+"""GPTQ's files: qweight int32 [k * bits / 32, n], the lowest bits first down the rows; qzeros int32
+[groups, n * bits / 32]; scales [groups, n]; g_idx int32 [k], the group of each column.
+
+Zero points are stored less 1, modulo the range, but in files of the format gptq_v2. With act-order
+g_idx is not in order. The integers lie in the order that weights.quant has; a transposition is all.
+
+Source: `QuantLinear.pack` of AutoGPTQ's qlinear_cuda_old.py, and GPTQModel's conversion between its
+formats.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from weights.formats.quant_parts import (
+    HALVES,
+    Module,
+    Stored,
+    checked_zeros,
+    data_of,
+    group_of_columns,
+    part_of,
+    scales_of,
+    unpack,
+)
+from weights.quant import QuantWeight
+
+ENDS = frozenset({"qweight", "qzeros", "scales", "g_idx"})
+
+
+def open_stored(module: Module) -> Stored:
+    """The weight of a module. Raises InputError."""
+    packed, height, n = module.matrix("qweight", ("I32",))
+    scales, groups, _ = module.matrix("scales", HALVES)
+    bits = module.config.bits_of(module.part("qzeros", ("I32",)).shape, n)
+    k, per = height * 32 // bits, 32 // bits
+    scheme = module.scheme(bits, groups, k)
+    module.part("scales", HALVES, (groups, n))
+    if n % per:
+        raise module.error(f"{module.name}.qweight has {n} outputs, not a multiple of {per}")
+    zeros = module.part("qzeros", ("I32",), (groups, n // per))
+    size = scheme.group_size or k
+    order = module.part("g_idx", ("I32", "I64"), (k,)) if "g_idx" in module.parts else None
+    if order is None and module.config.reordered:
+        module.part("g_idx", ("I32",))
+    middle = 1 << (bits - 1)
+
+    def read(rows: slice, columns: slice) -> QuantWeight:
+        if order is not None and not module.config.reordered:
+            given = part_of(order, columns).long()
+            if not torch.equal(given, torch.arange(columns.start, columns.stop) // size):
+                raise module.error(f"{module.name}.g_idx is not in order (act-order, desc_act)")
+        down = slice(columns.start // per, columns.stop // per)
+        some = slice(columns.start // size, -(-columns.stop // size))
+        octets = part_of(packed, down, rows).t().contiguous().view(torch.uint8)
+        across = slice(rows.start // per, rows.stop // per)
+        zero = unpack(part_of(zeros, some, across), bits).t().to(torch.int16)
+        if module.config.minus_one:
+            zero = (zero + 1) & (2 * middle - 1)
+        scale, offset = scales_of(
+            module,
+            scheme,
+            part_of(scales, some, rows).t().contiguous(),
+            checked_zeros(module, scheme, zero, middle),
+        )
+        return QuantWeight(
+            data_of(octets, bits), scale, offset, bits, min(size, columns.stop - columns.start)
+        )
+
+    if order is None or not module.config.reordered:
+        return Stored((n, k), scheme, read, per)
+    return Stored((n, k), scheme, read, per, group_of_columns(module, "g_idx", groups))

@@ -1,0 +1,116 @@
+"""Hugging Face checkpoints whose weights are quantised: the stored tensors of a module as one weight.
+
+`config.json` says how (weights.formats.quant_config), a module for each way says where the bits lie
+(weights.formats.quant_compressed, quant_gptq, quant_awq). A module `x` becomes the entry `x.weight`,
+which is read quantised or dequantised; what is stored plainly stays as it is. Config and tensors must
+agree.
+
+Where columns were quantised in another order than they are stored in (act-order), groups lie all over
+the row: such weights are only dequantised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from base.errors import InputError
+from weights.checkpoint import Entry, Slices, check_slices
+from weights.formats import quant_awq, quant_compressed, quant_gptq
+from weights.formats.quant_config import MARKS, MIXED, read_quant_config
+from weights.formats.quant_parts import Module, Stored
+from weights.quant import QuantWeight
+from weights.schemes import MIN_GROUP
+
+_WAYS = {
+    "compressed-tensors": (quant_compressed.ENDS, quant_compressed.open_stored),
+    "gptq": (quant_gptq.ENDS, quant_gptq.open_stored),
+    "awq": (quant_awq.ENDS, quant_awq.open_stored),
+}
+
+
+def with_quantised(
+    stored: Mapping[str, Entry], config: Mapping[str, Any], source: str, absent: Mapping[str, str]
+) -> Mapping[str, Entry]:
+    """`stored` with one entry for the tensors of each quantised module. `source` is the config's file;
+    `absent` has the reasons why other tensors are not stored. Raises InputError."""
+    declared = read_quant_config(config, source)
+    if declared is None:
+        odd = next((name for name in stored if name.endswith(MARKS)), None)
+        if odd is not None:
+            raise InputError(
+                f"{source} has no quantization_config, but the weights are quantised ({odd!r}); take "
+                "the config.json that belongs to them"
+            )
+        return stored
+    ends, open_stored = _WAYS[declared.method]
+    found: dict[str, dict[str, Entry]] = {}
+    plain = dict(stored)
+    for name in stored:
+        module_name, _, end = name.rpartition(".")
+        if end in ends:
+            found.setdefault(module_name, {})[end] = plain.pop(name)
+    for name, parts in found.items():
+        weight = plain.pop(f"{name}.weight", None)
+        module = Module(name, parts, declared, absent)
+        if name in declared.ignored:
+            raise module.error(f"{name} is stored quantised, although the config leaves it out")
+        packed = "weight_packed" in parts or declared.format not in ("int-quantized", MIXED)
+        if weight is not None and packed:
+            raise module.error(f"{name} is stored twice, quantised and as {name}.weight")
+        if weight is not None:
+            parts["weight"] = weight
+        plain[f"{name}.weight"] = _entry(module, open_stored(module))
+    return plain
+
+
+def _entry(module: Module, stored: Stored) -> Entry:
+    """The weight of a module, whose parts may lie in several files."""
+    n, k = stored.shape
+    unit = stored.scheme.group_size or MIN_GROUP
+
+    def covering(rows: slice, columns: slice) -> tuple[QuantWeight, int, int]:
+        """What holds these rows and columns, and how many of both come before them."""
+        top, left = rows.start // stored.row_unit * stored.row_unit, columns.start // unit * unit
+        bottom = min(-(-rows.stop // stored.row_unit) * stored.row_unit, n)
+        right = min(-(-columns.stop // unit) * unit, k)
+        whole = stored.read(slice(top, bottom), slice(left, right))
+        return whole, rows.start - top, columns.start - left
+
+    def quant(rows: slice, columns: slice) -> QuantWeight:
+        whole, top, left = covering(rows, columns)
+        whole = whole.rows(top, top + rows.stop - rows.start)
+        return whole.columns(left, left + columns.stop - columns.start)
+
+    def read(slices: Slices) -> Tensor:
+        check_slices(module.name, stored.shape, slices)
+        rows, columns = slices
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        if not height or not width:
+            return torch.empty(height, width)
+        if stored.order is not None:
+            values, top = _reordered(stored, rows)
+            return values[top : top + height, columns].contiguous()
+        whole, top, left = covering(rows, columns)
+        return whole.rows(top, top + height).dequantise()[:, left : left + width].contiguous()
+
+    def _reordered(stored: Stored, rows: slice) -> tuple[Tensor, int]:
+        assert stored.order is not None
+        whole, top, _ = covering(rows, slice(0, k))
+        order = stored.order()
+        scale = whole.scale.float()[:, order]
+        if whole.offset is None:
+            middle = 8 if whole.bits == 4 else 0
+            return (whole.integers().float() - middle) * scale, top
+        return whole.integers().float() * scale + whole.offset.float()[:, order], top
+
+    kept = stored.order is None
+    file = next(iter(module.parts.values())).file
+    name = f"{module.config.method} {stored.scheme.name}{'' if kept else ', act-order'}"
+    return Entry(
+        stored.shape, name, read, file=file, scheme=stored.scheme if kept else None,
+        quant=quant if kept else None,
+    )  # fmt: skip

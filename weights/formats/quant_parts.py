@@ -1,0 +1,141 @@
+"""What readers of quantised modules share: a module's stored tensors, checked, and what they make.
+
+Used by the modules for each way of storing (weights.formats.quant_compressed, quant_gptq, quant_awq).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from base.errors import InputError
+from weights.checkpoint import Entry
+from weights.formats.quant_config import QuantConfig
+from weights.quant import QuantWeight
+from weights.schemes import Scheme
+
+HALVES = ("F16", "BF16", "F32")  # in which scales are stored
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A quantised matrix in a file. `read(rows, columns)` takes rows from and to multiples of
+    `row_unit` (or the end), and whole groups of columns, of MIN_GROUP where a row is one. `order()`
+    gives the group of each column, int64 [k], where groups are not in order."""
+
+    shape: tuple[int, int]
+    scheme: Scheme
+    read: Callable[[slice, slice], QuantWeight]
+    row_unit: int = 1
+    order: Callable[[], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Module:
+    """The stored tensors of one module by the ends of their names, what the config says, and why
+    others are not stored, by their names."""
+
+    name: str
+    parts: Mapping[str, Entry]
+    config: QuantConfig
+    absent: Mapping[str, str] = field(default_factory=dict)
+
+    def part(self, end: str, dtypes: tuple[str, ...], shape: tuple[int, ...] | None = None) -> Entry:
+        """One of the tensors. Raises InputError where it is missing or not what it must be."""
+        entry = self.parts.get(end)
+        if entry is None:
+            reason = self.absent.get(f"{self.name}.{end}")
+            raise self.error(f"{self.name}.{end} is missing" + (f" ({reason})" if reason else ""))
+        if entry.stored_as not in dtypes or (shape is not None and entry.shape != shape):
+            wanted = "" if shape is None else f" of shape {list(shape)}"
+            raise self.error(
+                f"{self.name}.{end} is stored as {entry.stored_as} of shape {list(entry.shape)}, and "
+                f"must be {' or '.join(dtypes)}{wanted}"
+            )
+        return entry
+
+    def matrix(self, end: str, dtypes: tuple[str, ...]) -> tuple[Entry, int, int]:
+        """One of the tensors, which must have two dimensions, and these."""
+        entry = self.part(end, dtypes)
+        if len(entry.shape) != 2 or 0 in entry.shape:
+            raise self.error(f"{self.name}.{end} has shape {list(entry.shape)}, and must be a matrix")
+        return entry, entry.shape[0], entry.shape[1]
+
+    def scheme(self, bits: int, groups: int, k: int, has_zeros: bool = True) -> Scheme:
+        """The declared scheme that tensors of so many `groups` a row have. Raises InputError."""
+        found = self.config.fitting(bits, groups, k, has_zeros)
+        if found is None:
+            raise self.error(
+                f"{self.name} is stored with {bits} bits a number and {groups} scales for a row of "
+                f"{k}{'' if has_zeros else ', without zero points'}"
+            )
+        return found
+
+    def error(self, what: str) -> InputError:
+        return InputError(
+            f"{self.config.source} says {self.config.named}, but {what}; the two must be of one model: "
+            "download both again"
+        )
+
+
+def part_of(entry: Entry, *slices: slice) -> Tensor:
+    """A part of a stored tensor, maybe a view of the file."""
+    return (entry.peek or entry.read)(slices)
+
+
+def scales_of(
+    module: Module, scheme: Scheme, scale: Tensor, zero: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Scales [n, groups] as weights.quant has them, and offsets for zero points: -zero * scale.
+
+    A row's one scale is kept in float32. Those of groups are float16 if they are stored in 16 bits: of
+    a bfloat16 below 2 ** -17 the last bits are lost, far below any weight. Raises InputError for
+    numbers that are not finite.
+    """
+    small = scheme.group_size and scale.dtype != torch.float32
+    fine = scale.to(torch.float16 if small else torch.float32)
+    offset = None if zero is None else (-zero.float() * fine.float()).to(fine.dtype)
+    for each in (fine, offset):
+        if each is not None and not bool(torch.isfinite(each).all()):
+            raise module.error(f"{module.name} has scales that are not finite, or beyond float16")
+    return fine, offset
+
+
+def unpack(numbers: Tensor, bits: int) -> Tensor:
+    """int32 [..., n] -> uint8 [..., n * 32 / bits]: the numbers in each, the lowest bits first."""
+    octets = numbers.contiguous().view(torch.uint8)
+    if bits == 8:
+        return octets
+    return torch.stack((octets & 15, octets >> 4), dim=-1).flatten(-2)
+
+
+def data_of(octets: Tensor, bits: int) -> Tensor:
+    """uint8 [n, k * bits / 8] of numbers from 0 on -> `QuantWeight.data`: 8 bits become signed, 128
+    lower."""
+    return (octets ^ 128).view(torch.int8) if bits == 8 else octets
+
+
+def checked_zeros(module: Module, scheme: Scheme, zero: Tensor, middle: int) -> Tensor | None:
+    """`zero` less what is subtracted of the integers anyway, or None for a symmetric scheme, where it
+    must be the `middle`."""
+    if scheme.symmetric:
+        if not bool((zero == middle).all()):
+            raise module.error(f"{module.name} has zero points that are not in the middle")
+        return None
+    return zero.to(torch.int16) - (middle if scheme.bits == 8 else 0)
+
+
+def group_of_columns(module: Module, end: str, groups: int) -> Callable[[], Tensor]:
+    """How to read the group of each column, int64 [k]; that raises InputError for what is no group."""
+
+    def read() -> Tensor:
+        entry = module.parts[end]
+        given = part_of(entry, slice(0, entry.shape[0])).long()
+        if int(given.min()) < 0 or int(given.max()) >= groups:
+            raise module.error(f"{module.name}.{end} names groups outside 0..{groups - 1}")
+        return given
+
+    return read

@@ -1,0 +1,212 @@
+"""Reading Yoke's own form: whole tensors over one safetensors file per rank.
+
+`weights.formats.yoke_manifest` describes the form. Any slice can be read, whatever the number of ranks
+that read it: only the files that hold it are touched. KV heads that several ranks hold are read from
+the lowest of them, or from the file of the rank that is given as `prefer`. A rank that loads at the
+world size of the files thereby reads its own part from its own file.
+
+What is not here: checking the data against the manifest's digests, which would read it all
+(`python -m tp.reshard --verify`).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from base.errors import InputError
+from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
+from weights.files import damaged, parse_json, read_json, regular_file
+from weights.formats.gguf_blocks import reader_of_blocks
+from weights.formats.safetensors_io import stored_entries
+from weights.formats.yoke_manifest import (
+    Blocks,
+    Manifest,
+    Part,
+    StoredTensor,
+    file_contents,
+    rank_file,
+    read_manifest,
+)
+from weights.nested import text_config
+from weights.schemes import GGUF_SCHEMES
+from weights.writer import DTYPES, header_of
+
+
+@dataclass(frozen=True)
+class YokeFolder:
+    """A checked folder: its manifest, and the ranks' files, opened when they are first needed."""
+
+    path: Path
+    manifest: Manifest
+    _opened: dict[int, dict[str, Entry]] = field(default_factory=dict, compare=False)
+
+    def part(self, tensor: StoredTensor, rank: int) -> Tensor:
+        """What the file of `rank` holds of `tensor`, as it is stored: a view of the mapped file."""
+        if rank not in self._opened:  # two threads may both open it, which does no harm
+            self._opened[rank] = stored_entries(self.path / rank_file(rank, self.manifest.world_size))
+        entry = self._opened[rank][tensor.name]
+        return (entry.peek or entry.read)(tuple(slice(0, size) for size in entry.shape))
+
+    def peek(self, tensor: StoredTensor, parts: tuple[Part, ...], slices: Slices) -> Tensor:
+        """A part of a tensor as it is stored, from the first of `parts` that has each piece: a view
+        where one file has all of it. Slices are in elements, and of whole blocks."""
+        if not tensor.shape:
+            return self.part(tensor, parts[0].rank)
+        along, found = tensor.along, []
+        for part, start, stop in cover(parts, slices[along].start, slices[along].stop):
+            local = list(slices)
+            local[along] = slice(start - part.start, stop - part.start)
+            if tensor.blocks is not None:
+                local[-1] = _in_bytes(local[-1], tensor.blocks)
+            found.append(self.part(tensor, part.rank)[tuple(local)])
+        return found[0] if len(found) == 1 else torch.cat(found, along)
+
+
+def _in_bytes(part: slice, blocks: Blocks) -> slice:
+    assert part.start % blocks.elements == 0 and part.stop % blocks.elements == 0, (part, blocks)
+    return slice(*(bound // blocks.elements * blocks.bytes for bound in (part.start, part.stop)))
+
+
+def open_yoke(folder: Path, prefer: int | None = None) -> Checkpoint:
+    """Open a folder in Yoke's form. Raises InputError unless manifest and files agree.
+
+    The checkpoint's `format` is that of what the folder was made from, since it tells how `config` is
+    to be read. A `config.json` in the folder counts before the manifest's copy: it is what people edit.
+    """
+    opened = open_folder(folder)
+    manifest = opened.manifest
+    config = manifest.config
+    if (folder / "config.json").is_file() and manifest.source_format != "gguf":
+        config = text_config(read_json(folder / "config.json"))
+    return Checkpoint(
+        folder,
+        manifest.source_format,
+        {tensor.name: _entry(opened, tensor, prefer) for tensor in manifest.tensors},
+        config,
+        {t.name: t.stored_name for t in manifest.tensors if t.stored_name != t.name},
+        manifest.world_size,
+        files=tuple(folder / rank_file(i, manifest.world_size) for i in range(manifest.world_size)),
+    )
+
+
+def open_folder(folder: Path) -> YokeFolder:
+    """The manifest, and what the files' headers say, checked. Raises InputError."""
+    manifest = read_manifest(folder)
+    for rank, size in enumerate(manifest.file_bytes):
+        _check_file(folder / rank_file(rank, manifest.world_size), manifest, rank, size)
+    return YokeFolder(folder, manifest)
+
+
+def _check_file(file: Path, manifest: Manifest, rank: int, size: int) -> None:
+    """A file must hold exactly the parts of its rank, in the places where the writer puts them."""
+    wanted = header_of(file_contents(manifest.tensors, rank, manifest.world_size))
+    ends = [item["data_offsets"][1] for name, item in wanted.items() if name != "__metadata__"]
+    if not file.exists():
+        raise InputError(f"{file} is missing, although yoke.json names it: copy the folder again")
+    actual = regular_file(file, "safetensors")
+    try:
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8).ljust(8, b"\0"))
+            if actual != size or 8 + length + max(ends, default=0) != size:
+                raise InputError(
+                    f"{file} has {actual} bytes, a header of {length} among them; yoke.json says "
+                    f"{size}, with {max(ends, default=0)} of data: copy it again"
+                )
+            header: Any = parse_json(opened.read(length), unique=True)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise damaged(file, "safetensors", error) from error
+    if not isinstance(header, dict):
+        raise InputError(f"{file} cannot be read as safetensors: its header is no object")
+    if header.get("__metadata__") != wanted["__metadata__"]:
+        raise InputError(f"{file} says that it is {header.get('__metadata__')}: copy it again")
+    if header != wanted:
+        name = next(
+            name for name in [*wanted, *header] if header.get(name) != wanted.get(name)
+        )  # the first one that differs
+        raise InputError(
+            f"{file} and yoke.json disagree on {name!r}: the file says {header.get(name, 'nothing')}, "
+            f"the manifest {wanted.get(name, 'nothing')}; both must come from one run"
+        )
+
+
+def cover(parts: tuple[Part, ...], start: int, stop: int) -> Iterator[tuple[Part, int, int]]:
+    """Which parts to read for `[start, stop)`: from each position on the first part that has it."""
+    while start < stop:
+        part = next(part for part in parts if part.start <= start < part.stop)
+        yield part, start, min(stop, part.stop)
+        start = part.stop
+
+
+def _entry(folder: YokeFolder, tensor: StoredTensor, prefer: int | None) -> Entry:
+    parts = tuple(sorted(tensor.parts, key=lambda part: (part.rank != prefer, part.rank)))
+
+    def peek(slices: Slices) -> Tensor:
+        check_slices(tensor.name, tensor.shape, slices)
+        sizes = [part.stop - part.start for part in slices]
+        if 0 in sizes:
+            return torch.empty(sizes, dtype=DTYPES[tensor.dtype])
+        return folder.peek(tensor, parts, slices)
+
+    def read(slices: Slices) -> Tensor:
+        return peek(slices).clone(memory_format=torch.contiguous_format)
+
+    if tensor.blocks is None:
+        return Entry(tensor.shape, tensor.dtype, read, peek=peek)
+    blocks = tensor.blocks
+
+    def read_raw(slices: Slices) -> Tensor:
+        check_slices(tensor.name, tensor.shape, slices)
+        return folder.peek(tensor, parts, slices).contiguous()
+
+    def read_values(slices: Slices) -> Tensor:
+        check_slices(tensor.name, tensor.shape, slices)
+        sizes = [part.stop - part.start for part in slices]
+        if 0 in sizes:
+            return torch.empty(sizes)
+        columns = slices[-1]
+        first = columns.start // blocks.elements * blocks.elements
+        last = -(-columns.stop // blocks.elements) * blocks.elements
+        values = dequantise(folder.peek(tensor, parts, (*slices[:-1], slice(first, last))), blocks)
+        return values[..., columns.start - first : columns.stop - first]
+
+    quant = reader_of_blocks(blocks.format, tensor.shape, read_raw)
+    scheme = None if quant is None else GGUF_SCHEMES[blocks.format]
+    return Entry(
+        tensor.shape, blocks.format, read_values, blocks.elements, read_raw, scheme=scheme, quant=quant
+    )
+
+
+def dequantise(raw: Tensor, blocks: Blocks) -> Tensor:
+    """Blocks along the last dimension, uint8 [..., bytes], as float32 [..., elements]."""
+    from gguf import GGMLQuantizationType  # only quantised weights need the package
+    from gguf.quants import dequantize
+
+    values = dequantize(raw.contiguous().numpy(), GGMLQuantizationType[blocks.format])
+    return torch.from_numpy(values)
+
+
+def unequal_replicas(folder: YokeFolder, tensor: StoredTensor) -> tuple[int, int] | None:
+    """Two ranks whose copies of the same elements differ in some byte; None if all agree."""
+    for part in tensor.parts[1:]:
+        for first, start, stop in cover(tensor.parts, part.start, part.stop):
+            if first.rank == part.rank:
+                continue
+            slices = tensor.slices(start, stop)
+            ours, theirs = (folder.peek(tensor, (one,), slices) for one in (part, first))
+            # As bytes: a NaN is not equal to itself.
+            if not torch.equal(_bytes(ours), _bytes(theirs)):
+                return first.rank, part.rank
+    return None
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,337 @@
+"""`yoke.json`: what a folder in Yoke's own form holds, and who of the ranks holds which part of it.
+
+The form is one safetensors file per rank and this manifest. It tells for each weight its full shape,
+how it is divided and where the parts lie, so that nothing has to be derived when it is read: not the
+model's family, not the table by which it was divided. All of it is checked before it is believed; a
+manifest may have been damaged, edited or made by somebody else.
+
+    {"format": "yoke", "version": 1, "world_size": 16, "num_heads": 64, "num_kv_heads": 8,
+     "head_dim": 128, "source_format": "safetensors", "digest": "sha256", "config": {...},
+     "files": [{"name": "rank-00000-of-00016.safetensors", "bytes": 8633}, ...],
+     "tensors": [{"name": "model.layers.0.self_attn.k_proj.weight", "stored_name": "...",
+                  "dtype": "BF16", "shape": [1024, 8192], "dim": 0, "axis": "kv", "blocks": null,
+                  "parts": [[rank, start, stop, digest], ...]}, ...]}
+
+`parts` are in elements along `dim`. With `dim` null every part is the whole tensor: one for each rank,
+or rank 0's alone where `axis` is "first" (the loader gives the others zeros). Parts of axis "kv" may
+overlap: a KV head lies with every rank that needs it. `blocks` tells of a quantised tensor, which is
+stored as bytes along its last dimension: {"format": "Q4_0", "elements": 32, "bytes": 18}.
+
+What is not here: reading tensors (`weights.formats.yoke_io`), and deciding who holds what
+(`reshard.plan`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from base.errors import InputError
+from weights.checkpoint import Slices
+from weights.files import read_json
+from weights.writer import DIGEST, DTYPES, Tensors
+
+MANIFEST = "yoke.json"
+VERSION = 1
+MAX_RANKS = 1 << 16
+_MAX_DIM = 1 << 40
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements `[start, stop)` along the dimension that is divided, held by `rank`."""
+
+    rank: int
+    start: int
+    stop: int
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a quantised tensor is stored: `elements` of the last dimension in `bytes` together."""
+
+    format: str
+    elements: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One weight: what it is called, its full shape in elements, and its parts in order of rank."""
+
+    name: str
+    stored_name: str
+    dtype: str
+    shape: tuple[int, ...]
+    dim: int | None
+    axis: str
+    parts: tuple[Part, ...]
+    blocks: Blocks | None = None
+
+    @property
+    def along(self) -> int:
+        return self.dim or 0
+
+    @property
+    def extent(self) -> int:
+        """The size of the dimension that is divided; 1 for a scalar."""
+        return self.shape[self.along] if self.shape else 1
+
+    def slices(self, start: int, stop: int) -> Slices:
+        """A part of the full tensor, in elements."""
+        slices = [slice(0, size) for size in self.shape]
+        if slices:
+            slices[self.along] = slice(start, stop)
+        return tuple(slices)
+
+    def part_shape(self, part: Part) -> tuple[int, ...]:
+        """The shape that a part has in its file."""
+        shape = list(self.shape)
+        if shape:
+            shape[self.along] = part.stop - part.start
+        if self.blocks is not None:
+            shape[-1] = shape[-1] // self.blocks.elements * self.blocks.bytes
+        return tuple(shape)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A folder in Yoke's form. `config` and `source_format` are those of the checkpoint that it was
+    made from; `file_bytes` are the sizes of the ranks' files."""
+
+    world_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    source_format: str
+    config: Mapping[str, Any]
+    tensors: tuple[StoredTensor, ...]
+    file_bytes: tuple[int, ...]
+
+
+def rank_file(rank: int, world_size: int) -> str:
+    return f"rank-{rank:05}-of-{world_size:05}.safetensors"
+
+
+def file_contents(tensors: tuple[StoredTensor, ...], rank: int, world_size: int) -> Tensors:
+    """What the file of a rank holds, in the order of the tensors."""
+    shapes = {
+        tensor.name: (tensor.dtype, tensor.part_shape(part))
+        for tensor in tensors
+        for part in tensor.parts
+        if part.rank == rank
+    }
+    return Tensors(shapes, {"format": "pt", "yoke": f"rank {rank} of {world_size}"})
+
+
+def to_json(manifest: Manifest) -> str:
+    """The text of `yoke.json`, one tensor a line."""
+    ranks = manifest.world_size
+    head: dict[str, Any] = {"format": "yoke", "version": VERSION, "world_size": ranks}
+    head |= {key: getattr(manifest, key) for key in ("num_heads", "num_kv_heads", "head_dim")}
+    head |= {"source_format": manifest.source_format, "digest": DIGEST, "config": dict(manifest.config)}
+    head["files"] = [
+        {"name": rank_file(rank, ranks), "bytes": size} for rank, size in enumerate(manifest.file_bytes)
+    ]
+    lines = ",\n".join(json.dumps(_tensor_object(tensor)) for tensor in manifest.tensors)
+    opening = json.dumps(head, default=_plain, ensure_ascii=False)[:-1]
+    return f'{opening}, "tensors": [\n{lines}\n]}}\n'
+
+
+def _plain(value: Any) -> Any:
+    """GGUF's metadata may have numbers and arrays of numpy's."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise InputError(f"the model's configuration holds a {type(value).__name__}, which JSON has not")
+
+
+def _tensor_object(tensor: StoredTensor) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "stored_name": tensor.stored_name,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "dim": tensor.dim,
+        "axis": tensor.axis,
+        "blocks": None if tensor.blocks is None else vars(tensor.blocks),
+        "parts": [[part.rank, part.start, part.stop, part.digest] for part in tensor.parts],
+    }
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `yoke.json`. Raises InputError for what cannot be true of a model's weights."""
+    file = folder / MANIFEST
+    try:
+        return _manifest(read_json(file, unique=True))
+    except _Wrong as error:
+        raise InputError(f"{file}: {error}; copy the folder again, or reshard it again") from error
+
+
+class _Wrong(Exception):
+    """What is wrong with a manifest, to be told with the file's name."""
+
+
+def _manifest(head: dict[str, Any]) -> Manifest:
+    if head.get("format") != "yoke":
+        raise _Wrong(f"format is {head.get('format')!r}, it must be 'yoke'")
+    if type(head.get("version")) is not int or head["version"] != VERSION:
+        raise _Wrong(f"version is {head.get('version')!r}, this Yoke reads {VERSION}")
+    if head.get("digest") != DIGEST:
+        raise _Wrong(f"digest is {head.get('digest')!r}, it must be {DIGEST!r}")
+    ranks = _integer(head, "world_size", 1, MAX_RANKS)
+    num_heads = _integer(head, "num_heads", 1, 1 << 24)
+    num_kv = _integer(head, "num_kv_heads", 1, num_heads)
+    head_dim = _integer(head, "head_dim", 1, 1 << 24)
+    if num_heads % num_kv:
+        raise _Wrong(f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv}")
+    files = _list(head, "files")
+    if len(files) != ranks:
+        raise _Wrong(f"{len(files)} files for a world_size of {ranks}: each rank has one")
+    sizes = []
+    for rank, item in enumerate(files):
+        named, wanted = _object(item, f"files[{rank}]"), rank_file(rank, ranks)
+        # Also refuses every name that leads out of the folder.
+        if named.get("name") != wanted:
+            raise _Wrong(f"files[{rank}] is named {named.get('name')!r}, it must be {wanted!r}")
+        sizes.append(_integer(named, "bytes", 8, 1 << 60))
+    tensors = tuple(
+        _tensor(_object(item, f"tensors[{i}]"), ranks) for i, item in enumerate(_list(head, "tensors"))
+    )
+    names = [tensor.name for tensor in tensors]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _Wrong(f"{twice} is listed twice")
+    for tensor in tensors:
+        wanted_extent = {"q": num_heads * head_dim, "kv": num_kv * head_dim}.get(tensor.axis)
+        if tensor.dim is not None and wanted_extent not in (None, tensor.extent):
+            raise _Wrong(
+                f"{tensor.name} has {tensor.extent} elements along its heads, and {num_heads} query "
+                f"and {num_kv} KV heads of {head_dim} make {wanted_extent}"
+            )
+    return Manifest(
+        ranks,
+        num_heads,
+        num_kv,
+        head_dim,
+        _text(head, "source_format"),
+        _object(head.get("config"), "config"),
+        tensors,
+        tuple(sizes),
+    )
+
+
+def _tensor(item: dict[str, Any], ranks: int) -> StoredTensor:
+    name = _text(item, "name")
+    try:
+        dtype = _text(item, "dtype")
+        if dtype not in DTYPES:
+            raise _Wrong(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+        sizes = _list(item, "shape")
+        if not all(type(size) is int and 0 < size <= _MAX_DIM for size in sizes) or len(sizes) > 8:
+            raise _Wrong(f"shape {sizes} is not a shape of a weight")
+        if prod(sizes) > 1 << 56:
+            raise _Wrong(f"shape {sizes} is larger than any weight")
+        dim = None if item.get("dim") is None else _integer(item, "dim", 0, len(sizes) - 1)
+        axis = item.get("axis")
+        if not isinstance(axis, str) or (dim is not None and not axis):
+            raise _Wrong(f"axis {axis!r} does not say along what it is divided")
+        blocks = None if item.get("blocks") is None else _blocks(item, dtype, sizes)
+        parts = tuple(_part(part, ranks) for part in _list(item, "parts"))
+        tensor = StoredTensor(
+            name, _text(item, "stored_name"), dtype, tuple(sizes), dim, axis, parts, blocks
+        )
+        _check_parts(tensor, ranks)
+        return tensor
+    except _Wrong as error:
+        raise _Wrong(f"{name}: {error}") from None
+
+
+def _blocks(item: dict[str, Any], dtype: str, shape: list[int]) -> Blocks:
+    given = _object(item["blocks"], "blocks")
+    blocks = Blocks(
+        _text(given, "format"),
+        _integer(given, "elements", 2, 1 << 20),
+        _integer(given, "bytes", 1, 1 << 20),
+    )
+    if block_sizes(blocks.format) != (blocks.elements, blocks.bytes):
+        raise _Wrong(f"there are no blocks {vars(blocks)}")
+    if dtype != "U8" or not shape or shape[-1] % blocks.elements:
+        raise _Wrong(f"{dtype} of shape {shape} cannot be stored as blocks of {blocks.elements}")
+    return blocks
+
+
+def block_sizes(kind: str) -> tuple[int, int] | None:
+    """Elements and bytes of a GGUF block format; None for a name that is none."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # only quantised weights need the package
+
+    if kind not in GGMLQuantizationType.__members__:
+        return None
+    elements, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return int(elements), int(size)
+
+
+def _part(given: Any, ranks: int) -> Part:
+    if not isinstance(given, list) or len(given) != 4:
+        raise _Wrong(f"part {given!r} is not [rank, start, stop, digest]")
+    rank, start, stop, digest = given
+    if not all(type(number) is int for number in (rank, start, stop)) or not 0 <= rank < ranks:
+        raise _Wrong(f"part {given!r} does not name a rank of {ranks} and its elements")
+    if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise _Wrong(f"part {given!r} has no {DIGEST} digest")
+    return Part(rank, start, stop, digest)
+
+
+def _check_parts(tensor: StoredTensor, ranks: int) -> None:
+    """The parts must make up the tensor: without gaps, and overlapping only where heads are shared."""
+    held, extent = [part.rank for part in tensor.parts], tensor.extent
+    if held != sorted(set(held)):
+        raise _Wrong(f"its parts belong to ranks {held[:20]}: each at most once, in order")
+    if tensor.dim is None:
+        wanted = [0] if tensor.axis == "first" else list(range(ranks))
+        if held != wanted or any((part.start, part.stop) != (0, extent) for part in tensor.parts):
+            raise _Wrong(f"it is not divided: ranks {wanted[:20]} hold the whole of it")
+        return
+    reached = 0
+    for part in sorted(tensor.parts, key=lambda part: (part.start, part.stop)):
+        if not 0 <= part.start < part.stop <= extent:
+            raise _Wrong(f"elements {part.start}..{part.stop} of {extent} are no part of it")
+        if part.start > reached or (part.start < reached and tensor.axis != "kv"):
+            raise _Wrong(f"its parts do not tile it: one starts at {part.start}, not at {reached}")
+        reached = max(reached, part.stop)
+        unit = tensor.blocks.elements if tensor.blocks and tensor.along == len(tensor.shape) - 1 else 1
+        if part.start % unit or part.stop % unit:
+            raise _Wrong(f"elements {part.start}..{part.stop} cut a block of {unit}")
+    if reached != extent:
+        raise _Wrong(f"its parts do not tile it: they end at {reached}, not at {extent}")
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _Wrong(f"{what} must be an object, not {type(value).__name__}")
+    return value
+
+
+def _list(item: dict[str, Any], key: str) -> list[Any]:
+    if not isinstance(item.get(key), list):
+        raise _Wrong(f"{key} must be a list, not {type(item.get(key)).__name__}")
+    return list(item[key])
+
+
+def _text(item: dict[str, Any], key: str) -> str:
+    value = item.get(key)
+    if not isinstance(value, str) or not value or value == "__metadata__":
+        raise _Wrong(f"{key} must be a text, not {str(value)[:80]!r}")
+    return value
+
+
+def _integer(item: dict[str, Any], key: str, low: int, high: int) -> int:
+    value = item.get(key)
+    if type(value) is not int or not low <= value <= high:
+        raise _Wrong(f"{key} must be an integer from {low} to {high}, not {str(value)[:80]}")
+    return value

@@ -1,0 +1,87 @@
+"""Rounding weights to the nearest integers of a scheme: quick, and without looking at any text.
+
+Scales are rounded to what is stored before the integers are taken, so these are the nearest to the
+scales that will multiply them. A rank quantises whole rows or whole groups and cuts its columns out
+afterwards: no number depends on how many ranks there are.
+
+What is not here: choosing integers by their effect on activations (quantize/).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from base.errors import InputError
+from weights.quant import QuantWeight, pack_nibbles
+from weights.schemes import Scheme
+
+BLOCK = 1 << 16  # numbers that are rounded at a time: the steps between stay in the caches
+_LARGEST = 65504.0  # of float16; a weight is nowhere near
+TINY = 2.0**-24  # the smallest float16 above 0
+
+
+def quantise_rtn(weight: Tensor, scheme: Scheme) -> QuantWeight:
+    """`weight` [n, k], any float dtype, to the nearest integers.
+
+    8 bits: -127..127, symmetric. 4 bits, symmetric: the number that is largest by magnitude becomes -8,
+    so that all 16 integers are used, and the scale has its sign turned (as in ggml's Q4_0). 4 bits,
+    asymmetric: the range, zero included, is 15 steps, and zero is an integer z of them; the offset is
+    -z * scale, rounded to float16 (GPTQ, AWQ and compressed-tensors store z, the zero point). Scales
+    are float16 for groups, float32 for rows. Raises InputError for numbers that are not finite or too
+    large for such scales; ValueError for a k that is not of whole groups.
+    """
+    n, k = weight.shape
+    size = scheme.group_size or k
+    if k % size or (scheme.bits == 4 and k % 2):
+        raise ValueError(f"rows of {k} are not whole groups of {size}")
+    groups = k // size
+    fine = torch.float16 if scheme.group_size else torch.float32
+    packed = (n, k) if scheme.bits == 8 else (n, k // 2)
+    data = torch.empty(
+        packed, dtype=torch.int8 if scheme.bits == 8 else torch.uint8, device=weight.device
+    )
+    scale = torch.empty(n, groups, dtype=fine, device=weight.device)
+    offset = None if scheme.symmetric else torch.empty_like(scale)
+    rows = max(1, BLOCK // max(k, 1))
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        values = weight[part].float().view(-1, groups, size)
+        q, scale[part], low = _round(values, scheme, fine)
+        if offset is not None:
+            offset[part] = low
+        flat = q.view(-1, k)
+        data[part] = flat.to(torch.int8) if scheme.bits == 8 else pack_nibbles(flat.to(torch.uint8))
+    return QuantWeight(data, scale, offset, scheme.bits, size)
+
+
+def _round(values: Tensor, scheme: Scheme, fine: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers [n, groups, size] as floats, scales and offsets [n, groups] of float32 `values`."""
+    low, high = values.amin(-1), values.amax(-1)  # aminmax of short groups takes four times as long
+    if scheme.symmetric:
+        if scheme.bits == 8:
+            scale = torch.maximum(-low, high) / 127
+        else:
+            scale = torch.where(high > -low, high, low) / -8
+    else:
+        assert scheme.bits == 4
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = (high - low) / 15
+    # A NaN is below nothing. A half also holds the offset, up to 15 scales.
+    if not float(scale.abs().max()) <= (_LARGEST / 15 if fine == torch.float16 else _LARGEST):
+        raise InputError(
+            "numbers that are infinite, not a number or beyond any weight's size cannot be "
+            f"quantised to {scheme.name}: the file is damaged, or use quant=none"
+        )
+    scale = scale.to(fine)
+    scale = torch.where(scale.abs() < TINY, TINY, scale).to(fine)  # groups of zeros stay zeros
+    used = scale.float()
+    inverse = (1 / used).unsqueeze(-1)
+    q = values * inverse
+    if scheme.bits == 8:
+        return q.round_().clamp_(-127, 127), scale, scale
+    if scheme.symmetric:
+        return q.round_().add_(8).clamp_(0, 15), scale, scale
+    zero = (-low.unsqueeze(-1) * inverse).round_().clamp_(0, 15)
+    q = q.round_().add_(zero).clamp_(0, 15)
+    return q, scale, (-zero.squeeze(-1) * used).to(fine)
