@@ -38,9 +38,7 @@ def from_hf(config: Mapping[str, Any], source: str) -> ModelConfig:
 def _not_supported(config: Mapping[str, Any], source: str) -> str:
     names, kind = config.get("architectures"), config.get("model_type")
     name = names[0] if isinstance(names, list) and len(names) == 1 else names
-    shown = name if isinstance(name, str) else repr(name)
-    if not names:
-        shown = f"{shown} (and model_type {kind!r})"
+    shown = repr(name) if names else f"{name!r} (and model_type {kind!r})"
     others = "; engine=hf runs any that has a tensor-parallel plan in the transformers library"
     if isinstance(config.get("text_config"), Mapping):
         others = f"; and the text models within these model_types: {', '.join(WRAPPERS)}"
