@@ -17,7 +17,7 @@ from models.config_json import to_hf
 from models.tokenizer.files import tokenizer_files
 from models.tokenizer.open import load_codec
 from weights.checkpoint import Checkpoint
-from weights.formats.gguf_io import open_gguf
+from weights.open import open_checkpoint
 
 BASE = ModelConfig(
     dim=64, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16, ffn_dim=96, vocab_size=40,
@@ -81,7 +81,7 @@ def test_a_tokenizer_comes_back(first: bool, tmp_path: Path) -> None:
     made = train_bytes(split, None)
     bos = made.token_to_id(SPECIAL[0])
     path = gguf_of(tmp_path / "m.gguf", made, pre="gpt-2", add_bos_token=first, bos_token_id=bos)
-    source = open_gguf(path)
+    source = open_checkpoint(path)
     for name, content in tokenizer_files(path, source.config).items():
         (tmp_path / name).write_bytes(content)
     ours, theirs = load_codec(Checkpoint(tmp_path, "safetensors", {}, {})), load_codec(source)

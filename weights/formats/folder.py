@@ -65,11 +65,12 @@ def assemble(
         name, reason = next(iter(absent.items()))
         raise InputError(f"{source.path} holds no weights that its index lists: {name!r}: {reason}")
     notes = []
-    config = config_beside(source.folder, {name: entry.shape for name, entry in stored.items()})
+    shapes = {name: entry.shape for name, entry in stored.items()}
+    config: Mapping[str, Any] = config_beside(source.folder, shapes)
     if is_nested(config) and names is translate:
         towers = left_out(stored)
         notes.append(f"{source.path}: its text model is taken; left out: {towers or 'nothing'}")
-        config, stored = dict(text_config(config)), text_weights(stored, source.path)
+        config, stored = text_config(config), text_weights(stored, source.path)
         absent = text_weights(absent, source.path)
     config, said_by = with_file_beside(config, source.folder, stored)
     scales = [name for name in stored if is_cache_scale(name)]
