@@ -27,6 +27,7 @@ from models.hf.model import HfModel, build_model, load_hf_model
 from tests.targets.hf import run, wanted_of
 from tp.heads import split_heads
 from weights.formats.safetensors_io import open_safetensors
+from weights.locate import locate
 
 # What these hold whole: VaultGemma's table, which it scales; the latents of MiniCPM3's attention.
 WHOLE = ("vaultgemma", "minicpm3")
@@ -53,7 +54,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tokens: torch.Tensor) -> d
 def test_one_rank_eager_and_traced(name: str, folders: dict[str, str], tokens: torch.Tensor) -> None:
     """The same logits from the one graph that a compiler would be handed."""
     folder = Path(folders[name])
-    model = load_hf_model(open_safetensors(folder, translated=False), Group(0, 1), torch.float32)
+    model = load_hf_model(
+        open_safetensors(locate(folder), translated=False), Group(0, 1), torch.float32
+    )
     rows = [0, 1, 2]
     wanted = wanted_of(torch.load(folder / "wanted.pt"), rows)
     torch._dynamo.reset()
@@ -160,7 +163,9 @@ def test_weights_that_do_not_fit_are_named(folders: dict[str, str], tmp_path: Pa
     ):  # fmt: skip
         save_file(changed, file)
         with pytest.raises(InputError, match=message):
-            load_hf_model(open_safetensors(folder, translated=False), Group(0, 1), torch.float32)
+            load_hf_model(
+                open_safetensors(locate(folder), translated=False), Group(0, 1), torch.float32
+            )
 
 
 def test_before_any_rank(
