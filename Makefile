@@ -1,5 +1,10 @@
-# make demo   set up, and run the embedded model across two bound ranks
-# make test   set up, and run every check: style, types, tests
+# make demo    set up, and run the embedded model across two bound ranks
+# make quick   set up, and run the tests to use while you work: under two minutes
+# make test    set up, and run every check: style, types, all tests
+# make check   style and types alone
+# make setup   make .venv with everything that is pinned
+# make system  say what the system must bring and lacks
+# make clean   remove .venv
 #
 # Variables: PYTHON=python3 (3.11 or newer), TORCH=torch==2.13.0 (any torch from 2.11 on; the pin keeps
 # pip from fetching gigabytes of CUDA where a CPU build is at hand); for the demo PROMPT="..." and
@@ -12,15 +17,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: help demo test check setup system clean
+.PHONY: help demo quick test check setup system clean
 help:
-	@sed -n '1,6s/^# \?//p' Makefile
+	@sed -n '/^#/!q; s/^# \?//p' Makefile
 
 demo: $(VENV)/.runtime
 	$(BIN)/python launch.py --bind-cores-to-rank $(RANKS:%=--ranks %) model=smollm2-135m prompt="$(PROMPT)"
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -ra
+
+# No test that takes more than a few seconds: those carry the mark `slow`, or start ranks.
+quick: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m quick
 
 # The project's own checks, quick ones first.
 check: $(VENV)/.dev
@@ -51,6 +60,9 @@ $(VENV)/.torch-choice: force
 	@mkdir -p $(VENV)
 	@test "$$(cat $@ 2>/dev/null)" = "$(TORCH)" && test -x $(BIN)/python || { \
 	  sh requirements/system.sh "$(PYTHON)" && $(PYTHON) -m venv $(VENV) && echo "$(TORCH)" > $@; }
+
+system:
+	@sh requirements/system.sh "$(PYTHON)"
 
 .PHONY: force
 force:

@@ -15,9 +15,12 @@ if __name__ == "__main__":  # before all else: with `python -P` the checkout is 
     sys.path[:] = [checkout, *sys.path[not sys.flags.safe_path :]]
 
 import os
+import platform
 import time
+import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +57,9 @@ def main(argv: Sequence[str]) -> int:
         flags = parse_flags(argv)
         if not is_writable(sys.stdout):
             _do_without_output(flags)
+        if flags.version:
+            show(_version())
+            return 0
         if flags.command == "quantize":
             return _quantize(flags)
         if flags.help or not argv:
@@ -74,6 +80,17 @@ def main(argv: Sequence[str]) -> int:
         else:
             say(f"error: {error}")
         return 2
+
+
+def _version() -> str:
+    """Yoke's own version, and those of what its speed and its numbers depend on."""
+    with (CHECKOUT / "pyproject.toml").open("rb") as file:
+        own = tomllib.load(file)["project"]["version"]
+    try:
+        torch = f"torch {metadata.version('torch')}"
+    except metadata.PackageNotFoundError:
+        torch = "torch is missing"
+    return f"yoke {own} ({torch}, Python {platform.python_version()})"
 
 
 def _another_says_it() -> bool:

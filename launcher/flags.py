@@ -56,6 +56,7 @@ class Flags:
     node_rank: int | None
     rdzv_endpoint: str | None
     help: bool
+    version: bool
 
 
 class _Parser(argparse.ArgumentParser):
@@ -118,6 +119,7 @@ def _make_parser(words: str) -> _Parser:
     flag("--sysfs", type=Path, metavar="DIR", help="the recorded machine in DIR, not this one")
     flag("--json", action="store_true", help="for programs")
     parser.add_argument("-h", "--help", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="store_true", help=argparse.SUPPRESS)
     # What follows `run -m module` is the module's.
     parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.add_argument("words", nargs=words, help=argparse.SUPPRESS)
@@ -168,6 +170,7 @@ def parse_flags(argv: Sequence[str]) -> Flags:
         node_rank=found.node_rank,
         rdzv_endpoint=found.rdzv_endpoint,
         help=found.help,
+        version=found.version,
     )
 
 

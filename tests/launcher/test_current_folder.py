@@ -64,7 +64,7 @@ def test_each_command_in_a_folder_of_modules(trap: Path, words: tuple[str, ...])
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("script", ["reshard/command.py", "quantize/__main__.py"])
+@pytest.mark.parametrize("script", ["tp/reshard.py", "quantize/__main__.py"])
 def test_offline_programs_in_a_folder_of_modules(trap: Path, script: str) -> None:
     assert run_in(trap, str(CHECKOUT / script), "--help").returncode == 0
     module = script.removesuffix(".py").replace("/", ".")
@@ -85,7 +85,7 @@ def test_without_the_unsafe_path(way: str, tmp_path: Path) -> None:
     """`python -P` and PYTHONSAFEPATH leave the scripts' folders out, and the checkout with them."""
     flags = ("-P",) if way == "flag" else ()
     env = {} if way == "flag" else {"PYTHONSAFEPATH": "1"}
-    for words in ((LAUNCH, "plan"), (str(CHECKOUT / "reshard/command.py"), "--help")):
+    for words in ((LAUNCH, "plan"), (str(CHECKOUT / "tp/reshard.py"), "--help")):
         assert run_in(tmp_path, *flags, *words, **env).returncode == 0
     result = run_in(tmp_path, *flags, LAUNCH, "--ranks", "2", "compile=false", *GENERATE, **env)
     assert result.returncode == 0, result.stderr
