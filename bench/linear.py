@@ -6,10 +6,10 @@ product: the bytes of the weight a second against bare reading, floating-point o
 and row) against the core's peak, and speed against the bfloat16 product of as many rows. All of them,
 the read and the peak take turns; ratios are of one turn. Best and median; the last line is JSON.
 
-`--packed` adds bfloat16 in the layout of the quantised ones. On a machine that others use as well,
+`--packed` adds bfloat16 in the layout of the quantized ones. On a machine that others use as well,
 small weights (`--shape 512 4096`) make samples that are over before somebody else's turn.
 
-What is not here: whole models (bench/decode.py, bench/prefill.py), and how good quantised weights are.
+What is not here: whole models (bench/decode.py, bench/prefill.py), and how good quantized weights are.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def make(scheme: str, n: int, k: int, total: int) -> Weights:
         weight = torch.randn(n, k).bfloat16()
         copies = [weight.clone() for _ in range(-(-total // weight.nbytes))]
         return Weights([lambda x, w=w: ops.linear(x, w, None) for w in copies], weight.nbytes)  # type: ignore[misc]
-    packed = pack_bf16(torch.randn(n, k).bfloat16()) if scheme == PACKED else _quantised(scheme, n, k)
+    packed = pack_bf16(torch.randn(n, k).bfloat16()) if scheme == PACKED else _quantized(scheme, n, k)
     scale = packed.scale
     nbytes = packed.data.nbytes + (0 if scale is None else scale.nbytes)
     all_packed = [
@@ -78,7 +78,7 @@ def make(scheme: str, n: int, k: int, total: int) -> Weights:
     return Weights([lambda x, w=w: ops.quant_linear(x, *w, None) for w in all_packed], nbytes)  # type: ignore[misc]
 
 
-def _quantised(scheme: str, n: int, k: int) -> Packed:
+def _quantized(scheme: str, n: int, k: int) -> Packed:
     what = parse_scheme(scheme)
     group = what.group_size or k
     data = torch.randint(0, 256, (n, k * what.bits // 8), dtype=torch.uint8)

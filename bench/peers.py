@@ -46,7 +46,7 @@ sys.path[0] = str(CHECKOUT)
 
 from base.errors import InputError  # noqa: E402
 from bench.allreduce import cpu_name, table  # noqa: E402
-from bench.peers_gguf import FILE_TYPES, write_dequantised  # noqa: E402
+from bench.peers_gguf import FILE_TYPES, write_dequantized  # noqa: E402
 from engine.job import Job  # noqa: E402
 from engine.resolve import resolve, to_json  # noqa: E402
 from launcher.machine.topology import read_topology  # noqa: E402
@@ -124,7 +124,7 @@ def compare(flags: argparse.Namespace) -> int:
         files = {"as it is": file}
         for name in FILE_TYPES:
             files[name] = Path(folder) / f"{name}.gguf"
-            write_dequantised(file, files[name], name)
+            write_dequantized(file, files[name], name)
         task = {
             "python": str(flags.python),
             "worker": str(CHECKOUT / "bench" / "peers_llama.py"),

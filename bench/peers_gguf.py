@@ -1,4 +1,4 @@
-"""A GGUF file's weights in 16 bits, for bench/peers.py: the same model without its quantisation."""
+"""A GGUF file's weights in 16 bits, for bench/peers.py: the same model without its quantization."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KEPT = (gguf.GGMLQuantizationType.F32,)  # norms, which every program keeps so
 _FILE_TYPE = "general.file_type"
 
 
-def write_dequantised(source: Path, target: Path, name: str) -> None:
+def write_dequantized(source: Path, target: Path, name: str) -> None:
     """Write `source` to `target` with all tensors but float32 ones in a type of `FILE_TYPES`, and the
     metadata as it is."""
     file_type, wanted = FILE_TYPES[name]

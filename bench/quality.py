@@ -1,6 +1,6 @@
 """What do fewer bits cost? `python bench/quality.py [--model MODEL] [--only NAME ...] [--text FILE]`
 
-Perplexity of a text under a model in float32, and under the same model quantised by `launch.py
+Perplexity of a text under a model in float32, and under the same model quantized by `launch.py
 quantize` in each scheme, rounded to the nearest and by GPTQ. All weights come back from the folders
 that were written. GPTQ looks at a text of its own (bench/calibration.txt), never at the one that is
 measured. The last line is JSON.

@@ -1,4 +1,4 @@
-"""What do quantised weights gain, from prompt to token? `python bench/quant.py [--quant int8 int4-g32]`
+"""What do quantized weights gain, from prompt to token? `python bench/quant.py [--quant int8 int4-g32]`
 
 The same model several times in the same ranks: in bfloat16, with each scheme, and with `--eager` in
 bfloat16 without compiling, by torch's own products. Tokens of all of them, and prompts, take turns, so

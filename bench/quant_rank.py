@@ -35,7 +35,7 @@ def main(env: Any, payload: str) -> int:
     use_cache_folder()
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
     if not load_kernels():
-        raise RuntimeError("quantised weights need our own kernels: a C++ compiler")
+        raise RuntimeError("quantized weights need our own kernels: a C++ compiler")
     names, length = task["variants"], max(task["prompt"], SHORT) + task["tokens"] + 2
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 1800.0) as group:
         runners: dict[str, Runner] = {}

@@ -27,7 +27,7 @@ from typing import NamedTuple
 class Search:
     """What is searched for: the best texts of up to `max_new_tokens`, with `num_beams` running at once.
 
-    `length_penalty` above 0 favours long texts, below 0 short ones; at most 10 either way, so that no
+    `length_penalty` above 0 favors long texts, below 0 short ones; at most 10 either way, so that no
     length to its power leaves a float's range.
     """
 

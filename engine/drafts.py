@@ -5,7 +5,7 @@ follow them again. It costs nothing, and is right where an answer quotes: summar
 
 Speculative sampling (Leviathan et al., "Fast Inference from Transformers via Speculative Decoding",
 2023; Chen et al., 2023) keeps a guess x from a draft's distribution q with probability min(1, p(x) /
-q(x)), p being the model's, and replaces it by a draw from max(0, p - q), normalised, if not. Here every
+q(x)), p being the model's, and replaces it by a draw from max(0, p - q), normalized, if not. Here every
 guess is certain, q(x) = 1: it is kept with probability p(x), and else replaced by a draw from p without
 x. That is just what happens if a token is drawn from p and compared with the guess, so this is what is
 done: with the numbers, penalties and log-probabilities of a text without guesses, which it therefore

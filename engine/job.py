@@ -85,7 +85,7 @@ HELP: dict[str, str] = {
     "max_seq_len": "room for prompt and answer together, in tokens; a model may have less",
     "batch": "texts made at once; 0: up to 8, as there are prompts and memory",
     "dtype": "auto, float32, bfloat16 or float16; kv_dtype= of the KV cache, int8 too",
-    "quant": "auto (keep weights that the file has quantised), none, or to: " + ", ".join(SCHEMES),
+    "quant": "auto (keep weights that the file has quantized), none, or to: " + ", ".join(SCHEMES),
     "quant_head": "the LM head, where quant= names a scheme: int8, same (as quant=) or none",
     "activations": "int8 rounds a prompt's to 8 bits where weights have 8: faster with AMX",
     "temperature": "0 is greedy; what limits the choice: top_k= [0], top_p= [1], min_p= [0]",
@@ -251,7 +251,7 @@ def _check_modes(job: Job) -> None:
             )
         if own != "bfloat16":
             raise InputError(
-                f"quant={job.quant} goes with dtype=bfloat16, in which quantised weights are "
+                f"quant={job.quant} goes with dtype=bfloat16, in which quantized weights are "
                 f"multiplied, and not with dtype={own}; add dtype=bfloat16"
             )
     kv_dtype_name(job.kv_dtype, job.dtype, job.device)

@@ -18,7 +18,7 @@ from engine.resolve import ResolvedJob
 from models.config import EMBEDDING, HEAD, ModelConfig
 from models.config_gguf import from_gguf
 from models.config_hf import from_hf
-from models.quant_rules import Held, held_quantised, parse_asked, products_of, weight_bytes
+from models.quant_rules import Held, held_quantized, parse_asked, products_of, weight_bytes
 from models.sizes import layout_of
 from weights.files import read_json
 from weights.locate import locate
@@ -51,7 +51,7 @@ def rank_needs(
     held: Collection[Held] = (),
 ) -> dict[str, int]:
     """Bytes that one rank holds, by purpose, with a cache of `num_rows` texts and up to so many
-    `guesses` to be verified in each at once. `held` are the products with quantised weights. Raises
+    `guesses` to be verified in each at once. `held` are the products with quantized weights. Raises
     InputError where the model cannot be split so."""
     item = BYTES[dtype_name(dtype)]
     layout = layout_of(config, rank, world_size)
@@ -127,10 +127,10 @@ def job_needs(
 
 
 def _held(job: Job, config: ModelConfig, outline: Outline | None, world_size: int) -> list[Held]:
-    """Which products hold quantised weights: as the loader decides it. What a file is not known to have
-    quantised is taken for plain."""
+    """Which products hold quantized weights: as the loader decides it. What a file is not known to have
+    quantized is taken for plain."""
     asked = parse_asked(quant_of(job)) if job.quant in SCHEMES else None
-    if asked is None and (outline is None or not keeps_quantised(job)):
+    if asked is None and (outline is None or not keeps_quantized(job)):
         return []
     known = {} if outline is None else outline.weights
     with_experts = sum(map(config.has_experts, range(config.num_layers)))
@@ -139,11 +139,11 @@ def _held(job: Job, config: ModelConfig, outline: Outline | None, world_size: in
     products = products_of(config)
     plain = Stored("BF16")
     stored = {name: known.get(name, plain) for names in products for name in names}
-    return held_quantised(config, products, stored, asked, world_size)
+    return held_quantized(config, products, stored, asked, world_size)
 
 
-def keeps_quantised(job: Job, device: str = "cpu") -> bool:
-    """Whether a job's layers hold what its file has quantised: with quant=auto, where our own products
+def keeps_quantized(job: Job, device: str = "cpu") -> bool:
+    """Whether a job's layers hold what its file has quantized: with quant=auto, where our own products
     are used."""
     on_cpu = device == "cpu" and job.device != "cuda"
     own = dtype_name(job.dtype, device) == "bfloat16" and job.engine != "hf"

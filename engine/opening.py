@@ -26,7 +26,7 @@ from comm.group import Group, Rendezvous, open_group, set_timeout
 from engine.compiling import compiling, use_cache_folder
 from engine.dtypes import dtype_name, kv_dtype_name
 from engine.job import Job, fitted_length, quant_of
-from engine.memory import keeps_quantised
+from engine.memory import keeps_quantized
 from engine.report import build_progress, compile_progress, progress_bar
 from engine.resolve import ResolvedJob, check_draft, check_ranks
 from engine.steps import BEAMS, DECODE, EXTEND, GREEDY, AnyModel, Runner, make_runner, warm_up
@@ -50,7 +50,7 @@ START_TIMEOUT_S = 1800.0
 @dataclass(frozen=True)
 class Opened:
     """An engine that is ready. `codec` is rank 0's; `draft` runs the draft model, where there is one.
-    `quant`: the scheme of most weights, "" if they are not quantised. Times in seconds."""
+    `quant`: the scheme of most weights, "" if they are not quantized. Times in seconds."""
 
     group: Group
     runner: Runner
@@ -148,7 +148,7 @@ def open_engine(env: Any, resolved: ResolvedJob, group: Group, names: Sequence[s
         draft=runners[1] if len(runners) > 1 else None,
         codec=codec,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        quant=model.quantised if isinstance(model, Decoder) else "",
+        quant=model.quantized if isinstance(model, Decoder) else "",
         load_s=load_s,
         compile_s=compile_s if job.compile else 0.0,
     )
@@ -258,8 +258,8 @@ def _open_own(resolved: ResolvedJob, group: Group, device: str) -> _Source:
 
 
 def _quant(job: Job, device: str) -> str:
-    """What is done about quantised weights: auto is to keep them where our own products are used."""
-    if job.quant == "auto" and not (keeps_quantised(job, device) and has_kernels()):
+    """What is done about quantized weights: auto is to keep them where our own products are used."""
+    if job.quant == "auto" and not (keeps_quantized(job, device) and has_kernels()):
         return "none"
     return quant_of(job)
 

@@ -34,7 +34,7 @@ class Result:
 @dataclass(frozen=True)
 class Facts:
     """Figures of a run. Times in seconds; `peak_rss_bytes` and `plan` by rank. `quant`: the scheme of
-    most weights, "" if they are not quantised."""
+    most weights, "" if they are not quantized."""
 
     load_s: float
     compile_s: float

@@ -121,7 +121,7 @@ _QUICK_START: dict[str, Any] = {"cpp_cache_precompile_headers": False}
 _SETS_ARE_KNOWN: dict[str, Any] = {"cpp.vec_isa_ok": True}
 # A single token's operators are done as fast as Python calls them (C++ saves 1 ms of SmolLM2's), and
 # when one of a prompt's returns, what Python needs has left the caches (C++ saves 1 %). What calls the
-# kernels is compiled apart from them, with little optimisation: half the time.
+# kernels is compiled apart from them, with little optimization: half the time.
 _CALLED_IN_CPP: dict[str, Any] = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
 # Older ones call an operator that takes a list through Python.
 _CAN_CALL_IN_CPP = TorchVersion(torch.__version__) >= "2.13"

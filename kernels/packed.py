@@ -1,4 +1,4 @@
-"""Plain bfloat16 weights, laid out as quantised ones are (csrc/quant.h), where products gain by it.
+"""Plain bfloat16 weights, laid out as quantized ones are (csrc/quant.h), where products gain by it.
 
 What: laying rows out, the product's form of them (`kernels.quant_linear` multiplies), and rows looked
 up in them, so that a table that is also a head is held once. Columns are filled up to whole steps of

@@ -1,8 +1,8 @@
-"""y = x W^T with quantised weights on a GPU, by torch's own operators.
+"""y = x W^T with quantized weights on a GPU, by torch's own operators.
 
 4 bits in groups of 32 to 256 go to torch's product of packed integers where its sizes fit; all else is
 a product with what the compiler fuses with it: integers become x's dtype as they are read, the scale
-of a row comes after the sum. The slow reference is `QuantWeight.dequantise` with a product. Written
+of a row comes after the sum. The slow reference is `QuantWeight.dequantize` with a product. Written
 from torch's sources, and never run on a GPU yet.
 
 Source: `_convert_weight_to_int4pack_cuda` and `_weight_int4pack_mm_cuda` in torch's int4mm.cu, and
@@ -52,4 +52,4 @@ def quant_linear_cuda(x: Tensor, packed: Packed, bias: Tensor | None = None) -> 
         y = (x @ data.t().to(x.dtype)) * packed.scale[:, 0].to(x.dtype)
         return y if bias is None else y + bias
     weight = QuantWeight(data, packed.scale, packed.offset, packed.bits, packed.group_size)
-    return F.linear(x, weight.dequantise(x.dtype), bias)
+    return F.linear(x, weight.dequantize(x.dtype), bias)

@@ -1,10 +1,10 @@
-"""y = x W^T with quantised weights, or bfloat16 ones, laid out for the processor.
+"""y = x W^T with quantized weights, or bfloat16 ones, laid out for the processor.
 
 What: the layout (`pack`, `unpack`; csrc/quant.h draws it), the product for any number of rows, and the
 slow reference in torch. A few rows read each weight once, so the time shall be that of reading: whole
 numbers are multiplied as they come, and the sums of 32 scaled.
 
-What is not here: how weights are quantised, and their logical form (weights/quant.py).
+What is not here: how weights are quantized, and their logical form (weights/quant.py).
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def pack(weight: QuantWeight) -> Packed:
     n, k = weight.shape
     if k % STEP or weight.group_size % STEP:
         raise InputError(
-            f"a quantised weight of {k} columns in groups of {weight.group_size} cannot be laid out: "
-            f"both must be multiples of {STEP}; use another number of ranks, or do not quantise it"
+            f"a quantized weight of {k} columns in groups of {weight.group_size} cannot be laid out: "
+            f"both must be multiples of {STEP}; use another number of ranks, or do not quantize it"
         )
     q = _padded(weight.integers().view(torch.uint8))
     # [panel, tile, row, step, pair, 2] -> [panel, step, tile, pair, row, 2]
@@ -70,8 +70,8 @@ def pack(weight: QuantWeight) -> Packed:
 
 
 def unpack(packed: Packed) -> QuantWeight:
-    """The quantised weight that was packed."""
-    assert packed.scale is not None, "bfloat16 is not quantised"
+    """The quantized weight that was packed."""
+    assert packed.scale is not None, "bfloat16 is not quantized"
     panels, steps = packed.data.shape[:2]
     if packed.bits == 4:
         nibbles = torch.stack((packed.data & 15, packed.data >> 4), dim=-1)
@@ -119,7 +119,7 @@ def quant_linear_reference(x: Tensor, packed: Packed, bias: Tensor | None = None
     if packed.scale is None:
         weight = unpack_bf16(packed, x.shape[-1]).to(wide)
     else:
-        weight = unpack(packed).dequantise(wide)
+        weight = unpack(packed).dequantize(wide)
     return F.linear(x.to(wide), weight, None if bias is None else bias.to(wide)).to(x.dtype)
 
 

@@ -1,7 +1,7 @@
 """The plan for people and for programs.
 
 `plan_to_json` is the schema that programs may rely on (docs/plan-json.md). People at a terminal get a
-drawing: each socket a frame, each core a block in the colour of its rank; elsewhere the same facts
+drawing: each socket a frame, each core a block in the color of its rank; elsewhere the same facts
 come as plain lines. rich is imported only where it draws: the rest of `launcher` does without.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-_COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
+_COLORS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
 
 
 def plan_to_json(topology: Topology, plan: LaunchPlan, fits: Sequence[Fit] = ()) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def draw(topology: Topology, plan: LaunchPlan, fits: Sequence[Fit] = ()) -> None
     console.print(Columns(frames))
     for gpu in topology.gpus:
         rank = next((r.rank for r in plan.ranks if r.device == f"cuda:{gpu.index}"), None)
-        style = "dim" if rank is None else _COLOURS[rank % len(_COLOURS)]
+        style = "dim" if rank is None else _COLORS[rank % len(_COLORS)]
         where = "" if gpu.node is None else f"  node {gpu.node}"
         console.print(Text(f"  ▣ gpu {gpu.index}  {gpu.pci}{where}", style=style))
 
@@ -186,7 +186,7 @@ def draw(topology: Topology, plan: LaunchPlan, fits: Sequence[Fit] = ()) -> None
         table.add_column(title)
     for place in plan.ranks:
         row: list[RenderableType] = [
-            Text(f"■ {place.rank}", style=_COLOURS[place.rank % len(_COLOURS)]),
+            Text(f"■ {place.rank}", style=_COLORS[place.rank % len(_COLORS)]),
             place.device,
             str(place.num_threads),
             format_cpu_list(place.cpus) + ("" if plan.bind_cores else " (not bound)"),
@@ -208,14 +208,14 @@ def draw(topology: Topology, plan: LaunchPlan, fits: Sequence[Fit] = ()) -> None
 
 
 def _place_picture(place: _Place, owner: dict[int, int], plan: LaunchPlan) -> Text:
-    """Its name, and a block for each of its cores in the colour of the rank that has it."""
+    """Its name, and a block for each of its cores in the color of the rank that has it."""
     from rich.text import Text
 
     picture = Text(f"{_name(place)}  {format_bytes(place.memory_bytes)}  {place.kind}\n")
     for core in place.cores:
         ranks = [owner[cpu] for cpu in core.cpus if cpu in owner]
         if ranks:
-            picture.append("■", style=_COLOURS[ranks[0] % len(_COLOURS)])
+            picture.append("■", style=_COLORS[ranks[0] % len(_COLORS)])
         elif set(core.cpus) & set(plan.reserved_cpus):
             picture.append("r", style="dim")
         else:

@@ -103,7 +103,7 @@ def _columns(rows: Sequence[Row], right_from: int | None) -> list[str]:
 
 
 def draw(report: dict[str, Any]) -> None:
-    """In colour, on the terminal that stdout is."""
+    """In color, on the terminal that stdout is."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

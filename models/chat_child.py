@@ -9,7 +9,7 @@ quickly written and slow to fail, are refused beforehand. The parent is models/c
 
 What is not here: anything but the standard library and jinja2; it starts in a tenth of a second.
 
-Source: `utils/chat_template_utils.py` of transformers, whose behaviour this follows.
+Source: `utils/chat_template_utils.py` of transformers, whose behavior this follows.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 @dataclass(frozen=True)
 class Rope:
     """Rotary embeddings: the first `dim` numbers of a head are rotated (0 for all), as two halves or,
-    `interleaved`, as neighbours. `kind` is how frequencies are stretched for long contexts, by
+    `interleaved`, as neighbors. `kind` is how frequencies are stretched for long contexts, by
     `factor` over `original_max_seq_len` tokens; the other fields belong to one kind each
     (`models.rope` has the formulas). `attention_factor` scales cos and sin.
     """

@@ -80,7 +80,7 @@ def to_hf(config: ModelConfig, family: str, source: str) -> dict[str, Any]:
     if not _same(asdict(from_hf(keys, source)), asdict(config)):
         raise InputError(
             f"{source}: its metadata describe a model that config.json's keys for {architecture} "
-            "cannot; quantise it from the Hugging Face folder that it was made from"
+            "cannot; quantize it from the Hugging Face folder that it was made from"
         )
     return keys
 

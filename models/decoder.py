@@ -59,7 +59,7 @@ class Decoder(nn.Module):
             head = nn.Parameter(torch.empty(head.shape), requires_grad=False)
         self.head = LMHead(layout.vocab_block, config.vocab_size, head, group, config.head_bias)
         self.embedding_scale = config.embedding_scale
-        self.quantised = ""  # the scheme that most layers hold, once they are filled
+        self.quantized = ""  # the scheme that most layers hold, once they are filled
 
     def setup(self, num_rows: int, cache_len: int, kv_dtype: torch.dtype | None = None) -> None:
         """Allocate KV caches of `num_rows` texts (in `kv_dtype`: the weights' own, or one that

@@ -61,7 +61,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "GPT-J", "parallel", "GPTJForCausalLM", "gptj", ("gpt-j-",),
-        "neighbouring numbers are rotated",
+        "neighboring numbers are rotated",
     ),
     Family("Falcon", "parallel", "FalconForCausalLM", "falcon", ("falcon-",), "7B, 11B, 40B"),
 )  # fmt: skip

@@ -19,7 +19,7 @@ from tp.shard import Layout
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), each with one collective that sums over the ranks,
-    adds the residual x and normalises for what follows."""
+    adds the residual x and normalizes for what follows."""
 
     def __init__(self, config: ModelConfig, layout: Layout, group: Group, layer: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Block(nn.Module):
         self.mlp = mlp_of(config, layout, layer)
 
     def forward(self, normed: Tensor, x: Tensor, following: Norm, step: Step) -> tuple[Tensor, Tensor]:
-        """x [N, D] and its norm -> (normalised for what is `following`, x after this block), [M, D]."""
+        """x [N, D] and its norm -> (normalized for what is `following`, x after this block), [M, D]."""
         part = self._scaled(self.attention(normed, step))
         norm = self.mlp_norm
         normed, x = ops.all_reduce_add_rms_norm(part, step.chosen(x), norm.weight, norm.eps, self.group)

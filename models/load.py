@@ -2,9 +2,9 @@
 
 The model is built without memory (meta device), given memory, and filled tensor by tensor, so no rank
 ever holds more than its own part and one slice being read. Weights are laid out for the products as
-they are read, those of bfloat16 (`tp.layers.hold_packed`) and those that are quantised, which
+they are read, those of bfloat16 (`tp.layers.hold_packed`) and those that are quantized, which
 `models.load_quant` reads. A missing, unknown or mis-shaped weight is an error that names it: a tensor
-left uninitialised would be a model that is quietly wrong.
+left uninitialized would be a model that is quietly wrong.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from tp.layers import (
     RowLinear,
     can_pack,
     hold_packed,
-    hold_quantised,
+    hold_quantized,
     packed_parts,
     share_packed,
 )
@@ -81,8 +81,8 @@ def load_model(
     """Build this rank's part of the model on `device` and fill it.
 
     `progress` is called with the bytes filled so far and in all, `say` with a line on what became of
-    quantised weights; `quant` as in `models.load_quant`, `round_prompts` as in
-    `tp.layers.hold_quantised`. Raises InputError.
+    quantized weights; `quant` as in `models.load_quant`, `round_prompts` as in
+    `tp.layers.hold_quantized`. Raises InputError.
     """
     shapes = expected_shapes(config)
     check_names(checkpoint, shapes, config.tie_embeddings)
@@ -142,12 +142,12 @@ def load_model(
         if isinstance(each.layer, ExpertStack):
             one = filled // each.layer.num_experts
             told = partial(count, one, one if each.kept else 4 * one)
-            each.layer.hold_quantised(read_experts(each, local(each), told), device, round_prompts)
+            each.layer.hold_quantized(read_experts(each, local(each), told), device, round_prompts)
             continue
         weight = read_layer(each, local(each))
         if each.layer is model.head:
             weight = weight.padded(model.layout.vocab_block)
-        hold_quantised(each.layer, weight, device, round_prompts)
+        hold_quantized(each.layer, weight, device, round_prompts)
         count(filled, filled if each.kept else RELEASE_BYTES)
     for name, target in targets.items():
         entry = checkpoint.entries[name]
@@ -166,7 +166,7 @@ def load_model(
                 assert part.shape == rows.shape, (name, part.shape, target.shape)
                 rows.copy_(part)
                 count(rows.nbytes, part.nbytes)
-    model.quantised = name_of(planned)
+    model.quantized = name_of(planned)
     for note in checkpoint.notes:
         say(note)
     line = summary(planned, linears, checkpoint, quant)
@@ -200,7 +200,7 @@ def _sizes(model: Decoder, layer: Linear, names: tuple[str, ...]) -> Sequence[in
 
 
 def linears_of(model: Decoder) -> Iterator[tuple[Holder, tuple[str, ...]]]:
-    """The layers that may hold their weights quantised, and the canonical names of these."""
+    """The layers that may hold their weights quantized, and the canonical names of these."""
     for prefix, module, names in _modules(model):
         weights = tuple(f"{prefix}{name}.weight" for name in names)
         if isinstance(module, ColumnLinear | RowLinear) and is_linear(weights[0]):
@@ -221,7 +221,7 @@ def check_names(
     """Raise InputError unless the checkpoint holds exactly these weights, in these shapes."""
     entries = checkpoint.entries
     unused = sorted(entries.keys() - shapes.keys())
-    # Quantised files may have a bias of zeros for every layer (AutoGPTQ's).
+    # Quantized files may have a bias of zeros for every layer (AutoGPTQ's).
     unused = [name for name in unused if not _is_zero_bias(name, entries)]
     if tie_embeddings and HEAD in unused:
         unused.remove(HEAD)  # a tied head that was stored all the same

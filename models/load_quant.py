@@ -1,9 +1,9 @@
-"""Filling the layers of a model that hold their weights quantised (`models.quant_rules` decides which).
+"""Filling the layers of a model that hold their weights quantized (`models.quant_rules` decides which).
 
-`quant` is "none" (dequantise what is quantised), "auto" (keep what products can take) or what
+`quant` is "none" (dequantize what is quantized), "auto" (keep what products can take) or what
 `models.quant_rules.parse_asked` reads, a scheme with or without the head's: plain weights are rounded
 to it as they are read. A layer of fused weights is one product, so its parts must have one scheme;
-where a file mixes them (GGUF's K-quants beside others) the layer is dequantised.
+where a file mixes them (GGUF's K-quants beside others) the layer is dequantized.
 
 Shard first, pack last: a rank reads its part of each weight in the logical form (weights.quant), the
 same bits at any world size, and lays out what it holds. Rounding takes whole rows or groups, before
@@ -24,7 +24,7 @@ from models.mlp import ExpertStack
 from models.quant_rules import (
     Asked,
     check_quant,
-    held_quantised,
+    held_quantized,
     parse_asked,
     product_scheme,
 )
@@ -32,7 +32,7 @@ from tp.layers import Linear
 from weights import schemes
 from weights.checkpoint import Checkpoint, Entry, Slices
 from weights.quant import QuantWeight, join_rows
-from weights.quantize import quantise_rtn
+from weights.quantize import quantize_rtn
 from weights.schemes import Scheme
 
 BLOCK_BYTES = 32 << 20  # of a plain weight in float32, as it is being rounded
@@ -43,7 +43,7 @@ Holder = Linear | ExpertStack
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """A layer that is to hold its weights quantised: the entries of its parts and what they are read
+    """A layer that is to hold its weights quantized: the entries of its parts and what they are read
     as. `kept`: as the file has them."""
 
     layer: Holder
@@ -60,7 +60,7 @@ def plan_layers(
     quant: str,
     world_size: int,
 ) -> list[PackedLayer]:
-    """The layers, of `linears` with the names of their weights, that hold them quantised. Raises
+    """The layers, of `linears` with the names of their weights, that hold them quantized. Raises
     InputError where the file or the model does not go with `quant`."""
     if quant == "none":
         return []
@@ -80,7 +80,7 @@ def plan_layers(
             each.scheme,
             each.kept,
         )
-        for each in held_quantised(config, list(layers), entries, asked, world_size)
+        for each in held_quantized(config, list(layers), entries, asked, world_size)
     ]
 
 
@@ -101,8 +101,8 @@ def _check_asked(checkpoint: Checkpoint, names: tuple[str, ...], asked: Asked) -
             continue
         has = part.stored_as if part.scheme is None else f"{part.scheme.name} ({part.stored_as})"
         raise InputError(
-            f"{asked.words}: {checkpoint.path} is quantised already, {names[0]} as {has}; use "
-            "quant=auto, which keeps that, or a file that is not quantised"
+            f"{asked.words}: {checkpoint.path} is quantized already, {names[0]} as {has}; use "
+            "quant=auto, which keeps that, or a file that is not quantized"
         )
 
 
@@ -143,10 +143,10 @@ def read_rounded(entry: Entry, slices: Slices, scheme: Scheme) -> QuantWeight:
     found = []
     for start in range(rows.start, rows.stop, step):
         part = read((slice(start, min(start + step, rows.stop)), slice(left, right)))
-        rounded = quantise_rtn(part, scheme)
+        rounded = quantize_rtn(part, scheme)
         found.append(rounded.columns(columns.start - left, columns.stop - left))
     if not found:  # the last ranks may hold nothing of a small vocabulary
-        found = [quantise_rtn(torch.zeros(1, right - left), scheme).rows(0, 0)]
+        found = [quantize_rtn(torch.zeros(1, right - left), scheme).rows(0, 0)]
     return join_rows(found)
 
 
@@ -167,7 +167,7 @@ def summary(planned: Sequence[PackedLayer], linears: Sequence[tuple[Holder, tupl
         kinds = {entry.stored_as for entry in each.entries if not is_plain(entry)}
         if kinds and not each.kept:
             rounded["/".join(sorted(kinds))] += 1
-    told += [f"{count} dequantised ({kind})" for kind, count in undone.items()]
+    told += [f"{count} dequantized ({kind})" for kind, count in undone.items()]
     told += [f"{count} rounded again ({kind})" for kind, count in rounded.items()]
     if quant == "auto" and not undone:
         return ""  # all is kept as it was
@@ -175,6 +175,6 @@ def summary(planned: Sequence[PackedLayer], linears: Sequence[tuple[Holder, tupl
 
 
 def name_of(planned: Sequence[PackedLayer]) -> str:
-    """The scheme that most layers have; "" where none is quantised."""
+    """The scheme that most layers have; "" where none is quantized."""
     counts = Counter(each.scheme.name for each in planned)
     return counts.most_common(1)[0][0] if counts else ""

@@ -75,7 +75,7 @@ class MLP(nn.Module):
 
 
 class ExpertStack(nn.Module):
-    """One weight of all experts: plain, [E, out, in], or quantised, each expert's laid out alone."""
+    """One weight of all experts: plain, [E, out, in], or quantized, each expert's laid out alone."""
 
     def __init__(self, num_experts: int, out_features: int, in_features: int) -> None:
         super().__init__()
@@ -84,14 +84,14 @@ class ExpertStack(nn.Module):
         shape = (num_experts, out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
 
-    def hold_quantised(
+    def hold_quantized(
         self,
         experts: Iterable[QuantWeight],
         device: torch.device | str = "cpu",
         round_prompts: bool = False,
     ) -> None:
         """Hold this rank's part of each expert's weight, and nothing else. They are taken one after the
-        other; all have one scheme. The rest is as in `tp.layers.hold_quantised`."""
+        other; all have one scheme. The rest is as in `tp.layers.hold_quantized`."""
         first: Packed | None = None
         scales: list[Tensor] = []
         offsets: list[Tensor] = []

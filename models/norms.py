@@ -1,4 +1,4 @@
-"""Normalisation over the last dimension, as the families do it."""
+"""Normalization over the last dimension, as the families do it."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def philox(counter: Counter, key: tuple[int, int]) -> Counter:
 def uniform(seed: int, counter: int, stream: int, count: int) -> list[float]:
     """`count` numbers in (0, 1), each of 52 random bits. Seed and counter are taken modulo 2^64.
 
-    The numbers are centred in cells of 2^-52, so that neither 0 nor 1 is among them. `stream` (32 bits)
+    The numbers are centered in cells of 2^-52, so neither 0 nor 1 is among them. `stream` (32 bits)
     separates what different users draw with the same seed and counter.
     """
     numbers: list[float] = []

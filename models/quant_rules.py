@@ -1,10 +1,10 @@
-"""Which weights of a model are quantised, by what scheme, whether ranks can share them, and what they
+"""Which weights of a model are quantized, by what scheme, whether ranks can share them, and what they
 take. Free of torch, so that a job is refused before a rank exists; the loader and the estimate both ask
 here.
 
 The linear layers of attention and MLP, and of experts, have the scheme that is asked for; the head has
 int8 whatever that is, since its errors are those of the logits, unless it is asked to be the same or to
-stay plain. The embedding is looked up and stays as it is. Norms and routers are never quantised: they
+stay plain. The embedding is looked up and stays as it is. Norms and routers are never quantized: they
 are small, and decide much.
 """
 
@@ -73,7 +73,7 @@ def parse_asked(text: str) -> Asked:
 
 @dataclass(frozen=True)
 class Held:
-    """The weights of a product, by their names, that are held quantised by `scheme`. `kept`: as the
+    """The weights of a product, by their names, that are held quantized by `scheme`. `kept`: as the
     file has them."""
 
     names: tuple[str, ...]
@@ -88,7 +88,7 @@ def is_linear(name: str) -> bool:
 
 @cache
 def products_of(config: ModelConfig) -> tuple[tuple[str, ...], ...]:
-    """The products of a model that may be quantised, by the names of their weights: several where they
+    """The products of a model that may be quantized, by the names of their weights: several where they
     are fused, and those of all experts of a layer, which are held as one stack. A tied head is the
     embedding's."""
     found: dict[tuple[str | None, ...], list[str]] = {}
@@ -101,16 +101,16 @@ def products_of(config: ModelConfig) -> tuple[tuple[str, ...], ...]:
     return (*map(tuple, found.values()), (EMBEDDING if config.tie_embeddings else HEAD,))
 
 
-def held_quantised(
+def held_quantized(
     config: ModelConfig,
     products: Sequence[tuple[str, ...]],
     stored: Mapping[str, Stored],
     asked: Asked | None,
     world_size: int,
 ) -> list[Held]:
-    """Which of the `products` hold quantised weights: what is kept of how the file has `stored` them,
+    """Which of the `products` hold quantized weights: what is kept of how the file has `stored` them,
     and, where schemes are `asked` for, what is rounded to those. A product has one scheme: where a file
-    mixes them, it is dequantised; so is a head that is asked to be plain."""
+    mixes them, it is dequantized; so is a head that is asked to be plain."""
     shapes = expected_shapes(config)
     file_is_plain = all(is_plain(stored[name].stored_as) for names in products for name in names)
     held = []
@@ -123,7 +123,7 @@ def held_quantised(
         own = schemes.pop() if len(schemes) == 1 else None
         if own is not None and not can_cut(config, names[0], shapes[names[0]], own, world_size):
             own = None
-        # 8 bits keep what a file's own quantised weights have; what it has left plain stays.
+        # 8 bits keep what a file's own quantized weights have; what it has left plain stays.
         some = not all(is_plain(part.stored_as) for part in parts)
         if own is not None:
             held.append(Held(names, own, True))
@@ -133,7 +133,7 @@ def held_quantised(
 
 
 def scheme_for(name: str, asked: Asked) -> Scheme | None:
-    """What a weight is quantised to where `asked` is; None: it stays."""
+    """What a weight is quantized to where `asked` is; None: it stays."""
     return asked.head if name == HEAD else asked.layers if is_linear(name) else None
 
 
@@ -143,7 +143,7 @@ def product_scheme(names: tuple[str, ...], asked: Asked) -> Scheme | None:
 
 
 def can_cut(config: ModelConfig, name: str, shape: tuple[int, ...], scheme: Scheme, size: int) -> bool:
-    """Whether each of `size` ranks can hold its columns of a weight quantised by `scheme`."""
+    """Whether each of `size` ranks can hold its columns of a weight quantized by `scheme`."""
     return all(
         scheme.group_within(columns.start, columns.stop)
         for rank in range(size)
@@ -152,7 +152,7 @@ def can_cut(config: ModelConfig, name: str, shape: tuple[int, ...], scheme: Sche
 
 
 def check_quant(config: ModelConfig, asked: Asked, world_size: int) -> None:
-    """Raise InputError if a model cannot be quantised so over so many ranks."""
+    """Raise InputError if a model cannot be quantized so over so many ranks."""
     shapes = {kind.name: kind.shape for kind in weight_kinds(config)}
     shapes[HEAD] = (config.vocab_size, config.dim)  # of a tied one, too
     kinds = [
@@ -187,7 +187,7 @@ def _group(name: str) -> int:
 
 
 def weight_bytes(config: ModelConfig, layout: Layout, item: int, held: Collection[Held] = ()) -> int:
-    """What one rank's weights take: `item` bytes a number, but for those that are `held` quantised. A
+    """What one rank's weights take: `item` bytes a number, but for those that are `held` quantized. A
     tied head among these is a copy of its own."""
     shapes = expected_shapes(config) if held else {}
     total = sum(

@@ -1,6 +1,6 @@
-"""A layer's weights quantised by GPTQ, with the inputs that they get in the quantised model.
+"""A layer's weights quantized by GPTQ, with the inputs that they get in the quantized model.
 
-The inputs of a product come through the layers before it as they were quantised, and through the
+The inputs of a product come through the layers before it as they were quantized, and through the
 products before it in its own layer: queries, keys and values, then what follows attention, gate and
 up, down. An expert has the inputs of the tokens that the router gives it.
 
@@ -43,7 +43,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Errors:
-    """What quantising did to a weight, by its canonical name: the squared error of the weight and of
+    """What quantizing did to a weight, by its canonical name: the squared error of the weight and of
     its product's output over the calibration text (None without one, and for an expert that no token of
     it met), and what they are relative to."""
 
@@ -55,10 +55,10 @@ class Errors:
 
 
 @torch.no_grad()
-def quantise_block(
+def quantize_block(
     walk: Walk, block: nn.Module, index: int, settings: Settings
 ) -> Iterator[tuple[Errors, QuantWeight]]:
-    """Quantise the products of a block in place, one after the other. Raises InputError."""
+    """Quantize the products of a block in place, one after the other. Raises InputError."""
     found = dict(block.named_modules())
     for path in PRODUCTS:
         if path not in found:
@@ -68,14 +68,14 @@ def quantise_block(
         names = [f"model.layers.{index}.{part}.weight" for part in PARTS[path]]
         sizes = product.parts if isinstance(product, ColumnLinear) else product.weight.shape[:1]
         inputs = walk.inputs(block, product)
-        yield from _quantise(product.weight, dict(zip(names, sizes, strict=True)), inputs, settings)
+        yield from _quantize(product.weight, dict(zip(names, sizes, strict=True)), inputs, settings)
     for module in block.modules():
         if isinstance(module, Experts):
             prefix = f"model.layers.{index}.mlp.experts"
-            yield from _quantise_experts(module, prefix, list(walk.inputs(block, module)), settings)
+            yield from _quantize_experts(module, prefix, list(walk.inputs(block, module)), settings)
 
 
-def _quantise_experts(
+def _quantize_experts(
     experts: Experts, prefix: str, inputs: Sequence[Tensor], settings: Settings
 ) -> Iterator[tuple[Errors, QuantWeight]]:
     """The same of experts, each with those of the `inputs` that the router gives it."""
@@ -86,20 +86,20 @@ def _quantise_experts(
         width = down.shape[1]
         own = [x[(ids == i).any(-1)] for x, ids in zip(inputs, chosen, strict=True)]
         sizes = {f"{prefix}.{i}.{part}_proj.weight": width for part in ("gate", "up")}
-        yield from _quantise(gate_up, sizes, iter(own), settings)
+        yield from _quantize(gate_up, sizes, iter(own), settings)
         halves = (F.linear(x, gate_up).chunk(2, dim=-1) for x in own)
         hidden = (act(gate) * up for gate, up in halves)
-        yield from _quantise(down, {f"{prefix}.{i}.down_proj.weight": len(down)}, hidden, settings)
+        yield from _quantize(down, {f"{prefix}.{i}.down_proj.weight": len(down)}, hidden, settings)
 
 
-def _quantise(
+def _quantize(
     weight: Tensor, sizes: Mapping[str, int], inputs: Iterator[Tensor], settings: Settings
 ) -> Iterator[tuple[Errors, QuantWeight]]:
-    """Quantise a weight [n, k] in place, of which so many rows (`sizes`) are called so. One that no
+    """Quantize a weight [n, k] in place, of which so many rows (`sizes`) are called so. One that no
     input meets is rounded to the nearest."""
     hessian = hessian_of(inputs, weight.shape[1])
     try:
-        quantised, values = quantise_product(weight, hessian, settings)
+        quantized, values = quantize_product(weight, hessian, settings)
     except InputError as error:
         raise InputError(f"{next(iter(sizes))}: {error}") from error
     change = values - weight
@@ -112,7 +112,7 @@ def _quantise(
             errors = replace(
                 errors, output_error=_energy(new, hessian), output_square=_energy(old, hessian)
             )
-        yield errors, quantised.rows(rows.start, rows.stop)
+        yield errors, quantized.rows(rows.start, rows.stop)
         start += size
     weight.copy_(values)
 
@@ -126,10 +126,10 @@ def hessian_of(inputs: Iterator[Tensor], size: int) -> Tensor | None:
     return hessian / count if count else None
 
 
-def quantise_product(
+def quantize_product(
     weight: Tensor, hessian: Tensor | None, settings: Settings
 ) -> tuple[QuantWeight, Tensor]:
-    """A weight float32 [n, k] quantised, and what it stands for: rounded to the nearest where there is
+    """A weight float32 [n, k] quantized, and what it stands for: rounded to the nearest where there is
     no `hessian`. Raises InputError."""
     if settings.search:
         importance = None if hessian is None else hessian.diagonal()

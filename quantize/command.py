@@ -80,7 +80,7 @@ def run(job: Job) -> None:
         calibration = settings, spread(tokens, job.samples, job.sample_len)
     start = time.perf_counter()
     with new_folder(out) as partial:
-        with progress_bar("quantising") as progress:
+        with progress_bar("quantizing") as progress:
             errors = carry_out(plan, partial, searches(job), calibration, progress)
         seconds = time.perf_counter() - start
         before = after = None
@@ -114,7 +114,7 @@ def note(source: Path, blocks: set[str]) -> None:
     if blocks:
         say(
             f"note: {source.name} is stored in {', '.join(sorted(blocks))}: what that lost stays "
-            "lost, and quantising again adds to it"
+            "lost, and quantizing again adds to it"
         )
 
 

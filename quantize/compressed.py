@@ -1,4 +1,4 @@
-"""The layout of compressed-tensors: how quantised weights lie in a Hugging Face folder.
+"""The layout of compressed-tensors: how quantized weights lie in a Hugging Face folder.
 
 A weight NAME.weight [n, k] becomes, in 4 bits ("pack-quantized"),
 
@@ -71,7 +71,7 @@ def stored_tensors(name: str, weight: QuantWeight) -> dict[str, Tensor]:
 def quantization_config(
     scheme: Scheme, head: Scheme | None, plain: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What config.json says of it. `head`: how lm_head is quantised, None where it is not; `plain`:
+    """What config.json says of it. `head`: how lm_head is quantized, None where it is not; `plain`:
     other linear modules that are not."""
     groups = [_group(scheme, "Linear")]
     if head is not None and head != scheme:

@@ -1,4 +1,4 @@
-"""Which numbers a quantised weight can take: scales and zero points of its groups, and how they are
+"""Which numbers a quantized weight can take: scales and zero points of its groups, and how they are
 chosen.
 
 The plain choice covers a group's range (`weights.quantize`). Where few numbers are far out, a smaller
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from weights.quant import QuantWeight, pack_nibbles
-from weights.quantize import TINY, quantise_rtn
+from weights.quantize import TINY, quantize_rtn
 from weights.schemes import Scheme
 
 # Of the plain scale. Below 0.6 nothing was ever chosen; finer steps changed no perplexity that counts.
@@ -39,7 +39,7 @@ class Grid:
         """The nearest q of a weight [n, k]: float32 [n, k]."""
         n, groups = self.scale.shape
         scale, zero = self.scale.unsqueeze(-1), self.zero.unsqueeze(-1)
-        steps = (weight.view(n, groups, -1) * (1 / scale)).round_()  # as `quantise_rtn` has them
+        steps = (weight.view(n, groups, -1) * (1 / scale)).round_()  # as `quantize_rtn` has them
         return steps.add_(zero).clamp_(*self.limits).view_as(weight)
 
     def values(self, q: Tensor) -> Tensor:
@@ -58,8 +58,8 @@ class Grid:
 
 
 def range_grid(weight: Tensor, scheme: Scheme) -> Grid:
-    """The grid of `quantise_rtn`, which covers each group's range. Raises InputError as that does."""
-    plain = quantise_rtn(weight, scheme)
+    """The grid of `quantize_rtn`, which covers each group's range. Raises InputError as that does."""
+    plain = quantize_rtn(weight, scheme)
     scale = plain.scale.float()
     if plain.offset is not None:
         zero = (-plain.offset / scale).round()

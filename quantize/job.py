@@ -94,7 +94,7 @@ def parse_job(words: Sequence[str]) -> Job:
             kind = "a whole number" if kinds[key] is int else "a number"
             raise InputError(f"{key}={text}: must be {kind}") from error
     job = Job(**values)  # type: ignore[arg-type]
-    for key, what in (("model", "what to quantise"), ("quant", "a scheme"), ("out", "a new folder")):
+    for key, what in (("model", "what to quantize"), ("quant", "a scheme"), ("out", "a new folder")):
         if not getattr(job, key):
             raise InputError(f"{key}= is missing: {what}; see: quantize --help")
     _check(job)

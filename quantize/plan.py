@@ -1,7 +1,7 @@
-"""What a quantised folder will hold, file by file, before a number is computed; and what is refused.
+"""What a quantized folder will hold, file by file, before a number is computed; and what is refused.
 
 Norms, biases, routers and the embedding stay as they are, of a source of blocks (GGUF) in bfloat16. An
-lm_head that is the embedding stays so, or gets weights of its own: the quantised copy that a run which
+lm_head that is the embedding stays so, or gets weights of its own: the quantized copy that a run which
 rounds while loading makes for itself.
 
 Names are the canonical ones, which for most families are also those of transformers. Where a family
@@ -30,7 +30,7 @@ from weights.writer import DTYPES, Tensors
 
 @dataclass(frozen=True)
 class Plan:
-    """`scheme`: the layers'. `schemes`: how each weight is quantised; those in `kept` stay, in the
+    """`scheme`: the layers'. `schemes`: how each weight is quantized; those in `kept` stay, in the
     dtype that is given, in safetensors' spelling. `files`: names to contents; `texts`: the small files.
     All weights are in the order of the model."""
 
@@ -55,15 +55,15 @@ class Plan:
 
 
 def make_plan(checkpoint: Checkpoint, asked: Asked, untie: bool = False) -> Plan:
-    """`untie`: a head that is the embedding gets weights of its own, where it is to be quantised; else
-    it stays so. Raises InputError for a source that is quantised already, or has a weight that the
+    """`untie`: a head that is the embedding gets weights of its own, where it is to be quantized; else
+    it stays so. Raises InputError for a source that is quantized already, or has a weight that the
     scheme's groups do not divide."""
     found = checkpoint.config.get("quantization_config")
     if found is not None:
         method = found.get("quant_method") if isinstance(found, dict) else None
         raise InputError(
-            f"{checkpoint.path} is quantised already (quantization_config, {str(method)[:50]}); "
-            "quantise the model that it was made from"
+            f"{checkpoint.path} is quantized already (quantization_config, {str(method)[:50]}); "
+            "quantize the model that it was made from"
         )
     config = config_of(checkpoint)
     shapes = expected_shapes(config)

@@ -1,7 +1,7 @@
 """A folder that was written here as a checkpoint again, its weights float32: to measure what is on the
 disk.
 
-The layers of a run keep quantised weights as they are; that reader is not this one.
+The layers of a run keep quantized weights as they are; that reader is not this one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def read_back(plan: Plan, folder: Path) -> Checkpoint:
     for file in plan.files:
         stored |= stored_entries(folder / file)
     entries = {
-        name: _dequantised(name, stored, shape, plan.schemes[name])
+        name: _dequantized(name, stored, shape, plan.schemes[name])
         if name in plan.schemes
         else stored[name]
         for name, shape in plan.shapes.items()
@@ -56,8 +56,8 @@ def read_weight(name: str, stored: dict[str, Entry], scheme: Scheme) -> QuantWei
     return QuantWeight(data, scale, offset, 4, scheme.group_size)
 
 
-def _dequantised(name: str, stored: dict[str, Entry], shape: tuple[int, ...], scheme: Scheme) -> Entry:
+def _dequantized(name: str, stored: dict[str, Entry], shape: tuple[int, ...], scheme: Scheme) -> Entry:
     def read(slices: Slices) -> Tensor:
-        return read_weight(name, stored, scheme).dequantise()[slices]
+        return read_weight(name, stored, scheme).dequantize()[slices]
 
     return Entry(shape, scheme.name, read)

@@ -1,4 +1,4 @@
-"""What quantising did to a model: errors by layer as a table, or all of it as JSON."""
+"""What quantizing did to a model: errors by layer as a table, or all of it as JSON."""
 
 from __future__ import annotations
 

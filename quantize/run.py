@@ -1,4 +1,4 @@
-"""A plan carried out: weights read, quantised and written, one after the other.
+"""A plan carried out: weights read, quantized and written, one after the other.
 
 A plain rounding holds one weight at a time; GPTQ one layer of the model, and the calibration text's
 states.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from base.errors import InputError
-from quantize.calibrate import Errors, Settings, quantise_block
+from quantize.calibrate import Errors, Settings, quantize_block
 from quantize.compressed import stored_tensors
 from quantize.grid import range_grid, search_grid
 from quantize.plan import Plan
@@ -87,8 +87,8 @@ def _products(
             check_finite(weight, name, plan)
             yield name, {name: weight.to(DTYPES[plan.kept[name]])}, None
         else:
-            errors, quantised = round_weight(name, weight, plan.schemes[name], search, plan)
-            yield name, stored_tensors(name, quantised), errors
+            errors, quantized = round_weight(name, weight, plan.schemes[name], search, plan)
+            yield name, stored_tensors(name, quantized), errors
     if calibration is None:
         return
     settings, texts = calibration
@@ -98,8 +98,8 @@ def _products(
         for name in later:
             if name.startswith(f"model.layers.{index}."):
                 check_finite(whole(plan.checkpoint, name), name, plan)
-        for errors, quantised in quantise_block(walk, block, index, settings):
-            yield errors.name, stored_tensors(errors.name, quantised), errors
+        for errors, quantized in quantize_block(walk, block, index, settings):
+            yield errors.name, stored_tensors(errors.name, quantized), errors
         walk.leave(block)
 
 

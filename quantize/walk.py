@@ -93,7 +93,7 @@ class Walk:
         positions = torch.arange(len(x))
         step = Step(torch.zeros_like(positions), positions, None, self._full, self._windowed)
         norm: nn.Module = block.norm  # type: ignore[assignment]
-        # What follows is normalised by its own norm, when its turn comes: this one's stands for it.
+        # What follows is normalized by its own norm, when its turn comes: this one's stands for it.
         after: Tensor = block(norm(x), x, norm, step)[1]
         return after
 

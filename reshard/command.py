@@ -44,7 +44,7 @@ examples:
   python -m tp.reshard --to 6 --dry-run model.gguf model-6/           what would be written
 
 Any number of ranks up to the number of query heads. Where there are more ranks than KV heads, these are
-copied to each rank that needs them, and compared and written once on the way back. Quantised tensors
+copied to each rank that needs them, and compared and written once on the way back. Quantized tensors
 stay as they are, block by block; a GGUF model keeps Yoke's form for one rank, too.
 OUT appears when all of it is on the disk, and not at all if something fails."""
 
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         "--from", metavar="N", type=int, dest="source_ranks", help="ranks it is divided for [found out]"
     )
     made.add_argument(
-        "--dequantize", action="store_true", help="write quantised tensors as bf16 [keep them]"
+        "--dequantize", action="store_true", help="write quantized tensors as bf16 [keep them]"
     )
     made.add_argument("--dry-run", action="store_true", help="show what would be written, and stop")
     made.add_argument("--verify", action="store_true", help="read the result back, compare every byte")
@@ -174,9 +174,9 @@ def describe(plan: ReshardPlan, source_ranks: int, needed: int) -> list[str]:
             if shared
             else "replicated KV heads: none"
         )
-    quantised = sorted({tensor.blocks.format for tensor in plan.tensors if tensor.blocks})
-    if quantised:
-        lines.append(f"quantised tensors are kept as they are: {', '.join(quantised)}")
+    quantized = sorted({tensor.blocks.format for tensor in plan.tensors if tensor.blocks})
+    if quantized:
+        lines.append(f"quantized tensors are kept as they are: {', '.join(quantized)}")
     lines.append(f"needs {format_bytes(needed)}; nothing was written")
     return lines
 

@@ -5,9 +5,9 @@ the whole. Two forms come out: Yoke's, one file per rank and a manifest
 (`weights.formats.yoke_manifest`), and for one rank the plain Hugging Face folder, under the names that
 the weights had there.
 
-Quantised tensors are carried block by block, never quantised again. A border between ranks that would
+Quantized tensors are carried block by block, never quantized again. A border between ranks that would
 cut a block is moved to the block's edge where it divides an MLP; where it separates heads it cannot be
-moved, and the tensor has to be dequantised. A rank then finds a part of its MLP in a neighbour's file.
+moved, and the tensor has to be dequantized. A rank then finds a part of its MLP in a neighbor's file.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ def _tensor(
     dtype, blocks = _storage(name, entry, dequantize)
     if len(layouts) == 1 and checkpoint.format != "gguf" and blocks is not None:
         raise InputError(
-            f"{name} is quantised ({blocks.format}), which a Hugging Face folder cannot hold; "
+            f"{name} is quantized ({blocks.format}), which a Hugging Face folder cannot hold; "
             "--dequantize writes it as bf16"
         )
     if 0 in entry.shape:
@@ -298,7 +298,7 @@ def _tensor(
 
 
 def _storage(name: str, entry: Entry, dequantize: bool) -> tuple[str, Blocks | None]:
-    """The dtype that is written, and the blocks of a tensor that stays quantised."""
+    """The dtype that is written, and the blocks of a tensor that stays quantized."""
     if entry.stored_as in DTYPES and entry.block == 1:
         return entry.stored_as, None
     if dequantize:

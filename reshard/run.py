@@ -71,7 +71,7 @@ class Reader:
 
 
 def _row_bytes(tensor: StoredTensor) -> int:
-    """Bytes of a whole row as the source stores it (at most: a dequantised one has four a number)."""
+    """Bytes of a whole row as the source stores it (at most: a dequantized one has four a number)."""
     size = DTYPES[tensor.dtype].itemsize
     for count in tensor.shape[1:]:
         size *= count

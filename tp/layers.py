@@ -3,8 +3,8 @@
 ColumnLinear splits its outputs and RowLinear its inputs, so a pair of them needs a single allreduce
 (Shoeybi et al., Megatron-LM, 2019). Parameters have no gradients: Yoke only runs models.
 
-A product's layer holds a weight, or it lies as its product takes it: a quantised one
-(`hold_quantised`), or one of bfloat16 (`hold_packed`).
+A product's layer holds a weight, or it lies as its product takes it: a quantized one
+(`hold_quantized`), or one of bfloat16 (`hold_packed`).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class RowLinear(nn.Module):
     """x W^T with this rank's columns of W: the ranks' results add up to the product.
 
     [..., local_features] -> [..., out_features]. The sum is the caller's, who has more to do with it:
-    the collective that takes it also adds the residual and normalises. A bias is rank 0's alone, and
+    the collective that takes it also adds the residual and normalizes. A bias is rank 0's alone, and
     zero on the others.
     """
 
@@ -141,7 +141,7 @@ class LMHead(nn.Module):
 Linear = ColumnLinear | RowLinear | LMHead
 
 
-def hold_quantised(
+def hold_quantized(
     layer: Linear,
     weight: QuantWeight,
     device: torch.device | str = "cpu",

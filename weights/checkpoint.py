@@ -3,7 +3,7 @@
 Nothing is read when a checkpoint is opened but names, shapes and metadata. `Entry.read` then brings
 any rectangular part of one tensor as a torch tensor: each rank asks for its own slices alone.
 
-Where a file has quantised weights that products can take, `Entry.quant` brings a part of them as they
+Where a file has quantized weights that products can take, `Entry.quant` brings a part of them as they
 are (`weights.quant`).
 
 What is not here: opening one (`weights.open`), writing.
@@ -30,16 +30,16 @@ class Entry:
     """One tensor: its full shape, how it is stored, and how to read a part of it.
 
     `read(slices)` takes one slice (step 1) per dimension and returns a tensor of that part. Stored
-    floats keep their dtype, quantised blocks come out as float32. `stored_as` is the dtype in
+    floats keep their dtype, quantized blocks come out as float32. `stored_as` is the dtype in
     safetensors' spelling ("BF16"), or the block format ("Q4_0"); then `block` elements of the last
     dimension are stored together and cannot be cut, and `read_raw(slices)` gives the part as it is
     stored: uint8 [rows, bytes]. `peek` is a `read` whose result may be a view of the file: for who
     copies it at once. `file` holds it, where one of several does.
 
-    A matrix that is quantised by `scheme` is read as such by `quant(rows, columns)`; it raises
+    A matrix that is quantized by `scheme` is read as such by `quant(rows, columns)`; it raises
     InputError for columns that cut a group below what products take. Of a stack of matrices
     `quant_of(index, rows, columns)` reads one. They are None for others, also for those that can only
-    be dequantised.
+    be dequantized.
     """
 
     shape: tuple[int, ...]

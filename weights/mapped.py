@@ -1,6 +1,6 @@
 """Tensors that lie in a file as plain numbers: mapped, and copied slice by slice.
 
-Safetensors, PyTorch's archives and GGUF's unquantised tensors end here. The file is mapped once, read
+Safetensors, PyTorch's archives and GGUF's unquantized tensors end here. The file is mapped once, read
 only; nothing of it is resident but what is being read, and a slice is a copy that owes the file
 nothing. Offsets, sizes and strides are checked against the file when an entry is made.
 """

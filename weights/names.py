@@ -6,7 +6,7 @@ model (without `model.` before each name) are translated. A name that no family 
 that the loader can name it where it refuses it. GGUF's names: `weights.formats.gguf_names`.
 
 Two families store the rows of the query and key projections interleaved, for rotary embeddings over
-neighbours (2i, 2i+1) where the canonical order has halves (i, i + half a head): Meta with gpt-fast,
+neighbors (2i, 2i+1) where the canonical order has halves (i, i + half a head): Meta with gpt-fast,
 and GGUF for some architectures. A `Piece` says so; weights.views puts the rows back.
 """
 

@@ -1,5 +1,5 @@
 """What a checkpoint holds, told by the headers of its files: which weights there are, and which of them
-are stored quantised.
+are stored quantized.
 
 For who must know before a rank exists, so it is free of torch, and quick: the loader opens the same
 files by `weights.checkpoint`, and a test holds the two to the same answers. What is not here: pickles,
@@ -26,7 +26,7 @@ _BLOCK = 8 << 20  # bytes of a weight that are compared at once
 @dataclass(frozen=True)
 class Stored:
     """How a weight is stored, as `weights.checkpoint.Entry` has it: `scheme` is None for what is plain
-    or can only be dequantised. `place`: the file and the bytes of it, where they are known."""
+    or can only be dequantized. `place`: the file and the bytes of it, where they are known."""
 
     stored_as: str
     scheme: Scheme | None = None
@@ -127,7 +127,7 @@ def _safetensors(source: Source) -> Outline:
     if is_nested(declared):
         found, places = text_weights(found, source.path), text_weights(places, source.path)
     config, said_by = with_file_beside(text_config(declared), source.folder, found)
-    quantised = read_quant_config(config, said_by)
+    quantized = read_quant_config(config, said_by)
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     weights: dict[str, Stored] = {}
     for name, about in found.items():
@@ -137,8 +137,8 @@ def _safetensors(source: Source) -> Outline:
         if end in ("weight", "bias"):
             _put(weights, translate(name), Stored(about["dtype"], place=places[name]))
     for module, parts in modules.items():
-        if quantised is not None and ({"qweight", "weight_packed", "weight_scale"} & parts.keys()):
-            stored = Stored(f"{quantised.method} module", _scheme_of(quantised, parts))
+        if quantized is not None and ({"qweight", "weight_packed", "weight_scale"} & parts.keys()):
+            stored = Stored(f"{quantized.method} module", _scheme_of(quantized, parts))
             _put(weights, translate(f"{module}.weight"), stored)
     return Outline("safetensors", config, weights)
 

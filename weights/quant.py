@@ -1,4 +1,4 @@
-"""Quantised weights as they are stored and sharded: integers, a scale a group, and what is added.
+"""Quantized weights as they are stored and sharded: integers, a scale a group, and what is added.
 
     w[i, j] = scale[i, j // g] * q[i, j] + offset[i, j // g]
 
@@ -7,7 +7,7 @@ covers the schemes that are read or made: int8 per channel, int4 in groups with 
 every world size and processor: it is cut for a rank first, and laid out for an instruction set last
 (kernels/).
 
-What is not here: how weights are quantised (weights.quantize, quantize/), how files store them
+What is not here: how weights are quantized (weights.quantize, quantize/), how files store them
 (weights.formats.quant_hf, weights.formats.gguf_blocks), and products.
 """
 
@@ -30,7 +30,7 @@ from weights.schemes import parse_scheme as parse_scheme
 
 @dataclass(frozen=True)
 class QuantWeight:
-    """A matrix [n, k] (or some of its rows or columns), quantised.
+    """A matrix [n, k] (or some of its rows or columns), quantized.
 
     data: int8 [n, k], or for 4 bits uint8 [n, k / 2], two numbers 0..15 in each, the even column's in
     the lower half. scale and offset: float16 [n, k / group_size], or float32 where a half cannot hold
@@ -74,7 +74,7 @@ class QuantWeight:
         size = gcd(self.group_size, start, stop)
         if size < MIN_GROUP:
             raise InputError(
-                f"columns {start} to {stop} of a weight quantised in groups of {self.group_size} "
+                f"columns {start} to {stop} of a weight quantized in groups of {self.group_size} "
                 f"cannot be cut out: groups of {size} would be left, and {MIN_GROUP} is the least; use "
                 "another number of ranks"
             )
@@ -104,7 +104,7 @@ class QuantWeight:
             return self.data
         return torch.stack((self.data & 15, self.data >> 4), dim=-1).flatten(1)
 
-    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [n, k]: computed in float32, rounded once."""
         n, k = self.shape
         grouped = self.integers().float().view(n, k // self.group_size, self.group_size)

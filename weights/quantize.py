@@ -1,7 +1,7 @@
 """Rounding weights to the nearest integers of a scheme: quick, and without looking at any text.
 
 Scales are rounded to what is stored before the integers are taken, so these are the nearest to the
-scales that will multiply them. A rank quantises whole rows or whole groups and cuts its columns out
+scales that will multiply them. A rank quantizes whole rows or whole groups and cuts its columns out
 afterwards: no number depends on how many ranks there are.
 
 What is not here: choosing integers by their effect on activations (quantize/).
@@ -21,7 +21,7 @@ _LARGEST = 65504.0  # of float16; a weight is nowhere near
 TINY = 2.0**-24  # the smallest float16 above 0
 
 
-def quantise_rtn(weight: Tensor, scheme: Scheme) -> QuantWeight:
+def quantize_rtn(weight: Tensor, scheme: Scheme) -> QuantWeight:
     """`weight` [n, k], any float dtype, to the nearest integers.
 
     8 bits: -127..127, symmetric. 4 bits, symmetric: the number that is largest by magnitude becomes -8,
@@ -71,7 +71,7 @@ def _round(values: Tensor, scheme: Scheme, fine: torch.dtype) -> tuple[Tensor, T
     if not float(scale.abs().max()) <= (_LARGEST / 15 if fine == torch.float16 else _LARGEST):
         raise InputError(
             "numbers that are infinite, not a number or beyond any weight's size cannot be "
-            f"quantised to {scheme.name}: the file is damaged, or use quant=none"
+            f"quantized to {scheme.name}: the file is damaged, or use quant=none"
         )
     scale = scale.to(fine)
     scale = torch.where(scale.abs() < TINY, TINY, scale).to(fine)  # groups of zeros stay zeros

@@ -1,4 +1,4 @@
-"""How weights are quantised, by name. Pure; free of torch: a job is checked before a rank exists."""
+"""How weights are quantized, by name. Pure; free of torch: a job is checked before a rank exists."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCHEMES = (
 )
 HEADS = ("int8", "same", "none")  # quant_head=: the LM head's scheme, where others have one of SCHEMES
 MIN_GROUP = 32  # numbers that a kernel takes with one scale at least
-# What numbers that are not quantised are stored as: safetensors' dtypes, and those of weights=random.
+# What numbers that are not quantized are stored as: safetensors' dtypes, and those of weights=random.
 _PLAIN = frozenset({
     "F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL",
     "random",
@@ -28,7 +28,7 @@ _PLAIN = frozenset({
 
 @dataclass(frozen=True)
 class Scheme:
-    """How weights are quantised: `bits` a number (8 or 4), `group_size` numbers of a row that share a
+    """How weights are quantized: `bits` a number (8 or 4), `group_size` numbers of a row that share a
     scale (0: the whole row), and whether zero lies in the middle of the range. Files have schemes that
     are not among SCHEMES, such as int8-g32 (GGUF's Q8_0)."""
 
@@ -55,7 +55,7 @@ class Scheme:
         return 0 if size % MIN_GROUP else size
 
 
-# GGUF's blocks that are kept as they are (weights.formats.gguf_blocks); others are dequantised.
+# GGUF's blocks that are kept as they are (weights.formats.gguf_blocks); others are dequantized.
 GGUF_SCHEMES = {"Q4_0": Scheme(4, 32), "Q4_1": Scheme(4, 32, symmetric=False), "Q8_0": Scheme(8, 32)}
 
 
@@ -70,5 +70,5 @@ def parse_scheme(text: str) -> Scheme:
 
 
 def is_plain(stored_as: str) -> bool:
-    """Whether numbers that are stored so are stored as such, not quantised."""
+    """Whether numbers that are stored so are stored as such, not quantized."""
     return stored_as in _PLAIN

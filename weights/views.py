@@ -98,7 +98,7 @@ def _rebuild(
     wrap_quant: Callable[[ReadQuant], ReadQuant] | None = None,
 ) -> Entry:
     """`entry` with another shape, and all its ways of reading wrapped alike. Without `wrap_quant` it is
-    no longer read quantised."""
+    no longer read quantized."""
     raw = None if entry.read_raw is None else wrap(entry.read_raw)
     peek = None if entry.peek is None else wrap(entry.peek)
     quant = None if entry.quant is None or wrap_quant is None else wrap_quant(entry.quant)

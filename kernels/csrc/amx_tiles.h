@@ -1,4 +1,4 @@
-// AMX: what products in tiles share, those with quantised weights and those with bfloat16: blocks for the caches, and
+// AMX: what products in tiles share, those with quantized weights and those with bfloat16: blocks for the caches, and
 // where the rows of x lie.
 #pragma once
 

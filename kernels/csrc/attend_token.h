@@ -226,7 +226,7 @@ void token(const TokenArgs& a) {
 }
 
 template <class From>
-void quantise(const From* from, int8_t* to, float* scale, int64_t h) {
+void quantize(const From* from, int8_t* to, float* scale, int64_t h) {
   float largest = 0;
 #pragma omp simd reduction(max : largest)
   for (int64_t i = 0; i < h; ++i) {
@@ -250,7 +250,7 @@ void write_from(const WriteArgs& a) {
     case Type::f32: return convert(static_cast<float*>(a.to));
     case Type::bf16: return convert(static_cast<brain*>(a.to));
     case Type::f16: return convert(static_cast<half*>(a.to));
-    case Type::i8: return quantise(from, static_cast<int8_t*>(a.to), a.scale, a.h);
+    case Type::i8: return quantize(from, static_cast<int8_t*>(a.to), a.scale, a.h);
   }
 }
 

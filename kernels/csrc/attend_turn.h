@@ -47,7 +47,7 @@ void turn_halves(const TurnArgs& a, const T* from, T* to) {
   }
 }
 
-inline Lanes neighbours(Lanes x) {  // of each pair the other one
+inline Lanes neighbors(Lanes x) {  // of each pair the other one
   typedef uint64_t Pairs __attribute__((vector_size(4 * kLanes)));
   const Pairs pairs = as<Pairs>(x);
   return as<Lanes>((pairs >> 32) | (pairs << 32));
@@ -64,7 +64,7 @@ void turn_pairs(const TurnArgs& a, const T* from, T* to) {
     }
     for (int64_t i = d; i < a.heads * a.h; i += a.h) {
       const Lanes x = some(from + i, left);
-      put(rounded(x * cos) + rounded(neighbours(x) * sin), to + i, left);
+      put(rounded(x * cos) + rounded(neighbors(x) * sin), to + i, left);
     }
   }
 }

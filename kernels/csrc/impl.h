@@ -1,5 +1,5 @@
 // The loops, written once and compiled per instruction set, each in a namespace of its own (YOKE_ISA): the
-// compiler vectorises them for the flags of the file. No function of the standard library is instantiated
+// compiler vectorizes them for the flags of the file. No function of the standard library is instantiated
 // here, or the linker would keep the copy of whichever instruction set came first.
 #pragma once
 

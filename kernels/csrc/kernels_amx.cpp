@@ -212,7 +212,7 @@ void finish(const LinearArgs& a, std::int64_t n, std::int64_t m, const float* su
   alignas(64) bf16 rounded[kRows * kDepth];
   for (std::int64_t j = 0; j < kPanel && m + j < a.m; j += kRows, sums += 2 * kTile) {
     bf16* y = a.y + (m + j) * a.n + n;
-    for (int i = 0; i < 16; ++i) {  // two numbers that are neighbours in y, for each row of x
+    for (int i = 0; i < 16; ++i) {  // two numbers that are neighbors in y, for each row of x
       __builtin_prefetch(y + i * a.n + kPanel, 1, 3);
       const __m512 even = _mm512_add_ps(_mm512_load_ps(sums + 32 * i), _mm512_set1_ps(bias[2 * i]));
       const __m512 odd = _mm512_add_ps(_mm512_load_ps(sums + 32 * i + 16), _mm512_set1_ps(bias[2 * i + 1]));

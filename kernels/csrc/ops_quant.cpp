@@ -170,11 +170,11 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& data, const Optio
 at::Tensor quant_tiles(const at::Tensor& data, const at::Tensor& scale, const OptionalTensor& offset,
                        std::int64_t bits, std::int64_t group, std::int64_t n) {
   const QuantArgs a = weights(data, scale, offset, bits, group, n);
-  TORCH_CHECK(a.format != Format::bf16 && chosen_quant().dequantise != nullptr, "quant_tiles: not on ", current().name);
+  TORCH_CHECK(a.format != Format::bf16 && chosen_quant().dequantize != nullptr, "quant_tiles: not on ", current().name);
   at::Tensor tiles = at::empty({data.size(0), a.steps(), 2, 16, 16, 2}, at::kBFloat16);
   auto* to = reinterpret_cast<bf16*>(tiles.mutable_data_ptr<at::BFloat16>());
   at::parallel_for(0, data.size(0), 1, [&](std::int64_t first, std::int64_t last) {
-    for (std::int64_t i = first; i < last; ++i) chosen_quant().dequantise(a, i, 0, a.steps(), to + i * a.k * kPanelRows);
+    for (std::int64_t i = first; i < last; ++i) chosen_quant().dequantize(a, i, 0, a.steps(), to + i * a.k * kPanelRows);
   });
   return tiles;
 }

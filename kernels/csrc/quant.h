@@ -1,4 +1,4 @@
-// Products with quantised weights: the layout that they are read in, and what the loops of each instruction set take.
+// Products with quantized weights: the layout that they are read in, and what the loops of each instruction set take.
 //
 // Rows of w are padded to whole panels of 32, two tiles of 16 rows; k is a multiple of 32, a step. The data lies
 // [panel][step][tile], so a panel is one stream, and inside a tile as matrix units and products of pairs want it:
@@ -73,7 +73,7 @@ struct QuantKernels {
   std::int64_t wide_rows;  // up to so many rows of x it wants them as floats too
   // Weights of panel `panel` and steps [first, last) -> bf16 tiles [step][tile][16 pairs][16 rows][2], on a border of
   // 64 bytes: scale and offset applied in float, rounded once; with `scaled_last`, whole numbers. Or null.
-  void (*dequantise)(const QuantArgs&, std::int64_t panel, std::int64_t first, std::int64_t last, bf16* tiles);
+  void (*dequantize)(const QuantArgs&, std::int64_t panel, std::int64_t first, std::int64_t last, bf16* tiles);
   // Whether x is to be laid out for a product. Or null.
   bool (*packs)(const QuantArgs&) = nullptr;
   // Lays 32 rows of x out in `packed`, two bytes a number at most, and those after them: [first, last) in units of 32.

@@ -1,4 +1,4 @@
-// AMX (Sapphire Rapids and later): products with quantised weights, from five rows of x on.
+// AMX (Sapphire Rapids and later): products with quantized weights, from five rows of x on.
 //
 // Weights become tiles in the first cache, a panel and a piece of k at a time, and are multiplied there by all rows of
 // x, which stand on the left as they lie: the sums come out as rows of y, 16 numbers of a row together. Where all rows
@@ -6,7 +6,7 @@
 // that one unit works while the other does. See kernels_amx.cpp for the blocks.
 //
 // There are two kinds of tiles, both of 16 rows of 64 bytes: bf16, 32 numbers of k, and int8, 64 of them, where
-// weights have one scale a row and x is quantised too. Those sums are exact.
+// weights have one scale a row and x is quantized too. Those sums are exact.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <string.h>
@@ -33,7 +33,7 @@ struct Rounded {
 
   // Steps [first, last) of a panel of w.
   static void make(const QuantArgs& a, std::int64_t panel, std::int64_t first, std::int64_t last, std::uint8_t* to) {
-    dequantise(a, panel, first, last, reinterpret_cast<bf16*>(to));
+    dequantize(a, panel, first, last, reinterpret_cast<bf16*>(to));
   }
 
   static __m512 sums(const float* from) { return _mm512_load_ps(from); }
@@ -160,7 +160,7 @@ void linear_quant(const QuantArgs& a, std::int64_t first, std::int64_t last) {
 }  // namespace isa_amx
 
 // What vectors are given the 15 rows are theirs: a few by weights that have a scale a row.
-const QuantKernels amx_quant{isa_amx::linear_quant, isa_amx::gate_rows, 15, isa_amx::dequantise, isa_amx::packs, isa_amx::pack,
+const QuantKernels amx_quant{isa_amx::linear_quant, isa_amx::gate_rows, 15, isa_amx::dequantize, isa_amx::packs, isa_amx::pack,
                              isa_amx::gates};
 
 }  // namespace yoke::kernels

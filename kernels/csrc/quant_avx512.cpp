@@ -1,4 +1,4 @@
-// AVX-512: products with quantised weights, a few rows of x at a time.
+// AVX-512: products with quantized weights, a few rows of x at a time.
 //
 // Lanes are rows of w. A number costs a shift and a permutation (int4: a permutation looks up 16 numbers in a table
 // of 16, and takes the low bits of each index alone) or a widening and a conversion (int8), on different ports, and

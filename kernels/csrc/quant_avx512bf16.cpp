@@ -1,4 +1,4 @@
-// AVX-512 with products of bf16 pairs (Cooper Lake, Sapphire Rapids, Zen 4 and later): quantised weights times many
+// AVX-512 with products of bf16 pairs (Cooper Lake, Sapphire Rapids, Zen 4 and later): quantized weights times many
 // rows of x. A few rows are those of plain AVX-512, or of bytes.
 //
 // Weights of a panel become whole numbers in bf16, a piece at a time that stays in the first cache for all rows of x;
@@ -120,7 +120,7 @@ void quant_linear(const QuantArgs& a, std::int64_t first, std::int64_t last) {
 }  // namespace
 }  // namespace isa_avx512bf16
 
-const QuantKernels avx512bf16_quant{isa_avx512bf16::quant_linear, isa_avx512bf16::gate_rows, isa_avx512bf16::kFew, isa_avx512bf16::dequantise,
+const QuantKernels avx512bf16_quant{isa_avx512bf16::quant_linear, isa_avx512bf16::gate_rows, isa_avx512bf16::kFew, isa_avx512bf16::dequantize,
                                      isa_avx512bf16::packs, pack_bytes};
 
 }  // namespace yoke::kernels

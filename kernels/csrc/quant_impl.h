@@ -1,4 +1,4 @@
-// Products with quantised weights over the compiler's vectors, compiled per instruction set: lanes are rows of w, each
+// Products with quantized weights over the compiler's vectors, compiled per instruction set: lanes are rows of w, each
 // number of x is multiplied with all of them. Sums of a step are scaled and added to the row's.
 #pragma once
 

@@ -1,4 +1,4 @@
-// AVX-512: what products with quantised weights share, and tiles of bf16, [16 pairs][16 rows][2], made of them.
+// AVX-512: what products with quantized weights share, and tiles of bf16, [16 pairs][16 rows][2], made of them.
 // Compiled per instruction set (YOKE_ISA).
 //
 // A permutation of words looks 32 numbers up in a table of 16 for one instruction, and takes the low bits of an index
@@ -96,7 +96,7 @@ inline __m512i rounded(__m512 first, __m512 second) { return (__m512i)_mm512_cvt
 }
 
 // Scale and offset applied: lanes are rows.
-inline void dequantise_i4(const std::uint8_t* from, __m512 scale, __m512 offset, bf16* to) {
+inline void dequantize_i4(const std::uint8_t* from, __m512 scale, __m512 offset, bf16* to) {
   const __m512 table = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                        5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -112,7 +112,7 @@ inline void dequantise_i4(const std::uint8_t* from, __m512 scale, __m512 offset,
 }
 
 // Lanes are 8 rows by the two of a pair.
-inline void dequantise_i8(const std::uint8_t* from, __m512 scale, __m512 offset, bf16* to) {
+inline void dequantize_i8(const std::uint8_t* from, __m512 scale, __m512 offset, bf16* to) {
   const __m512i low = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
   const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
   const __m512 scale0 = _mm512_permutexvar_ps(low, scale), scale1 = _mm512_permutexvar_ps(high, scale);
@@ -124,7 +124,7 @@ inline void dequantise_i8(const std::uint8_t* from, __m512 scale, __m512 offset,
 }
 
 // See QuantKernels.
-[[maybe_unused]] void dequantise(const QuantArgs& a, std::int64_t panel, std::int64_t first, std::int64_t last,
+[[maybe_unused]] void dequantize(const QuantArgs& a, std::int64_t panel, std::int64_t first, std::int64_t last,
                                  bf16* tiles) {
   const std::int64_t bytes = tile_bytes(a.format), steps_of_group = a.group / kStep;
   const std::uint8_t* from = a.data + (panel * a.steps() + first) * 2 * bytes;
@@ -147,9 +147,9 @@ inline void dequantise_i8(const std::uint8_t* from, __m512 scale, __m512 offset,
         offset = _mm512_mul_ps(scale, _mm512_set1_ps(-8.0f));
       }
       if (a.format == Format::i4) {
-        dequantise_i4(from, scale, offset, tiles);
+        dequantize_i4(from, scale, offset, tiles);
       } else {
-        dequantise_i8(from, scale, offset, tiles);
+        dequantize_i8(from, scale, offset, tiles);
       }
     }
   }

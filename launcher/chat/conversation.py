@@ -192,7 +192,7 @@ def _next_line(chat: Chat, goes_on: bool) -> str:
     if chat.modes is None:
         return line_from_pipe(goes_on)
     prompt = "... " if goes_on else "> "
-    if _colours() and marks_escapes():
+    if _colors() and marks_escapes():
         prompt = f"\001\x1b[1;36m\002{prompt}\001\x1b[0m\002"
     apply(chat.modes)
     chat.at_prompt = True
@@ -298,9 +298,9 @@ def _note(chat: Chat, text: str) -> None:
         return
     start = "" if chat.at_line_start else "\n"
     chat.at_line_start = True
-    shown = f"{start}\x1b[2m{text}\x1b[0m" if _colours() else f"{start}{text}"
+    shown = f"{start}\x1b[2m{text}\x1b[0m" if _colors() else f"{start}{text}"
     show(shown, escapes=True)
 
 
-def _colours() -> bool:
+def _colors() -> bool:
     return knows_escapes() and not os.environ.get("NO_COLOR")

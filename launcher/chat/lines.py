@@ -103,7 +103,7 @@ def typed_so_far() -> str:
 
 
 def marks_escapes() -> bool:
-    """Whether the prompt may have colours: the editor must be told that they take no room."""
+    """Whether the prompt may have colors: the editor must be told that they take no room."""
     return readline is not None and "libedit" not in (readline.__doc__ or "")
 
 

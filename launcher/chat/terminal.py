@@ -15,7 +15,7 @@ from typing import Any
 
 Modes = list[Any]  # as termios has them
 
-# What may have been left on: pasted text in brackets, a hidden cursor, colours.
+# What may have been left on: pasted text in brackets, a hidden cursor, colors.
 _RESET = b"\x1b[?2004l\x1b[?25h\x1b[0m"
 
 

@@ -36,7 +36,7 @@ def render(report: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, Any]) -> None:
-    """In colour, and in the terminal's width."""
+    """In color, and in the terminal's width."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -265,7 +265,7 @@ def _entries(checkpoint: Checkpoint, weights: dict[str, Weight], inner: Any) -> 
 
 @torch.no_grad()
 def _compute_buffers(inner: Any) -> None:
-    """Buffers that no checkpoint holds (rotary frequencies), by the model's own initialisation. Raises
+    """Buffers that no checkpoint holds (rotary frequencies), by the model's own initialization. Raises
     InputError for one that this leaves alone."""
     for prefix, module in inner.named_modules():
         buffers = {

@@ -65,14 +65,14 @@ class _Work:
     splits: dict[int, Split]
 
     def refuse(self, why: str) -> InputError:
-        return InputError(f"the tensor-parallel plan of {self.name} cannot be honoured: {why}")
+        return InputError(f"the tensor-parallel plan of {self.name} cannot be honored: {why}")
 
 
 def divide(model: Any, group: Group) -> tuple[dict[str, Weight], dict[int, Split]]:
     """Replace what the plan of `model` (on the meta device) divides, in place.
 
     Returns what to read, by stored name, and how the heads of each layer are split. Raises InputError
-    that names what cannot be honoured.
+    that names what cannot be honored.
     """
     text = model.config.get_text_config()
     name = f"{type(model).__name__} ({model.config.model_type})"

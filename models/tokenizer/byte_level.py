@@ -195,7 +195,7 @@ def read_tiktoken(path: Path) -> dict[bytes, int]:
 
 
 def build_tiktoken(ranks: dict[bytes, int]) -> Tokenizer:
-    """The pipeline of Llama 3's vocabulary. tiktoken merges the neighbours whose union has the lowest
+    """The pipeline of Llama 3's vocabulary. tiktoken merges the neighbors whose union has the lowest
     rank; here the unions are written out as pairs, in that order."""
     pairs = divisions(sorted(ranks, key=ranks.__getitem__), ranks)
     merges = [(spell(left), spell(right)) for left, right in pairs]

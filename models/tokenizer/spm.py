@@ -35,7 +35,7 @@ class SpmVocabulary:
 
     `dummy_prefix`: a text gets a space in front. `after_special`: so does what follows a special
     token inside it (`legacy` in Hugging Face's terms). `collapse`: other spaces at the ends go, and
-    runs become one. `charsmap` is the compiled normalisation, empty for none.
+    runs become one. `charsmap` is the compiled normalization, empty for none.
     """
 
     pieces: tuple[str, ...]
@@ -135,7 +135,7 @@ def _merges(
 ) -> list[tuple[str, str]]:
     """Every way to put a piece together from two others, best score first.
 
-    SentencePiece merges the two neighbours whose union has the best score. So the pairs of one piece
+    SentencePiece merges the two neighbors whose union has the best score. So the pairs of one piece
     are equals there; here one comes first, which decides only where they overlap (as in transformers).
     Only normal pieces are made or merged: a byte token is never spelled out.
     """

@@ -1,4 +1,4 @@
-"""The estimate counts what a loaded model holds, byte for byte, whatever its file keeps quantised."""
+"""The estimate counts what a loaded model holds, byte for byte, whatever its file keeps quantized."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FormOf = Callable[[int, str], Form]
 
 def write_gguf(path: Path, form_of: FormOf, tied: bool) -> Path:
     """A Llama of which each matrix is stored as `form_of(layer, name)` says; of zeros where the gguf
-    package cannot quantise."""
+    package cannot quantize."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(LAYERS)
     writer.add_embedding_length(DIM)
@@ -141,7 +141,7 @@ def test_a_gguf_file(form: str, tied: bool, tmp_path: Path) -> None:
      Kind("gptq", 4, 64, True, (("desc_act", True),)), Kind("awq", 4, 64, False)],
     ids=lambda kind: kind.method,
 )  # fmt: skip
-def test_a_quantised_folder(kind: Kind, tmp_path: Path) -> None:
+def test_a_quantized_folder(kind: Kind, tmp_path: Path) -> None:
     write(tmp_path, kind)
     check(tmp_path, "auto")
 
@@ -161,7 +161,7 @@ def test_a_head_that_is_stored_although_tied(same: bool, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("method", ["pack-quantized", "gptq", "awq"])
-def test_a_quantised_text_model_within_another(method: str, tmp_path: Path) -> None:
+def test_a_quantized_text_model_within_another(method: str, tmp_path: Path) -> None:
     """The outline of the file, the estimate and the loader leave the same towers out."""
     stored, weights = write(tmp_path, Kind(method, 4, 64, method != "awq"))
     whole = {name: (slice(0, len(w)), slice(0, w.shape[1])) for name, w in weights.items()}
@@ -201,7 +201,7 @@ def test_plain_weights_that_are_rounded(tied: bool, tmp_path: Path) -> None:
     assert check(path, "int8/same") == check(path, "int8")
 
 
-def test_a_quantised_head_that_shall_be_plain(tmp_path: Path) -> None:
+def test_a_quantized_head_that_shall_be_plain(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", lambda layer, name: Form.Q4_0, tied=False)
     assert check(path, "int4-g32/none") > check(path, "int4-g32/same") == check(path, "auto")
 

@@ -10,7 +10,7 @@ import pytest
 
 from base.errors import InputError
 from engine.job import help_lines, parse_job
-from engine.memory import job_needs, keeps_quantised, with_batch
+from engine.memory import job_needs, keeps_quantized, with_batch
 from engine.resolve import check_ranks, resolve
 from tests.weights.quant_files import Kind, write
 
@@ -74,8 +74,8 @@ def test_the_estimate_counts_packed_weights(tmp_path: Path) -> None:
 
 def test_auto_keeps_what_our_products_take() -> None:
     for words, kept in (([], True), (["dtype=float32"], False), (["quant=none"], False)):
-        assert keeps_quantised(parse_job([*WORDS, *words])) is kept
-    assert not keeps_quantised(parse_job(WORDS), "cuda:0")
+        assert keeps_quantized(parse_job([*WORDS, *words])) is kept
+    assert not keeps_quantized(parse_job(WORDS), "cuda:0")
     assert any("quant=" in line and "int4-g32" in line for line in help_lines())
 
 
@@ -94,7 +94,7 @@ def test_a_run_tells_its_scheme_and_bad_words_end_with_2(gguf: Path, run_yoke: C
         (["model=tiny", "weights=random", "quant=int9"], "quant=int9: must be one of"),
         (["--ranks=2", "model=tiny", "weights=random", "quant=int8"], "use --ranks N with N of 1, 3"),
         (["model=tiny", "weights=random", "quant_head=same"], "quant_head=same goes with a scheme"),
-        ([f"model={gguf}", "quant=int8"], "quantised already"),
+        ([f"model={gguf}", "quant=int8"], "quantized already"),
     ):
         done = run_yoke(*bad, *words)
         assert done.returncode == 2, done.stderr

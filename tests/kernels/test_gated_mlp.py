@@ -12,7 +12,7 @@ from kernels.gated_mlp import ACTIVATIONS, gated_mlp, gated_mlp_reference
 from kernels.load import load_kernels
 from kernels.packed import pack_bf16
 from kernels.quant_linear import Packed, pack, quant_linear
-from weights.quantize import quantise_rtn
+from weights.quantize import quantize_rtn
 from weights.schemes import parse_scheme
 
 assert load_kernels()
@@ -106,11 +106,11 @@ def test_far_gates(name: str, activation: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["int8", "int4-g32", "int4-g32-asym"])
 @pytest.mark.parametrize("m", [1, 7, 40, 90])
-def test_quantised_weights(scheme: str, m: int) -> None:
+def test_quantized_weights(scheme: str, m: int) -> None:
     """As products by themselves, and beside plain bfloat16: bit for bit where rows go between them."""
 
     def packed(weight: Tensor) -> Packed:
-        return pack(quantise_rtn(weight.float(), parse_scheme(scheme)))
+        return pack(quantize_rtn(weight.float(), parse_scheme(scheme)))
 
     x, up, down = random(m, 64, seed=1), random(192, 64, seed=2) / 8, random(50, 96, seed=3)
     for round_x in (False, True):

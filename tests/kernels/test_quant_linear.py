@@ -1,4 +1,4 @@
-"""Products with quantised weights: any shape, on every instruction set, against float64."""
+"""Products with quantized weights: any shape, on every instruction set, against float64."""
 
 from __future__ import annotations
 
@@ -58,20 +58,20 @@ def check(
 ) -> None:
     OPS.use_instruction_set(name)
     got = quant_linear(x, pack(weight), bias)
-    wanted = x.double() @ weight.dequantise(torch.float64).T
+    wanted = x.double() @ weight.dequantize(torch.float64).T
     bound = allowed(x, weight, wanted)
-    if weight.offset is not None:  # `dequantise` rounds to float32
-        bound = bound + x.double().abs() @ weight.dequantise(torch.float64).abs().T * 2**-22
+    if weight.offset is not None:  # `dequantize` rounds to float32
+        bound = bound + x.double().abs() @ weight.dequantize(torch.float64).abs().T * 2**-22
     is_whole = weight.bits == 8 and weight.group_size == x.shape[-1] and weight.offset is None
     m = x.shape[:-1].numel()
     if weight.bits == 4 and m <= {"avx512bf16": 15, "amx": 4}.get(name, 0):
         # Products of bytes take x to 16 bits of the largest of each 32.
         steps = x.double().abs().unflatten(-1, (-1, 32)).amax(-1)
-        of_steps = weight.dequantise(torch.float64).abs().unflatten(1, (-1, 32)).sum(-1)
+        of_steps = weight.dequantize(torch.float64).abs().unflatten(1, (-1, 32)).sum(-1)
         bound = bound + steps @ of_steps.T * 2**-15
     if name == "amx" and m > 16 and not is_whole:
         # Matrix units take weights that are rounded to bfloat16, where rows are many.
-        bound = bound + x.double().abs() @ weight.dequantise(torch.float64).abs().T * 2**-9
+        bound = bound + x.double().abs() @ weight.dequantize(torch.float64).abs().T * 2**-9
     if bias is not None:
         wanted += bias.double()
         bound = bound + bias.double().abs() * 2**-8
@@ -244,7 +244,7 @@ def test_tiles_are_the_weights_rounded(
     if bits == 8 and group == k and not offset:
         assert torch.equal(got, weight.data.double())
         return
-    wanted = weight.dequantise(torch.float64)
+    wanted = weight.dequantize(torch.float64)
     lost = weight.scale.abs().double() * 255 + (0 if weight.offset is None else weight.offset.abs())
     lost = lost.double().repeat_interleave(group, 1) * 2**-22
     assert ((got - wanted).abs() <= wanted.abs() * 2**-8 + lost).all()
@@ -288,7 +288,7 @@ def test_other_dtypes_take_the_reference() -> None:
     for kind in (torch.float32, torch.float64, torch.float16):
         x, packed = torch.randn(3, 64).to(kind), pack(weight)
         assert torch.equal(quant_linear(x, packed), quant_linear_reference(x, packed))
-        wanted = (x.double() @ weight.dequantise(torch.float64).T).to(kind)
+        wanted = (x.double() @ weight.dequantize(torch.float64).T).to(kind)
         torch.testing.assert_close(quant_linear(x, packed), wanted)
 
 

@@ -141,7 +141,7 @@ def test_an_operator_library_that_is_not_built_is_not_claimed(tmp_path: Path) ->
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_plain_text_in_a_pipe_and_colour_on_a_terminal() -> None:
+def test_plain_text_in_a_pipe_and_color_on_a_terminal() -> None:
     plain = run_doctor().stdout
     assert "\x1b" not in plain and "libgomp" in plain and "Will use" in plain
     assert len(plain.splitlines()) < 50

@@ -328,7 +328,7 @@ def test_a_quota_below_the_cores_is_a_reason(run_yoke, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("unit", ["socket", "node", "l3"])
-def test_the_drawing_shows_every_core_in_its_ranks_colour(unit: str, tmp_path) -> None:
+def test_the_drawing_shows_every_core_in_its_ranks_color(unit: str, tmp_path) -> None:
     import os
     import pty
     import subprocess

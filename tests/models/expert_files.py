@@ -1,4 +1,4 @@
-"""Quantised files of a small mixture of experts: folders as the libraries write them, and GGUF."""
+"""Quantized files of a small mixture of experts: folders as the libraries write them, and GGUF."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def in_mixtral(name: str) -> str:
 
 
 def write_folder(folder: Path, kind: Kind, mixtral: bool = True) -> Path:
-    """A mixture of experts whose linear layers are quantised, in the names of its family."""
+    """A mixture of experts whose linear layers are quantized, in the names of its family."""
     random, generator = np.random.default_rng(3), torch.Generator().manual_seed(3)
     config = replace(MIXTRAL, qk_norm=not mixtral)
     stored = {}

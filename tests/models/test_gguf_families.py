@@ -26,7 +26,7 @@ from models.load import config_of, load_model
 from weights.open import open_checkpoint
 
 # What GGUF cannot say is left at what llama.cpp takes for granted: Gemma's query scale, SmolLM3's
-# period, normalised weights of Qwen 3's experts. Files of "dynamic" scaling and of Qwen 2 with windows
+# period, normalized weights of Qwen 3's experts. Files of "dynamic" scaling and of Qwen 2 with windows
 # do not exist, nor does GPT-J.
 CASES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -142,8 +142,8 @@ def test_gemmas_norms_come_back_as_they_are_added_again(tmp_path: Path) -> None:
     ("name", "stack"),
     [("mixtral", "blk.0.ffn_gate_exps.weight"), ("phi3", "blk.0.ffn_up.weight")],
 )
-def test_quantised_pieces(name: str, stack: str, tmp_path: Path) -> None:
-    """Each canonical weight of a stack or a fused tensor in blocks, dequantised and raw."""
+def test_quantized_pieces(name: str, stack: str, tmp_path: Path) -> None:
+    """Each canonical weight of a stack or a fused tensor in blocks, dequantized and raw."""
     kind = Kind.Q8_0
     values = torch.randn(*((4, 44, 96) if name == "mixtral" else (88, 96)))
     stored = quantize(values.numpy(), kind)

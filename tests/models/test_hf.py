@@ -141,7 +141,7 @@ SHAPE = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2,
         ({}, 2, "cannot build this model"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_honoured_is_named(
+def test_what_cannot_be_honored_is_named(
     config: dict[str, Any], size: int, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "evil.py").write_text("raise SystemExit('code of the checkpoint was run')")

@@ -55,7 +55,7 @@ def test_rows_are_independent_of_their_place() -> None:
 
 
 @pytest.mark.parametrize("along", ["seeds", "counters"])
-def test_neighbours_fill_the_square_evenly(along: str) -> None:
+def test_neighbors_fill_the_square_evenly(along: str) -> None:
     """Pairs of consecutive numbers in a grid of 16 x 16; 255 degrees of freedom."""
     count = torch.arange(8001)
     zero = torch.zeros_like(count)

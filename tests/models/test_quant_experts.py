@@ -1,4 +1,4 @@
-"""Mixtures of experts that hold quantised weights: rounded as they are read, or kept from files. What
+"""Mixtures of experts that hold quantized weights: rounded as they are read, or kept from files. What
 ranks compute with them: `test_quant_load`."""
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def experts_of(model: Decoder) -> Experts:
     return next(module for module in model.modules() if isinstance(module, Experts))
 
 
-def dequantised(checkpoint: Checkpoint, name: str) -> Checkpoint:
+def dequantized(checkpoint: Checkpoint, name: str) -> Checkpoint:
     """The same weights, rounded and back."""
 
     def rounded(weight: str, entry: Entry) -> Entry:
@@ -60,7 +60,7 @@ def dequantised(checkpoint: Checkpoint, name: str) -> Checkpoint:
 
         def read(slices: tuple[slice, ...]) -> torch.Tensor:
             whole = read_rounded(entry, tuple(slice(0, size) for size in entry.shape), own)
-            return whole.dequantise()[slices]
+            return whole.dequantize()[slices]
 
         return Entry(entry.shape, "random", read)
 
@@ -75,7 +75,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
 def test_a_mixture_computes_with_its_rounded_weights(quant: str) -> None:
     checkpoint = random_checkpoint(expected_shapes(CONFIG), 3)
     found, model, said = logits(checkpoint, quant, CONFIG)
-    close(found, logits(dequantised(checkpoint, quant), "none", CONFIG)[0])
+    close(found, logits(dequantized(checkpoint, quant), "none", CONFIG)[0])
     assert said == [f"layers: 8 of {quant}, 1 of int8" if quant != "int8" else "layers: 9 of int8"]
     experts = experts_of(model)
     for stack in (experts.gate_ups, experts.downs):
@@ -123,7 +123,7 @@ def test_experts_are_kept_in_ggufs_blocks(form: str, tmp_path: Path) -> None:
     experts = experts_of(model)
     assert experts.gate_ups.packing is not None
     assert (experts.downs.packing is None) == (form == "mixed")
-    assert said == (["layers: 3 of int4-g32, 1 dequantised (Q5_0)"] if form == "mixed" else [])
+    assert said == (["layers: 3 of int4-g32, 1 dequantized (Q5_0)"] if form == "mixed" else [])
     # The estimate counts what is held.
     words = [f"model={path}", "prompt=x", "dtype=bfloat16", "max_seq_len=32", "max_new_tokens=2"]
     job = with_batch(resolve(parse_job(words)))
@@ -136,14 +136,14 @@ def test_experts_are_kept_in_ggufs_blocks(form: str, tmp_path: Path) -> None:
             assert need["weights"] == sum(t.nbytes for t in (*part.parameters(), *part.buffers()))
 
 
-def test_experts_of_several_schemes_are_dequantised_and_said_so(tmp_path: Path) -> None:
+def test_experts_of_several_schemes_are_dequantized_and_said_so(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_folder(tmp_path, KINDS[0]))
     name = "model.layers.0.mlp.experts.2.up_proj.weight"
     entry = checkpoint.entries[name]
     odd = replace(entry, scheme=None, quant=None, stored_as="Q6_K")
     mixed = replace(checkpoint, entries=dict(checkpoint.entries) | {name: odd})
     _, model, said = logits(mixed, "auto")
-    assert said == ["layers: 3 of int4-g32-asym, 1 dequantised (Q6_K/compressed-tensors int4-g32-asym)"]
+    assert said == ["layers: 3 of int4-g32-asym, 1 dequantized (Q6_K/compressed-tensors int4-g32-asym)"]
     assert experts_of(model).gate_ups.packing is None
     wanted = entry.read((slice(0, WIDTH), slice(0, DIM)))
     assert torch.equal(experts_of(model).gate_ups.weight[2, WIDTH:], wanted)
@@ -174,7 +174,7 @@ def test_every_expert_for_every_token_is_the_same(quant: str) -> None:
 
 
 @torch.no_grad()
-def test_quantised_experts_are_one_graph_for_any_number_of_tokens() -> None:
+def test_quantized_experts_are_one_graph_for_any_number_of_tokens() -> None:
     checkpoint = random_checkpoint(expected_shapes(MIXTRAL), 3)
     model = load_model(MIXTRAL, checkpoint, ALONE, torch.bfloat16, quant="int4-g32")
     model.setup(1, 64)

@@ -1,4 +1,4 @@
-"""Models that hold quantised weights: what is kept, what is rounded, how it is divided."""
+"""Models that hold quantized weights: what is kept, what is rounded, how it is divided."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from models.quant_rules import (
     HEAD_SCHEME,
     Asked,
     check_quant,
-    held_quantised,
+    held_quantized,
     is_linear,
     parse_asked,
     products_of,
@@ -54,8 +54,8 @@ def checkpoint_of(config: ModelConfig) -> Checkpoint:
     return random_checkpoint(expected_shapes(config), 3)
 
 
-def dequantised(found: Checkpoint, quant: str) -> Checkpoint:
-    """The same weights, rounded and back: what a model with quantised weights must compute with. The
+def dequantized(found: Checkpoint, quant: str) -> Checkpoint:
+    """The same weights, rounded and back: what a model with quantized weights must compute with. The
     head has weights of its own."""
     entries = {HEAD: found.entries[EMBEDDING], **found.entries}
 
@@ -66,7 +66,7 @@ def dequantised(found: Checkpoint, quant: str) -> Checkpoint:
 
         def read(slices: tuple[slice, ...]) -> torch.Tensor:
             whole = read_rounded(entry, tuple(slice(0, size) for size in entry.shape), own)
-            return whole.dequantise()[slices]
+            return whole.dequantize()[slices]
 
         return Entry(entry.shape, "random", read)
 
@@ -88,7 +88,7 @@ def logits(config: ModelConfig, checkpoint: Checkpoint, quant: str) -> torch.Ten
 )
 def test_a_model_computes_with_its_rounded_weights(quant: str, tied: bool) -> None:
     config = replace(CONFIG, tie_embeddings=tied)
-    rounded = dequantised(checkpoint_of(config), quant)
+    rounded = dequantized(checkpoint_of(config), quant)
     wanted = logits(replace(config, tie_embeddings=False), rounded, "none")
     found = logits(config, checkpoint_of(config), quant)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
@@ -105,7 +105,7 @@ def test_a_tied_head_is_a_copy_and_the_embedding_stays(quant: str, bits: int, sa
     model = load_model(
         CONFIG, checkpoint_of(CONFIG), ALONE, torch.bfloat16, quant=quant, say=lines.append
     )
-    assert model.quantised == "int4-g32"
+    assert model.quantized == "int4-g32"
     assert lines == [f"layers: {said}"]
     assert model.embed.weight.dtype == torch.bfloat16
     assert model.head.weight is None
@@ -167,16 +167,16 @@ def test_the_parts_of_all_ranks_are_the_whole_bit_for_bit(
     whole, parts = (parts_of(checkpoint, config, quant, n) for n in (1, size))
     assert whole.keys() == parts.keys()
     for name, found in parts.items():
-        wanted = whole[name][0].dequantise()
+        wanted = whole[name][0].dequantize()
         if name.endswith(("o_proj.weight", "down_proj.weight")):
-            assert torch.equal(torch.cat([part.dequantise() for part in found], 1), wanted), name
+            assert torch.equal(torch.cat([part.dequantize() for part in found], 1), wanted), name
         elif name.endswith("gate_proj.weight"):
-            halves = [part.dequantise().chunk(2) for part in found]
+            halves = [part.dequantize().chunk(2) for part in found]
             assert torch.equal(torch.cat([h[i] for i in (0, 1) for h in halves]), wanted), name
         elif name in (HEAD, EMBEDDING):
-            assert torch.equal(torch.cat([part.dequantise() for part in found]), wanted), name
+            assert torch.equal(torch.cat([part.dequantize() for part in found]), wanted), name
         else:  # a KV head may lie with two ranks: queries alone are put together
-            q = [p.dequantise()[: (6 // size) * config.head_dim] for p in found]
+            q = [p.dequantize()[: (6 // size) * config.head_dim] for p in found]
             assert torch.equal(torch.cat(q), wanted[: 6 * config.head_dim]), name
 
 
@@ -247,11 +247,11 @@ def test_the_embedded_model_kept_in_its_blocks(gguf: Path) -> None:
     found = [logits(config, checkpoint, quant) for quant in ("none", "auto")]
     assert float((found[0] - found[1]).abs().max()) < 0.02 * float(found[0].abs().max())
     assert torch.equal(found[0].argmax(-1), found[1].argmax(-1))
-    with pytest.raises(InputError, match=r"quantised already, .* as int4-g32-asym \(Q4_1\)"):
+    with pytest.raises(InputError, match=r"quantized already, .* as int4-g32-asym \(Q4_1\)"):
         load_model(config, checkpoint, ALONE, torch.bfloat16, quant="int8")
 
 
-def test_a_layer_of_mixed_parts_is_dequantised_and_said_so(tmp_path: Path) -> None:
+def test_a_layer_of_mixed_parts_is_dequantized_and_said_so(tmp_path: Path) -> None:
     write(tmp_path, Kind("gptq", 4, 64, True))
     checkpoint = open_checkpoint(tmp_path)
     name = "model.layers.0.self_attn.v_proj.weight"
@@ -261,7 +261,7 @@ def test_a_layer_of_mixed_parts_is_dequantised_and_said_so(tmp_path: Path) -> No
     lines: list[str] = []
     config = config_of(checkpoint)
     model = load_model(config, mixed, ALONE, torch.bfloat16, quant="auto", say=lines.append)
-    assert lines == ["layers: 3 of int4-g64, 1 dequantised (Q6_K/gptq int4-g64)"]
+    assert lines == ["layers: 3 of int4-g64, 1 dequantized (Q6_K/gptq int4-g64)"]
     assert model.layers[0].attention.out.packing is not None
     assert model.layers[0].attention.out.packing.bits == 4
     qkv = model.layers[0].attention.qkv
@@ -272,8 +272,8 @@ def test_a_layer_of_mixed_parts_is_dequantised_and_said_so(tmp_path: Path) -> No
     assert torch.equal(held[-entry.shape[0] :], wanted)
 
 
-def test_a_head_that_a_file_has_quantised(tmp_path: Path) -> None:
-    """Is not rounded to 4 bits a second time, and is dequantised where it shall be plain."""
+def test_a_head_that_a_file_has_quantized(tmp_path: Path) -> None:
+    """Is not rounded to 4 bits a second time, and is dequantized where it shall be plain."""
     write(tmp_path, Kind("gptq", 4, 64, True))
     checkpoint = open_checkpoint(tmp_path)
     odd = replace(checkpoint.entries[HEAD], stored_as="Q6_K")
@@ -281,7 +281,7 @@ def test_a_head_that_a_file_has_quantised(tmp_path: Path) -> None:
     config = config_of(checkpoint)
     for head, bits, said in (
         ("", 8, "layers: 4 of int4-g64, 1 of int8, 1 rounded again (Q6_K)"),
-        ("/none", None, "layers: 4 of int4-g64, 1 dequantised (Q6_K)"),
+        ("/none", None, "layers: 4 of int4-g64, 1 dequantized (Q6_K)"),
     ):
         lines: list[str] = []
         model = load_model(
@@ -346,7 +346,7 @@ def test_how_a_head_is_held(tied: bool) -> None:
     ):
         asked = parse_asked(text)
         for stored, wanted in ((plain, rounded), (own, kept), (finer, again)):
-            held = {each.names: each for each in held_quantised(config, products, stored, asked, 1)}
+            held = {each.names: each for each in held_quantized(config, products, stored, asked, 1)}
             assert (held[head].scheme if head in held else None) == wanted, text
             assert head not in held or held[head].kept == (stored is own)
             if stored is plain:

@@ -210,7 +210,7 @@ def _pipeline(folder: Path) -> str:
 
 
 def test_a_unigram_model_gives_the_tokens_of_sentencepiece_and_transformers(tmp_path: Path) -> None:
-    """As T5's: compiled normalisation, spaces collapsed, no bytes to fall back to."""
+    """As T5's: compiled normalization, spaces collapsed, no bytes to fall back to."""
     import sentencepiece
     from transformers import T5Tokenizer
 
@@ -225,7 +225,7 @@ def test_a_unigram_model_gives_the_tokens_of_sentencepiece_and_transformers(tmp_
     original = sentencepiece.SentencePieceProcessor(model_file=str(file))
     for text in [text for text in TEXTS if "</s>" not in text]:
         assert codec.encode(text, False) == original.encode(text), text
-    # transformers splits at whitespace that the normalisation leaves, sentencepiece does not.
+    # transformers splits at whitespace that the normalization leaves, sentencepiece does not.
     assert_equal(codec, T5Tokenizer.from_pretrained(tmp_path, extra_ids=0), TEXTS[:7] + TEXTS[8:])
 
 

@@ -29,7 +29,7 @@ from tests.conftest import CHECKOUT
 from tests.quantize.small import CONFIG, TEXT, make_folder, tensors_of
 from weights.open import open_checkpoint
 from weights.quant import parse_scheme
-from weights.quantize import quantise_rtn
+from weights.quantize import quantize_rtn
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -39,7 +39,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("source") / "model")
 
 
-def quantised(tmp_path: Path, source: Path, *words: str) -> Path:
+def quantized(tmp_path: Path, source: Path, *words: str) -> Path:
     out = tmp_path / "out"
     assert main([f"model={source}", f"out={out}", *words]) == 0
     return out
@@ -85,12 +85,12 @@ def reference(name: str, stored: dict[str, Tensor], weights: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4-g32", "int4-g32-asym"])
-def test_the_folder_says_what_was_quantised(
+def test_the_folder_says_what_was_quantized(
     quant: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("quantize.plan.SHARD_BYTES", 60_000)
     monkeypatch.setattr("quantize.run._PIECE", 1000)  # a few rows at a time
-    out = quantised(tmp_path, source, f"quant={quant}", "clip=none")
+    out = quantized(tmp_path, source, f"quant={quant}", "clip=none")
     scheme, before, stored = parse_scheme(quant), tensors_of(source), tensors_in(out)
     config = json.loads((out / "config.json").read_text())
     quantization = config.pop("quantization_config")
@@ -109,8 +109,8 @@ def test_the_folder_says_what_was_quantised(
         if name.endswith("_proj.weight") or name == "lm_head.weight":
             own = parse_scheme("int8") if name == "lm_head.weight" else scheme
             weights = (head if name == "lm_head.weight" else groups["group_0"])["weights"]
-            rounded = quantise_rtn(weight, own)
-            wanted, found = rounded.dequantise().numpy(), reference(name, stored, weights)
+            rounded = quantize_rtn(weight, own)
+            wanted, found = rounded.dequantize().numpy(), reference(name, stored, weights)
             if own.symmetric:
                 assert np.array_equal(found.astype(np.float32), wanted)
             else:  # in memory what zero points stand for is rounded to half precision
@@ -126,7 +126,7 @@ def test_gptq_end_to_end(source: Path, tmp_path: Path, capsys: pytest.CaptureFix
     text = tmp_path / "text"
     text.write_text(TEXT)
     words = ("quant=int4-g32", "sample_len=64", "output=json")
-    out = quantised(tmp_path, source, f"calibration={text}", f"perplexity={text}", *words)
+    out = quantized(tmp_path, source, f"calibration={text}", f"perplexity={text}", *words)
     report = json.loads(capsys.readouterr().out)
     assert report["method"] == "gptq" and report["calibration_tokens"] == len(TEXT)
     assert report["bytes_after"] == sum(file.stat().st_size for file in out.glob("*.safetensors"))
@@ -138,7 +138,7 @@ def test_gptq_end_to_end(source: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_the_table_for_people(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quantised(tmp_path, source, "quant=int4-g32", "quant_head=same")
+    quantized(tmp_path, source, "quant=int4-g32", "quant_head=same")
     said = capsys.readouterr()
     for word in ("gate up", "down", "all", "lm_head: int4-g32, 0.", "MB in 16 bits"):
         assert word in said.out, said.out
@@ -147,7 +147,7 @@ def test_the_table_for_people(source: Path, tmp_path: Path, capsys: pytest.Captu
 
 def test_an_lm_head_that_is_the_embedding_stays(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "tied", tie_embeddings=True)
-    out = quantised(tmp_path, source, "quant=int4-g64")
+    out = quantized(tmp_path, source, "quant=int4-g64")
     quantization = json.loads((out / "config.json").read_text())["quantization_config"]
     assert quantization["ignore"] == ["lm_head"] and quantization["format"] == "pack-quantized"
     assert not any("lm_head" in name for name in tensors_in(out))
@@ -171,7 +171,7 @@ def test_a_folder_holds_what_a_run_makes_for_itself(
     scheme, _, head = quant.partition("/")
     (tmp_path / "text").write_text(TEXT)
     words = (f"quant={scheme}", f"quant_head={head}", f"perplexity={tmp_path / 'text'}", "output=json")
-    out = quantised(tmp_path, source, *words)
+    out = quantized(tmp_path, source, *words)
     wanted, found = held(source, quant), held(out, "auto")
     assert wanted.keys() == found.keys()
     for name, tensor in wanted.items():
@@ -242,7 +242,7 @@ def test_sources_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
         "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
     }
     (source / "config.json").write_text(json.dumps(changed))
-    assert "quantised already" in refused(capsys, *words)
+    assert "quantized already" in refused(capsys, *words)
     (source / "config.json").write_text(json.dumps(config))
     for name, bad in ((Q_PROJ, torch.nan), ("model.norm.weight", torch.inf)):
         tensors = tensors_of(source)

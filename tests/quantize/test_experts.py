@@ -1,4 +1,4 @@
-"""A mixture of experts quantised by the command, and loaded again; experts that nothing is known of."""
+"""A mixture of experts quantized by the command, and loaded again; experts that nothing is known of."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from comm.group import Group
 from models.config import ModelConfig, expected_shapes
 from models.load import config_of, load_model
 from models.mlp import ACTIVATIONS, Experts
-from quantize.calibrate import Settings, hessian_of, quantise_block, quantise_product
+from quantize.calibrate import Settings, hessian_of, quantize_block, quantize_product
 from quantize.command import main
 from quantize.walk import Walk
 from tests.models.expert_files import KEYS, MIXTRAL, in_mixtral
@@ -107,31 +107,31 @@ def test_gptq_and_an_expert_that_no_token_meets(
 
 
 def test_an_expert_is_shown_what_the_router_gives_it() -> None:
-    """Against the inputs picked token by token, and the model's own output with what was quantised."""
+    """Against the inputs picked token by token, and the model's own output with what was quantized."""
     config = replace(SOURCE, vocab_size=64)
     checkpoint = random_checkpoint(expected_shapes(config), 5)
     generator = torch.Generator().manual_seed(2)
     texts = [torch.randint(0, 64, (length,), generator=generator) for length in (30, 9)]
     settings = Settings(parse_scheme("int4-g32"), False, 0.01, True)
-    found = quantised_by_hand(checkpoint, config, texts, settings)
+    found = quantized_by_hand(checkpoint, config, texts, settings)
     walk = Walk(checkpoint, config, texts)
-    errors = {e.name: e for e, _ in quantise_block(walk, walk.layer(0), 0, settings)}
+    errors = {e.name: e for e, _ in quantize_block(walk, walk.layer(0), 0, settings)}
     for name, (error, square) in found.items():
         assert errors[name].error == pytest.approx(error, rel=1e-4)
         assert errors[name].output_square == pytest.approx(square, rel=1e-4)
 
 
 @torch.no_grad()
-def quantised_by_hand(
+def quantized_by_hand(
     checkpoint: Checkpoint, config: ModelConfig, texts: list[Tensor], settings: Settings
 ) -> dict[str, tuple[float, float]]:
     """The squared error of expert 0's weights and the energy of its outputs, by the tokens one by one,
-    with the attention of the layer quantised."""
+    with the attention of the layer quantized."""
     walk = Walk(checkpoint, config, texts)
     block = walk.layer(0)
-    for errors, _ in quantise_block(walk, block, 0, settings):
+    for errors, _ in quantize_block(walk, block, 0, settings):
         if ".experts." in errors.name:
-            break  # attention is quantised
+            break  # attention is quantized
     experts = next(module for module in block.modules() if isinstance(module, Experts))
     original = load_model(config, checkpoint, Group(0, 1), torch.float32).layers[0].mlp
     own = []
@@ -142,11 +142,11 @@ def quantised_by_hand(
                 own.append(row)
     inputs = torch.stack(own)
     gate_up = original.gate_ups.weight[0]
-    _, values = quantise_product(gate_up, hessian_of(iter([inputs]), inputs.shape[1]), settings)
+    _, values = quantize_product(gate_up, hessian_of(iter([inputs]), inputs.shape[1]), settings)
     gate, up = F.linear(inputs, values).chunk(2, dim=-1)
     hidden = ACTIVATIONS[config.activation](gate) * up
     down = original.downs.weight[0]
-    _, rounded = quantise_product(down, hessian_of(iter([hidden]), hidden.shape[1]), settings)
+    _, rounded = quantize_product(down, hessian_of(iter([hidden]), hidden.shape[1]), settings)
     prefix, half = "model.layers.0.mlp.experts.0", len(gate_up) // 2
 
     def energy(weight: Tensor, x: Tensor) -> float:

@@ -10,7 +10,7 @@ from base.errors import InputError
 from quantize.gptq import gptq, inverse_factor
 from quantize.grid import Grid, range_grid, search_grid
 from weights.quant import Scheme, parse_scheme
-from weights.quantize import quantise_rtn
+from weights.quantize import quantize_rtn
 
 N, K = 24, 320
 
@@ -113,17 +113,17 @@ def test_a_grid_is_what_plain_rounding_uses_and_packs_to_the_same(name: str) -> 
     w = weight() * torch.logspace(-2, 3, N).unsqueeze(1)
     w[3, :64] = 0
     scheme = parse_scheme(name)
-    plain, grid = quantise_rtn(w, scheme), range_grid(w, scheme)
+    plain, grid = quantize_rtn(w, scheme), range_grid(w, scheme)
     packed = grid.packed(grid.integers(w))
     assert torch.equal(packed.data, plain.data) and torch.equal(packed.scale, plain.scale)
     assert packed.group_size == plain.group_size and packed.bits == plain.bits
     # What is stored stands for what was computed with, bit for bit.
-    assert torch.equal(packed.dequantise(), grid.values(grid.integers(w)))
+    assert torch.equal(packed.dequantize(), grid.values(grid.integers(w)))
     # To the nearest: half a step, and at an end of 0..15 up to another half, where a zero point was
     # rounded, or the range is not as far to the other side.
     step = grid.scale.abs().repeat_interleave(packed.group_size, 1)
     within = 0.51 if scheme.bits == 8 else 1.01
-    assert ((packed.dequantise() - w).abs() <= within * step + 1e-9).all()
+    assert ((packed.dequantize() - w).abs() <= within * step + 1e-9).all()
 
 
 @pytest.mark.parametrize("name", ["int4-g32", "int4-g64", "int4-g32-asym"])
@@ -146,17 +146,17 @@ def test_searched_scales_err_less(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["int8", "int4-g32", "int4-g32-asym"])
-def test_what_cannot_be_quantised_is_refused(name: str) -> None:
+def test_what_cannot_be_quantized_is_refused(name: str) -> None:
     scheme = parse_scheme(name)
     for bad in (torch.nan, torch.inf, -torch.inf):
         w = torch.ones(2, 64)
         w[1, 40] = bad
         with pytest.raises(InputError, match="not a number"):
-            quantise_rtn(w, scheme)
+            quantize_rtn(w, scheme)
     if scheme.bits == 4:
         with pytest.raises(InputError, match="beyond any weight"):
-            quantise_rtn(torch.full((2, 64), 1e6), scheme)
+            quantize_rtn(torch.full((2, 64), 1e6), scheme)
         with pytest.raises(ValueError, match="groups of 32"):
-            quantise_rtn(torch.ones(2, 48), scheme)
-    zeros = quantise_rtn(torch.zeros(2, 64), scheme)
-    assert torch.equal(zeros.dequantise(), torch.zeros(2, 64))
+            quantize_rtn(torch.ones(2, 48), scheme)
+    zeros = quantize_rtn(torch.zeros(2, 64), scheme)
+    assert torch.equal(zeros.dequantize(), torch.zeros(2, 64))

@@ -84,7 +84,7 @@ def test_the_tokens_of_several_texts_count_alike() -> None:
 
 
 @torch.no_grad()
-def test_inputs_are_those_of_the_quantised_model(
+def test_inputs_are_those_of_the_quantized_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What each product's Hessian was made of, against the inputs of the same product in the model that
@@ -136,7 +136,7 @@ def test_gptq_keeps_outputs_nearer_than_rounding(tmp_path: Path) -> None:
         grid = calibrate.search_grid(product.weight, plan.scheme)
         change = grid.values(grid.integers(product.weight)) - product.weight
         rounded.append(float((change @ hessian * change).sum()))
-    errors = [one for one, _ in calibrate.quantise_block(walk, block, 0, settings)]
+    errors = [one for one, _ in calibrate.quantize_block(walk, block, 0, settings)]
     assert [one.name.split(".")[-2] for one in errors] == [
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     ]  # fmt: skip

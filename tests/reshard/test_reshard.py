@@ -227,7 +227,7 @@ def test_large_models_are_written_in_several_files(fast: Path, monkeypatch: pyte
     assert same(whole(open_checkpoint(fast / "back")), tensors)
 
 
-QUANTISED = small(4, 2, ffn_dim=1024, vocab_size=40)
+QUANTIZED = small(4, 2, ffn_dim=1024, vocab_size=40)
 
 
 def raw(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -241,10 +241,10 @@ def raw(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q8_0])
-def test_quantised_tensors_are_carried_block_by_block(kind: Kind, fast: Path) -> None:
+def test_quantized_tensors_are_carried_block_by_block(kind: Kind, fast: Path) -> None:
     from dataclasses import replace
 
-    config = replace(QUANTISED, dim=128, head_dim=32)
+    config = replace(QUANTIZED, dim=128, head_dim=32)
     write_gguf(fast / "m.gguf", config, {}, kind)
     source = open_checkpoint(fast / "m.gguf")
     run("--to", 3, "--verify", "--verify-forward", fast / "m.gguf", fast / "y3")
@@ -270,7 +270,7 @@ def test_blocks_of_256_move_borders_in_the_mlp_and_not_between_heads(
 ) -> None:
     from dataclasses import replace
 
-    config = replace(QUANTISED, dim=256, head_dim=64)  # 4 heads of 64: one block of 256
+    config = replace(QUANTIZED, dim=256, head_dim=64)  # 4 heads of 64: one block of 256
     write_gguf(fast / "m.gguf", config, {"attn_output": Kind.Q8_0}, Kind.Q4_K)
     run("--to", 3, "--verify", fast / "m.gguf", fast / "y3")
     down = next(

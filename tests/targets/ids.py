@@ -30,7 +30,7 @@ def main(env: Any, payload: str) -> int:
                     )
                     found = generate(model, group, prompt, len(wanted))
                     assert found == wanted, f"{path}: {found} instead of {wanted}"
-                    assert bool(model.quantised) == (quant != "none"), path
+                    assert bool(model.quantized) == (quant != "none"), path
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 300.0, label="end") as group:
         ops.barrier(group)
     return 0

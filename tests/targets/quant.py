@@ -1,4 +1,4 @@
-"""Ranks that hold quantised weights: logits as one rank's."""
+"""Ranks that hold quantized weights: logits as one rank's."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def wanted_file(path: Path, quant: str) -> Path:
 def logits_of(path: Path, quant: str, group: Group) -> torch.Tensor:
     checkpoint = open_checkpoint(path)
     model = load_model(config_of(checkpoint), checkpoint, group, torch.float32, quant=quant)
-    assert model.quantised
+    assert model.quantized
     model.setup(1, 32)
     tokens = torch.tensor(TOKENS)
     return model.all_logits(tokens, torch.arange(tokens.shape[1]))

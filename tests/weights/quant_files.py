@@ -1,4 +1,4 @@
-"""Quantised Hugging Face folders of one small Llama, packed without Yoke's code: as the libraries do,
+"""Quantized Hugging Face folders of one small Llama, packed without Yoke's code: as the libraries do,
 by shifting every i-th number into its place of an int32."""
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def module(kind: Kind, n: int, k: int, rng: np.random.Generator) -> tuple[dict[s
 
 
 def write(folder: Path, kind: Kind) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A folder with a model; what is stored, and the quantised weights in float32 by canonical name."""
+    """A folder with a model; what is stored, and the quantized weights in float32 by canonical name."""
     rng = np.random.default_rng(5)
     torch.manual_seed(5)
     stored = {

@@ -109,7 +109,7 @@ def write_bin(folder: Path, tensors: dict[str, Tensor], shards: int, config: obj
 
 
 def interleave(weight: Tensor, heads: int) -> Tensor:
-    """From halves to neighbours: what the publishers' own converters call `permute`."""
+    """From halves to neighbors: what the publishers' own converters call `permute`."""
     halves = weight.view(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.transpose(1, 2).reshape(weight.shape)
 

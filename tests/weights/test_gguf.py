@@ -1,4 +1,4 @@
-"""GGUF: every quantisation that the package knows, against the package; architectures; metadata."""
+"""GGUF: every quantization that the package knows, against the package; architectures; metadata."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BYTES_ONLY = (
 
 @pytest.mark.parametrize("name", WRITABLE + BYTES_ONLY)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_slices_of_every_quantisation(name: str, tmp_path: Path) -> None:
+def test_slices_of_every_quantization(name: str, tmp_path: Path) -> None:
     kind = Kind[name]
     rng = np.random.default_rng(0)
     block, block_bytes = GGML_QUANT_SIZES[kind]

@@ -1,4 +1,4 @@
-"""The logical form of quantised weights: cutting, joining, rounding, GGUF's blocks."""
+"""The logical form of quantized weights: cutting, joining, rounding, GGUF's blocks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from weights.formats.gguf_blocks import SCHEMES as BLOCKS
 from weights.formats.gguf_blocks import from_blocks
 from weights.open import open_checkpoint
 from weights.quant import join_rows
-from weights.quantize import quantise_rtn
+from weights.quantize import quantize_rtn
 from weights.schemes import SCHEMES, parse_scheme
 
 
@@ -29,25 +29,25 @@ def test_rounding_is_to_the_nearest(name: str) -> None:
     weight = torch.randn(700, 384) * 0.02  # more than one block of rows
     weight[3] = 0
     weight[4] = 1e-12  # its scale is below what a half holds
-    quantised = quantise_rtn(weight, scheme)
-    assert quantised.nbytes == scheme.nbytes(700, 384)
-    step = quantised.scale.float().repeat_interleave(quantised.group_size, 1)
-    error = (quantised.dequantise() - weight).abs()
+    quantized = quantize_rtn(weight, scheme)
+    assert quantized.nbytes == scheme.nbytes(700, 384)
+    step = quantized.scale.float().repeat_interleave(quantized.group_size, 1)
+    error = (quantized.dequantize() - weight).abs()
     # Rounding the scale moves a group's largest numbers by up to 7.5 * 2 ** -11 of a step.
     # The end of a symmetric range without an integer of its own is up to a whole step away.
     most = 1.01 if scheme.bits == 4 and scheme.symmetric else 0.51
     assert bool((error <= step.abs() * most + 1e-7).all())
-    assert not quantised.dequantise()[3].any()
-    again = quantise_rtn(weight[:, :256], scheme) if scheme.group_size else quantise_rtn(weight, scheme)
-    assert torch.equal(again.data, quantised.data[:, : again.data.shape[1]])
+    assert not quantized.dequantize()[3].any()
+    again = quantize_rtn(weight[:, :256], scheme) if scheme.group_size else quantize_rtn(weight, scheme)
+    assert torch.equal(again.data, quantized.data[:, : again.data.shape[1]])
 
 
 def test_rounding_does_not_depend_on_dtype_or_blocks() -> None:
     weight = (torch.randn(900, 512) * 0.02).bfloat16()
     for name in SCHEMES:
         scheme = parse_scheme(name)
-        whole = quantise_rtn(weight, scheme)
-        parts = [quantise_rtn(weight[a:b].float(), scheme) for a, b in ((0, 1), (1, 600), (600, 900))]
+        whole = quantize_rtn(weight, scheme)
+        parts = [quantize_rtn(weight[a:b].float(), scheme) for a, b in ((0, 1), (1, 600), (600, 900))]
         joined = join_rows(parts)
         assert torch.equal(joined.data, whole.data)
         assert torch.equal(joined.scale, whole.scale)
@@ -58,27 +58,27 @@ def test_rounding_does_not_depend_on_dtype_or_blocks() -> None:
 def test_what_is_no_weight_is_not_rounded(bad: float, name: str) -> None:
     weight = torch.ones(4, 64)
     weight[2, 7] = bad
-    with pytest.raises(InputError, match="cannot be quantised"):
-        quantise_rtn(weight, parse_scheme(name))
+    with pytest.raises(InputError, match="cannot be quantized"):
+        quantize_rtn(weight, parse_scheme(name))
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_columns_and_rows_are_cut_bit_for_bit(name: str) -> None:
-    quantised = quantise_rtn(torch.randn(40, 512) * 0.02, parse_scheme(name))
-    whole = quantised.dequantise()
+    quantized = quantize_rtn(torch.randn(40, 512) * 0.02, parse_scheme(name))
+    whole = quantized.dequantize()
     cuts = (0, 96, 128, 352, 512)
-    parts = [quantised.columns(a, b) for a, b in pairwise(cuts)]
-    assert torch.equal(torch.cat([part.dequantise() for part in parts], 1), whole)
-    assert torch.equal(join_rows([quantised.rows(0, 3), quantised.rows(3, 40)]).dequantise(), whole)
-    padded = quantised.padded(48).dequantise()
+    parts = [quantized.columns(a, b) for a, b in pairwise(cuts)]
+    assert torch.equal(torch.cat([part.dequantize() for part in parts], 1), whole)
+    assert torch.equal(join_rows([quantized.rows(0, 3), quantized.rows(3, 40)]).dequantize(), whole)
+    padded = quantized.padded(48).dequantize()
     assert torch.equal(padded[:40], whole)
     assert not padded[40:].any()
 
 
 def test_a_cut_within_the_least_group_is_refused() -> None:
-    quantised = quantise_rtn(torch.randn(4, 256), parse_scheme("int4-g64"))
+    quantized = quantize_rtn(torch.randn(4, 256), parse_scheme("int4-g64"))
     with pytest.raises(InputError, match="use another number of ranks"):
-        quantised.columns(48, 256)
+        quantized.columns(48, 256)
     with pytest.raises(InputError, match="not a scheme that Yoke has"):
         parse_scheme("int8-g77")
 
@@ -88,9 +88,9 @@ def test_blocks_mean_what_the_gguf_package_says(form: str) -> None:
     kind = Kind[form]
     values = np.random.default_rng(2).normal(size=(24, 160)).astype(np.float32)
     raw = quantize(values, kind)
-    quantised = from_blocks(torch.from_numpy(raw), form)
-    assert quantised.shape == (24, 160)
-    assert np.array_equal(quantised.dequantise().numpy(), dequantize(raw, kind))
+    quantized = from_blocks(torch.from_numpy(raw), form)
+    assert quantized.shape == (24, 160)
+    assert np.array_equal(quantized.dequantize().numpy(), dequantize(raw, kind))
 
 
 @pytest.mark.parametrize("form", sorted(BLOCKS))
@@ -105,4 +105,4 @@ def test_a_gguf_file_is_read_in_its_blocks(form: str, tmp_path: Path) -> None:
     for rows in (slice(0, 64), slice(5, 23), slice(16, 48), slice(4, 4)):
         for columns in (slice(0, 128), slice(32, 96)):
             part = entry.quant(rows, columns)
-            assert torch.equal(part.dequantise(), entry.read((rows, columns)))
+            assert torch.equal(part.dequantize(), entry.read((rows, columns)))

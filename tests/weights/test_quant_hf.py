@@ -1,4 +1,4 @@
-"""Quantised Hugging Face checkpoints mean what the libraries mean that write them; lies are refused."""
+"""Quantized Hugging Face checkpoints mean what the libraries mean that write them; lies are refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def whole(entry: Entry) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: f"{k.method}-{k.bits}-{k.group}-{k.symmetric}")
-def test_what_is_stored_is_read_quantised_and_dequantised(kind: Kind, tmp_path: Path) -> None:
+def test_what_is_stored_is_read_quantized_and_dequantized(kind: Kind, tmp_path: Path) -> None:
     _, weights = write(tmp_path, kind)
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.entries["lm_head.weight"].scheme is None
@@ -53,7 +53,7 @@ def test_what_is_stored_is_read_quantised_and_dequantised(kind: Kind, tmp_path: 
             torch.testing.assert_close(read, wanted, rtol=0, atol=2**-11 * 255 * 0.006)
             assert (read - wanted).abs().mean() < 1e-4 * (16 if kind.bits == 8 else 1)
         everything = entry.quant(slice(0, n), slice(0, k))
-        assert torch.equal(everything.dequantise(), read)
+        assert torch.equal(everything.dequantize(), read)
         for rows, columns in (
             ((0, n), (0, 96)),
             ((5, 23), (96, k)),
@@ -63,11 +63,11 @@ def test_what_is_stored_is_read_quantised_and_dequantised(kind: Kind, tmp_path: 
             part = entry.quant(slice(*rows), slice(*columns))
             assert part.shape == (rows[1] - rows[0], columns[1] - columns[0])
             assert part.scale.dtype == everything.scale.dtype
-            assert torch.equal(part.dequantise(), read[slice(*rows), slice(*columns)])
+            assert torch.equal(part.dequantize(), read[slice(*rows), slice(*columns)])
         assert torch.equal(entry.read((slice(3, 9), slice(33, 50))), read[3:9, 33:50])
 
 
-def test_act_order_is_dequantised(tmp_path: Path) -> None:
+def test_act_order_is_dequantized(tmp_path: Path) -> None:
     _, weights = write(tmp_path, Kind("gptq", 4, 32, False, (("desc_act", True),)))
     for name, wanted in weights.items():
         entry = open_checkpoint(tmp_path).entries[name]
@@ -121,7 +121,7 @@ LIES: list[tuple[Kind, Callable[[Stored, About], None], str]] = [
     (GPTQ, say(dynamic={".*up": False}), "must be an object: other settings"),
     (AWQ, say(version="gemv"), "version 'gemv'; read is gemm"),
     (AWQ, say(zero_point=False), "zero_point false"),
-    (AWQ, say(modules_to_not_convert=[Q]), "q_proj is stored quantised, although the config leaves"),
+    (AWQ, say(modules_to_not_convert=[Q]), "q_proj is stored quantized, although the config leaves"),
     (AWQ, say(modules_to_not_convert=7), "not a list of names"),
     (PACKED, drop(f"{Q}.weight_shape"), "weight_shape is missing"),
     (PACKED, put(f"{Q}.weight_shape", torch.tensor([DIM, 1 << 40])), "of a weight of"),
@@ -252,7 +252,7 @@ def test_scales_of_a_cache_are_left_out(weights_too: bool, tmp_path: Path) -> No
         assert torch.equal(whole(checkpoint.entries[name]), values)
 
 
-def test_quantised_weights_need_their_config(tmp_path: Path) -> None:
+def test_quantized_weights_need_their_config(tmp_path: Path) -> None:
     save(tmp_path, write(tmp_path, GPTQ)[0], None)
-    with pytest.raises(InputError, match="has no quantization_config, but the weights are quantised"):
+    with pytest.raises(InputError, match="has no quantization_config, but the weights are quantized"):
         open_checkpoint(tmp_path)

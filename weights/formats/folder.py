@@ -13,7 +13,7 @@ from weights.checkpoint import Checkpoint, Entry
 from weights.files import read_json
 from weights.formats.params import hf_config
 from weights.formats.quant_config import is_cache_scale, with_file_beside
-from weights.formats.quant_hf import with_quantised
+from weights.formats.quant_hf import with_quantized
 from weights.locate import Source
 from weights.names import Piece, translate
 from weights.nested import class_of, is_nested, left_out, text_config, text_weights
@@ -75,12 +75,12 @@ def assemble(
     config, said_by = with_file_beside(config, source.folder, stored)
     scales = [name for name in stored if is_cache_scale(name)]
     stored = {name: entry for name, entry in stored.items() if name not in scales}
-    stored = with_quantised(stored, config, said_by, absent)
+    stored = with_quantized(stored, config, said_by, absent)
     found = present(source, stored, names, config, lambda: _heads(config, source.path))
     reasons: Absent = {}
     for name, reason in absent.items():
         module, _, end = name.rpartition(".")
-        # Parts of a quantised module are there under the name of its weight.
+        # Parts of a quantized module are there under the name of its weight.
         whole = name if end in ("weight", "bias") else f"{module}.weight"
         for piece in names(whole):
             reasons.setdefault(piece.name, f"{name}: {reason}")

@@ -1,9 +1,9 @@
-"""GGUF's blocks of 32 numbers that are quantised weights as weights.quant has them: nothing is computed
+"""GGUF's blocks of 32 numbers that are quantized weights as weights.quant has them: nothing is computed
 but where bits lie.
 
 Q8_0 is a float16 scale and 32 signed bytes; Q4_0 a scale and 16 bytes, number i in the lower half of
 byte i and number i + 16 in its upper half; Q4_1 the same with the block's least number, float16, behind
-the scale. What is not here: blocks of other kinds (K-quants), which the gguf package dequantises.
+the scale. What is not here: blocks of other kinds (K-quants), which the gguf package dequantizes.
 
 Source: `block_q4_0`, `block_q4_1` and `block_q8_0` of ggml's `ggml-common.h`.
 """
@@ -43,7 +43,7 @@ def from_blocks(raw: Tensor, form: str) -> QuantWeight:
 def reader_of_blocks(
     form: str, shape: tuple[int, ...], read_raw: Callable[[Slices], Tensor]
 ) -> ReadQuant | None:
-    """How to read the quantised form of a matrix of blocks; None if it has none."""
+    """How to read the quantized form of a matrix of blocks; None if it has none."""
     if form not in SCHEMES or len(shape) != 2:
         return None
     return partial(_read, form, read_raw, ())

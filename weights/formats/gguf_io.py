@@ -1,8 +1,8 @@
-"""GGUF files (the format of llama.cpp): lazy, mapped, dequantised as slices are read, or, where
-products take them so, quantised as they are (weights.formats.gguf_blocks).
+"""GGUF files (the format of llama.cpp): lazy, mapped, dequantized as slices are read, or, where
+products take them so, quantized as they are (weights.formats.gguf_blocks).
 
 The header is read by weights.formats.gguf_header; what the block formats mean is the `gguf` package's
-knowledge: any quantisation that it can dequantise is read. What llama.cpp's converter changes is
+knowledge: any quantization that it can dequantize is read. What llama.cpp's converter changes is
 undone: dimensions are stored in reverse, experts are stacked, the rows of some architectures' query and
 key projections are reordered for interleaved rotary embeddings, and Gemma's norms have 1 added
 (`weights.formats.gguf_names`). Tensors that are settings, not weights, become values of `config`, under
@@ -156,7 +156,7 @@ def _kind(path: Path, info: TensorInfo) -> GGMLQuantizationType:
     if kind is None or not _readable(kind):
         raise InputError(
             f"{path}: {info.name!r} is stored as {kind.name if kind else f'type {info.kind}'}, which "
-            "the installed gguf package cannot dequantise; use another quantisation of the model, or a "
+            "the installed gguf package cannot dequantize; use another quantization of the model, or a "
             "newer package"
         )
     return kind
@@ -164,19 +164,19 @@ def _kind(path: Path, info: TensorInfo) -> GGMLQuantizationType:
 
 @functools.cache
 def _readable(kind: GGMLQuantizationType) -> bool:
-    """Whether the package can dequantise a type: found by trying one block of zeros."""
+    """Whether the package can dequantize a type: found by trying one block of zeros."""
     if kind.name in _PLAIN:
         return True
     if kind not in GGML_QUANT_SIZES:
         return False
     try:
-        _dequantise(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        _dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except NotImplementedError:
         return False
     return True
 
 
-def _dequantise(stored: Bytes, kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
+def _dequantize(stored: Bytes, kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
     with np.errstate(all="ignore"):  # a scale may be infinite; that is the file's affair
         return dequantize(np.ascontiguousarray(stored), kind)
 
@@ -196,7 +196,7 @@ def _blocks_entry(name: str, data: Bytes, kind: GGMLQuantizationType, shape: tup
             return torch.empty(sizes)  # the package does not take empty arrays
         columns = slices[-1]
         first, last = columns.start // block, -(-columns.stop // block)
-        values = _dequantise(stored(slices, first, last), kind)
+        values = _dequantize(stored(slices, first, last), kind)
         inside = slice(columns.start - first * block, columns.stop - first * block)
         return torch.from_numpy(np.ascontiguousarray(values[..., inside]))
 

@@ -3,7 +3,7 @@ of torch.
 
 Names are those of the `gguf` package's `constants.py` and `tensor_mapping.py`. What is done to values
 and rows: `modify_tensors` of the architectures' classes in llama.cpp's `convert_hf_to_gguf.py`. Its
-class for Llama reorders the rows of query and key projections for rotary embeddings over neighbours
+class for Llama reorders the rows of query and key projections for rotary embeddings over neighbors
 (`undo_permute`); Granite's and SmolLM3's classes are derived from it, and Mistral and Mixtral are
 written as "llama", while the others' embeddings rotate halves and their rows stay as they are.
 

@@ -1,11 +1,11 @@
 """What `quantization_config` of a Hugging Face `config.json` says. Free of torch.
 
 Three methods are read: "compressed-tensors" (pack-quantized, int-quantized, or both), "gptq" and "awq".
-Patterns ("re:...") are not run: they come with the file. Which modules are quantised is told by the
+Patterns ("re:...") are not run: they come with the file. Which modules are quantized is told by the
 tensors, and those must have one of the schemes that the config declares. Before config.json had the
 key, the libraries wrote a file of their own beside it, which is read where config.json says nothing.
 
-What is not here: how activations and the KV cache were quantised. They stay as they are, which is more
+What is not here: how activations and the KV cache were quantized. They stay as they are, which is more
 exact; the scales that files have for a cache are known by their names.
 
 Source: `QuantizationConfig` of the compressed-tensors library; the `quantize_config.json` of AutoGPTQ
@@ -37,13 +37,13 @@ _CACHE_SCALE = re.compile(
     r".*\.(self_attn|self_attention|attn|attention)\.(attn\.|(q|k|v|qkv)_proj\.)?"
     r"(q|k|v|kv|prob|prob_output)_(scale|zero_point)|.*\.(q|k|v|qkv)_proj\.output_(scale|zero_point)"
 )
-_WAY_OUT = "take the model unquantised, or quantised in one of these ways"
+_WAY_OUT = "take the model unquantized, or quantized in one of these ways"
 
 
 @dataclass(frozen=True)
 class QuantConfig:
     """`method` of METHODS; `format` of FORMATS, or MIXED, for compressed-tensors. A module has one
-    of `schemes`, unless `ignored` names it. `reordered`: columns were quantised in another order than
+    of `schemes`, unless `ignored` names it. `reordered`: columns were quantized in another order than
     they are stored in (act-order). `minus_one`: zero points are stored less 1. `source` is for
     messages."""
 
@@ -112,7 +112,7 @@ def with_file_beside(
     config: Mapping[str, Any], folder: Path, names: Iterable[str]
 ) -> tuple[Mapping[str, Any], str]:
     """A config with the `quantization_config` of weights of these `names`: its own, or else that of the
-    file that quantising libraries put beside it. And the file that says it. Raises InputError."""
+    file that quantizing libraries put beside it. And the file that says it. Raises InputError."""
     if _declared(config) is None and any(name.endswith(MARKS) for name in names):
         for file in (folder / name for name in _BESIDE):
             if file.is_file():
@@ -123,7 +123,7 @@ def with_file_beside(
 
 
 def is_cache_scale(name: str) -> bool:
-    """Whether a stored tensor is a scale for a quantised KV cache (or for attention upon it)."""
+    """Whether a stored tensor is a scale for a quantized KV cache (or for attention upon it)."""
     return _CACHE_SCALE.fullmatch(name) is not None
 
 
@@ -139,7 +139,7 @@ def _compressed(found: Mapping[str, Any], where: str) -> QuantConfig | None:
         weights = group.get("weights") if isinstance(group, Mapping) else None
         at = f"{where}.config_groups.{name[:40]}.weights"
         if not isinstance(weights, Mapping):
-            raise InputError(f"{at} must be an object: how weights are quantised")
+            raise InputError(f"{at} must be an object: how weights are quantized")
         if weights.get("type", "int") != "int":
             raise InputError(
                 f"{at} has type {str(weights['type'])[:40]!r}; only integers are read: {_WAY_OUT}"

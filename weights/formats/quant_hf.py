@@ -1,12 +1,12 @@
-"""Hugging Face checkpoints whose weights are quantised: the stored tensors of a module as one weight.
+"""Hugging Face checkpoints whose weights are quantized: the stored tensors of a module as one weight.
 
 `config.json` says how (weights.formats.quant_config), a module for each way says where the bits lie
 (weights.formats.quant_compressed, quant_gptq, quant_awq). A module `x` becomes the entry `x.weight`,
-which is read quantised or dequantised; what is stored plainly stays as it is. Config and tensors must
+which is read quantized or dequantized; what is stored plainly stays as it is. Config and tensors must
 agree.
 
-Where columns were quantised in another order than they are stored in (act-order), groups lie all over
-the row: such weights are only dequantised.
+Where columns were quantized in another order than they are stored in (act-order), groups lie all over
+the row: such weights are only dequantized.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _WAYS = {
 }
 
 
-def with_quantised(
+def with_quantized(
     stored: Mapping[str, Entry], config: Mapping[str, Any], source: str, absent: Mapping[str, str]
 ) -> Mapping[str, Entry]:
-    """`stored` with one entry for the tensors of each quantised module. `source` is the config's file;
+    """`stored` with one entry for the tensors of each quantized module. `source` is the config's file;
     `absent` has the reasons why other tensors are not stored. Raises InputError."""
     declared = read_quant_config(config, source)
     if declared is None:
         odd = next((name for name in stored if name.endswith(MARKS)), None)
         if odd is not None:
             raise InputError(
-                f"{source} has no quantization_config, but the weights are quantised ({odd!r}); take "
+                f"{source} has no quantization_config, but the weights are quantized ({odd!r}); take "
                 "the config.json that belongs to them"
             )
         return stored
@@ -57,10 +57,10 @@ def with_quantised(
         weight = plain.pop(f"{name}.weight", None)
         module = Module(name, parts, declared, absent)
         if name in declared.ignored:
-            raise module.error(f"{name} is stored quantised, although the config leaves it out")
+            raise module.error(f"{name} is stored quantized, although the config leaves it out")
         packed = "weight_packed" in parts or declared.format not in ("int-quantized", MIXED)
         if weight is not None and packed:
-            raise module.error(f"{name} is stored twice, quantised and as {name}.weight")
+            raise module.error(f"{name} is stored twice, quantized and as {name}.weight")
         if weight is not None:
             parts["weight"] = weight
         plain[f"{name}.weight"] = _entry(module, open_stored(module))
@@ -95,7 +95,7 @@ def _entry(module: Module, stored: Stored) -> Entry:
             values, top = _reordered(stored, rows)
             return values[top : top + height, columns].contiguous()
         whole, top, left = covering(rows, columns)
-        return whole.rows(top, top + height).dequantise()[:, left : left + width].contiguous()
+        return whole.rows(top, top + height).dequantize()[:, left : left + width].contiguous()
 
     def _reordered(stored: Stored, rows: slice) -> tuple[Tensor, int]:
         assert stored.order is not None

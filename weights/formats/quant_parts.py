@@ -1,4 +1,4 @@
-"""What readers of quantised modules share: a module's stored tensors, checked, and what they make.
+"""What readers of quantized modules share: a module's stored tensors, checked, and what they make.
 
 Used by the modules for each way of storing (weights.formats.quant_compressed, quant_gptq, quant_awq).
 """
@@ -22,7 +22,7 @@ HALVES = ("F16", "BF16", "F32")  # in which scales are stored
 
 @dataclass(frozen=True)
 class Stored:
-    """A quantised matrix in a file. `read(rows, columns)` takes rows from and to multiples of
+    """A quantized matrix in a file. `read(rows, columns)` takes rows from and to multiples of
     `row_unit` (or the end), and whole groups of columns, of MIN_GROUP where a row is one. `order()`
     gives the group of each column, int64 [k], where groups are not in order."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
 
 BLOCK = 1 << 16  # elements hashed at a time: the intermediate steps stay in the cache
-SCALE = 0.02  # the standard deviation at which the Llama family is initialised
+SCALE = 0.02  # the standard deviation at which the Llama family is initialized
 
 
 def random_checkpoint(shapes: Mapping[str, tuple[int, ...]], seed: int) -> Checkpoint:

@@ -175,7 +175,7 @@ def _entry(folder: YokeFolder, tensor: StoredTensor, prefer: int | None) -> Entr
         columns = slices[-1]
         first = columns.start // blocks.elements * blocks.elements
         last = -(-columns.stop // blocks.elements) * blocks.elements
-        values = dequantise(folder.peek(tensor, parts, (*slices[:-1], slice(first, last))), blocks)
+        values = dequantize(folder.peek(tensor, parts, (*slices[:-1], slice(first, last))), blocks)
         return values[..., columns.start - first : columns.stop - first]
 
     quant = reader_of_blocks(blocks.format, tensor.shape, read_raw)
@@ -185,9 +185,9 @@ def _entry(folder: YokeFolder, tensor: StoredTensor, prefer: int | None) -> Entr
     )
 
 
-def dequantise(raw: Tensor, blocks: Blocks) -> Tensor:
+def dequantize(raw: Tensor, blocks: Blocks) -> Tensor:
     """Blocks along the last dimension, uint8 [..., bytes], as float32 [..., elements]."""
-    from gguf import GGMLQuantizationType  # only quantised weights need the package
+    from gguf import GGMLQuantizationType  # only quantized weights need the package
     from gguf.quants import dequantize
 
     values = dequantize(raw.contiguous().numpy(), GGMLQuantizationType[blocks.format])

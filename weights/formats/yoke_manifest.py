@@ -14,7 +14,7 @@ manifest may have been damaged, edited or made by somebody else.
 
 `parts` are in elements along `dim`. With `dim` null every part is the whole tensor: one for each rank,
 or rank 0's alone where `axis` is "first" (the loader gives the others zeros). Parts of axis "kv" may
-overlap: a KV head lies with every rank that needs it. `blocks` tells of a quantised tensor, which is
+overlap: a KV head lies with every rank that needs it. `blocks` tells of a quantized tensor, which is
 stored as bytes along its last dimension: {"format": "Q4_0", "elements": 32, "bytes": 18}.
 
 What is not here: reading tensors (`weights.formats.yoke_io`), and deciding who holds what
@@ -54,7 +54,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a quantised tensor is stored: `elements` of the last dimension in `bytes` together."""
+    """How a quantized tensor is stored: `elements` of the last dimension in `bytes` together."""
 
     format: str
     elements: int
@@ -268,7 +268,7 @@ def _blocks(item: dict[str, Any], dtype: str, shape: list[int]) -> Blocks:
 
 def block_sizes(kind: str) -> tuple[int, int] | None:
     """Elements and bytes of a GGUF block format; None for a name that is none."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # only quantised weights need the package
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # only quantized weights need the package
 
     if kind not in GGMLQuantizationType.__members__:
         return None

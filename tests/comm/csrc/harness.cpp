@@ -543,7 +543,7 @@ int run_kernels(std::uint64_t seed) {
   const std::vector<const Kernels*> all = all_kernels();
   std::string names;
   for (const Kernels* kernels : all) names += std::string(names.empty() ? "" : ", ") + kernels->name;
-  // Every number of 16 bits as it is, with 0 added, and with its neighbours' halves (ties).
+  // Every number of 16 bits as it is, with 0 added, and with its neighbors' halves (ties).
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
     const auto type = static_cast<std::size_t>(dtype);
     const Format format = dtype == DType::kFloat16 ? kHalf : kBrain;
@@ -612,7 +612,7 @@ int run_kernels(std::uint64_t seed) {
         const float squares = kernels->add_sum[type](added.data, shared.data, from.data(), sources, own.data, count);
         check_equal(dtype, added.data, wanted_added, name + ", added");
         check(std::memcmp(added.data, shared.data, count * unit) == 0, name + ", the copy of what was added");
-        // What the owner of a row has summed and what its peers take over must be normalised alike.
+        // What the owner of a row has summed and what its peers take over must be normalized alike.
         const Block taken(count * unit, shift);
         const float same = kernels->copy[type](taken.data, shared.data, count);
         check(std::memcmp(taken.data, added.data, count * unit) == 0, name + ", taken over");
