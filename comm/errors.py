@@ -1,4 +1,4 @@
-"""What can go wrong between ranks."""
+"""The errors that communication between ranks can raise."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# How an operator says that a peer is late, dead or does something else (csrc/channel.cpp), and gloo.
+# The messages for a peer that is late, dead or calls another operator: ours (csrc/channel.cpp), gloo's.
 _OWN = re.compile(r"[\w ]+ \(step \d+\): rank \d+ (waited|calls) |this group is broken since: ")
 _GLOO = re.compile(r"\[[^\]]*/gloo/[^\]]*\] (.*)")
 
 
 class CommError(RuntimeError):
-    """A group could not be made, or a peer did not answer in time. The message says all there is."""
+    """A group could not be opened, or a peer did not answer in time. The message is complete."""
 
     exit_code = 1
 
 
 class BuildError(CommError):
-    """The shared-memory extension could not be compiled; the message holds what the compiler said."""
+    """The shared-memory extension could not be compiled. The message holds the compiler's output."""
 
 
 class SpaceError(CommError):
-    """/dev/shm is too small or cannot be written to: the message says what there is, what is needed and
+    """/dev/shm is too small or not writable. The message says how much is free, how much is needed and
     how to get it."""
 
     exit_code = 2
@@ -30,7 +30,7 @@ class SpaceError(CommError):
 
 @contextmanager
 def told(rank: int) -> Iterator[None]:
-    """Raise CommError in place of what operators raise when a peer is late, dead or out of step."""
+    """Convert errors that operators raise for a peer that is late, dead or out of step to CommError."""
     try:
         yield
     except CommError:
@@ -43,5 +43,5 @@ def told(rank: int) -> Iterator[None]:
             raise CommError(line) from error
         if gloo is not None or type(error).__name__ in ("DistBackendError", "DistNetworkError"):
             line = gloo[1].strip() if gloo is not None else line
-            raise CommError(f"rank {rank} waits for others no longer: {line}") from error
+            raise CommError(f"rank {rank} stopped waiting for other ranks: {line}") from error
         raise

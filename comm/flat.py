@@ -1,7 +1,7 @@
-"""The collectives of ranks that share one transport: shared memory, or a process group of torch's.
+"""The collectives of ranks that share one transport: shared memory, or a torch process group.
 
-Each is one operator in a traced graph, for torch's transports an operator and its wait. `comm.ops`
-calls them for layers, `comm.machines` for the two levels of several machines.
+Each is one operator in a traced graph; with torch's transports, an operator and its wait. `comm.ops`
+calls these functions for layers, `comm.machines` for the levels inside and between machines.
 """
 
 from __future__ import annotations
@@ -57,15 +57,18 @@ def _call(
     operator: torch._ops.OpOverloadPacket, x: Tensor, argument: str | int, group: Group
 ) -> Tensor:
     if not group.name:
-        raise CommError(f"rank {group.rank} of {group.size} has no transport to call {operator}")
+        raise CommError(
+            f"rank {group.rank} of {group.size} has no transport to call {operator}: this Group only "
+            "describes a layout; open one with comm.group.open_group"
+        )
     return wait(operator(x.contiguous(), argument, group.name))
 
 
 def wait(x: Tensor) -> Tensor:
-    """The result of one of torch's collectives, once it is there."""
+    """Wait for one of torch's collectives and return its result."""
     return torch.ops._c10d_functional.wait_tensor(x)
 
 
 def into(out: Tensor | None, result: Tensor) -> Tensor:
-    """`result`, written to `out` if that is given."""
+    """Copy `result` to `out` and return `out`; without `out`, return `result`."""
     return result if out is None else out.copy_(result)

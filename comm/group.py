@@ -1,12 +1,14 @@
-"""Which ranks work together, and through what.
+"""Which ranks work together, and through which transport.
 
-A `Group` is a value that is passed to the layers that need it; there is no global one. `rank` and
-`size` alone decide how weights are split, so a test can lay out rank 11 of 16 in a single process
+A `Group` is a value that is passed to the layers that need it; there is no global group. `rank` and
+`size` alone decide how weights are sharded. So a test can lay out rank 11 of 16 in a single process
 with `Group(11, 16)`, which has no transport and refuses to communicate.
 
 Transports: "shm" (our own shared memory, one machine), "gloo" (anywhere; the reference), "nccl"
-(between GPUs), and "shm+gloo": shared memory inside each machine, gloo between one leader of each.
-"ccl" and "deepspeed" are other packages' (`comm.optional`).
+(between GPUs), and "shm+gloo": shared memory inside each machine, gloo between one leader per machine.
+"ccl" and "deepspeed" belong to other packages (`comm.optional`).
+
+What is not here: the collectives (`comm.ops`), and starting the ranks (`launcher`).
 """
 
 from __future__ import annotations
@@ -32,10 +34,10 @@ BACKENDS = ("shm", "gloo", "nccl", "shm+gloo", *optional.NAMES)
 class Group:
     """A rank's place among `size` ranks.
 
-    `backend` says what carries it, "none" for a group that cannot communicate: one rank alone, or a
-    layout that is only looked at. `handle` names a shared-memory group to the operators, `name` one of
-    torch's process groups. With "shm+gloo", `local` holds the ranks of this machine, `leaders` the
-    first of each machine (on those, else None), and `members` the ranks by machine.
+    `backend` is the transport; "none" for a group that cannot communicate: a single rank, or a layout
+    without processes. `handle` names a shared-memory group to the operators, `name` a torch process
+    group. With "shm+gloo", `local` is the group of this machine's ranks, `leaders` the group of each
+    machine's first rank (None on the other ranks), and `members` lists the ranks of each machine.
     """
 
     rank: int
@@ -52,12 +54,12 @@ class Group:
 class Rendezvous:
     """How the ranks of one run find each other.
 
-    `session` is a random token shared by the ranks of the run on one machine. `store_fd` is a
-    listening socket that rank 0 was handed, so that no port is ever guessed; None lets it bind `port`
-    itself. `hosted` says that somebody else (torch's elastic agent) serves the store at that port.
-    `node` is this machine's number among those of the run, and `run` what names the run on all of them
-    (by default the session). `secret` is what only the ranks of this run know: who does not is not
-    believed (by default the session).
+    `session`: a random token shared by the run's ranks on one machine. `store_fd`: a listening socket
+    that rank 0 inherited, so that no free port has to be guessed; if None, rank 0 binds `port` itself.
+    `hosted`: another process (torch's elastic agent) serves the store at that port. `node`: this
+    machine's number among those of the run. `run`: the run's name on all machines (by default the
+    session). `secret`: known to this run's ranks alone; values signed without it are refused (by
+    default the session).
     """
 
     session: str
@@ -72,7 +74,7 @@ class Rendezvous:
 
 @dataclass(frozen=True)
 class _Wish:
-    """What `open_group` was asked for."""
+    """The arguments of `open_group`."""
 
     rank: int
     size: int
@@ -99,13 +101,14 @@ def open_group(
 ) -> Iterator[Group]:
     """Join the group of all ranks, and leave it at the end of the block.
 
-    `timeout_s` bounds the wait for the others to join and, until `set_timeout`, each collective. Where
-    the shared-memory operators cannot be compiled, gloo takes their place and `on_fallback` is told on
-    rank 0. Groups that are open at the same time have different labels. `switch_bytes` is the largest
-    message that shared memory takes in one step, 0 to measure it. Raises CommError.
+    `timeout_s` (seconds) bounds the wait for the others to join and, until `set_timeout`, each
+    collective. If the shared-memory operators cannot be compiled, gloo is used instead and rank 0 calls
+    `on_fallback` with the reason. Groups that are open at the same time need different labels.
+    `switch_bytes` is the largest message that shared memory sends in one step; 0 measures it. Raises
+    CommError.
     """
     if backend not in BACKENDS:
-        raise CommError(f"backend {backend!r} is not known; there are {', '.join(BACKENDS)}")
+        raise CommError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
     wish = _Wish(
         rank, size, rendezvous, timeout_s, label, torch.device(device), switch_bytes, on_fallback
     )
@@ -132,9 +135,9 @@ def _has_extension(wish: _Wish) -> bool:
     try:
         load_extension()
     except BuildError as error:
-        # The ranks of a machine see the same compiler, so they all come here or none.
+        # The ranks of a machine have the same compiler, so either all of them get here or none.
         if wish.rank == 0:
-            wish.on_fallback(f"using gloo, which is slower, in place of shared memory: {error}")
+            wish.on_fallback(f"using gloo, which is slower, instead of shared memory: {error}")
         return False
     return True
 
@@ -147,14 +150,14 @@ def _open_shm(wish: _Wish, label: str, rank: int, size: int, stack: ExitStack) -
 
 
 def _open_torch(wish: _Wish, backend: str, stack: ExitStack) -> Group:
-    """A process group of torch's: its default one, or one more beside that."""
+    """Open a torch process group: the default one, or another if that is already open."""
     timeout = datetime.timedelta(seconds=wish.timeout_s)
     try:
         if dist.is_initialized():
             group = dist.new_group(backend=backend, timeout=timeout)
         else:
             store = _open_store(wish, backend, timeout)
-            stack.callback(id, store)  # torch would not keep its Python part
+            stack.callback(id, store)  # keeps a reference: torch does not keep the Python part alive
             dist.init_process_group(
                 backend,
                 store=store,
@@ -177,7 +180,7 @@ def _open_store(wish: _Wish, backend: str, timeout: datetime.timedelta) -> Any:
     meeting = wish.rendezvous
     listener = meeting.store_fd
     hosts = wish.rank == 0 and not meeting.hosted
-    if hosts and listener is None:  # torch would listen at every address
+    if hosts and listener is None:  # by itself, torch would listen at every address
         listener = listen_at(meeting.address, meeting.port, wish.on_fallback)
     store: Any = dist.TCPStore(  # type: ignore[attr-defined]
         meeting.address,
@@ -187,12 +190,12 @@ def _open_store(wish: _Wish, backend: str, timeout: datetime.timedelta) -> Any:
         timeout=timeout,
         master_listen_fd=listener,
     )
-    if meeting.hosted:  # it outlives a run, and each run has its own names in it
+    if meeting.hosted:  # the store outlives a run, so each run needs its own prefix
         name = f"yoke-{meeting.run or meeting.session}"
         store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
     key = agree_on_key(store, wish.rank, wish.size, (meeting.secret or meeting.session).encode())
     if backend == "nccl":
-        # Its threads ask the store at any time, also while Python ends: not a store in Python.
+        # NCCL's threads read the store at any time, even while Python exits: no Python store here.
         return dist.PrefixStore(key.hex(), store)  # type: ignore[attr-defined]
     return SignedStore(store, key)
 
@@ -213,7 +216,7 @@ def _open_machines(wish: _Wish, stack: ExitStack) -> Group:
     label = f"{wish.label}-{wish.rendezvous.node}"
     local = Group(0, 1) if len(own) == 1 else _open_shm(wish, label, place, len(own), stack)
     first = [ranks[0] for ranks in members]
-    # Every rank of the world takes part in making it.
+    # `new_group` is collective: every rank of the world must call it.
     between = dist.new_group(first, timeout=datetime.timedelta(seconds=wish.timeout_s))
     leaders = None
     if place == 0:
@@ -226,7 +229,7 @@ def _open_machines(wish: _Wish, stack: ExitStack) -> Group:
 
 
 def set_timeout(group: Group, seconds: float) -> None:
-    """Set how long a collective of this group waits for a peer before it raises."""
+    """Set how many seconds a collective of this group waits for a peer before it raises."""
     if group.backend == "shm":
         torch.ops.yoke.shm_set_timeout(group.handle, seconds)
         return

@@ -1,8 +1,10 @@
-"""Collectives over several machines: shared memory inside each, gloo between one leader of each.
+"""Collectives over several machines: shared memory inside each, gloo between one leader per machine.
 
-A sum crosses the network once per machine and not once per rank. Sums of 16-bit types travel as
-float32 and are rounded once, at the end. Every rank of a machine gets the leader's bits, and the
-leaders get the same from gloo, so all ranks hold the same.
+A sum crosses the network once per machine, not once per rank. Sums of 16-bit types are sent as float32
+and rounded once, at the end. Gloo gives all leaders the same bits, and every rank copies its leader's
+bits, so all ranks hold the same result.
+
+What is not here: the collectives inside one machine (`comm.flat`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from comm.group import Group
 
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:
-    """Sum inside each machine, sum of those between the leaders, and out again."""
+    """As `comm.ops.all_reduce`: sum inside each machine, sum over the leaders, broadcast back."""
     assert group.local is not None
     narrow = x.dtype in (torch.bfloat16, torch.float16)
     total = flat.all_reduce(x.float() if narrow else x, group.local)
@@ -25,10 +27,10 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
 
 
 def all_gather(x: Tensor, group: Group) -> Tensor:
-    """[...] -> [size, ...] in the order of the ranks, whichever machine they are on."""
+    """[...] -> [size, ...], in rank order, however the ranks are spread over the machines."""
     assert group.local is not None
     most = max(len(ranks) for ranks in group.members)
-    # Gloo wants equal parts: machines with fewer ranks fill up with zeros, which nobody looks at.
+    # Gloo requires equal parts: machines with fewer ranks pad with zeros, which are dropped below.
     gathered = flat.all_gather(x, group.local)  # [local size, ...]
     padded = x.new_zeros((most, *x.shape))
     padded[: gathered.shape[0]] = gathered
@@ -41,7 +43,7 @@ def all_gather(x: Tensor, group: Group) -> Tensor:
 
 
 def broadcast(x: Tensor, root: int, group: Group) -> Tensor:
-    """From the root to its machine, between the leaders, and to the others."""
+    """As `comm.ops.broadcast`: inside the root's machine, over the leaders, inside each machine."""
     assert group.local is not None
     machine = next(i for i, ranks in enumerate(group.members) if root in ranks)
     if group.rank in group.members[machine]:

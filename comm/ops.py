@@ -1,13 +1,13 @@
-"""The collectives that layers call, one function each, whatever the transport.
+"""The collectives that layers call: one function each, for every transport.
 
-Each call is one operator in a traced graph (for torch's transports an operator and its wait), so
-`torch.compile(fullgraph=True)` passes over it without a break. Without `out` all are functional: the
-input is left alone and a new tensor is returned; with `out` the result is written there, and `out` is
-returned. Sums over shared memory are taken in fp32 and in rank order with one rounding, so that all
-ranks hold the same bits.
+Each call is one operator in a traced graph (with torch's transports, an operator and its wait), so
+`torch.compile(fullgraph=True)` traces it without a graph break. Without `out` a function returns a new
+tensor and does not change its input; with `out` it writes the result there and returns `out`.
+Shared-memory sums are computed in fp32, in rank order, and rounded once, so all ranks hold the same
+bits.
 
-What is not here: how ranks meet (`comm.group`), the calls of one transport (`comm.flat`) and of several
-machines (`comm.machines`), and the operators themselves (`comm.shm`, `csrc/`).
+What is not here: how ranks find each other (`comm.group`), the calls of one transport (`comm.flat`) and
+of several machines (`comm.machines`), and the operators themselves (`comm.shm`, `csrc/`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from comm.group import Group
 
 
 def all_reduce(x: Tensor, group: Group, *, out: Tensor | None = None) -> Tensor:
-    """Sum of `x` over the ranks; same shape and dtype: float32, bfloat16, float16, int32 or int64.
+    """The sum of `x` over the ranks, of x's shape and dtype: float32, bfloat16, float16, int32, int64.
 
     `out` may be `x`.
     """
@@ -73,10 +73,11 @@ def barrier(group: Group) -> None:
 def all_reduce_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: Group
 ) -> tuple[Tensor, Tensor]:
-    """(normed, new_residual): what follows an attention or MLP whose outputs are split over ranks.
+    """Returns (normed, new_residual): the step after attention or an MLP, where `x` is a partial sum.
 
     new_residual = residual + sum over ranks of x, rounded once; normed = new_residual / rms * weight
-    over the last dimension (Zhang and Sennrich, 2019). x, residual: [..., D], weight: [D], one dtype.
+    over the last dimension (RMSNorm, Zhang and Sennrich, 2019). x, residual: [..., D], weight: [D], all
+    of one dtype.
     """
     if group.backend == "shm":
         return torch.ops.yoke.all_reduce_add_rms_norm.default(x, residual, weight, eps, group.handle)
@@ -88,18 +89,18 @@ def all_reduce_add_rms_norm(
 
 
 def argmax(logits: Tensor, offset: int, group: Group) -> Tensor:
-    """The largest entry of each row that is split by column: [rows, columns] -> int64 [rows].
+    """The index of each row's largest entry, rows split by column: [rows, columns] -> int64 [rows].
 
-    This rank's columns start at `offset` of the whole row; of equal values the lowest index wins. Ranks
-    exchange one candidate a row, never the rows. A largest entry that is not a finite number is no
-    choice: it gives a number below 0, which `value_of` reads (NaN counts as larger than all else).
+    `offset` is the index of this rank's first column in the whole row. Of equal values the lowest index
+    wins. Ranks exchange one candidate per row, never the rows. If the largest entry is not finite, the
+    result is a number below 0, which `value_of` decodes. NaN counts as larger than everything else.
     """
     if group.backend == "shm":
         return torch.ops.yoke.argmax.default(logits, offset, group.handle)
     if logits.shape[1] == 0:
         values, own = topk(logits, 1, offset, group)
         return _chosen(values, own)
-    own = logits.argmax(1, keepdim=True)  # the first of equal ones
+    own = logits.argmax(1, keepdim=True)  # the first of equal values
     values = logits.gather(1, own).float()
     if group.size == 1:
         return _chosen(values, own + offset)
@@ -107,23 +108,23 @@ def argmax(logits: Tensor, offset: int, group: Group) -> Tensor:
 
 
 def whole_argmax(logits: Tensor) -> Tensor:
-    """`argmax` of rows that every rank holds whole: no exchange."""
+    """`argmax` of whole rows, which every rank holds: [rows, columns] -> int64 [rows], no exchange."""
     own = logits.argmax(1, keepdim=True)
     return _chosen(logits.gather(1, own), own)
 
 
-# What `argmax` gives for a row without a choice (csrc/candidates.cpp has the same).
+# What `argmax` returns if the largest entry is not finite (csrc/candidates.cpp has the same codes).
 _NO_CHOICE = {-1: math.nan, -2: math.inf, -3: -math.inf}
 NO_CHOICE = tuple(_NO_CHOICE)
 
 
 def value_of(choice: int) -> float:
-    """The largest entry of a row for which `argmax` gave a number below 0."""
+    """The largest entry of a row for which `argmax` returned `choice`, a number below 0."""
     return _NO_CHOICE[choice]
 
 
 def _chosen(values: Tensor, indices: Tensor) -> Tensor:
-    """[rows, 1] of the largest entries -> [rows]: their indices, or what they are if not finite."""
+    """The largest entries and their indices, [rows, 1] each -> [rows]: indices; codes if not finite."""
     infinite = torch.where(values > 0, -2, -3)
     special = torch.where(values.isnan(), -1, infinite)
     return torch.where(values.isfinite(), indices, special).squeeze(1)
@@ -132,27 +133,28 @@ def _chosen(values: Tensor, indices: Tensor) -> Tensor:
 def topk(logits: Tensor, k: int, offset: int, group: Group) -> tuple[Tensor, Tensor]:
     """The `k` largest entries of each split row, best first: float32 values, int64 indices [rows, k].
 
-    Ranks may hold different numbers of columns, also fewer than `k`. Ties and exchange as for `argmax`.
+    Ranks may hold different numbers of columns, even fewer than `k`. `offset`, ties and the exchange
+    are as in `argmax`.
     """
     if group.backend == "shm":
         return torch.ops.yoke.topk.default(logits, k, offset, group.handle)
-    # Stable, which torch.topk is not: which of equal values comes out must not depend on the ranks.
+    # torch.topk is not stable, and the choice among equal values must not depend on the ranks.
     values, indices = logits.float().sort(descending=True, stable=True)
     values, indices = values[:, :k], indices[:, :k] + offset
     if group.size == 1:
         return values, indices
     missing = k - values.shape[1]
     values = torch.nn.functional.pad(values, (0, missing), value=float("-inf"))
-    # Not the largest integer: pad's value goes through a double, which rounds that up and wraps it.
+    # Not the largest int64: pad converts its value to a double, which rounds up and then overflows.
     indices = torch.nn.functional.pad(indices, (0, missing), value=2**62)
     return _best_of_ranks(values, indices, k, group)
 
 
 def _best_of_ranks(values: Tensor, indices: Tensor, k: int, group: Group) -> tuple[Tensor, Tensor]:
-    """The `k` best of each rank's candidates [rows, n]."""
+    """The `k` best of all ranks' candidates: values and indices, [rows, n] each -> [rows, k]."""
     values = all_gather(values, group).movedim(0, 1).flatten(1)
     indices = all_gather(indices, group).movedim(0, 1).flatten(1)
-    # By value, and those of one value by index: what fills up a short rank comes after every column.
+    # Sorts by value, equal values by index: the padding of a short rank comes after every column.
     indices, order = indices.sort(stable=True)
     values, order = values.gather(1, order).sort(descending=True, stable=True)
     return values[:, :k], indices.gather(1, order[:, :k])

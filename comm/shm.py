@@ -1,6 +1,6 @@
-"""The shared-memory operators `torch.ops.yoke.*`: load the extension, and tell torch their shapes.
+"""The shared-memory operators `torch.ops.yoke.*`: load the extension and register their fake kernels.
 
-The operators themselves, and the life of their segment, are in `csrc/`; `build` compiles them.
+What is not here: the operators and their segment (`csrc/`), and the compilation (`comm.build`).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from comm.sizes import slot_bytes
 
 @functools.cache
 def load_extension() -> None:
-    """Compile the operators if need be, load them, and register their fake kernels for tracing.
+    """Compile the operators if needed, load them, and register their fake kernels for tracing.
 
-    Raises BuildError when they cannot be compiled or loaded.
+    Raises BuildError if they cannot be compiled or loaded.
     """
     library = build_extension()
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        raise BuildError(f"{library} does not load: {error}; remove it to build it anew") from error
+        raise BuildError(f"{library} cannot be loaded: {error}; delete it to rebuild it") from error
     for name, fake in (
         ("all_reduce", lambda x, group: x.new_empty(x.shape)),
         ("broadcast", lambda x, root, group: x.new_empty(x.shape)),
@@ -41,7 +41,7 @@ def load_extension() -> None:
         torch.library.register_fake(f"yoke::{name}", fake)
         _keep_order(f"yoke::{name}")
     _keep_order("yoke::barrier")
-    # Compiled code on disk is only good for operators with these effects and shapes.
+    # Compiled graphs on disk are valid only for operators with these effects and shapes.
     meaning = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     torch.compiler.config.cache_key_tag += f"yoke-{meaning}"
     _keep_compiled()
@@ -50,11 +50,12 @@ def load_extension() -> None:
 
 
 def _keep_compiled() -> None:
-    """Let torch keep graphs with ordered operators on disk. It refuses by default, because what an
-    effect does is not in the graph; what ours do is in the key, and their handles are plain numbers.
+    """Let torch cache graphs with ordered operators on disk.
 
-    `torch._inductor.config.unsafe_marked_cacheable_functions` would say the same, and takes the
-    better part of a second to import where nothing is compiled.
+    By default torch refuses, because a graph does not say what an effect does. For our operators, the
+    cache key does, and their handles are plain numbers. Setting
+    `torch._inductor.config.unsafe_marked_cacheable_functions` would do the same, but its import takes
+    most of a second even where nothing is compiled.
     """
     with suppress(ImportError):  # torch without effects
         from torch._higher_order_ops.effects import with_effects
@@ -63,10 +64,10 @@ def _keep_compiled() -> None:
 
 
 def _keep_order(name: str) -> None:
-    """Tell the compiler that an operator has an effect: a rank must not leave one out whose result it
-    does not use, nor exchange two, or the ranks' calls no longer match."""
+    """Mark an operator as having an ordered effect. If the compiler dropped a call with an unused
+    result, or swapped two calls, the calls of the ranks would no longer match."""
     register = getattr(torch.library, "_register_effectful_op", None)
-    if register is None:  # without it, the operator is kept at least
+    if register is None:  # an older torch: at least the call is not dropped
         packet, _, overload = name.removeprefix("yoke::").partition(".")
         torch.fx.node.has_side_effect(getattr(getattr(torch.ops.yoke, packet), overload or "default"))
         return
@@ -92,10 +93,10 @@ def _fake_topk(logits: Tensor, k: int, offset: int, group: int) -> tuple[Tensor,
 
 
 def join_segment(name: str, rank: int, size: int, timeout_s: float, switch_bytes: int = 0) -> int:
-    """Join a group of the ranks of this machine that give the same `name`; its handle.
+    """Join the ranks of this machine that pass the same `name`, and return the group's handle.
 
-    `switch_bytes`: messages up to this take one step; 0 measures it, which takes a few milliseconds.
-    Raises CommError, and SpaceError where /dev/shm is too small.
+    `switch_bytes`: messages up to this size take one step; 0 measures the size in a few milliseconds.
+    Raises CommError; SpaceError if /dev/shm is too small or not writable.
     """
     try:
         return torch.ops.yoke.shm_open_group(
@@ -113,5 +114,5 @@ def join_segment(name: str, rank: int, size: int, timeout_s: float, switch_bytes
 
 
 def first_line(error: Exception) -> str:
-    """torch appends a C++ stack to some messages."""
+    """The first line of a message: torch appends a C++ stack to some."""
     return str(error).strip().splitlines()[0]

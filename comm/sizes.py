@@ -1,4 +1,4 @@
-"""How much shared memory a group takes; free of torch, so that the launcher's side can check it."""
+"""How much shared memory a group needs. Does not import torch, so that the launcher can check it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ _PAGE = 4096
 
 
 def slot_bytes(size: int) -> int:
-    """One of a rank's two buffers. A decode step moves a few KiB; larger messages go in pieces that
-    stay in the caches. Many ranks get smaller ones, so that up to 64 take 16 MiB at most."""
+    """Bytes of one of a rank's two buffers, in a group of `size` ranks.
+
+    A decode step moves a few KiB; larger messages are sent in pieces that stay in the caches. The more
+    ranks, the smaller the buffers, so that up to 64 ranks take 16 MiB at most.
+    """
     return max(128 * 1024, min(512 * 1024, 8 * 1024 * 1024 // size // _PAGE * _PAGE))
 
 
 def segment_bytes(size: int) -> int:
-    """Of a group of `size` ranks, in /dev/shm: two buffers a rank, and at most 128 bytes of control."""
+    """Bytes in /dev/shm of a group of `size` ranks: two buffers and 128 control bytes per rank, and the
+    header page."""
     return 2 * size * slot_bytes(size) + (128 * size // _PAGE + 2) * _PAGE

@@ -1,14 +1,15 @@
-"""The store in which ranks find each other, such that nobody else can tell them where to go.
+"""The store through which ranks find each other, with signed values, so that nobody else can redirect
+them.
 
-torch's TCPStore believes whoever reaches its port: it lists keys, and has them written anew. What gloo
-finds there are the addresses that it connects to. So on top of it, every value is signed, by a key that
-this run's ranks alone know. They make it from a secret, and from a random number of each rank: what
-another run has signed is worth nothing in this one, and who changes a number gains a key that no two
-ranks share. The names of keys are mixed with it too.
+torch's TCPStore trusts everybody who reaches its port: a stranger can list its keys and overwrite them,
+and gloo connects to the addresses that it reads there. So every value is signed with a key that only
+this run's ranks know. They derive it from a secret and one random number (nonce) per rank. Thus values
+that another run signed are invalid in this run, and whoever changes a nonce only makes the ranks'
+keys differ. The names of store keys are hashed with the key, too.
 
-A `SignedStore` is a class because torch's process groups take a store as one.
+A `SignedStore` is a class because torch's process groups take a store object.
 
-What is not here: hiding what is said, and keeping somebody who reaches the port from stopping a run
+What is not here: encryption, and protection against somebody who reaches the port and stops a run
 (keys can be removed, counters changed). The port belongs in a private network: docs/security.md.
 """
 
@@ -32,13 +33,19 @@ _MAC_BYTES = hashlib.sha256().digest_size
 
 
 def agree_on_key(store: Any, rank: int, size: int, secret: bytes) -> bytes:
-    """The key of this run, which all ranks that have the same `secret` come to. Raises CommError if
-    a rank comes to another one: its secret differs, or somebody has changed what ranks said."""
+    """The key of this run (32 bytes), the same on all ranks that pass the same `secret`.
+
+    Raises CommError if a rank derives another key: its secret differs, or somebody else has changed
+    values in the store.
+    """
     own = secrets.token_bytes(_NONCE_BYTES)
     store.set(f"hello/{rank}", own)
     told = [store.get(f"hello/{each}") for each in range(size)]
     if told[rank] != own or any(len(nonce) != _NONCE_BYTES for nonce in told):
-        raise CommError(f"rank {rank}: somebody else writes to this run's store")
+        raise CommError(
+            f"rank {rank}: somebody else writes to this run's store: the nonces in it are not what "
+            "ranks wrote; run in a private network (docs/security.md)"
+        )
     key = _mac(secret, size.to_bytes(4, "little") + b"".join(told))
     store.set(f"proof/{rank}", _mac(key, f"proof/{rank}".encode()))
     for each in range(size):
@@ -51,8 +58,8 @@ def agree_on_key(store: Any, rank: int, size: int, secret: bytes) -> bytes:
 
 
 class SignedStore(dist.Store):  # type: ignore
-    """`inner` with mixed names and signed values. Reading a value that no rank of this run has signed
-    for that name raises CommError. Counters (`add`) are not signed: they say when, and never where."""
+    """`inner` with hashed names and signed values. Reading a value that no rank of this run signed for
+    that name raises CommError. Counters (`add`) are not signed: they hold no addresses."""
 
     def __init__(self, inner: Any, key: bytes) -> None:
         super().__init__()
@@ -68,7 +75,10 @@ class SignedStore(dist.Store):  # type: ignore
     def _open(self, key: str, signed: bytes) -> bytes:
         value = signed[_MAC_BYTES:]
         if not hmac.compare_digest(self._sign(key, value), signed):
-            raise CommError(f"somebody else writes to this run's store: {key} is not what a rank wrote")
+            raise CommError(
+                f"somebody else writes to this run's store: {key} is not signed by a rank of this run; "
+                "run in a private network (docs/security.md)"
+            )
         return value
 
     def set(self, key: str, value: str | bytes) -> None:
@@ -112,14 +122,18 @@ def _as_bytes(value: str | bytes) -> bytes:
 
 
 def listen_at(address: str, port: int, say: Callable[[str], None]) -> int:
-    """A socket that listens at this address alone, where others are told to find rank 0. Where the
-    address is not one of this machine's (it may be translated on the way), at all, which is said.
-    Raises CommError."""
+    """The file descriptor of a socket that listens at `address`, the rendezvous address of rank 0.
+
+    It listens at this address alone. If the address is not this machine's (it may be translated on the
+    way), it listens at all addresses and calls `say` with a warning. Raises CommError.
+    """
     failed: OSError | None = None
     try:
         found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise CommError(f"the rendezvous {address}:{port} has no address: {error}") from error
+        raise CommError(
+            f"the rendezvous address {address}:{port} cannot be resolved: {error}"
+        ) from error
     for family, _, _, _, place in found:
         try:
             return socket.create_server(place[:2], family=family, backlog=1024).detach()
@@ -127,5 +141,5 @@ def listen_at(address: str, port: int, say: Callable[[str], None]) -> int:
             failed = error
     if failed is None or failed.errno != errno.EADDRNOTAVAIL:
         raise CommError(f"rank 0 cannot listen at {address}:{port}: {failed}") from failed
-    say(f"{address} is no address of this machine: the rendezvous listens at all of them")
+    say(f"{address} is no address of this machine: the rendezvous listens at all its addresses")
     return socket.create_server(("", port), backlog=1024).detach()

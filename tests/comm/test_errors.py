@@ -25,9 +25,9 @@ class DistNetworkError(RuntimeError):
         ),
         (
             RuntimeError(GLOO),
-            "rank 3 waits for others no longer: Connection closed by peer [127.0.0.1]:1",
+            "rank 3 stopped waiting for other ranks: Connection closed by peer [127.0.0.1]:1",
         ),
-        (DistNetworkError("no route"), "rank 3 waits for others no longer: no route"),
+        (DistNetworkError("no route"), "rank 3 stopped waiting for other ranks: no route"),
     ],
 )
 def test_a_peer_that_fails_is_an_error_whose_message_says_all(

@@ -87,7 +87,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(
             "shm --comm-timeout=4 --grace=1",
             r"\w+ \(step \d+\): rank 0 waited 4 s for rank 1 \(pid {pid}\), .*",
         ),
-        ("gloo --comm-timeout=4 --grace=1", "rank 0 waits for others no longer: Timed out.*"),
+        ("gloo --comm-timeout=4 --grace=1", "rank 0 stopped waiting for other ranks: Timed out.*"),
         ("shm --comm-timeout=4 --grace=1 --traceback", r"Traceback \(most.*(\n.*)+\nerror: .*"),
     ],
     indirect=["generating"],
