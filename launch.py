@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""One command that puts every socket, or every GPU, of this machine under one language model.
+"""The command line: run one language model on every socket, or every GPU, of this machine.
 
-Flags place the ranks, `key=value` words describe the job. This file reads both, refuses what is wrong
-(exit code 2) before any rank is started, and hands over to `launcher`. Nothing here imports torch.
+Flags place the ranks, `key=value` words describe the job. This file reads both, rejects what is wrong
+(exit code 2) before any rank is started, and calls `launcher`. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from os.path import dirname, realpath
 
-if __name__ == "__main__":  # before all else: with `python -P` the checkout is not on the path
+if __name__ == "__main__":  # before any import: with `python -P` the checkout is not on sys.path
     checkout = dirname(realpath(__file__))
     sys.path[:] = [checkout, *sys.path[not sys.flags.safe_path :]]
 
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from engine.resolve import ResolvedJob
 
 CHECKOUT = Path(__file__).resolve().parent
-# A manager ends all ranks with the first that ends: the one that tells a mistake shall be that one.
+# A manager kills all ranks when one exits, so the others wait until rank 0 has printed the error.
 HEAR_SECONDS = 2.0
 
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         if getattr(error, "exit_code", 1) != 2:
             raise
-        # Every rank that torchrun or mpirun started comes by here with the same mistake.
+        # Every rank that torchrun or mpirun started gets here with the same error; one prints it.
         if _another_says_it():
             time.sleep(HEAR_SECONDS)
         else:
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _version() -> str:
-    """Yoke's own version, and those of what its speed and its numbers depend on."""
+    """The versions of Yoke, and of torch and Python, on which its speed and results depend."""
     with (CHECKOUT / "pyproject.toml").open("rb") as file:
         own = tomllib.load(file)["project"]["version"]
     try:
@@ -94,7 +94,7 @@ def _version() -> str:
 
 
 def _another_says_it() -> bool:
-    """Whether a manager has really started this process, as another rank than the first."""
+    """Whether a manager really started this process as a rank above 0: rank 0 prints the error."""
     try:
         place = find_manager(os.environ, os.getppid())
     except LaunchError:
@@ -103,16 +103,16 @@ def _another_says_it() -> bool:
 
 
 def _do_without_output(flags: Flags) -> None:
-    """A program of the user's may have nothing to show. Raises LaunchError for the rest."""
+    """Only `run` may go on: the user's program may print nothing. Raises LaunchError for the rest."""
     if flags.command != "run":
         raise LaunchError(
-            "standard output is closed, so that nothing could be shown: give it a file, or /dev/null"
+            "standard output is closed, so no result can be shown: redirect it to a file or /dev/null"
         )
     silence(sys.stdout)
 
 
 def run(flags: Flags) -> int:
-    """One command. Raises LaunchError and InputError for what cannot be done."""
+    """Run one command and return its exit code. Raises LaunchError and InputError if it cannot."""
     if flags.command == "doctor":
         from launcher.doctor.report import doctor
 
@@ -134,7 +134,7 @@ def run(flags: Flags) -> int:
         )
     if place is not None:
         if place.world_size > 1 and is_typed_in_rank(dict(place.variables), os.getpid()):
-            raise LaunchError(f"this shell is itself a rank, and this is no other: {place.claim}")
+            raise LaunchError(f"this shell is itself the rank, so this command is not: {place.claim}")
         job = _job(flags, place.world_size)
         plan = local_plan(place, flags.request)
         return join(place, plan, flags.options, *_target(flags, job))
@@ -142,7 +142,7 @@ def run(flags: Flags) -> int:
     check_nodes(flags.nnodes, flags.node_rank, flags.rdzv_endpoint)
     job = _job(flags, len(plan.ranks) * flags.nnodes)
     if flags.nnodes > 1:
-        if flags.command != "run":  # whose programs meet by themselves
+        if flags.command != "run":  # the user's programs set up their own communication
             shared_secret(flags.options.secret_file, os.environ)
         assert flags.node_rank is not None and flags.rdzv_endpoint is not None
         become_agent(
@@ -163,13 +163,13 @@ def run(flags: Flags) -> int:
 
 
 def _quantize(flags: Flags) -> int:
-    """One process without ranks: what places and looks after them has no meaning."""
+    """Quantize in one process without ranks, so flags that place or watch ranks are rejected."""
     from quantize.command import main as quantize
 
     if flags.help:
         return quantize(["--help"])
     if len(flags.head) > len(flags.words) + 1:
-        raise LaunchError("quantize runs in one process, without ranks: it takes key=value words alone")
+        raise LaunchError("quantize runs in one process, without ranks: it takes only key=value words")
     return quantize(flags.words)
 
 
@@ -179,7 +179,7 @@ def _make_plan(flags: Flags) -> tuple[Topology, LaunchPlan]:
     quota = read_cgroup(flags.sysfs or Path("/")).cpu_quota
     cpus = {cpu for rank in plan.ranks for cpu in rank.cpus}
     if quota is not None and quota < len(cpus):
-        warning = f"the control group allows {quota:g} cpus' worth of time for {len(cpus)}: too few"
+        warning = f"the cgroup quota is {quota:g} cpus, and the ranks use {len(cpus)}: they will stall"
         plan = replace(plan, reasons=(*plan.reasons, warning))
         if flags.command != "plan":
             say(f"warning: {warning}; see: python launch.py doctor")
@@ -191,7 +191,7 @@ def _topology(flags: Flags) -> Topology:
 
 
 def _job(flags: Flags, world_size: int) -> ResolvedJob | None:
-    """The job, its model found and all checked that can be; None for a program of the user's."""
+    """The job with its model located, and checked as far as possible; None for the user's program."""
     if flags.command == "run":
         return None
     from engine.job import parse_job
@@ -202,20 +202,20 @@ def _job(flags: Flags, world_size: int) -> ResolvedJob | None:
     for key in ("prompt", "prompts", "chat", "output", "num_beams", "batch"):
         if chat and key in job.given:
             raise LaunchError(
-                f"{key}= goes with generate; leave it out: chat asks for the words itself"
+                f"{key}= goes with generate; leave it out: chat reads its messages from the terminal"
             )
     if chat and "max_new_tokens" not in job.given:
-        # An answer ends by itself, or where the conversation's room does.
+        # An answer ends with a stop token, or when the sequence is full.
         job = replace(job, max_new_tokens=job.max_seq_len - 1)
     if job.device == "cpu" and flags.request.rank_per == "gpu":
-        raise LaunchError("device=cpu does not go with --rank-per gpu: leave one of the two out")
+        raise LaunchError("device=cpu contradicts --rank-per gpu: leave one of the two out")
     resolved = resolve(job)
     check_ranks(resolved, world_size)
     return resolved
 
 
 def _target(flags: Flags, job: ResolvedJob | None) -> tuple[str, str]:
-    """The module that each rank runs, and what it is handed."""
+    """The module that each rank runs, and its payload."""
     if job is None:
         return PROGRAM, check_program(flags.program)
     from engine.memory import with_batch
@@ -227,8 +227,8 @@ def _target(flags: Flags, job: ResolvedJob | None) -> tuple[str, str]:
 def _fits(
     flags: Flags, job: ResolvedJob, topology: Topology, plan: LaunchPlan, thorough: bool = False
 ) -> tuple[ResolvedJob, tuple[Fit, ...]]:
-    """The job with as many texts at once as fit, where it leaves that open, and whether its ranks fit
-    their memory; () where there is no telling."""
+    """The job with the largest batch that fits, if it gives none, and whether each rank fits in its
+    memory; () if the needs or the memory sizes are unknown."""
     from engine.memory import job_needs, smaller_batch, with_batch
 
     limit = read_cgroup(flags.sysfs or Path("/")).memory_limit_bytes

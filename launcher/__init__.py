@@ -1,6 +1,6 @@
-"""One process per socket, bound to its cores and memory, and looked after until all have ended.
+"""Start one process per socket, bind it to its cores and memory, and watch it until all have ended.
 
-Free of torch and of anything else outside the standard library, so that it starts in milliseconds:
-`topology` reads the machine, `plan` decides (pure), `spawn` starts and watches, `child` and `bind`
-run in each rank before torch is imported.
+Uses no torch and nothing else outside the standard library, so that it starts in milliseconds:
+`machine` reads the machine, `plan` places the ranks (pure), `spawn` starts them, `watch` supervises
+them, `child` and `bind` run in each rank before torch is imported.
 """

@@ -1,7 +1,7 @@
-"""The command line's flags, each read once and checked here, and the one screen of help.
+"""The flags of the command line: each is parsed and checked here once. Also the help text.
 
 Every flag has two spellings: --bind-cores-to-rank, and DeepSpeed's --bind_cores_to_rank. The keys of
-a job (`model=...`) are not known here: they are handed on as words.
+a job (`model=...`) are not known here: they are passed on as words.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from launcher.spawn import RunOptions
 
 COMMANDS = {
     "generate": "continue a prompt (the default)",
-    "chat": "talk with a model at the terminal; /help there lists what it understands",
-    "run": "start a program of yours on every rank: run [flags] script.py args... | -m module",
-    "plan": "draw the machine and the ranks on it, with the reasons; start nothing",
-    "doctor": "what this machine has, what will be used, what to change",
-    "quantize": "make weights of 8 or 4 bits: quantize model=... quant=... out=DIR; quantize --help",
-    "models": "families and presets: sizes, what a rank of 1 to 8 needs: models [NAME...] [dtype=...]",
+    "chat": "talk with a model at the terminal; /help there lists its commands",
+    "run": "start your own program on every rank: run [flags] script.py args... | -m module",
+    "plan": "show the machine, where the ranks would go, and why; start nothing",
+    "doctor": "report what this machine has, what Yoke will use, and what to change",
+    "quantize": "write 8-bit or 4-bit weights: quantize model=... quant=... out=DIR; quantize --help",
+    "models": "list families and presets, with memory per rank: models [NAME...] [dtype=...]",
 }
 
 EXAMPLES = """
@@ -40,8 +40,8 @@ examples:
 
 @dataclass(frozen=True)
 class Flags:
-    """The command line, read. `words` are the `key=value` words; `names` what follows `models`;
-    `program` what follows `run`; `head` is the command line before the program."""
+    """The parsed command line. `words` are the `key=value` words; `names` are the words after `models`;
+    `program` are those after `run`; `head` is the command line before the program."""
 
     command: str
     request: LaunchRequest
@@ -60,7 +60,7 @@ class Flags:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's own, with the error message in the form of all others."""
+    """argparse's parser, with errors raised as LaunchError."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise LaunchError(f"{message}; see --help")
@@ -88,74 +88,78 @@ def _make_parser(words: str) -> _Parser:
 
         return flag
 
-    flag = section("where ranks go (each of these but --ranks binds them)")
+    flag = section("placing ranks (each of these flags except --ranks also binds them)")
     flag("--bind-cores-to-rank", action="store_true", help="bind each rank to its cores and memory")
-    flag("--ranks", type=int, metavar="N", help="how many (default: one per socket)")
+    flag("--ranks", type=int, metavar="N", help="number of ranks (default: one per socket)")
     flag("--rank-per", metavar="WHAT", help="socket, node, l3 or gpu: one rank on each")
-    flag("--bind-core-list", metavar="LIST", help="these cpus alone, such as 0-27,32-59")
-    flag("--cores-per-rank", type=int, metavar="N", help="so many cores for each rank")
+    flag("--bind-core-list", metavar="LIST", help="use only these cpus, such as 0-27,32-59")
+    flag("--cores-per-rank", type=int, metavar="N", help="give each rank N cores")
     flag("--reserve-cores", type=int, default=0, metavar="N", help="keep N cores free of ranks")
-    flag("--smt", action="store_true", help="use every hardware thread, not the first of each core")
+    flag("--smt", action="store_true", help="use all hardware threads, not only the first of each core")
     flag("--numa-memory", metavar="HOW", help="bind (default), preferred, interleave or none")
-    flag = section("between ranks")
+    flag = section("communication between ranks")
     names = "auto, shm (shared memory), gloo, nccl; where installed: ccl, deepspeed"
     flag("--comm", default="auto", metavar="NAME", help=names)
-    flag("--nnodes", type=int, default=1, metavar="N", help="machines; with these two on each:")
+    flag("--nnodes", type=int, default=1, metavar="N", help="number of machines; also give each:")
     flag("--node-rank", type=int, metavar="I", help="this machine's number, from 0")
-    flag("--rdzv-endpoint", metavar="HOST:PORT", help="where machine 0 can be reached")
-    flag("--secret-file", type=Path, metavar="FILE", help="what machines share (or YOKE_SECRET)")
-    flag = section("looking after them (seconds)")
+    flag("--rdzv-endpoint", metavar="HOST:PORT", help="address of machine 0")
+    flag("--secret-file", type=Path, metavar="FILE", help="the machines' secret (or YOKE_SECRET)")
+    flag = section("watching ranks (times in seconds)")
     for name, default, text in (
         ("--comm-timeout", 60.0, "how long one rank waits for another"),
-        ("--start-timeout", 300.0, "how long a rank may take to its program's first line"),
-        ("--hang-timeout", 120.0, "how long a rank may give no sign of life; 0: for ever"),
+        ("--start-timeout", 300.0, "how long a rank may take to start its program"),
+        ("--hang-timeout", 120.0, "how long a rank may send no heartbeat; 0: no limit"),
         ("--grace", 5.0, "from asking ranks to stop to killing them"),
     ):
         flag(name, type=float, default=default, metavar="S", help=f"{text} [{default:g}]")
-    flag("--log-dir", type=Path, metavar="DIR", help="each rank's output also in DIR/rank-N.log")
-    flag("--verify-placement", action="store_true", help="say where pages and threads really were")
-    flag("--traceback", action="store_true", help="Python's traceback also of errors that say enough")
-    flag = section("of plan, doctor and models")
-    flag("--sysfs", type=Path, metavar="DIR", help="the recorded machine in DIR, not this one")
-    flag("--json", action="store_true", help="for programs")
+    flag("--log-dir", type=Path, metavar="DIR", help="copy each rank's output to DIR/rank-N.log")
+    flag("--verify-placement", action="store_true", help="report where pages and threads really were")
+    flag("--traceback", action="store_true", help="show Python's traceback for user errors too")
+    flag = section("for plan, doctor and models")
+    flag("--sysfs", type=Path, metavar="DIR", help="read the recorded machine in DIR, not this one")
+    flag("--json", action="store_true", help="print JSON, for programs")
     parser.add_argument("-h", "--help", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="store_true", help=argparse.SUPPRESS)
-    # What follows `run -m module` is the module's.
+    # The words after `run -m module` are arguments of the module.
     parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.add_argument("words", nargs=words, help=argparse.SUPPRESS)
     return parser
 
 
 def help_text(keys: Sequence[str]) -> str:
-    """Everything on one screen: commands, flags, the job's keys, examples."""
+    """The help text: commands, flags, the job's keys (one line each in `keys`), examples."""
     text = _make_parser("*").format_help().replace("usage: ", "", 1)
     return text + "\nkeys of a job [default]:\n" + "\n".join(keys) + "\n" + EXAMPLES
 
 
 def parse_flags(argv: Sequence[str]) -> Flags:
-    """Read the command line. Raises LaunchError."""
-    # Up to the first word; if that is `run`, what follows the next one is not ours to read.
+    """Parse the command line. Raises LaunchError."""
+    # Parse up to the first word. If that is `run`, its program's arguments must not be parsed here.
     early = _make_parser(argparse.REMAINDER).parse_args(argv)
     if early.words[:1] == ["run"]:
         found = _make_parser(argparse.REMAINDER).parse_args(early.words[1:], early)
         command, words, names = "run", [], []
         program = ["-m", *found.module] if found.module is not None else found.words
         if found.module is not None and found.words:
-            raise LaunchError(f"{found.words[0]!r} before -m: run takes one program; see --help")
+            raise LaunchError(
+                f"run got both {found.words[0]!r} and -m: it takes one program; see --help"
+            )
     else:
         found = _make_parser("*").parse_intermixed_args(argv)
         if found.module is not None:
-            raise LaunchError("-m goes with the command run; see --help")
+            raise LaunchError("-m is for the command run only; see --help")
         commands = [word for word in found.words if "=" not in word]
         words = [word for word in found.words if "=" in word]
         command, program = commands[0] if commands else "generate", []
         names = commands[1:]
         if command not in COMMANDS or (names and command != "models"):
             known = ", ".join(COMMANDS)
-            raise LaunchError(f"{commands[-1]!r} is not a command ({known}), not key=value; see --help")
+            raise LaunchError(
+                f"{commands[-1]!r} is not a command ({known}) and not key=value; see --help"
+            )
     for flag, value in (("--sysfs", found.sysfs), ("--json", found.json)):
         if value and command not in ("plan", "doctor", "models"):
-            raise LaunchError(f"{flag} goes with the commands plan, doctor and models only")
+            raise LaunchError(f"{flag} is for the commands plan, doctor and models only")
     return Flags(
         command=command,
         request=_request(found),
@@ -196,7 +200,7 @@ def _options(found: argparse.Namespace) -> RunOptions:
         ("--grace", found.grace, 0.0),
     ):
         if not (math.isfinite(value) and value >= least):
-            raise LaunchError(f"{flag} {value:g}: must be a number of seconds, at least {least:g}")
+            raise LaunchError(f"{flag} {value:g}: must be a number of seconds of at least {least:g}")
     return RunOptions(
         grace_s=found.grace,
         comm_timeout_s=found.comm_timeout,

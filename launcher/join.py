@@ -1,7 +1,7 @@
-"""Take a place as one of the ranks that torchrun, srun or mpirun has started.
+"""Run this process as one of the ranks that torchrun, srun or mpirun has started.
 
-The manager says which rank this is; the plan of this machine says where such a rank goes. Every local
-rank makes the same plan by itself and takes its own line of it.
+The manager says which rank this is. The plan of this machine says where that rank runs. Every local
+rank makes the same plan and takes its own entry of it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from launcher.spawn import RunOptions, rank_variables
 
 
 def local_plan(place: Managed, request: LaunchRequest) -> LaunchPlan:
-    """The plan of this machine's ranks, numbered as the whole run does. Raises LaunchError."""
+    """The plan of this machine's ranks, with their ranks in the whole run. Raises LaunchError."""
     if request.ranks not in (None, place.local_world_size):
         raise LaunchError(
-            f"--ranks {request.ranks}, but {place.manager} started {place.local_world_size} on this "
-            "machine: leave --ranks out"
+            f"--ranks {request.ranks}, but {place.manager} started {place.local_world_size} ranks on "
+            "this machine: leave --ranks out"
         )
     note, alone = _settle_mask(place, request.binds)
     count = 1 if alone else place.local_world_size
@@ -36,7 +36,7 @@ def local_plan(place: Managed, request: LaunchRequest) -> LaunchPlan:
     lines = [plan.ranks[0]] * place.local_world_size if alone else list(plan.ranks)
     backend = plan.backend
     if backend == "shm" and place.world_size > place.local_world_size:
-        backend = "shm+gloo"  # shared memory ends at the machine
+        backend = "shm+gloo"  # shared memory within a machine, gloo between machines
     return replace(
         plan,
         ranks=tuple(replace(line, rank=first + i) for i, line in enumerate(lines)),
@@ -46,11 +46,11 @@ def local_plan(place: Managed, request: LaunchRequest) -> LaunchPlan:
 
 
 def _settle_mask(place: Managed, binds: bool) -> tuple[str, bool]:
-    """What the manager did to the affinity mask: a note on it, and whether it is this rank's alone.
+    """What the manager did to the affinity mask: a note, and whether the mask is for this rank alone.
 
-    A mask that differs from the parent's was narrowed for this rank. Slurm means it: these are the
-    cpus it granted. mpirun narrows to a single core by default, which nobody asked for who asked
-    Yoke to bind: the parent's mask is planned over then.
+    If the mask differs from the parent's, the manager narrowed it for this rank. Slurm's mask is
+    kept: it holds the cpus that Slurm granted. mpirun narrows to a single core by default. If the user
+    asked Yoke to bind, that mask is replaced by the parent's, and the plan uses all its cpus.
     """
     own, parents = os.sched_getaffinity(0), os.sched_getaffinity(os.getppid())
     if own == parents:
@@ -71,15 +71,15 @@ def join(
     target: str,
     payload: str,
 ) -> int:
-    """Run `target` as this rank; its exit code."""
+    """Run `target` as this rank and return its exit code."""
     if place.manager == "torchrun" and not _set_by_user("OMP_NUM_THREADS"):
-        os.environ.pop("OMP_NUM_THREADS", None)  # the agent's default of 1, for want of a plan
+        os.environ.pop("OMP_NUM_THREADS", None)  # torchrun's default of 1; the plan sets its own
     several = place.world_size > place.local_world_size
-    # A program of the user's meets by itself.
+    # The user's program sets up its own communication.
     secret = shared_secret(options.secret_file, os.environ) if several and target != PROGRAM else ""
     try:
         meeting = meet(place, options.start_timeout_s or 300.0)
-    except LaunchError as error:  # each rank misses others, so each says so
+    except LaunchError as error:  # each rank misses different ranks, so each prints its own error
         say(f"error: {error}")
         return error.exit_code
     env = RankEnv(
@@ -110,14 +110,14 @@ def join(
     else:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if target != PROGRAM:
-        os.environ["PYTHONSAFEPATH"] = "1"  # as for ranks of our own launcher
+        os.environ["PYTHONSAFEPATH"] = "1"  # as for ranks that our own launcher starts
     for key, value in rank_variables(env).items():
         os.environ.setdefault(key, value)
     return run_managed(env, target, payload, options.tracebacks)
 
 
 def _set_by_user(name: str) -> bool:
-    """Whether the parent was started with the variable, rather than setting it for its children."""
+    """Whether the parent process was itself started with the variable (not only its children)."""
     try:
         initial = Path(f"/proc/{os.getppid()}/environ").read_bytes()
     except OSError:

@@ -1,6 +1,7 @@
-"""Ranks that somebody else started: torchrun, srun, mpirun. Their variables -> where this rank is.
+"""Ranks that a manager (torchrun, srun, mpirun) started: read this rank's place from its variables.
 
-Pure, but for `interface_of`. What such a manager does not say the ranks settle by `launcher.meeting`.
+The functions are pure, except `interface_of`. What a manager does not set, the ranks agree on in
+`launcher.meeting`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from base.errors import LaunchError
 
 @dataclass(frozen=True)
 class Managed:
-    """A rank's place by its manager's word. `run_id` is the same for all ranks of one run and differs
-    between runs on a machine; `node` tells its machines apart; `master_port` 0 is not settled yet;
-    `agent_store`: torch's elastic agent serves a store at the master address. `variables` are those
-    that say so, the one that decides first."""
+    """A rank's place as its manager states it. `run_id` is the same for all ranks of a run and differs
+    between runs on a machine; `node` differs between the run's machines; `master_port` is 0 until the
+    ranks have agreed on one; `agent_store`: torch's elastic agent serves a store at the master address.
+    `variables` are the environment variables used, the decisive one first."""
 
     manager: str
     rank: int
@@ -36,7 +37,7 @@ class Managed:
 
     @property
     def claim(self) -> str:
-        """What is believed, why, and how to start without it; for messages."""
+        """For messages: the place found, the variables that state it, and how to start without them."""
         told = " ".join(f"{key}={value}" for key, value in self.variables)
         return (
             f"{told} in the environment says that {self.manager} started this process as rank "
@@ -46,26 +47,26 @@ class Managed:
 
     @property
     def is_on_one_machine(self) -> bool:
-        """Whether all ranks can meet through this machine's kernel."""
+        """Whether all ranks run on this machine."""
         return self.world_size == self.local_world_size
 
     @property
     def place_here(self) -> int:
-        """This rank's number among those of its machine."""
+        """This rank's number among the ranks of its machine."""
         return self.rank if self.world_size == self.local_world_size else self.local_rank
 
     @property
     def rank_here(self) -> str:
-        """What such a number is called."""
+        """What messages call the number `place_here`."""
         return "rank" if self.world_size == self.local_world_size else "local rank"
 
     @property
     def run(self) -> str:
-        """What names the run, on all its machines. Others may guess it, so it keeps nobody out."""
+        """A name of the run, the same on all its machines. It is not secret: others can compute it."""
         return hashlib.sha256(f"{os.getuid()} {self.run_id}".encode()).hexdigest()[:16]
 
 
-# Of each: rank, world size, local rank, local world size, and what names the run.
+# For each manager, the variables of: rank, world size, local rank, local world size, run id.
 _MPI = (
     ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
      "OMPI_COMM_WORLD_LOCAL_SIZE", ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")),
@@ -74,13 +75,12 @@ _MPI = (
 
 
 def find_manager(environ: Mapping[str, str], parent_pid: int) -> Managed | None:
-    """Who started this process as one of several ranks, or None. Raises LaunchError for variables
-    that contradict themselves."""
-    # `srun` sets the step's variables; a batch script has the job's, and is no rank.
+    """This rank's place if a manager started it as one of several ranks, else None. Raises LaunchError
+    if the variables contradict each other."""
     if "RANK" in environ and "WORLD_SIZE" in environ and "LOCAL_RANK" in environ:
         return _torchrun(environ, parent_pid)
     for name, rank, size, local_rank, local_size, ids in _MPI:
-        # Slurm's PMI sets some of Hydra's, and is read below.
+        # Slurm's PMI sets some of Hydra's variables; Slurm's own are read below.
         known = rank in environ and size in environ and local_rank in environ
         if known and _number(environ, size) > 1:
             world = _number(environ, size)
@@ -90,13 +90,16 @@ def find_manager(environ: Mapping[str, str], parent_pid: int) -> Managed | None:
                 _number(environ, local_size), f"{name} {run_id}", f"-x MASTER_ADDR=HOST ({name})",
                 (rank, size, local_rank),
             )  # fmt: skip
+    # `srun` sets the variables of a step. A batch script has only those of the job, and is not a rank.
     if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
         world = _number(environ, "SLURM_STEP_NUM_TASKS")
         if world > 1:
             node = _number(environ, "SLURM_NODEID", 0)
             per_node = tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", str(world)))
             if node >= len(per_node):
-                raise LaunchError(f"SLURM_NODEID={node} is beyond SLURM_STEP_TASKS_PER_NODE")
+                raise LaunchError(
+                    f"SLURM_NODEID={node} is not a node of SLURM_STEP_TASKS_PER_NODE; start with srun"
+                )
             run_id = f"srun {environ.get('SLURM_JOB_ID', '')}.{environ['SLURM_STEP_ID']}"
             hosts = first_host(environ.get("SLURM_STEP_NODELIST", ""))
             return _checked(
@@ -111,7 +114,7 @@ def find_manager(environ: Mapping[str, str], parent_pid: int) -> Managed | None:
 def _torchrun(environ: Mapping[str, str], parent_pid: int) -> Managed:
     elastic = "TORCHELASTIC_RUN_ID" in environ
     world = _number(environ, "WORLD_SIZE")
-    # Ranks started by hand in two terminals have only the port in common.
+    # Ranks started by hand in two terminals share only the port.
     port = environ.get("MASTER_PORT", "")
     parts = [environ.get("TORCHELASTIC_RUN_ID", "" if port else str(parent_pid)), port]
     parts.append(environ.get("TORCHELASTIC_RESTART_COUNT", ""))
@@ -146,21 +149,21 @@ def _checked(
 ) -> Managed:
     if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
         raise LaunchError(
-            f"{manager} says rank {rank} of {world_size}, on this machine {local_rank} of "
-            f"{local_world_size}: that cannot be; are {', '.join(variables)} set by another run?"
+            f"{manager} says rank {rank} of {world_size}, and local rank {local_rank} of "
+            f"{local_world_size}: that is impossible; were {', '.join(variables)} set by another run?"
         )
-    # Ranks of one machine meet there and nowhere else, whatever the machine is called.
+    # Ranks of one machine always meet on the loopback interface, whatever MASTER_ADDR says.
     one = local_world_size == world_size
     address = "127.0.0.1" if one else environ.get("MASTER_ADDR", "")
     port = _number(environ, "MASTER_PORT", 0)
     if local_world_size < world_size and (not address or not port):
         raise LaunchError(
-            f"{world_size} ranks on several machines need to know where rank 0 is: give them "
+            f"{world_size} ranks on several machines need the address of rank 0: set "
             f"MASTER_PORT=N and {hint}"
         )
     node = (
         rank - local_rank if node is None else node
-    )  # the first rank there, where ranks come in blocks
+    )  # the first rank of the machine, if ranks are numbered in blocks
     return Managed(
         manager, rank, world_size, local_rank, local_world_size, address, port, run_id, node,
         variables=tuple((key, environ[key]) for key in variables if key in environ),
@@ -172,7 +175,9 @@ def _number(environ: Mapping[str, str], key: str, default: int | None = None) ->
     if text is None and default is not None:
         return default
     if text is None or not re.fullmatch(r"\d{1,9}", text):
-        raise LaunchError(f"{key}={text}: the launcher that set it must give a number")
+        raise LaunchError(
+            f"{key}={text}: must be a number; unset it if no manager started this process"
+        )
     return int(text)
 
 
@@ -188,20 +193,20 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def first_host(text: str) -> str:
-    """The first name of Slurm's "node[03-05,9],login" -> "node03"."""
+    """The first host of a Slurm list: "node[03-05,9],login" -> "node03"."""
     match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", text)
     return f"{match[1]}{match[2] or ''}{match[3] or ''}" if match else ""
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that leads to `address`: gloo would guess by the host's name, which need
-    not resolve to one that the other machines can reach."""
+    """The network interface on the route to `address`; None if there is none. gloo would pick one by
+    this host's name, which need not resolve to an address that the other machines can reach."""
     import psutil  # type: ignore[import-untyped]
 
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))  # sends nothing; it asks for the route
+            probe.connect((address, 9))  # sends nothing, only selects the route
             own = probe.getsockname()[0]
     except OSError:
         return None

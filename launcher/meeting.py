@@ -1,8 +1,9 @@
-"""Ranks of one machine that a manager started meet, and agree on what the manager does not say.
+"""Let the ranks that a manager started on one machine agree on what the manager does not set.
 
-A random session token, and a free port for the rendezvous where none was named. Variables can be left
-over from a run that has ended, so whoever waits soon says for whom, and by which variables. Not here:
-ranks of other machines, which meet at the port that their manager named.
+These are a random session token and, if no port was given, a free port for the rendezvous. Variables
+can be left over from a run that has ended. So a rank that waits for more than a few seconds prints
+which ranks it waits for, and which variables say that they exist. Not here: ranks on other machines,
+which meet at the port that their manager gave.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from base.streams import say
 from launcher.manager import Managed
 from launcher.user_secret import user_secret
 
-_PATIENCE_S = 5.0  # from the start of a wait to a word on it
-_TURN_S = 0.5  # between two looks at the clock
+_PATIENCE_S = 5.0  # from the start of a wait to the message about it
+_TURN_S = 0.5  # longest wait between two checks of the clock
 _TOKEN = 16  # characters of a session token
 _ANSWER = f"<I{_TOKEN}s"  # the port and the token
 
@@ -31,9 +32,9 @@ Turn = Callable[[str], float]
 
 
 def _turns(place: Managed, deadline_s: float) -> Turn:
-    """A function to call again and again while waiting, with what is missing: it returns how long to
-    wait now, in seconds, says once and before long what the wait is for, and raises LaunchError when
-    `deadline_s` is over."""
+    """A function to call repeatedly while waiting, with a text on what is missing. It returns how long
+    to wait next, in seconds. After a few seconds it prints once what the wait is for. It raises
+    LaunchError after `deadline_s` seconds."""
     start = time.monotonic()
     said = False
 
@@ -52,8 +53,8 @@ def _turns(place: Managed, deadline_s: float) -> Turn:
 
 @dataclass(frozen=True)
 class Meeting:
-    """What the ranks of one machine have agreed on: the run's random token on this machine, the port of
-    the rendezvous and, on rank 0 of ranks whose manager named none, a socket that listens on it."""
+    """What the ranks of one machine have agreed on: the run's random token on this machine and the port
+    of the rendezvous. `store`: a socket that listens on it, on rank 0 if the manager gave no port."""
 
     session: str
     port: int
@@ -61,11 +62,11 @@ class Meeting:
 
 
 def meet(place: Managed, deadline_s: float) -> Meeting:
-    """Agree with the other ranks of this machine.
+    """Wait for the other ranks of this machine and agree with them.
 
-    They wait for each other through a socket in the kernel's abstract namespace, which leaves no file;
-    the first of them tells the others. Ranks on several machines meet later, at the port that the
-    manager named. Raises LaunchError that names who does not come in time.
+    They meet at a socket in the kernel's abstract namespace, which leaves no file. The first rank of
+    the machine sends token and port to the others. Ranks on other machines meet later, at the port that
+    the manager gave. Raises LaunchError that names the ranks still missing after `deadline_s` seconds.
     """
     turn = _turns(place, deadline_s)
     if place.world_size > 1 and (place.agent_store or not place.is_on_one_machine):
@@ -88,7 +89,7 @@ def meet(place: Managed, deadline_s: float) -> Meeting:
 
 
 def _door(place: Managed) -> str:
-    """The socket's name, which no other user can know before it is there, and take."""
+    """The name of the socket. Other users cannot compute it, so they cannot bind it first."""
     name = hashlib.sha256(user_secret() + place.run.encode()).hexdigest()[:32]
     return f"\0yoke-{name}-{place.node}"
 
@@ -101,7 +102,7 @@ def _tell(place: Managed, turn: Turn, meeting: Meeting) -> None:
             door.bind(_door(place))
         except OSError as error:
             raise LaunchError(
-                f"{_holder(place)} is {place.rank_here} 0 of this run already ({error.strerror}); "
+                f"{_holder(place)} already runs as {place.rank_here} 0 of this run ({error.strerror}); "
                 f"{place.claim}"
             ) from None
         door.listen(place.local_world_size)
@@ -109,7 +110,7 @@ def _tell(place: Managed, turn: Turn, meeting: Meeting) -> None:
             names = ", ".join(map(str, sorted(missing)))
             door.settimeout(
                 turn(
-                    f"{len(missing)} of {place.local_world_size} ranks did not come "
+                    f"{len(missing)} of {place.local_world_size} ranks did not connect "
                     f"({place.rank_here} {names})"
                 )
             )
@@ -139,7 +140,7 @@ def _ask(place: Managed, turn: Turn) -> Meeting:
 
 
 def _holder(place: Managed) -> str:
-    """Who has bound the socket, for a message."""
+    """For a message: who has bound the socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as line, suppress(OSError):
         line.settimeout(_TURN_S)
         line.connect(_door(place))
@@ -149,7 +150,8 @@ def _holder(place: Managed) -> str:
 
 
 def _expect_store(place: Managed) -> None:
-    """Say so if nobody listens where other ranks than 0 are to meet it."""
+    """Print a message if nothing listens at the master address, where ranks other than 0 connect.
+    Raises LaunchError if that is torchrun's agent, which has then ended."""
     if place.rank == 0 and not place.agent_store:
         return
     where = f"{place.master_addr}:{place.master_port} (MASTER_ADDR, MASTER_PORT)"
@@ -159,16 +161,16 @@ def _expect_store(place: Managed) -> None:
             socket.create_connection((place.master_addr, place.master_port), _PATIENCE_S).close()
             return
         except OSError as error:
-            # The agent serves its store before it starts a rank: if it is not there, it is gone.
+            # The agent serves its store before it starts ranks: if nothing listens, it has ended.
             if place.agent_store and isinstance(error, ConnectionRefusedError):
                 raise LaunchError(
-                    f"nobody listens at {where}, where torchrun's agent would; {place.claim}"
+                    f"nothing listens at {where}, where torchrun's agent should; {place.claim}"
                 ) from None
         time.sleep(0.05)
-    say(f"waiting: nobody listens at {where} yet; {place.claim}")
+    say(f"waiting: nothing listens at {where} yet; {place.claim}")
 
 
 def _uid(line: socket.socket) -> int:
-    """Whose process is at the other end."""
+    """The user id of the process at the other end."""
     _, uid, _ = struct.unpack("3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return int(uid)

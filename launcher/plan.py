@@ -1,10 +1,11 @@
-"""Topology and request -> which rank runs where, and why. Pure: nothing is read, bound or started.
+"""Decide which rank runs where, and why, from the topology and the request.
 
-One rank per socket unless told otherwise, where sockets that share a memory node count as one; every
-physical core that is allowed is used, one thread on each (a second hardware thread only shares the
-first one's vector units and bandwidth). Each decision leaves a sentence in `reasons`.
+The functions are pure: they read, bind and start nothing. The default is one rank per socket; sockets
+that share a memory node count as one. Every allowed physical core is used, with one thread on each (a
+second hardware thread only shares the first one's vector units and bandwidth). Each decision adds a
+sentence to `reasons`.
 
-What is not here: drawing (`launcher.draw`), memory sizes of models (the engine knows them).
+What is not here: drawing (`launcher.draw`), memory sizes of models (the engine computes them).
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from base.errors import LaunchError
 from launcher.divide import divide, group_cores, join_shared, socket_of
 from launcher.machine.topology import Core, Gpu, Topology, format_cpu_list
 
-MAX_RANKS = 1024  # of a group in shared memory (kMaxWorld in comm/csrc/channel.h)
-_FEW_RANKS = 64  # so many may share a few cores, to try things; more need a core each
+MAX_RANKS = 1024  # of a shared-memory group (kMaxWorld in comm/csrc/channel.h)
+_FEW_RANKS = 64  # up to this many may share a few cores, for experiments; more need a core each
 BACKENDS = ("shm", "gloo", "nccl", "ccl", "deepspeed")
 RANK_PER = ("socket", "node", "l3", "gpu")
 MEMORY_POLICIES = ("bind", "preferred", "interleave", "none")
@@ -28,7 +29,7 @@ MEMORY_POLICIES = ("bind", "preferred", "interleave", "none")
 class LaunchRequest:
     """What the flags ask for. None leaves the choice to the plan.
 
-    `core_list` holds logical cpus; `reserve_cores` physical cores that no rank gets.
+    `core_list` holds logical cpus; `reserve_cores` is the number of physical cores that no rank gets.
     """
 
     ranks: int | None = None
@@ -43,7 +44,7 @@ class LaunchRequest:
 
     @property
     def binds(self) -> bool:
-        """Whether ranks are bound: asked for, or implied by saying where they go."""
+        """Whether ranks are bound: by --bind-cores-to-rank, or by a flag that places them."""
         return (
             self.bind_cores
             or self.rank_per is not None
@@ -57,10 +58,10 @@ class LaunchRequest:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """One rank's place. `device` is "cpu" or "cuda:<visible index>".
+    """Where one rank runs. `device` is "cpu" or "cuda:<visible index>".
 
-    `memory_policy` is how its pages are placed on `nodes`: "bind", "interleave", "preferred" (only
-    `preferred_nodes` are asked for, the others take what does not fit) or "none" (first touch).
+    `memory_policy` is how its pages are placed on `nodes`: "bind", "interleave", "preferred" (pages go
+    to `preferred_nodes`; the other nodes take what does not fit) or "none" (first touch).
     """
 
     rank: int
@@ -74,7 +75,7 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """All ranks, the transport between them, the cpus that are kept free, and why it is so."""
+    """All ranks, the transport between them, the cpus that are kept free, and the reasons."""
 
     ranks: tuple[RankPlan, ...]
     backend: str
@@ -85,7 +86,7 @@ class LaunchPlan:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a rank could go, and what it is called in a reason."""
+    """Where a rank could go, and the name of that place in a reason."""
 
     name: str
     cores: tuple[Core, ...]
@@ -105,7 +106,7 @@ def make_plan(topology: Topology, request: LaunchRequest) -> LaunchPlan:
     sizes = {len(place.cores) for place in places}
     if len(sizes) > 1 and max(sizes) - min(sizes) > 1:
         reasons.append(
-            f"ranks have {min(sizes)} to {max(sizes)} cores: each step waits for the slowest; "
+            f"ranks have {min(sizes)} to {max(sizes)} cores: each step waits for the slowest rank; "
             f"--cores-per-rank {min(sizes)} makes them equal"
         )
     if not request.binds:
@@ -138,33 +139,33 @@ def _check_ranks(ranks: int | None, cores: int) -> None:
     most = min(max(cores, _FEW_RANKS), MAX_RANKS)
     if ranks is None or 1 <= ranks <= most:
         return
-    why = f"{MAX_RANKS} is what a group in shared memory holds"
+    why = f"{MAX_RANKS} is the limit of a shared-memory group"
     if most < MAX_RANKS:
-        why = f"more than {_FEW_RANKS} need a core each, and there are {cores}"
-    raise LaunchError(f"--ranks {ranks}: there can be 1 to {most} ranks here ({why})")
+        why = f"more than {_FEW_RANKS} need a core each, and this machine has {cores}"
+    raise LaunchError(f"--ranks {ranks}: must be 1 to {most} here ({why})")
 
 
 def _chosen_cores(topology: Topology, request: LaunchRequest, reasons: list[str]) -> tuple[Core, ...]:
-    """All cores, or those of --bind-core-list with just the threads that it names."""
+    """All cores, or those of --bind-core-list with only the hardware threads that it names."""
     if request.core_list is None:
         if any(len(core.cpus) > 1 for core in topology.cores):
             reasons.append(
-                "every hardware thread of a core is used (--smt)"
+                "every hardware thread of each core is used (--smt)"
                 if request.smt
-                else "one thread per core: the first hardware thread of each (--smt takes all)"
+                else "one thread per core: the first hardware thread of each (--smt uses all)"
             )
         if {core.kind for core in topology.cores} > {"efficiency"}:
             fast = [core.cpus[0] for core in topology.cores if core.kind != "efficiency"]
             reasons.append(
-                "performance and efficiency cores work together, at the pace of the slower; "
-                f"--bind-core-list {format_cpu_list(fast)} takes the performance cores alone"
+                "performance and efficiency cores work together; each step waits for the slower; "
+                f"--bind-core-list {format_cpu_list(fast)} uses only the performance cores"
             )
         return topology.cores
     wanted = set(request.core_list)
     foreign = wanted - set(topology.allowed_cpus)
     if foreign or not wanted:
         raise LaunchError(
-            f"--bind-core-list {format_cpu_list(wanted)}: this process may use the cpus "
+            f"--bind-core-list {format_cpu_list(wanted)}: this process may use cpus "
             f"{format_cpu_list(topology.allowed_cpus)}"
             + (f", not {format_cpu_list(foreign)}" if foreign else "")
         )
@@ -178,7 +179,7 @@ def _chosen_cores(topology: Topology, request: LaunchRequest, reasons: list[str]
     if doubled:
         reasons.append(
             f"--bind-core-list names several hardware threads of {len(doubled)} cores "
-            f"(cpus {format_cpu_list(doubled[0])} are one core): they share its units"
+            f"(cpus {format_cpu_list(doubled[0])} are one core): they share its vector units"
         )
     return cores
 
@@ -186,15 +187,15 @@ def _chosen_cores(topology: Topology, request: LaunchRequest, reasons: list[str]
 def _reserve(
     cores: tuple[Core, ...], count: int, reasons: list[str]
 ) -> tuple[tuple[Core, ...], tuple[int, ...]]:
-    """Set `count` cores aside: the last ones, from each socket in turn, so that all stay equal."""
+    """Reserve `count` cores: the last of each socket in turn, so that sockets keep equal counts."""
     if not count:
         return cores, ()
     if count >= len(cores):
-        raise LaunchError(f"--reserve-cores {count}: there are {len(cores)} cores, and ranks need one")
+        raise LaunchError(f"--reserve-cores {count}: of {len(cores)} cores, ranks need at least one")
     sockets = [list(group) for _, group in groupby(cores, key=socket_of)]
     kept_back: list[Core] = []
     while len(kept_back) < count:
-        # From the fullest; of equals, from the last.
+        # From the socket with the most cores left; of equals, the last.
         kept_back.append(max(reversed(sockets), key=len).pop())
     cpus = tuple(sorted(cpu for core in kept_back for cpu in core.cpus))
     reasons.append(f"cpus {format_cpu_list(cpus)} are kept free (--reserve-cores {count})")
@@ -204,11 +205,11 @@ def _reserve(
 def _places(
     topology: Topology, cores: tuple[Core, ...], request: LaunchRequest, reasons: list[str]
 ) -> list[_Place]:
-    """The cores (and GPU) of each rank."""
+    """The cores (and the GPU, if any) of each rank."""
     if request.rank_per == "gpu":
         return _gpu_places(topology, cores, request, reasons)
     if topology.gpus:
-        reasons.append(f"{len(topology.gpus)} GPUs are here; --rank-per gpu puts one rank on each")
+        reasons.append(f"{len(topology.gpus)} GPUs are not used; --rank-per gpu puts one rank on each")
     units = group_cores(cores, request.rank_per or "socket", reasons)
     each = request.rank_per or "socket"
     if request.rank_per is None and len(whole := join_shared(units, reasons)) < len(units):
@@ -216,7 +217,7 @@ def _places(
     count = request.ranks if request.ranks is not None else len(units)
     if count > MAX_RANKS:
         raise LaunchError(
-            f"one rank per {each} would be {count}, and a group in shared memory holds at most "
+            f"one rank per {each} would be {count} ranks, and a shared-memory group holds at most "
             f"{MAX_RANKS}: give --ranks N"
         )
     if count == len(units):
@@ -225,7 +226,7 @@ def _places(
     if request.rank_per is not None and count < len(units):
         unused = ", ".join(name for name, _ in units[count:])
         reasons.append(
-            f"--ranks {count} of --rank-per {request.rank_per}: {unused} stay unused; "
+            f"--ranks {count} with --rank-per {request.rank_per}: {unused} stay unused; "
             "without --rank-per their cores are used too"
         )
         return [_Place(name, unit) for name, unit in units[:count]]
@@ -238,26 +239,26 @@ def _places(
 def _gpu_places(
     topology: Topology, cores: tuple[Core, ...], request: LaunchRequest, reasons: list[str]
 ) -> list[_Place]:
-    """One rank per GPU, on the cores beside it; GPUs with the same cores divide them."""
+    """One rank per GPU, on the cores near it; GPUs with the same near cores divide them."""
     gpus = topology.gpus
     count = request.ranks if request.ranks is not None else len(gpus)
     if gpus and request.comm == "gloo" and count > len(gpus):
-        # NCCL refuses two ranks on one GPU; gloo does not, which is for looking at correctness.
-        reasons.append(f"{count} ranks share {len(gpus)} GPUs: right, and slow")
+        # NCCL refuses two ranks on one GPU. gloo allows it, which serves tests of correctness.
+        reasons.append(f"{count} ranks share {len(gpus)} GPUs: correct but slow")
         gpus = tuple(gpus[rank % len(gpus)] for rank in range(count))
     if not gpus or count > len(gpus):
         raise LaunchError(
             f"--rank-per gpu: {len(gpus)} GPUs are visible"
-            + (f", {count} ranks were asked for" if gpus else " here (CUDA_VISIBLE_DEVICES counts)")
+            + (f", {count} ranks were asked for" if gpus else " here (check CUDA_VISIBLE_DEVICES)")
         )
-    reasons.append(f"one rank per GPU, on the cores beside it: {count}")
+    reasons.append(f"one rank per GPU, on the cores near it: {count}")
     near: dict[tuple[Core, ...], list[Gpu]] = {}
     for gpu in gpus[:count]:
         local = tuple(core for core in cores if set(core.cpus) & set(gpu.cpus))
         beside = {cpu for node in topology.nodes if node.id == gpu.node for cpu in node.cpus}
         local = local or tuple(core for core in cores if beside & set(core.cpus))
         if not local:
-            reasons.append(f"gpu {gpu.index} ({gpu.pci}) names no cores beside it: it may have any")
+            reasons.append(f"gpu {gpu.index} ({gpu.pci}) lists no near cores: its rank may use any")
         near.setdefault(local or cores, []).append(gpu)
     places = [
         _Place(f"gpu {gpu.index}", share, gpu)
@@ -302,7 +303,7 @@ def _place_rank(
 
 
 def _nodes_of(topology: Topology, cores: Collection[Core]) -> set[int]:
-    """The memory nodes of these cores: their own, and those that share it with the same cpus."""
+    """The memory nodes of these cores: each core's own node, and nodes that list the same cpus."""
     cpus = {cpu for core in cores for cpu in core.cpus}
     return {core.node for core in cores} | {
         node.id for node in topology.nodes if cpus.intersection(node.cpus)
@@ -319,25 +320,25 @@ def _with_memory(topology: Topology, nodes: Collection[int]) -> tuple[int, ...]:
 def _memory(
     topology: Topology, rank: int, near: set[int], spans: bool, asked: str | None, reasons: list[str]
 ) -> tuple[tuple[int, ...], tuple[int, ...], str]:
-    """A rank's memory nodes, those of them that are preferred, and its policy. `spans`: its cores are
-    not all near the same nodes."""
+    """A rank's memory nodes, the preferred ones among them, and its policy. `spans`: its cores are not
+    all on one memory node."""
     own = _with_memory(topology, near)
     beside = [node for node in topology.nodes if node.near in near and node.memory_bytes]
     fast = tuple(node.id for node in beside if node.kind == "hbm")
     slow = [node for node in beside if node.kind != "hbm"]
     if slow:
         listed = ", ".join(f"{node.id} ({node.kind})" for node in slow)
-        reasons.append(f"memory nodes without cpus are left alone, as they are slower: {listed}")
+        reasons.append(f"memory nodes without cpus are not used, as they are slower: {listed}")
     if not own and not fast:
-        # Cores without memory of their own: take the memory beside them, if it is told.
+        # Cores without memory of their own: use the nearest memory, if it is known.
         own = tuple(node.id for node in slow)
     nodes = tuple(sorted({*own, *fast}))
     if asked == "none" or not nodes:
         if not nodes:
             listed = format_cpu_list(near)
             reasons.append(
-                f"rank {rank}: nodes {listed} have no memory, or none that is allowed; pages come from "
-                f"nodes {format_cpu_list(topology.allowed_nodes)} as they are touched"
+                f"rank {rank}: nodes {listed} have no memory that may be used; pages go to "
+                f"nodes {format_cpu_list(topology.allowed_nodes)} by first touch"
             )
         return tuple(sorted(near)), (), "none"
     if asked == "preferred":
@@ -345,7 +346,7 @@ def _memory(
     if asked is None and fast:
         reasons.append(
             f"HBM is preferred where it is near (rank {rank}: node {format_cpu_list(fast)}); what "
-            "does not fit goes to the next node (--numa-memory bind: DRAM and HBM alike)"
+            "does not fit goes to the next node (--numa-memory bind treats DRAM and HBM alike)"
         )
         return nodes, fast, "preferred"
     if spans and len(own) > 1:
@@ -359,10 +360,10 @@ def _memory(
 def _backend(places: list[_Place], request: LaunchRequest, reasons: list[str]) -> str:
     on_gpus = all(place.gpu is not None for place in places)
     if request.comm == "nccl" and not on_gpus:
-        raise LaunchError("--comm nccl works between GPUs: add --rank-per gpu, or use --comm auto")
+        raise LaunchError("--comm nccl works only between GPUs: add --rank-per gpu, or use --comm auto")
     if request.comm in ("shm", "ccl", "deepspeed") and on_gpus:
         raise LaunchError(
-            f"--comm {request.comm} works between cpus: use --comm auto (nccl between GPUs)"
+            f"--comm {request.comm} works only between cpus: use --comm auto (nccl between GPUs)"
         )
     backend = request.comm if request.comm != "auto" else "nccl" if on_gpus else "shm"
     if len(places) > 1:

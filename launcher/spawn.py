@@ -1,10 +1,10 @@
-"""Start one process per rank of a plan, and hand them to `launcher.watch`.
+"""Start one process per rank of a plan, and pass them to `launcher.watch`.
 
-Every rank leads a process group of its own, which is killed at the end whatever happened, so that
-compilers started by a rank go with it. What a rank is told travels in an anonymous file, not on its
-command line: prompts may be long, and are nobody else's business.
+Every rank leads its own process group. The group is always killed at the end, so that compilers which
+a rank started end with it. A rank receives its settings in an anonymous file, not on its command
+line: prompts may be long, and other users can read command lines.
 
-What is not here: several nodes (`launcher.elastic`), ranks that others start (`launcher.manager`).
+What is not here: several machines (`launcher.elastic`), ranks that others start (`launcher.manager`).
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from launcher.watch import Rank, kill_groups, signal_pipe, watch
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How ranks are looked after; times in seconds, 0 is no limit for the last two.
+    """How ranks are watched. Times are in seconds; 0 means no limit for the start and hang timeouts.
 
     `grace_s`: from asking ranks to stop to killing them. `comm_timeout_s`: how long one rank waits
     for another. `start_timeout_s`: from the start to the target's first line. `hang_timeout_s`: how
-    long a rank may give no sign of life. `secret_file`: what ranks on several machines share.
-    `tracebacks`: also of errors whose message says all.
+    long a rank may send no heartbeat. `secret_file`: the secret that ranks on several machines share.
+    `tracebacks`: show them for user errors too.
     """
 
     grace_s: float = 5.0
@@ -53,7 +53,7 @@ class RunOptions:
 
 
 def new_session() -> str:
-    """A random token from which all names of one run derive, so that two runs never meet."""
+    """A random token. All names of a run derive from it, so two runs never share a name."""
     return secrets.token_hex(8)
 
 
@@ -65,12 +65,12 @@ def launch(
     payload: str,
     console: Sequence[str] | None = None,
 ) -> int:
-    """Run `target`'s `main` in every rank of the plan and return the exit code of the whole.
+    """Run `target`'s `main` in every rank of the plan and return the exit code of the run.
 
-    0 if all ranks returned 0; the code of the first rank that failed; 128 + n for a rank that signal
-    n killed, or for a signal n to this process. One message on stderr says what happened. Raises
+    It is 0 if all ranks returned 0, else the code of the first rank that failed; 128 + n if signal n
+    killed a rank or reached this process. One message on stderr says what happened. Raises
     LaunchError if a rank cannot be started. `console` is the command of a process that has the terminal
-    and a channel to rank 0 (`launcher.chat.console`), whose end ends the run.
+    and a channel to rank 0 (`launcher.chat.console`); when that process ends, the run ends.
     """
     with ExitStack() as stack:
         stack.callback(remove_segments, session)
@@ -84,8 +84,8 @@ def launch(
         stack.callback(kill_groups, ranks)
         _start(plan, options, session, target, payload, channel, ranks, pipe, selector, stack)
         if channel is not None:
-            channel.close()  # rank 0 alone has it, so that its end is noticed
-        guard.wait()  # it has detached itself while the ranks started
+            channel.close()  # only rank 0 keeps this end, so the console notices when rank 0 ends
+        guard.wait()  # the guard has detached itself by now; this reaps its first process
         selector.register(wakeup, selectors.EVENT_READ, None)
         return watch(
             ranks,
@@ -100,7 +100,7 @@ def launch(
 
 
 def _start_guard(session: str, stack: ExitStack) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
-    """The process that cleans up after a launcher that was killed, and the pipe that it reads."""
+    """Start the process that cleans up if the launcher is killed; return it and the pipe it reads."""
     guard = subprocess.Popen(
         [sys.executable, "-I", "-S", str(CHECKOUT / "launcher" / "guard.py")],
         stdin=subprocess.PIPE,
@@ -137,7 +137,7 @@ def _start(
     stack: ExitStack,
 ) -> None:
     size = len(plan.ranks)
-    # Bound here and handed to rank 0, so that no port is guessed and then taken by another.
+    # The socket is bound here and passed to rank 0, so no other process can take the port in between.
     with socket.create_server(("127.0.0.1", 0), backlog=max(size, 16)) as store:
         env = RankEnv(
             rank=0,
@@ -192,8 +192,8 @@ def _start_rank(
             "beat_s": min(options.hang_timeout_s / 4, 5.0),
         }
     )
-    # A program of the user's keeps the allocator, and the path of modules, that it would have had. What
-    # our own ranks start in turn, torch's compile workers, finds no modules in the current folder.
+    # The user's program keeps its own allocator settings and sys.path. For our own ranks PYTHONSAFEPATH
+    # keeps what they start (torch's compile workers) from importing modules of the current folder.
     own = target != PROGRAM
     variables = {MARK: mark_of(env.session)}
     variables |= {**allocator_variables(os.environ), "PYTHONSAFEPATH": "1"} if own else {}
@@ -229,12 +229,12 @@ def _start_rank(
 
 
 def path_flags() -> list[str]:
-    """What this interpreter was told of its path of modules (-P), for one that is started."""
+    """-P for an interpreter to start, if this one runs with it."""
     return ["-P"] if sys.flags.safe_path else []
 
 
 def _channels(rank: int, log: IO[bytes] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Our ends and the rank's ends of its stdout and stderr; none where it writes to ours."""
+    """Our ends and the rank's ends of its stdout and stderr; empty if it inherits ours."""
     if rank == 0 and log is None:
         return (), ()
     pairs = [open_channel(rank == 0 and stream.isatty()) for stream in (sys.stdout, sys.stderr)]
@@ -250,7 +250,7 @@ def _anonymous_file(data: Mapping[str, Any]) -> int:
 
 
 def rank_variables(env: RankEnv) -> dict[str, str]:
-    """The environment that torchrun would give this rank, which `init_process_group()` reads."""
+    """The variables that torchrun would set for this rank; `init_process_group()` reads them."""
     values = {
         "RANK": str(env.rank),
         "WORLD_SIZE": str(env.world_size),
@@ -260,6 +260,6 @@ def rank_variables(env: RankEnv) -> dict[str, str]:
         "MASTER_PORT": str(env.master_port),
     }
     if env.master_addr == "127.0.0.1":
-        # Host names need not resolve where all ranks are on one machine.
+        # With all ranks on one machine, no host name has to resolve.
         values["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     return values

@@ -1,8 +1,8 @@
-"""Look after started ranks until all have ended: one thread, one loop over pipes and signals.
+"""Watch started ranks until all have ended: one thread, one loop over pipes and signals.
 
-The first failure decides: the others are asked to stop (TERM), and killed when `grace_s` is over.
-Nothing is polled: SIGCHLD wakes the loop when a rank ends, pipes when it says something, deadlines
-when it does not.
+The first failure decides the exit code. The other ranks are then asked to stop (SIGTERM), and killed
+after `grace_s`. Nothing is polled: the loop wakes up for SIGCHLD when a rank ends, for a rank's pipe
+when it reports, and at deadlines.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from base.streams import say
 from launcher.chat.console import Console, end_console
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Passed on, and nothing else: programs save checkpoints on these, ranks show their stacks on QUIT.
+# Only passed on to the ranks: programs save checkpoints on USR1/2, ranks print their stacks on QUIT.
 _PASSED_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 _KILL_S = (
-    10.0  # from killing a rank to giving it up: one that waits for a device or a file system stays
+    10.0  # from killing a rank to giving it up: a rank that waits for a device or disk cannot be killed
 )
 _MAX_REPORT_BYTES = 1 << 20
-_STATES = {"T": "it is stopped", "t": "it is being traced", "D": "it waits in the kernel"}
+_STATES = {"T": "it is stopped", "t": "it is being traced", "D": "it waits in the kernel"}  # proc(5)
 
 
 @dataclass
 class Rank:
-    """A started rank and what is known of it. The only mutable record of the launcher."""
+    """A started rank and its state. The only mutable record of the launcher."""
 
     rank: int
     process: subprocess.Popen[bytes]
     report: bytes = b""
-    code: int | None = None  # as of subprocess, once it has ended
-    started: bool = False  # its target's code runs
+    code: int | None = None  # once it has ended: as subprocess's returncode, -n for signal n
+    started: bool = False  # whether the target's code is running
     spawned_at: float = field(default_factory=time.monotonic)
-    seen_at: float = field(default_factory=time.monotonic)  # the last sign of life
+    seen_at: float = field(default_factory=time.monotonic)  # time of the last heartbeat or report
 
     @property
     def name(self) -> str:
         return f"rank {self.rank} (pid {self.process.pid})"
 
     def has_ended(self) -> bool:
-        """Whether it has; `code` is then known. It stays a zombie until `kill_groups` reaps it, so that
-        neither its pid nor its group's number can become another process's while we may signal it."""
+        """Whether the rank has ended; `code` is then set. The rank stays a zombie until `kill_groups`
+        reaps it, so no other process can get its pid or group id while we may still signal them."""
         if self.code is None:
             end = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if end is not None:
@@ -60,7 +60,7 @@ class Rank:
         return self.code is not None
 
     def read_report(self, chunk: bytes) -> None:
-        """Lines of JSON; an empty one is a heartbeat."""
+        """Take a chunk from the rank's report pipe: lines of JSON; an empty line is a heartbeat."""
         self.seen_at = time.monotonic()
         self.report = (self.report + chunk).lstrip(b"\n")[:_MAX_REPORT_BYTES]
         if self.report.startswith(b'{"kind": "started"}\n'):
@@ -70,8 +70,8 @@ class Rank:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """The exit code of the whole and its message (empty: the failed rank's report tells it), and which
-    ranks the kernel had stopped or held then."""
+    """The exit code of the run and its message (empty: take it from the failed rank's report). `held`
+    names the ranks that were stopped or blocked in the kernel at that time."""
 
     code: int
     message: str = ""
@@ -89,16 +89,18 @@ def watch(
     hang_timeout_s: float,
     tracebacks: bool = False,
 ) -> int:
-    """Until all ranks have ended; the exit code of the whole, after its message on stderr.
+    """Wait until all ranks have ended, print one message on stderr if the run failed, and return the
+    exit code of the run.
 
-    Rank pipes are registered in `selector` with a function that takes each chunk, `wakeup` (of
-    `signal_pipe`) with None. The two timeouts are off at 0. The end of the console ends the run.
-    `tracebacks` are shown also of errors that have a message.
+    Rank pipes are registered in `selector` with a function that takes each chunk, `wakeup` (from
+    `signal_pipe`) with None. Times are in seconds; `start_timeout_s` and `hang_timeout_s` are off at 0.
+    The end of the console ends the run. `tracebacks`: show them for errors that have a message too.
     """
     running = list(ranks)
     ended_well: list[str] = []
     verdict: _Verdict | None = None
-    stop_at: float | None = None  # when the ranks that go on are stopped; once asked, killed; then left
+    # Deadline of the next step: ask the running ranks to stop, then kill them, then give them up.
+    stop_at: float | None = None
     killed = False
 
     def decide(code: int, message: str = "", ask: int | None = signal.SIGTERM) -> None:
@@ -116,7 +118,7 @@ def watch(
             console.process.terminate()
 
     def due_at(rank: Rank) -> float:
-        """When this rank counts as stuck."""
+        """The time at which this rank counts as stuck."""
         hang = rank.seen_at + (hang_timeout_s or math.inf)
         return hang if rank.started else min(hang, rank.spawned_at + (start_timeout_s or math.inf))
 
@@ -131,17 +133,17 @@ def watch(
                 pass
             elif number in _STOP_SIGNALS and verdict is None:
                 decide(128 + number, f"stopped by {signal.Signals(number).name}", number)
-            elif number in _STOP_SIGNALS:  # asked twice: at once
+            elif number in _STOP_SIGNALS:  # a second signal: kill at once
                 signal_groups(running, signal.SIGKILL)
         if console is not None and verdict is None and not ended_well:
             code = console.process.poll()
             if code:
                 decide(*console.failure())
-            elif code == 0:  # rank 0 hears of it, and ends the run
+            elif code == 0:  # rank 0 sees its channel close, and ends the run
                 ended_well.append("the chat")
                 stop_at = time.monotonic() + grace_s
         ended = [rank for rank in running if rank.has_ended()]
-        # Of those that ended together, one that was killed is the cause; the others missed it.
+        # If several ended together, one killed by a signal is the cause: the others failed without it.
         for rank in sorted(ended, key=lambda rank: (rank.code or 0) >= 0):
             running.remove(rank)
             if rank.code == 0:
@@ -151,28 +153,32 @@ def watch(
                 decide(*_failure(rank))
         now = time.monotonic()
         if verdict is None and (stuck := [rank for rank in running if now >= due_at(rank)]):
-            _signal_ranks(stuck, signal.SIGQUIT)  # shows where it is
+            _signal_ranks(stuck, signal.SIGQUIT)  # they print their stacks
             message = _stuck(stuck, start_timeout_s, hang_timeout_s)
             signal_groups([rank for rank in running if rank not in stuck], signal.SIGTERM)
             decide(1, message, ask=None)
         elif running and stop_at is not None and now >= stop_at:
             if verdict is None:
                 names = ", ".join(rank.name for rank in running)
-                decide(1, f"{ended_well[0]} ended, but after {grace_s:g} s not: {names}")
+                decide(
+                    1,
+                    f"{ended_well[0]} exited with code 0, and {grace_s:g} s later these were still "
+                    f"running: {names}; all ranks were stopped",
+                )
             elif not killed:
                 signal_groups(running, signal.SIGKILL)
                 killed, stop_at = True, now + _KILL_S
             else:
-                break  # the kernel does not let them go
+                break  # the kernel does not end them
     kill_groups(ranks)
     if console is not None:
         end_console(console)
     _drain(selector)
     if verdict is None:
         return 0
-    # Read only now: a report may still have been in its pipe when its rank was reaped.
+    # Reports are read only now: one may still have been in its pipe when its rank was reaped.
     left = "".join(
-        f"; {rank.name} cannot be killed: {_state(rank) or 'it goes on'}" for rank in running
+        f"; {rank.name} cannot be killed: {_state(rank) or 'it still runs'}" for rank in running
     )
     message = verdict.message or _reported(ranks, verdict.code, tracebacks) + verdict.held
     say(message + left)
@@ -180,7 +186,7 @@ def watch(
 
 
 def _wait(selector: selectors.BaseSelector, wakeup: int, deadline: float) -> Iterator[int]:
-    """Handle what is ready, and yield the signals that arrived."""
+    """Wait until `deadline`, read the pipes that are ready, and yield the signals that arrived."""
     timeout = None if deadline == math.inf else max(deadline - time.monotonic(), 0.0)
     for key, _ in selector.select(timeout):
         if key.data is None:
@@ -190,12 +196,12 @@ def _wait(selector: selectors.BaseSelector, wakeup: int, deadline: float) -> Ite
 
 
 def _handle(selector: selectors.BaseSelector, key: selectors.SelectorKey) -> None:
-    """Read once from a rank's pipe; close it at its end."""
+    """Read once from a rank's pipe; close the pipe at its end."""
     stream: IO[bytes] = key.fileobj  # type: ignore[assignment]
     try:
         chunk = os.read(stream.fileno(), 65536)
     except OSError as error:
-        if error.errno != errno.EIO:  # how a pseudo-terminal ends
+        if error.errno != errno.EIO:  # EIO is the end of a pseudo-terminal
             raise
         chunk = b""
     key.data(chunk)
@@ -205,8 +211,8 @@ def _handle(selector: selectors.BaseSelector, key: selectors.SelectorKey) -> Non
 
 
 def _drain(selector: selectors.BaseSelector) -> None:
-    """Read what the ended ranks left in their pipes, and no longer than that: a process that escaped
-    its group could hold one open for ever."""
+    """Read what the ended ranks left in their pipes, but do not wait for the pipes to close: a process
+    that left its group could hold one open forever."""
     until = time.monotonic() + 1.0
     while time.monotonic() < until:
         ready = [key for key, _ in selector.select(0) if key.data is not None]
@@ -222,7 +228,7 @@ def _drain(selector: selectors.BaseSelector) -> None:
 
 
 def _failure(rank: Rank) -> tuple[int, str]:
-    """Exit code and message of a rank that ended badly; "" leaves the message to its report."""
+    """Exit code and message of a rank that failed; "" if its report has the message."""
     code = rank.code
     assert code is not None
     if code >= 0:
@@ -236,12 +242,12 @@ def _failure(rank: Rank) -> tuple[int, str]:
 
 
 def _stuck(stuck: Sequence[Rank], start_timeout_s: float, hang_timeout_s: float) -> str:
-    """Which ranks were given up, and what the kernel says of them."""
+    """The message about stuck ranks: which limit each exceeded, and its state in the kernel."""
     parts = []
     for rank in stuck:
         silent_s = time.monotonic() - rank.seen_at
         what = (
-            f"gave no sign of life for {silent_s:.0f} s (--hang-timeout {hang_timeout_s:g})"
+            f"sent no heartbeat for {silent_s:.0f} s (--hang-timeout {hang_timeout_s:g})"
             if hang_timeout_s and silent_s >= hang_timeout_s
             else f"had not started its program after {start_timeout_s:g} s (--start-timeout)"
         )
@@ -251,7 +257,7 @@ def _stuck(stuck: Sequence[Rank], start_timeout_s: float, hang_timeout_s: float)
 
 
 def _state(rank: Rank) -> str:
-    """What keeps a rank from running, in words; "" where nothing does."""
+    """What keeps a rank from running (stopped, traced, in the kernel); "" if nothing does."""
     with suppress(OSError, IndexError):
         stat = Path(f"/proc/{rank.process.pid}/stat").read_text(errors="replace")
         return _STATES.get(stat.rpartition(")")[2].split()[0], "")
@@ -259,7 +265,7 @@ def _state(rank: Rank) -> str:
 
 
 def _reported(ranks: Sequence[Rank], code: int, tracebacks: bool) -> str:
-    """What the failed ranks told of themselves: a mistake once, else the first one's traceback."""
+    """The message from the failed ranks' reports: a user error once, else the first one's traceback."""
     failed = [rank for rank in ranks if rank.code == code]
     for rank in failed:
         for line in rank.report.split(b"\n"):
@@ -270,11 +276,11 @@ def _reported(ranks: Sequence[Rank], code: int, tracebacks: bool) -> str:
                     return f"{before}error: {report['message']}"
                 return f"{rank.name} failed:\n{report['traceback'].rstrip()}"
     names = ", ".join(rank.name for rank in failed)
-    return f"{names} ended with exit code {code}; the other ranks were stopped"
+    return f"{names} exited with code {code}; the other ranks were stopped"
 
 
 def _signal_ranks(ranks: Sequence[Rank], number: int) -> None:
-    """To the ranks alone, once they are ready for it."""
+    """Send a signal to the ranks' own processes, if they have started (and installed handlers)."""
     for rank in ranks:
         if rank.started:
             with suppress(ProcessLookupError):
@@ -282,15 +288,15 @@ def _signal_ranks(ranks: Sequence[Rank], number: int) -> None:
 
 
 def signal_groups(ranks: Sequence[Rank], number: int) -> None:
-    """To the ranks, of which none has been reaped, and what they have started."""
+    """Send a signal to the process groups of the ranks. None of the ranks may have been reaped."""
     for rank in ranks:
         with suppress(ProcessLookupError):
             os.killpg(rank.process.pid, number)
 
 
 def kill_groups(ranks: Sequence[Rank]) -> None:
-    """Kill what is left of every rank's group, and reap the rank, unless the kernel holds it."""
-    ranks = [rank for rank in ranks if rank.process.returncode is None]  # the others are done with
+    """Kill what is left of every rank's group, and reap the ranks that the kernel lets end."""
+    ranks = [rank for rank in ranks if rank.process.returncode is None]  # those not reaped yet
     signal_groups(ranks, signal.SIGKILL)
     until = time.monotonic() + _KILL_S
     for rank in ranks:
@@ -302,7 +308,7 @@ def kill_groups(ranks: Sequence[Rank]) -> None:
 def signal_pipe() -> Iterator[int]:
     """A descriptor that yields the number of each signal that arrives, as one byte."""
     read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    # What was ignored when we were started stays so (nohup). SIGCHLD wakes the loop when a rank ends.
+    # Signals ignored at our start stay ignored (nohup). SIGCHLD wakes the loop when a rank ends.
     wanted = [n for n in (*_STOP_SIGNALS, *_PASSED_SIGNALS) if signal.getsignal(n) != signal.SIG_IGN]
     numbers = (*wanted, signal.SIGCHLD)
     previous = {number: signal.signal(number, lambda *_: None) for number in numbers}

@@ -184,7 +184,7 @@ def test_a_revision_that_is_not_main_is_named(tmp_path: Path, monkeypatch: pytes
         (["model=llama-70b", "prompt=x"], "weights=random"),
         (["model=tiny", "weights=random"], "prompt= is missing"),
         (["--ranks=7", *GOOD], "7 ranks for 6 query heads"),
-        (["--ranks=0", *GOOD], "--ranks 0: there can be 1 to 64 ranks"),
+        (["--ranks=0", *GOOD], "--ranks 0: must be 1 to 64 here"),
         (["--ranks=two", *GOOD], "argument --ranks"),
         (["--comm=mpi", *GOOD], "--comm mpi: must be auto, shm, gloo, nccl, ccl or deepspeed"),
         (["--bind-core", *GOOD], "unrecognized arguments: --bind-core"),

@@ -148,7 +148,7 @@ def test_ranks_of_one_machine_agree_on_a_port() -> None:
     assert {found.port for found in answers.values()} == {store.getsockname()[1]}
     assert len({found.session for found in answers.values()}) == 1
     store.close()
-    with pytest.raises(LaunchError, match="2 of 3 ranks did not come"):
+    with pytest.raises(LaunchError, match="2 of 3 ranks did not connect"):
         meet(place(0), 0.2)
     with pytest.raises(LaunchError, match="rank 0 did not answer rank 1"):
         meet(place(1), 0.2)
@@ -190,7 +190,7 @@ def test_who_waits_names_the_manager_the_variable_and_the_rank(
         "SLURM_JOB_ID": f"t{os.getpid()}",
     }
     for rank, missing in (
-        (0, "1 of 2 ranks did not come (rank 1)"),
+        (0, "1 of 2 ranks did not connect (rank 1)"),
         (1, "rank 0 did not answer rank 1"),
     ):
         environ = {**LEFT_OVER[manager], **own, **({"MASTER_PORT": port} if port else {})}
@@ -217,7 +217,7 @@ def test_variables_of_an_agent_that_is_gone_are_refused_at_once() -> None:
         MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
     )  # fmt: skip
     assert result.returncode == 2 and time.monotonic() - start < 60
-    assert f"nobody listens at 127.0.0.1:{port}" in result.stderr
+    assert f"nothing listens at 127.0.0.1:{port}" in result.stderr
     assert "torchrun started this process as rank 1 of 2" in result.stderr
 
 

@@ -131,7 +131,7 @@ def test_many_sockets_are_planned_up_to_what_a_group_holds(tmp_path: Path) -> No
     topology = read_topology(write(tmp_path, sockets_on_nodes([(i, i) for i in range(72)])))
     assert len(planned(topology).ranks) == len(planned(topology, ranks=72).ranks) == 72
     assert [len(rank.cpus) for rank in planned(topology, ranks=8).ranks] == [9] * 8
-    with pytest.raises(LaunchError, match="--ranks 73: there can be 1 to 72 ranks here"):
+    with pytest.raises(LaunchError, match="--ranks 73: must be 1 to 72 here"):
         planned(topology, ranks=73)
 
 

@@ -324,7 +324,7 @@ def test_a_quota_below_the_cores_is_a_reason(run_yoke, tmp_path) -> None:
     }
     result = run_yoke("plan", "--sysfs", str(write(tmp_path, files)), "--bind-cores-to-rank")
     assert result.returncode == 0, result.stderr
-    assert "allows 1.5 cpus' worth of time for 8" in result.stdout
+    assert "quota is 1.5 cpus, and the ranks use 8" in result.stdout
 
 
 @pytest.mark.parametrize("unit", ["socket", "node", "l3"])

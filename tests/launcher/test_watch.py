@@ -118,14 +118,14 @@ def test_a_killed_rank_is_named(tmp_path: Path, victim: int, number: signal.Sign
 
 def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
     with running(tmp_path, "stopped", "--hang-timeout", "3", "--grace", "1") as process:
-        err = expect_end(process, 1, f"rank 1 (pid {process.ranks[1]}) gave no sign of life")
+        err = expect_end(process, 1, f"rank 1 (pid {process.ranks[1]}) sent no heartbeat")
         assert "it is stopped" in err
         assert f"rank 0 (pid {process.ranks[0]})" not in err
 
 
 def test_a_rank_whose_interpreter_is_stuck_shows_where(tmp_path: Path) -> None:
     with running(tmp_path, "interpreter", "--hang-timeout", "3", "--grace", "1") as process:
-        err = expect_end(process, 1, f"rank 1 (pid {process.ranks[1]}) gave no sign of life")
+        err = expect_end(process, 1, f"rank 1 (pid {process.ranks[1]}) sent no heartbeat")
         assert 'program.py", line' in err
 
 
