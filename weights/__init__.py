@@ -1,5 +1,5 @@
-"""What is a weight: file formats behind one lazy interface, and one canonical naming.
+"""Checkpoints: every file format behind one lazy interface and one canonical naming.
 
 A `Checkpoint` maps canonical names (those of the Hugging Face Llama family) to entries that read any
-slice on demand, so that each rank reads its own part of a file and nothing else.
+slice on demand, so that each rank reads only its own part of a file.
 """

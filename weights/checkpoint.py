@@ -1,12 +1,12 @@
 """One lazy view of a checkpoint, whatever its format.
 
-Nothing is read when a checkpoint is opened but names, shapes and metadata. `Entry.read` then brings
-any rectangular part of one tensor as a torch tensor: each rank asks for its own slices alone.
+Opening a checkpoint reads only names, shapes and metadata. `Entry.read` then returns any rectangular
+part of one tensor as a torch tensor, so each rank reads only its own slices.
 
-Where a file has quantized weights that products can take, `Entry.quant` brings a part of them as they
-are (`weights.quant`).
+Where a file stores quantized weights that the kernels support, `Entry.quant` returns a part of them
+still quantized (`weights.quant`).
 
-What is not here: opening one (`weights.open`), writing.
+What is not here: opening a checkpoint (`weights.open`), and writing one.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ class Entry:
     """One tensor: its full shape, how it is stored, and how to read a part of it.
 
     `read(slices)` takes one slice (step 1) per dimension and returns a tensor of that part. Stored
-    floats keep their dtype, quantized blocks come out as float32. `stored_as` is the dtype in
-    safetensors' spelling ("BF16"), or the block format ("Q4_0"); then `block` elements of the last
-    dimension are stored together and cannot be cut, and `read_raw(slices)` gives the part as it is
-    stored: uint8 [rows, bytes]. `peek` is a `read` whose result may be a view of the file: for who
-    copies it at once. `file` holds it, where one of several does.
+    floats keep their dtype; quantized blocks are dequantized to float32. `stored_as` is the dtype in
+    safetensors' spelling ("BF16") or the block format ("Q4_0"). In a block format, `block` elements of
+    the last dimension are stored together and cannot be split, and `read_raw(slices)` returns the
+    stored bytes of the part: uint8 [rows, bytes]. `peek` is a `read` whose result may be a view of the
+    file: use it only if you copy the result at once. `file` is the file that holds the tensor, if the
+    checkpoint has several.
 
-    A matrix that is quantized by `scheme` is read as such by `quant(rows, columns)`; it raises
-    InputError for columns that cut a group below what products take. Of a stack of matrices
-    `quant_of(index, rows, columns)` reads one. They are None for others, also for those that can only
-    be dequantized.
+    If a matrix is quantized by `scheme`, `quant(rows, columns)` reads it without dequantizing; it
+    raises InputError for columns that would cut a group into pieces smaller than the kernels support.
+    For a stack of matrices, `quant_of(index, rows, columns)` reads one of them. These fields are None
+    for all other tensors, including those that can only be dequantized.
     """
 
     shape: tuple[int, ...]
@@ -56,16 +57,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Names to entries, and what else the file says.
+    """A mapping of names to entries, with the metadata of the files.
 
     `config` holds the keys of a Hugging Face `config.json`, or the key-values of a GGUF file (then
-    `format` is "gguf"). `beside` is the folder of config and tokenizer, where that is not
-    the folder of `path`. Entries have
-    canonical names (those of Hugging Face's Llama); `stored_names` tells what the file calls them,
-    where that differs. `world_size` is how many ranks the files are split for (1: they are whole);
-    the entries are whole tensors all the same. `files` hold the weights. `absent` tells of canonical
-    names that are no entries, though index or files speak of them, why they are none; `notes` are
-    lines for the user about what was left out.
+    `format` is "gguf"). `beside` is the folder of config and tokenizer, if that is not the folder of
+    `path`. Entries have canonical names (those of Hugging Face's Llama); `stored_names` maps a
+    canonical name to the name in the file where the two differ. `world_size` is the number of ranks
+    that the files are split for (1: not split); entries are whole tensors in either case. `files`
+    hold the weights. `absent` maps canonical names that an index or a file mentions, but that are not
+    entries, to the reason. `notes` are lines for the user about what was left out.
     """
 
     path: Path
@@ -81,12 +81,12 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path:
-        """Where config and tokenizer are."""
+        """The folder of config and tokenizer."""
         return self.beside or (self.path if self.path.is_dir() else self.path.parent)
 
 
 def check_slices(name: str, shape: tuple[int, ...], slices: Slices) -> None:
-    """Assert that `slices` lie inside `shape`: slicing past an end would shorten silently."""
+    """Assert that `slices` lie inside `shape`: a slice past the end would be shortened silently."""
     assert len(slices) == len(shape), f"{name}: {len(slices)} slices for shape {shape}"
     for part, size in zip(slices, shape, strict=True):
         assert part.step in (None, 1) and 0 <= part.start <= part.stop <= size, (name, part, size)

@@ -1,9 +1,9 @@
-"""The small files that go with a model's weights, copied into what is made of it.
+"""The small files beside a model's weights, which are copied into an output made from the model.
 
-What: config, tokenizer, chat templates and licenses beside the weights, as bytes. Why a module of its
-own: a folder from elsewhere may hold a link named LICENSE to somebody's private file, and the output
-may be given away. So a file counts only where it really lies in the model's folder, or in the store of
-the hub that the folder is a snapshot of. Not here: which of them are written anew.
+They are config, tokenizer, chat templates and licenses, read as bytes. This is a module of its own
+for safety: a downloaded folder may hold a link named LICENSE to a private file, and the output may be
+published. So a file is copied only if it really lies in the model's folder, or in the blob store of
+the hub cache that the folder is a snapshot of. What is not here: which of the files are rewritten.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ TOTAL_LIMIT = 256 << 20
 
 
 def companions(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Names to contents. A GGUF file stands alone: others beside it are not its own. Raises InputError
-    for a file that is too large, or lies elsewhere."""
+    """The contents of the files, by name. Empty for a single GGUF file, which contains its metadata:
+    files beside it may belong to other models. Raises InputError for a file that is too large, or that
+    is a link to a file outside the model's folder."""
     if checkpoint.format == "gguf" and not checkpoint.path.is_dir():
         return {}
     folder = checkpoint.folder
@@ -48,14 +49,14 @@ def companions(checkpoint: Checkpoint) -> dict[str, bytes]:
         if sum(map(len, contents.values())) > TOTAL_LIMIT:
             raise InputError(
                 f"{folder}: the files beside the weights have more than {TOTAL_LIMIT >> 20} MiB "
-                "together; remove those that do not belong to the model"
+                "in total; remove those that do not belong to the model"
             )
     return contents
 
 
 def places_of(folder: Path) -> tuple[Path, ...]:
-    """Where the files of a model's folder may really lie: in it, and for `snapshots/REVISION` of a hub
-    cache in the `blobs` of the same repository."""
+    """The folders in which the files of a model may really lie: the model's own folder and, for
+    `snapshots/REVISION` of a hub cache, the `blobs` folder of the same repository."""
     real = folder.resolve()
     return (real, real.parent.parent / "blobs") if real.parent.name == "snapshots" else (real,)
 
@@ -63,20 +64,23 @@ def places_of(folder: Path) -> tuple[Path, ...]:
 def _read(path: Path, places: tuple[Path, ...]) -> bytes:
     try:
         with path.open("rb") as file:
-            # What was opened is asked, and not the path, which may have become another file since.
+            # Check the open file, not the path: the path may have been replaced since.
             lies_at = Path(os.readlink(f"/proc/self/fd/{file.fileno()}"))
             if not any(lies_at.is_relative_to(place) for place in places):
                 raise InputError(
                     f"{path} is a link to {lies_at}, outside the model's folder, and would be copied "
-                    "into the output; put a copy in its place if it is the model's, else remove it"
+                    "into the output; replace the link with a copy if it belongs to the model, or "
+                    "remove it"
                 )
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise InputError(f"{path} is no regular file; remove it")
+                raise InputError(f"{path} is not a regular file; remove it")
             content = file.read(FILE_LIMIT + 1)
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); see its owner and mode") from error
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}); check its owner and mode"
+        ) from error
     if len(content) > FILE_LIMIT:
         raise InputError(
-            f"{path} has more than {FILE_LIMIT >> 20} MiB, which no file of its kind needs; remove it"
+            f"{path} has more than {FILE_LIMIT >> 20} MiB, the limit for files of this kind; remove it"
         )
     return content

@@ -1,11 +1,10 @@
-"""Files that somebody else made: what a path is, JSON that may be hostile.
+"""Checks of untrusted files: what kind of file a path is, and JSON that may be hostile.
 
-Every reader goes through here before it believes a byte, so that a FIFO, a directory, a loop of links
-or a header of nonsense is one clear message (InputError) and never a hang, a crash or an allocation of
-a size that a file claims. Free of torch: the command looks at files before a rank exists.
+Every reader calls these functions first. So a FIFO, a directory, a loop of links or a corrupt header
+becomes one clear message (InputError), and never a hang, a crash or an allocation of a size that the
+file claims. Free of torch: the command line checks files before any rank starts.
 
-What is not here: which files make up a checkpoint (weights.locate); anything that knows a format from
-inside.
+What is not here: which files make up a checkpoint (weights.locate); the formats themselves.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from typing import Any
 from base.errors import InputError
 from weights.texts import without_mark
 
-# What reading a damaged file raises, in our code and in the libraries': the boundary of each format
-# turns these into one InputError that names the file. (InputError is a ValueError: let it pass first.)
+# What reading a damaged file may raise, in this code and in libraries. The open function of each format
+# turns these into one InputError that names the file. (InputError is a ValueError: re-raise it first.)
 DAMAGE = (
     ValueError,
     LookupError,
@@ -37,12 +36,12 @@ DAMAGE = (
 )
 
 HEADER_LIMIT = 64 << 20  # bytes of JSON; the largest tokenizer.json known to us has 35 MB
-CONTAINER_LIMIT = 2_000_000  # lists and objects in JSON, which take 50 times their bytes of memory
-_DIGITS = 40  # no number in a model's files is longer; some tokenizers say 10**30 for "no limit"
+CONTAINER_LIMIT = 2_000_000  # lists and objects in JSON; in memory each takes 50 times its bytes
+_DIGITS = 40  # no number in a model's files is longer; some tokenizers write 10**30 for "no limit"
 
 
 def damaged(path: Path, form: str, why: object) -> InputError:
-    """The error for a file that is not what its name says."""
+    """The error for a file that is not of the format that its name says."""
     reason = f"{type(why).__name__}: {why}" if isinstance(why, BaseException) else str(why)
     return InputError(
         f"{path} cannot be read as {form} ({reason}); it may be truncated or damaged: copy it again"
@@ -50,7 +49,8 @@ def damaged(path: Path, form: str, why: object) -> InputError:
 
 
 def regular_file(path: Path, form: str) -> int:
-    """The size in bytes of the file at `path`. Raises InputError unless it is a file with content."""
+    """The size in bytes of the file at `path`. Raises InputError unless it is a readable regular file
+    that is not empty. `form` is the expected format, for the message."""
     try:
         status = os.stat(path)
     except FileNotFoundError as error:
@@ -65,7 +65,9 @@ def regular_file(path: Path, form: str) -> int:
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or a pipe"
         raise InputError(f"{path} cannot be read as {form} (it is {kind}); give the path of a file")
     if not os.access(path, os.R_OK):
-        raise InputError(f"{path} cannot be read as {form} (permission denied); see its owner and mode")
+        raise InputError(
+            f"{path} cannot be read as {form} (permission denied); check its owner and mode"
+        )
     if status.st_size == 0:
         raise damaged(path, form, "it is empty")
     return status.st_size
@@ -79,10 +81,10 @@ def check_overlaps(ranges: list[tuple[int, int, str]]) -> None:
 
 
 def parse_json(content: bytes, unique: bool = False) -> Any:
-    """A JSON value. Raises ValueError for what is not JSON, and for integers beyond any use and nesting
-    without end. NaN and infinities are read, as Python writes them into keys that nobody uses: who uses
-    a number checks it. `unique` also refuses a name that occurs twice in one object, of which Python
-    would keep the last."""
+    """Parse a JSON value. Raises ValueError for invalid JSON, for integers of more than 40 digits, for
+    too many containers and for nesting that is too deep. NaN and infinities are accepted, because
+    Python writes them into keys that are not used here: code that uses a number must check it. `unique`
+    also rejects a name that occurs twice in one object (Python alone would keep the last)."""
 
     def integer(text: str) -> int:
         if len(text) > _DIGITS:
@@ -111,10 +113,10 @@ def parse_json(content: bytes, unique: bool = False) -> Any:
 
 
 def read_json(path: Path, unique: bool = False) -> dict[str, Any]:
-    """The object in a JSON file. Raises InputError."""
+    """The object in a JSON file. Raises InputError if it is not valid JSON or not an object."""
     size = regular_file(path, "JSON")
     if size > HEADER_LIMIT:
-        raise InputError(f"{path} has {size} bytes; JSON of more than {HEADER_LIMIT} is not read")
+        raise InputError(f"{path} has {size} bytes; JSON files may have at most {HEADER_LIMIT} bytes")
     try:
         content = parse_json(without_mark(path.read_bytes()), unique)
     except OSError as error:

@@ -1,13 +1,13 @@
-"""Which files make up the checkpoint that a path means. Free of torch: asked before a rank exists.
+"""Find the files of the checkpoint at a path. Free of torch: used before any rank starts.
 
-The name that was given counts, and not that of the file behind a link: stores that keep files by their
-content (the hub's cache is one) call them by a digest. So the suffix, the neighbors (config.json, the
-other shards) and the number of a shard are those of the first name on the way through the links that
-has them. Where no name says anything, the first bytes do.
+The given name decides, not the name of the file behind a link: content-addressed stores (such as the
+hub's cache) name files by a digest. So the links are followed one at a time, and the first name that
+has a known suffix, neighbors (config.json, the other shards) or a shard number decides each of these.
+If no name has a known suffix, the first bytes of the file decide.
 
-In a folder, names that every release uses are taken first (model.safetensors, its index, its shards);
-then whatever file or set of shards is the only one. An adapter, an optimizer's state or what an archive
-of macOS leaves beside the weights is passed over. An index says which file of those beside it holds
+In a folder, the names that every release uses come first (model.safetensors, its index, its shards);
+then any file or set of shards that is the only one. Adapters, optimizer states and the files that a
+macOS archive leaves beside the weights are skipped. An index says which of the files beside it holds
 each tensor.
 
 What is not here: what is inside the files.
@@ -39,10 +39,10 @@ _SUFFIXES = {
 _SHARD = re.compile(r"(?P<stem>.+)[-_.](?P<number>\d{1,6})-of-(?P<count>\d{1,6})(?P<suffix>\.\w+)")
 _INDEX = re.compile(r"(?P<file>.+\.(?:safetensors|bin))\.index\.json")
 _META_PART = re.compile(r"consolidated\.(\d{2,3})\.pth")
-# What a folder's weights are called, in the order of preference: (stem, suffix).
+# The standard names of a folder's weights, in order of preference: (stem, suffix).
 _STANDARD = (("model", ".safetensors"), ("pytorch_model", ".bin"), ("model", ".pth"))
-# What lies beside weights and is none: adapters, the state of a training run, the vision part of a
-# GGUF model.
+# Files beside the weights that are not the model: adapters, the state of a training run, the vision
+# part of a GGUF model.
 _COMPANION = re.compile(
     r"(adapter_|optimizer|scheduler|scaler|training_|trainer_|rng_state|mmproj|imatrix).*", re.I
 )
@@ -52,10 +52,10 @@ _MAX_NAMED = 8  # in a message
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint's files. `path` is what was given; `form` is "yoke", "safetensors", "meta",
-    "pytorch" or "gguf"; config and tokenizer lie in `folder`; `files` hold the weights, in order.
-    With an `index`, `places` has the name of the file that holds each tensor, whether or not that
-    file is there: `files` are those that are."""
+    """A checkpoint's files. `path` is the given path; `form` is "yoke", "safetensors", "meta",
+    "pytorch" or "gguf"; config and tokenizer are in `folder`; `files` hold the weights, in order.
+    With an `index`, `places` maps each tensor to the name of its file, whether or not that file
+    exists; `files` are only those that exist."""
 
     path: Path
     form: str
@@ -65,13 +65,13 @@ class Source:
     places: Mapping[str, str] | None = None
 
     def holds(self, file: Path, name: str) -> bool:
-        """Whether the tensor of a name that a file stores is to be read from there."""
+        """Whether the tensor `name`, which `file` stores, must be read from that file."""
         return self.places is None or self.places.get(name) == file.name
 
 
 def locate(path: Path) -> Source:
     """The files of the checkpoint at `path`: a file, an index, or the folder of a model. Raises
-    InputError for what is missing, incomplete, or of a format that is not read."""
+    InputError if files are missing or incomplete, or of a format that is not supported."""
     if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         found = locate_in(path)
         if found is None:
@@ -123,11 +123,11 @@ def locate_in(folder: Path) -> Source | None:
 
 
 def _standard(folder: Path, names: list[str], stem: str, suffix: str) -> Source | None:
-    """What a folder holds under a name that every release uses: an index, one file, or shards."""
+    """The checkpoint under a standard name in a folder (an index, one file, or shards), or None."""
     form, whole = _SUFFIXES[suffix], f"{stem}{suffix}"
     if f"{whole}.index.json" in names:
         index = folder / f"{whole}.index.json"
-        # One that names no file that is there was left behind, if the whole is there.
+        # An index whose files are all missing is a leftover if the unsharded file exists.
         leftover = whole in names and not set(read_index(index).values()) & set(names)
         if not leftover:
             return _indexed(folder, folder, index, form)
@@ -145,7 +145,7 @@ def _only_one(folder: Path, names: list[str], suffix: str) -> tuple[Path, ...]:
     """The one file or set of shards with a suffix that could be a model; () if there is none. Raises
     InputError if there are several."""
     wanted = [name for name in names if name.endswith(suffix)]
-    if suffix == ".bin":  # a common suffix: also of what is no model
+    if suffix == ".bin":  # a common suffix, also of files that are not models
         wanted = [name for name in wanted if name.startswith("pytorch_model")]
     models = [name for name in wanted if not _COMPANION.fullmatch(name)]
     # Mistral's releases hold the same weights a second time, under Meta's names.
@@ -153,7 +153,7 @@ def _only_one(folder: Path, names: list[str], suffix: str) -> tuple[Path, ...]:
     if wanted and not models:
         raise InputError(
             f"{folder} holds {_listed(wanted)}, which is an adapter, the state of a training run or a "
-            f"part of a model, and no whole model; {READ}"
+            f"part of a model, not a whole model; {READ}"
         )
     sets = _sets(models)
     sharded = {name for members in sets.values() for name in members.values()}
@@ -183,7 +183,7 @@ def _key(match: re.Match[str]) -> _Key:
 
 
 def _sets(names: Iterable[str]) -> dict[_Key, dict[int, str]]:
-    """The sets of shards among some names of files: by number, as the names say it."""
+    """The sets of shards among file names: for each set, the names by shard number."""
     found: dict[_Key, dict[int, str]] = {}
     for name in names:
         match = _SHARD.fullmatch(name)
@@ -205,8 +205,8 @@ def _whole_set(folder: Path, members: Mapping[int, str]) -> tuple[Path, ...]:
         start, stop = match.span("number")
         name = f"{some[:start]}{lacking:0{width}}{some[stop:]}"
         raise InputError(
-            f"{folder / name} is missing: {len(members)} of {count} parts of the model are there; "
-            "copy the others beside them"
+            f"{folder / name} is missing: only {len(members)} of {count} parts of the model are there; "
+            "copy the other parts into the same folder"
         )
     return tuple(folder / members[i] for i in range(first, first + count))
 
@@ -223,21 +223,24 @@ def read_index(index: Path) -> dict[str, str]:
     if not places:
         raise InputError(f"{index} names no file under 'weight_map'; download it again")
     for name in sorted(set(places.values())):
-        # The index comes with the model: it must not reach for other files of this machine.
+        # The index comes with the model and is not trusted: it must not name files elsewhere.
         if not name or Path(name).name != name or name == "..":
-            raise InputError(f"{index} names {name[:200]!r}: shards must lie beside their index")
+            raise InputError(
+                f"{index} names {name[:200]!r}: shards must lie beside their index; download the model "
+                "again"
+            )
     return places
 
 
 def _indexed(path: Path, folder: Path, index: Path, form: str) -> Source:
-    """The files that an index names and that are there."""
+    """The source whose files are those that an index names and that exist."""
     places = read_index(index)
     files = [index.parent / name for name in sorted(set(places.values()))]
     there = tuple(file for file in files if _exists(file))
     if not there:
         raise InputError(
             f"{index.parent / repr(files[0].name[:200])[1:-1]} is missing, although {index.name} names "
-            "it, and so are all others; download the model again"
+            "it, and all other files that it names are missing too; download the model again"
         )
     return Source(path, form, folder, there, index, places)
 
@@ -250,16 +253,18 @@ def _exists(path: Path) -> bool:
 
 
 def _visible(folder: Path) -> list[str]:
-    """The names in a folder, sorted, but hidden ones: macOS puts `._NAME` beside NAME. Raises
-    InputError."""
+    """The names in a folder, sorted, without hidden ones: macOS puts `._NAME` beside NAME. Raises
+    InputError if the folder cannot be listed."""
     try:
         return sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
-        raise InputError(f"{folder} cannot be listed: {error.strerror}") from error
+        raise InputError(
+            f"{folder} cannot be listed: {error.strerror}; check its owner and mode"
+        ) from error
 
 
 def _hops(path: Path) -> list[Path]:
-    """The names of a file: as given, and then those of the links that lead to it."""
+    """The path as given, followed by the target of each link in turn."""
     found = [path]
     while len(found) < _MAX_LINKS and found[-1].is_symlink():
         found.append(found[-1].parent / os.readlink(found[-1]))
@@ -271,7 +276,7 @@ def _has_config(folder: Path) -> bool:
 
 
 def _form_by_magic(path: Path) -> str:
-    """The format of a file whose name does not say it. Raises InputError."""
+    """The format of a file by its first bytes. Raises InputError if it is not supported."""
     with path.open("rb") as opened:
         start = opened.read(9)
     length = int.from_bytes(start[:8], "little")

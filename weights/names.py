@@ -1,13 +1,14 @@
-"""What a stored tensor is called canonically, and which rows of it are meant. Pure; free of torch.
+"""The canonical name of a stored tensor, and which of its rows it stands for. Pure; free of torch.
 
-Canonical names are those of Hugging Face's Llama. Most families have them already; GPT-J, Falcon,
-Mixtral's experts, Meta's releases, gpt-fast, fused projections (Phi-3) and what was saved from a base
-model (without `model.` before each name) are translated. A name that no family has keeps itself, so
-that the loader can name it where it refuses it. GGUF's names: `weights.formats.gguf_names`.
+Canonical names are those of Hugging Face's Llama. Most families use them already. Translated are
+GPT-J, Falcon, Mixtral's experts, Meta's releases, gpt-fast, fused projections (Phi-3), and files saved
+from a base model (without the prefix `model.`). A name that no family has stays as it is, so that the
+loader can report it. GGUF's names: `weights.formats.gguf_names`.
 
-Two families store the rows of the query and key projections interleaved, for rotary embeddings over
-neighbors (2i, 2i+1) where the canonical order has halves (i, i + half a head): Meta with gpt-fast,
-and GGUF for some architectures. A `Piece` says so; weights.views puts the rows back.
+Two kinds of files store the rows of the query and key projections interleaved, for rotary embeddings
+that rotate neighbors (2i, 2i+1); the canonical order rotates halves (i, i + half a head). These are
+Meta's with gpt-fast's, and GGUF for some architectures. `Piece.interleaved` marks such rows, and
+weights.views restores the canonical order.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Piece:
     """One canonical tensor within a stored one: all of it (`part` ""), or the rows of "q", "k", "v",
-    "gate" or "up" in a fused one. `interleaved`: its rows are not in canonical order yet. `grouped`:
-    the fused rows are those of one KV head after another, each with its query heads before it
-    (Falcon). `expert`: it is the matrix of this index in a stack of them. `plus_one`: it is stored
-    with 1 added."""
+    "gate" or "up" in a fused one. `interleaved`: its rows are not in canonical order. `grouped`: the
+    fused rows are ordered by KV head, each preceded by its query heads (Falcon). `expert`: its index
+    in a stack of matrices. `plus_one`: it is stored with 1 added."""
 
     name: str
     part: str = ""
@@ -32,7 +32,7 @@ class Piece:
     plus_one: bool = False
 
 
-# Buffers that some releases store although they are computed; never weights.
+# Buffers that some releases store although they can be computed; they are not weights.
 _DROPPED = re.compile(
     r"(.*\.)?(attn\.(bias|masked_bias)|rotary_emb\.(inv_freq|cos_cached|sin_cached)|rope\.freqs)"
 )
@@ -74,14 +74,14 @@ _META = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-# What the prefix of the families is in a file that was saved from a base model, without its head.
+# The prefix that is missing in a file saved from a base model (one without an LM head).
 _BASES = (
     (r"(embed_tokens|layers\.\d{1,6}\.(self_attn|mlp|block_sparse_moe|\w+_layernorm))\..+", "model."),
     (r"(wte|word_embeddings|ln_f|h\.\d{1,6})\..+", "transformer."),
 )
 QKV = (("q", "self_attn.q_proj"), ("k", "self_attn.k_proj"), ("v", "self_attn.v_proj"))
 GATE_UP = (("gate", "mlp.gate_proj"), ("up", "mlp.up_proj"))
-# (prefix of a layer, its names, those of them that are fused, are query and key rows interleaved)
+# (prefix of a layer, its names, its fused names, whether query and key rows are interleaved)
 Parts = tuple[tuple[str, str], ...]
 _FAMILIES: tuple[tuple[str, dict[str, str], dict[str, Parts], bool], ...] = (
     (r"transformer\.h", _GPTJ | _FALCON, {"self_attention.query_key_value": QKV}, False),
@@ -92,8 +92,8 @@ ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
 
 
 def translate(stored: str) -> tuple[Piece, ...]:
-    """The canonical tensors in the stored one of this name: none for a buffer, one, or several for a
-    fused projection."""
+    """The canonical tensors in the stored tensor of this name: none for a buffer, several for a fused
+    projection, one for any other."""
     if _DROPPED.fullmatch(stored):
         return ()
     for pattern, prefix in _BASES:
@@ -131,5 +131,5 @@ def translate(stored: str) -> tuple[Piece, ...]:
 
 
 def as_stored(stored: str) -> tuple[Piece, ...]:
-    """The tensor under its own name, for a model that has the same names."""
+    """The tensor under its stored name, without translation."""
     return (Piece(stored),)

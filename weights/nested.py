@@ -1,13 +1,14 @@
-"""Of which class a model is, and a multimodal class around a text model as that text model: its config,
-and its weights by name. Pure; free of torch.
+"""The class of a model, and the text model inside a multimodal class: its config, and its weights by
+name. Pure; free of torch.
 
-A nested config.json holds that of the text model as `text_config`, and the file stores its weights
-behind a prefix, beside those of towers for images or sound. With text alone these classes compute what
-their text model does, so that is what is run; the towers are left out, by name. `WRAPPERS` lists the
-classes of which this is known (tests/models/test_nested.py compares them with transformers).
+A nested config.json holds the text model's config as `text_config`. The files store its weights under
+a prefix, beside the weights of towers for images or sound. On text alone these classes compute the
+same as their text model, so only the text model is run, and the towers are left out by name.
+`WRAPPERS` lists the classes for which this is known to be true (tests/models/test_nested.py compares
+them with transformers).
 
-What is not here: classes of which that does not hold: PaliGemma's prompts see both ways, Mllama has
-layers of its own for images, Granite Speech adapts weights.
+What is not here: classes for which it is not true: PaliGemma attends to its prompt in both directions,
+Mllama has extra layers for images, Granite Speech adapts weights.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from base.errors import InputError
 
 T = TypeVar("T")
 
-# By `model_type`, the class of a text model.
+# `model_type` -> the class of a text model.
 TEXT_MODELS = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -43,15 +44,15 @@ TEXT_MODELS = {
 
 @dataclass(frozen=True)
 class Wrapper:
-    """What holds of a class where its config.json is silent: the `model_type` of its text model,
-    whether the head is the embedding, and other keys of the text model."""
+    """The defaults of a class for keys that its config.json omits: `text` is the `model_type` of its
+    text model, `tied` whether the head is the embedding, `defaults` other keys of the text model."""
 
     text: str
     tied: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
-# By `model_type`, as transformers has them.
+# `model_type` -> defaults, as in transformers.
 WRAPPERS = {
     "gemma3": Wrapper("gemma3_text", tied=True),
     "mistral3": Wrapper("mistral", tied=True),
@@ -71,9 +72,9 @@ _ROOTS = ("model.", "lm_head.", "transformer.")
 
 
 def class_of(config: Mapping[str, Any]) -> str | None:
-    """The class of a config.json with an LM head: by `model_type`, which decides in transformers, or
-    else by `architectures`. A base model without a head counts as the class that has one. None where
-    neither says."""
+    """The class, with an LM head, of the model of a config.json: by `model_type`, which also decides
+    in transformers, or else by `architectures`. A base model without a head counts as the class with
+    one. None if neither key names a known class."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     kind = config.get("model_type")
@@ -86,13 +87,13 @@ def class_of(config: Mapping[str, Any]) -> str | None:
 
 
 def is_nested(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of a class in `WRAPPERS`, with a text model inside."""
+    """Whether a config.json is of a class in `WRAPPERS`, with a text model inside."""
     kind = config.get("model_type")
     return isinstance(kind, str) and kind in WRAPPERS and isinstance(config.get("text_config"), Mapping)
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of the text model alone; any other config as it is."""
+    """The config.json of the text model alone; a config that is not nested is returned unchanged."""
     if not is_nested(config):
         return dict(config)
     wrapper, inner = WRAPPERS[config["model_type"]], config["text_config"]
@@ -110,8 +111,8 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_name(stored: str) -> str | None:
-    """What a weight of a nested text model would be called if the model were saved alone; None for one
-    of a tower."""
+    """The name that a weight of a nested text model would have if that model were saved alone; None for
+    a weight of a tower."""
     match = _TEXT.fullmatch(stored)
     if match is None:
         return stored if stored.startswith("lm_head.") else None
@@ -120,8 +121,8 @@ def text_name(stored: str) -> str | None:
 
 
 def text_weights(stored: Mapping[str, T], path: Path) -> dict[str, T]:
-    """Those of the stored weights that are the text model's, under the names that they would have if it
-    were saved alone. Raises InputError for two of one name."""
+    """The stored weights of the text model, under the names that they would have if it were saved
+    alone. Raises InputError if two have the same name."""
     found: dict[str, T] = {}
     for name, value in stored.items():
         own = text_name(name)

@@ -1,7 +1,7 @@
-"""Open a checkpoint of any format: the one place that knows all readers.
+"""Open a checkpoint of any format: the only module that imports all readers.
 
-It stands above `weights.formats`, whose readers know nothing of each other. Not here: which files a
-path means (`weights.locate`).
+It is above `weights.formats`, whose readers do not depend on each other. What is not here: which
+files a path means (`weights.locate`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from weights.locate import locate
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint of any format that is read: a file, an index, or the folder of a model, as
-    `weights.locate` finds them. Raises InputError for what is missing, damaged, or of a format that is
-    not read."""
+    """Open a checkpoint of any supported format: a file, an index, or the folder of a model, as
+    `weights.locate` finds them. Raises InputError if files are missing or damaged, or of a format that
+    is not supported."""
     source = locate(path)
-    # Imported here: each brings a library that only its own format needs.
+    # Imported here: each reader imports a library that only its own format needs.
     if source.form == "gguf":
         from weights.formats.gguf_io import open_gguf
 

@@ -1,9 +1,9 @@
-"""What a checkpoint holds, told by the headers of its files: which weights there are, and which of them
-are stored quantized.
+"""What a checkpoint holds, read from the headers of its files: which weights there are, and which of
+them are stored quantized.
 
-For who must know before a rank exists, so it is free of torch, and quick: the loader opens the same
-files by `weights.checkpoint`, and a test holds the two to the same answers. What is not here: pickles,
-which take a reader of their own; what is wrong with a file; and the weights.
+It is used before any rank starts, so it is fast and free of torch. The loader opens the same files
+with `weights.checkpoint`; a test checks that both give the same answers. What is not here: pickles,
+which need a reader of their own; errors in a file; and the weights.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _BLOCK = 8 << 20  # bytes of a weight that are compared at once
 
 @dataclass(frozen=True)
 class Stored:
-    """How a weight is stored, as `weights.checkpoint.Entry` has it: `scheme` is None for what is plain
-    or can only be dequantized. `place`: the file and the bytes of it, where they are known."""
+    """How a weight is stored, as in `weights.checkpoint.Entry`: `scheme` is None for a weight that is
+    plain or can only be dequantized. `place`: the file, and the first and end byte in it, if known."""
 
     stored_as: str
     scheme: Scheme | None = None
@@ -35,8 +35,8 @@ class Stored:
 
 @dataclass(frozen=True)
 class Outline:
-    """`format` is "gguf" where `config` holds the key-values of such a file, and not the keys of a
-    config.json. `weights` have their canonical names."""
+    """`format` is "gguf" if `config` holds the key-values of a GGUF file; otherwise `config` holds the
+    keys of a config.json. `weights` have canonical names."""
 
     format: str
     config: Mapping[str, Any]
@@ -44,7 +44,7 @@ class Outline:
 
 
 def same_numbers(one: Stored, other: Stored) -> bool:
-    """Whether two weights of one shape are stored as the same bytes, as far as that is known."""
+    """Whether two weights of one shape are stored as the same bytes. False if a place is unknown."""
     if one.place is None or other.place is None or one.stored_as != other.stored_as:
         return False
     (file, start, stop), (other_file, other_start, other_stop) = one.place, other.place
@@ -61,8 +61,8 @@ def same_numbers(one: Stored, other: Stored) -> bool:
 
 
 def read_outline(path: Path) -> Outline | None:
-    """The outline of a model in GGUF, in safetensors with its config.json, or in Yoke's own form; None
-    of other checkpoints, and of what cannot be read: the rank that opens it says what is wrong."""
+    """The outline of a model in GGUF, in safetensors with its config.json, or in Yoke's own form. None
+    for other checkpoints, and for files that cannot be read: the rank that opens them reports why."""
     try:
         source = locate(path)
         read = {"gguf": _gguf, "yoke": _yoke, "safetensors": _safetensors}.get(source.form)
@@ -92,7 +92,8 @@ def _gguf(source: Source) -> Outline:
         kind = GGMLQuantizationType(tensor.kind).name
         stored = Stored(kind, GGUF_SCHEMES.get(kind) if len(shape) > 1 else None)
         _put(weights, translate_gguf(tensor.name, naming, count), stored)
-    # What divides rotary frequencies is a list of numbers, for which the data would have to be read.
+    # The factors that divide rotary frequencies are tensor data, which is not read here: [1.0] stands
+    # for them.
     factors = {t.name: lambda: [1.0] for t in tensors if t.name in FACTORS}
     return Outline("gguf", header.values.plus(factors), weights)
 
@@ -144,7 +145,8 @@ def _safetensors(source: Source) -> Outline:
 
 
 def _scheme_of(declared: QuantConfig, parts: Mapping[str, tuple[int, ...]]) -> Scheme | None:
-    """The scheme by which a module's weight can be kept, by the shapes of what it is stored as."""
+    """The scheme in which a module's weight can stay quantized, by the shapes of its stored tensors;
+    None if it can only be dequantized."""
     bits = declared.schemes[0].bits
     if declared.method == "awq":
         return declared.fitting(bits, parts["scales"][0], parts["qweight"][0], True)
