@@ -205,7 +205,7 @@ def _whole_set(folder: Path, members: Mapping[int, str]) -> tuple[Path, ...]:
         start, stop = match.span("number")
         name = f"{some[:start]}{lacking:0{width}}{some[stop:]}"
         raise InputError(
-            f"{folder / name} is missing: only {len(members)} of {count} parts of the model are there; "
+            f"{folder / name} is missing: {len(members)} of {count} parts of the model are there; "
             "copy the other parts into the same folder"
         )
     return tuple(folder / members[i] for i in range(first, first + count))

@@ -1,9 +1,9 @@
 """A folder that appears whole or not at all, whatever happens to the process that writes it.
 
-It is written as a hidden sibling, `.NAME.partial-TOKEN`, and renamed when all of it is on the disk. A
-run that fails or is interrupted removes its sibling; one that was killed leaves it, and the next run
-for the same name does. Whether the owner of a sibling still lives is told by a lock that the kernel
-drops with the process, not by a pid, which another process may have got since.
+It is written as a hidden folder beside the target, `.NAME.partial-TOKEN`, and renamed when all of it is
+on the disk. A run that fails or is interrupted removes its partial folder. A killed run leaves it, and
+the next run for the same name removes it. A lock, which the kernel releases when the process ends,
+shows whether the owner of a partial folder is still alive; a pid would not, since pids are reused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
-    """A signal asked for the end. Not an Exception: nothing on the way up should take it for one."""
+    """A signal asked the process to stop. Not an Exception, so that `except Exception` does not catch
+    it. `number` is the signal's."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -37,8 +38,8 @@ class Interrupted(BaseException):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Signals that ask for the end raise Interrupted in the main thread, once: what they start, the
-    cleaning up, is not interrupted by further ones."""
+    """In this context, SIGINT, SIGTERM and SIGHUP raise Interrupted in the main thread, once: further
+    signals do not interrupt the cleanup that follows."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         for other in _SIGNALS:
@@ -54,7 +55,7 @@ def interruptible() -> Iterator[None]:
 
 
 def check_target(out: Path) -> None:
-    """Raise InputError unless `out` is free: absent, or an empty folder."""
+    """Raise InputError unless `out` can be written: it is absent or an empty folder."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError(f"{out} exists and is not a folder; give the name of a new one")
     if out.is_dir() and any(out.iterdir()):
@@ -69,17 +70,17 @@ def check_space(folder: Path, needed: int) -> None:
     if free < needed:
         raise InputError(
             f"{folder} has {format_bytes(free)} free and the result needs {format_bytes(needed)}; "
-            "free some, or write it elsewhere"
+            "free some space, or write it elsewhere"
         )
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into. It becomes `out` when the block ends well, and is removed when it does
-    not. Raises InputError where the file system refuses.
+    """A folder to write into. It becomes `out` when the block ends without an exception, and is removed
+    otherwise. Raises InputError if the file system reports an error.
 
-    The folder's name is chosen before the folder exists, so whatever is raised from then on, a signal
-    between any two steps included, finds what must be removed.
+    The folder's name is chosen before the folder is created, so any exception after that, even a signal
+    between two steps, can remove the folder by its name.
     """
     out = out.absolute()
     check_target(out)
@@ -91,14 +92,14 @@ def new_folder(out: Path) -> Iterator[Path]:
                 _create(partial, lock)
             except OSError as error:
                 reason = f"nothing can be written there ({error.strerror})"
-                raise InputError(f"{out.parent}: {reason}") from error
+                raise InputError(f"{out.parent}: {reason}; write it elsewhere") from error
             yield partial
             _finish(partial, out)
         except OSError as error:
             left = _remove(partial)
             reason = os.strerror(error.errno) if error.errno else str(error)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                reason += "; free some, or write it elsewhere"
+                reason += "; free some space, or write it elsewhere"
             raise InputError(f"{out} could not be written: {reason}; {left}") from error
         except BaseException as error:
             error.add_note(_remove(partial))
@@ -106,16 +107,16 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def _finish(partial: Path, out: Path) -> None:
-    """Give the folder its name, once all of it is on the disk."""
+    """Rename the folder to `out`, once all of it is on the disk."""
     _sync(partial)
     (partial / _LOCK).unlink()
-    partial.rename(out)  # takes the place of an empty folder, and of nothing else
+    partial.rename(out)  # can replace an empty folder, but nothing else
     _sync(out.parent)
 
 
 def left_by(stopped: Interrupted, out: Path) -> str:
-    """What an interrupted run has left, in a few words. `out` was free when the run began: what is in
-    it now has been renamed whole."""
+    """What an interrupted run has left, in a few words. `out` was empty when the run began, so any
+    content in it is the complete result."""
     if out.is_dir() and any(out.iterdir()):
         return f"{out} is complete"
     notes: list[str] = getattr(stopped, "__notes__", [])
@@ -123,8 +124,8 @@ def left_by(stopped: Interrupted, out: Path) -> str:
 
 
 def _remove(folder: Path) -> str:
-    """Remove a folder that may not exist, and say whether it is gone. What a thread was doing in it
-    when it was stopped may need a moment to end."""
+    """Remove a folder that may not exist, and say whether it is gone. It retries for 2 s, since threads
+    may still be writing into the folder."""
     for _ in range(40):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
@@ -134,11 +135,12 @@ def _remove(folder: Path) -> str:
 
 
 def remove_leftovers(out: Path) -> list[Path]:
-    """Remove what killed runs for the same `out` have left; those of living ones stay."""
+    """Remove the partial folders that killed runs for the same `out` have left, and return them. The
+    folders of running processes stay."""
     out = out.absolute()
     removed = []
     for folder in sorted(out.parent.glob(f".{_escaped(out.name)}.partial-*")):
-        with contextlib.suppress(OSError):  # somebody lives who has it, or removes it just now
+        with contextlib.suppress(OSError):  # a running process owns it, or is removing it now
             lock = _lock(folder)
             try:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -153,7 +155,7 @@ def _escaped(name: str) -> str:
 
 
 def _create(partial: Path, opened: contextlib.ExitStack) -> None:
-    """Make the folder and take its lock, which `opened` closes."""
+    """Create the folder and take its lock, which `opened` closes."""
     while True:
         partial.mkdir()
         # Until it is locked, another run may take it for a leftover and remove it.
@@ -166,8 +168,8 @@ def _create(partial: Path, opened: contextlib.ExitStack) -> None:
 
 
 def _lock(folder: Path) -> int:
-    """Take the lock of a folder. Raises OSError if somebody lives who has it, and for links: what they
-    point to is not ours to write to."""
+    """Take the lock of a folder; returns its descriptor. Raises OSError if a running process holds it,
+    and for links, whose targets must not be written to."""
     flags = os.O_NOFOLLOW | os.O_CLOEXEC
     inside = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | flags)
     try:
@@ -183,7 +185,7 @@ def _lock(folder: Path) -> int:
 
 
 def _sync(folder: Path) -> None:
-    """The names in a folder to the disk."""
+    """Flush the directory entries of a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,9 +1,9 @@
-"""Letting go of the pages of mapped files: what is read once, end to end, need not stay resident.
+"""Release the resident pages of mapped files: a file that is read once need not stay resident.
 
-Pages of a mapped file count as this process's memory until the kernel needs them elsewhere; a control
-group's limit, and whoever watches the process, sees a reader as large as its file. They are dropped
-here for all mappings of a file, whoever made them: the libraries that map files do not say where.
-The data stay in the page cache, and a later access finds them there.
+Pages of a mapped file count as this process's memory until the kernel reclaims them. For a control
+group's limit, and in monitoring tools, a reader would seem as large as its file. Here the pages of all
+mappings of a file are dropped, whichever code made them: libraries do not report their mappings.
+The data stay in the page cache, so a later access does not read the disk again.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ _HEADER = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (....) [0-9a-f]+ \S+ \d+ +(/.*)")
 
 
 def release_pages(paths: Iterable[Path]) -> None:
-    """Drop the resident pages of mappings of the files `paths`. No mapping that was written to is
-    touched: its pages are the only copy. Without proc, nothing happens."""
+    """Drop the resident pages of all mappings of the files `paths`. Mappings that were written to stay,
+    since their pages are the only copy. Without /proc, nothing happens."""
     with suppress(OSError):
-        # As the kernel names them: hub caches are full of links.
+        # Resolved, as the kernel names them: files of hub caches are links.
         files = {str(path.resolve()) for path in paths}
         shared, private = _mappings(_text("/proc/self/maps"), files)
-        if private:  # the kernel looks through all pages to tell whether one was written: only then
+        if private:  # only then: for smaps, the kernel checks every page for writes
             shared += _unwritten(_text("/proc/self/smaps"), files)
         for start, stop in shared:
             _libc.madvise(start, stop - start, _MADV_DONTNEED)
 
 
 def _text(path: str) -> str:
-    """Not in text mode: a file's name may hold a carriage return, and the kernel writes it as it is."""
+    """The text of a file, not in text mode: a file name in it may contain a carriage return."""
     return os.fsdecode(Path(path).read_bytes())
 
 
 def _mappings(maps: str, files: set[str]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """The shared and the private mappings of files among `files`."""
+    """The address ranges of the shared and of the private mappings of `files`."""
     shared: list[tuple[int, int]] = []
     private: list[tuple[int, int]] = []
     for line in maps.split("\n"):
@@ -52,7 +52,7 @@ def _mappings(maps: str, files: set[str]) -> tuple[list[tuple[int, int]], list[t
 
 
 def _unwritten(smaps: str, files: set[str]) -> list[tuple[int, int]]:
-    """The private mappings among them that were never written to."""
+    """The address ranges of the private mappings of `files` that were never written to."""
     found = []
     current: tuple[int, int] | None = None
     for line in smaps.split("\n"):

@@ -1,8 +1,8 @@
-"""Rounding weights to the nearest integers of a scheme: quick, and without looking at any text.
+"""Round weights to the nearest integers of a scheme (RTN): fast, and without a calibration text.
 
-Scales are rounded to what is stored before the integers are taken, so these are the nearest to the
-scales that will multiply them. A rank quantizes whole rows or whole groups and cuts its columns out
-afterwards: no number depends on how many ranks there are.
+Scales are rounded to their stored dtype first; then the integers nearest for these rounded scales are
+taken. A rank quantizes whole rows or whole groups and selects its columns afterwards, so no number
+depends on the number of ranks.
 
 What is not here: choosing integers by their effect on activations (quantize/).
 """
@@ -16,20 +16,21 @@ from base.errors import InputError
 from weights.quant import QuantWeight, pack_nibbles
 from weights.schemes import Scheme
 
-BLOCK = 1 << 16  # numbers that are rounded at a time: the steps between stay in the caches
+BLOCK = 1 << 16  # numbers that are rounded at a time: intermediate results stay in the caches
 _LARGEST = 65504.0  # of float16; a weight is nowhere near
 TINY = 2.0**-24  # the smallest float16 above 0
 
 
 def quantize_rtn(weight: Tensor, scheme: Scheme) -> QuantWeight:
-    """`weight` [n, k], any float dtype, to the nearest integers.
+    """Round `weight` [n, k], of any float dtype, to the nearest integers.
 
-    8 bits: -127..127, symmetric. 4 bits, symmetric: the number that is largest by magnitude becomes -8,
-    so that all 16 integers are used, and the scale has its sign turned (as in ggml's Q4_0). 4 bits,
-    asymmetric: the range, zero included, is 15 steps, and zero is an integer z of them; the offset is
-    -z * scale, rounded to float16 (GPTQ, AWQ and compressed-tensors store z, the zero point). Scales
-    are float16 for groups, float32 for rows. Raises InputError for numbers that are not finite or too
-    large for such scales; ValueError for a k that is not of whole groups.
+    8 bits: -127..127, symmetric. 4 bits, symmetric: the number with the largest magnitude becomes -8,
+    so that all 16 integers are used; the scale has the opposite sign of that number (as in ggml's
+    Q4_0). 4 bits, asymmetric: the range, extended to include 0, has 15 steps, and 0 is the integer z;
+    the offset is -z * scale, rounded to float16 (GPTQ, AWQ and compressed-tensors store z, the zero
+    point). Scales are float16 for groups, float32 for rows. Raises InputError for numbers that are not
+    finite or too large for such scales; ValueError if k is not a multiple of the group size, or odd
+    for 4 bits.
     """
     n, k = weight.shape
     size = scheme.group_size or k
@@ -56,7 +57,8 @@ def quantize_rtn(weight: Tensor, scheme: Scheme) -> QuantWeight:
 
 
 def _round(values: Tensor, scheme: Scheme, fine: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Integers [n, groups, size] as floats, scales and offsets [n, groups] of float32 `values`."""
+    """The integers [n, groups, size] as floats, and the scales and offsets [n, groups], of float32
+    `values` [n, groups, size]. The offsets have no meaning for a symmetric scheme."""
     low, high = values.amin(-1), values.amax(-1)  # aminmax of short groups takes four times as long
     if scheme.symmetric:
         if scheme.bits == 8:
@@ -67,11 +69,11 @@ def _round(values: Tensor, scheme: Scheme, fine: torch.dtype) -> tuple[Tensor, T
         assert scheme.bits == 4
         low, high = low.clamp(max=0), high.clamp(min=0)
         scale = (high - low) / 15
-    # A NaN is below nothing. A half also holds the offset, up to 15 scales.
+    # The negated comparison also catches NaN. In float16, the offset of up to 15 scales must fit too.
     if not float(scale.abs().max()) <= (_LARGEST / 15 if fine == torch.float16 else _LARGEST):
         raise InputError(
             "numbers that are infinite, not a number or beyond any weight's size cannot be "
-            f"quantized to {scheme.name}: the file is damaged, or use quant=none"
+            f"quantized to {scheme.name}: the file may be damaged: download it again, or use quant=none"
         )
     scale = scale.to(fine)
     scale = torch.where(scale.abs() < TINY, TINY, scale).to(fine)  # groups of zeros stay zeros

@@ -1,7 +1,7 @@
-"""Entries made of entries: some rows of one, several put together, rows in another order.
+"""Entries derived from other entries: some rows of one, several concatenated, or rows reordered.
 
-This is how a fused, split or reordered file looks like whole canonical tensors. Nothing is read here;
-a slice of a view reads the slices it needs of what lies below, as a tensor or raw.
+They present a fused, split or reordered file as whole canonical tensors. Making a view reads nothing;
+reading a slice of a view reads the slices it needs of the entries below, as a tensor or raw.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def present(
     config: Mapping[str, Any],
     heads: Callable[[], tuple[int, int]],
 ) -> Checkpoint:
-    """The checkpoint with canonical entries. `heads()` tells how many query and KV heads the model
-    has; it is asked only where rows are fused or interleaved. Raises InputError."""
+    """The checkpoint with canonical entries. `heads()` returns the numbers of query and KV heads of the
+    model; it is called only if rows are fused or interleaved. Raises InputError if two tensors have one
+    canonical name, if there are none, or if rows do not fit the heads."""
     path = source.path
     entries: dict[str, Entry] = {}
     stored_names: dict[str, str] = {}
@@ -64,7 +65,7 @@ def _piece(
     if not piece.part and not piece.interleaved:
         return entry
     if not entry.shape:
-        raise InputError(f"{path}: {stored_name!r} has no dimensions; it must have rows")
+        raise InputError(f"{path}: {stored_name!r} is a scalar; it must have rows")
     size = entry.shape[0]
     if piece.part in ("gate", "up"):
         if size % 2:
@@ -97,8 +98,8 @@ def _rebuild(
     wrap: Callable[[Read], Read],
     wrap_quant: Callable[[ReadQuant], ReadQuant] | None = None,
 ) -> Entry:
-    """`entry` with another shape, and all its ways of reading wrapped alike. Without `wrap_quant` it is
-    no longer read quantized."""
+    """`entry` with another shape, and with all its read functions wrapped. Without `wrap_quant` it can
+    no longer be read quantized."""
     raw = None if entry.read_raw is None else wrap(entry.read_raw)
     peek = None if entry.peek is None else wrap(entry.peek)
     quant = None if entry.quant is None or wrap_quant is None else wrap_quant(entry.quant)
@@ -128,7 +129,7 @@ def rows_of(entry: Entry, start: int, stop: int) -> Entry:
 
 
 def matrix_of(entry: Entry, index: int) -> Entry:
-    """One matrix of a stack of them, by its first index."""
+    """One matrix of a stack of matrices [count, n, k], by its index."""
     shape = entry.shape[1:]
 
     def wrap(read: Read) -> Read:
@@ -145,7 +146,8 @@ def matrix_of(entry: Entry, index: int) -> Entry:
 
 
 def less_one(entry: Entry) -> Entry:
-    """A tensor that is stored with 1 added, in float32: adding the 1 again gives the stored bits."""
+    """A tensor that is stored with 1 added, without that 1, in float32: adding 1 again gives exactly
+    the stored bits."""
 
     def read(slices: Slices) -> Tensor:
         return entry.read(slices).float() - 1
@@ -156,14 +158,15 @@ def less_one(entry: Entry) -> Entry:
 
 
 def grouped_rows(entry: Entry, part: str, group: int, num_kv: int, head_dim: int) -> Entry:
-    """The rows of "q", "k" or "v" where each KV head has its `group` query heads before it."""
+    """The rows of "q", "k" or "v" of a fused weight in which the `group` query heads of each KV head
+    come first, then its key and value heads."""
     stride = (group + 2) * head_dim
     size = (group if part == "q" else 1) * head_dim
     offset = {"q": 0, "k": group, "v": group + 1}[part] * head_dim
     shape = (num_kv * size, *entry.shape[1:])
 
     def stored(wanted: slice) -> list[slice]:
-        """The stored rows that make up `wanted`, in order."""
+        """The ranges of stored rows that make up `wanted`, in order."""
         start, stop = wanted.start, wanted.stop
         if start == stop:
             return [slice(0, 0)]
@@ -189,14 +192,14 @@ def grouped_rows(entry: Entry, part: str, group: int, num_kv: int, head_dim: int
 
 
 def deinterleave(entry: Entry, head_dim: int) -> Entry:
-    """Rows stored per head as (half a head, 2), in the canonical order (2, half a head). Whole heads
-    are read and then cut, so any rows can be asked for."""
+    """Reorder rows that are stored per head as (half a head, 2) into the canonical order (2, half a
+    head). Whole heads are read and then sliced, so any range of rows can be read."""
 
     def heads(rows: slice) -> slice:
         return slice(rows.start // head_dim * head_dim, -(-rows.stop // head_dim) * head_dim)
 
     def ordered(whole: Tensor, rows: slice) -> Tensor:
-        """`rows`, in order, of the `whole` heads that hold them."""
+        """The canonical `rows`, from the stored rows of the `whole` heads that hold them."""
         pairs = whole.reshape(len(whole) // head_dim, head_dim // 2, 2, *whole.shape[1:])
         first = heads(rows).start
         return pairs.transpose(1, 2).reshape(whole.shape)[rows.start - first : rows.stop - first]
@@ -218,7 +221,7 @@ def deinterleave(entry: Entry, head_dim: int) -> Entry:
 
 
 def concat(parts: list[Entry], dim: int) -> Entry:
-    """Entries side by side along `dim`, as one. A slice touches only those that it meets."""
+    """Entries concatenated along `dim`. A slice reads only the entries that it overlaps."""
     shape = list(parts[0].shape)
     starts = [0]
     for entry in parts:
@@ -246,16 +249,17 @@ def concat(parts: list[Entry], dim: int) -> Entry:
 
 
 def replicated(path: Path, name: str, copies: list[Entry]) -> Entry:
-    """One tensor that every file repeats: compared whenever it is read, and refused if they differ."""
+    """A tensor of which every file holds a copy. Each read compares the copies; it raises InputError if
+    they differ."""
 
     def read(slices: Slices) -> Tensor:
         first = copies[0].read(slices)
         for other in copies[1:]:
-            # As bytes: a NaN is equal to itself here.
+            # Compared as bytes: a NaN is equal to itself here.
             if not torch.equal(other.read(slices).view(torch.uint8), first.view(torch.uint8)):
                 raise InputError(
-                    f"{path}: the files disagree on {name!r}, which each of them repeats; they are "
-                    "not parts of one model: download it again"
+                    f"{path}: the files disagree on {name!r}, of which each must hold the same copy; "
+                    "they are not parts of one model: download it again"
                 )
         return first
 

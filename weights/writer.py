@@ -1,14 +1,15 @@
-"""Writing safetensors in pieces: the header first, from shapes alone, then each tensor at its offset.
+"""Write safetensors in pieces: the header first, from shapes alone, then each tensor at its offset.
 
-safetensors' own `save_file` wants all tensors of a file in memory at once. Here the place of every
-tensor is known before a byte of it is, so pieces can be written as they are read, by several threads,
-and no more than a piece per thread is ever held. What is written is checksummed on its way.
+safetensors' own `save_file` needs all tensors of a file in memory at once. Here the offset of every
+tensor is known before its data, so several threads can write pieces as they are read, and only one
+piece per thread is in memory. A digest of each tensor is computed while it is written.
 
 The format: eight bytes with the length of the header (little-endian), a JSON header padded with spaces
-to eight bytes, and the data, back to back. Tensors of wide elements come first, so all are aligned.
+to a multiple of eight bytes, and the data without gaps. Tensors with larger elements come first, so
+that all are aligned.
 
-What is not here: reading (safetensors does that, or `weights.formats.yoke_io`), and which tensors go
-where.
+What is not here: reading (`weights.formats.safetensors_io`, `weights.formats.yoke_io`), and which
+tensors go into which file.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from torch import Tensor
 
 from weights import mapped
 
-# The dtypes that are written: those that are read, in safetensors' spelling.
+# The dtypes that can be written, in safetensors' spelling: the same as can be read.
 DTYPES: dict[str, torch.dtype] = {name: dtype for name, (_, dtype) in mapped.DTYPES.items()}
-# Of the digests in the standard library the fastest where processors have SHA instructions (1.2 GB/s
-# against 0.9 for BLAKE2b); hashing is most of what resharding computes.
+# The fastest digest of the standard library on processors with SHA instructions (1.2 GB/s against 0.9
+# for BLAKE2b). Hashing is most of the computation of resharding.
 DIGEST = "sha256"
 START_BYTES = 8 << 20
 _SYNC_FILE_RANGE_WRITE = 2
@@ -43,7 +44,8 @@ if hasattr(_libc, "sync_file_range"):
 
 @dataclass(frozen=True)
 class Tensors:
-    """What one file holds: names to (dtype in safetensors' spelling, shape), in any order."""
+    """The content of one file: `shapes` maps names to (dtype in safetensors' spelling, shape), in any
+    order."""
 
     shapes: Mapping[str, tuple[str, tuple[int, ...]]]
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -62,7 +64,7 @@ def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def header_of(tensors: Tensors) -> dict[str, Any]:
-    """The header as an object: dtype, shape and place of every tensor."""
+    """The header as a JSON object: dtype, shape and offsets of every tensor."""
     header: dict[str, Any] = {}
     if tensors.metadata:
         header["__metadata__"] = dict(tensors.metadata)
@@ -76,25 +78,25 @@ def header_of(tensors: Tensors) -> dict[str, Any]:
 
 
 def header_bytes(tensors: Tensors) -> bytes:
-    """What a file begins with, up to its data."""
+    """The bytes of a file before its data: the header's length and the header."""
     text = json.dumps(header_of(tensors), separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
 def start_writing(descriptor: int, offset: int, size: int) -> None:
-    """Let the disk begin with a part of a file, without waiting for it: else it idles until the end,
-    and then all wait for it. Nothing depends on it."""
+    """Start writing a part of a file to the disk, without waiting for it. Otherwise the disk idles
+    until the final fsync, and then all threads wait for it. This is only a hint to the kernel."""
     if hasattr(_libc, "sync_file_range"):
         _libc.sync_file_range(descriptor, offset, size, _SYNC_FILE_RANGE_WRITE)
 
 
 class SafetensorsFile:
-    """A file being written: `write` puts one whole tensor at its place, from pieces in order.
+    """A file being written: `write` writes one whole tensor at its offset, from pieces in order.
 
-    Threads may write different tensors at the same time. Usable once `finish` has returned: until then
-    the length of the header is zero, which no reader accepts, so that a file that was not finished
-    cannot be taken for one with zeros in it. Without `digests` none are computed.
+    Threads may write different tensors at the same time. The file is valid once `finish` has returned.
+    Until then the length of the header is zero, which no reader accepts, so an unfinished file cannot
+    be mistaken for a valid one that contains zeros. Without `digests` no digests are computed.
     """
 
     def __init__(self, path: Path, tensors: Tensors, digests: bool = True) -> None:
@@ -108,7 +110,9 @@ class SafetensorsFile:
     def write(
         self, name: str, pieces: Iterable[Tensor], done: Callable[[int], None] = lambda size: None
     ) -> str:
-        """Write a tensor from contiguous `pieces`, which together are exactly it; its digest."""
+        """Write a tensor from contiguous `pieces`, which together must be exactly the tensor. Returns
+        its digest in hex (that of no data without `digests`). `done` is called with the bytes of each
+        piece."""
         first, last = self._header[name]["data_offsets"]
         digest = hashlib.new(DIGEST, usedforsecurity=False)
         position = started = first
@@ -127,7 +131,7 @@ class SafetensorsFile:
         return digest.hexdigest()
 
     def finish(self) -> None:
-        """Everything to the disk, then the header's length, which makes it a file to be read."""
+        """Flush the data to the disk, then write the header's length, which makes the file valid."""
         try:
             os.fsync(self._fd)
             self._pwrite(self._first[:8], 0)
@@ -136,7 +140,7 @@ class SafetensorsFile:
             self.close()
 
     def close(self) -> None:
-        """Let go of the file as it is. Harmless after `finish`."""
+        """Close the file as it is. Does nothing after `finish`."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -144,7 +148,7 @@ class SafetensorsFile:
     def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data)
         while view:
-            # Linux writes at most 2 GiB in a call, and may write less.
+            # Linux writes at most 2 GiB per call, and may write less.
             count = os.pwrite(self._fd, view[: 1 << 30], offset)
             view, offset = view[count:], offset + count
 

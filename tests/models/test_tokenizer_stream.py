@@ -133,7 +133,7 @@ def test_two_streams_do_not_share_what_they_hold(codecs: dict[str, tuple[TextCod
 def test_what_is_no_text_is_refused(codecs: dict[str, tuple[TextCodec, int]]) -> None:
     encoders: list[Callable[[str, bool], list[int]]] = [codec.encode for codec, _ in codecs.values()]
     for encode in [*encoders, byte_codec(300).encode]:
-        with pytest.raises(InputError, match=r"'\\udcff' at position 1 is no character"):
+        with pytest.raises(InputError, match=r"'\\udcff' at position 1 is not a character"):
             encode("a\udcff", True)
 
 

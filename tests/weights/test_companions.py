@@ -82,5 +82,5 @@ def test_what_is_too_large_is_refused(model: Path, monkeypatch: pytest.MonkeyPat
         found(model)
     monkeypatch.setattr(companions, "FILE_LIMIT", 5000)
     monkeypatch.setattr(companions, "TOTAL_LIMIT", 5000)
-    with pytest.raises(InputError, match="together"):
+    with pytest.raises(InputError, match="in total"):
         found(model)
