@@ -1,1 +1,1 @@
-"""Checkpoints divided for any number of ranks, offline: bytes are moved, nothing is computed."""
+"""Divide checkpoints for any number of ranks, offline: bytes are copied, nothing is computed."""

@@ -1,13 +1,13 @@
-"""The offline resharder: a checkpoint for any number of ranks from one for any other.
+"""The command of the offline resharder: it converts a checkpoint from any number of ranks to any other.
 
     python -m tp.reshard --to 16 llama-2-70b/ llama-2-70b-16/
 
-reads what `weights.checkpoint` reads (Hugging Face, Meta's consolidated files, GGUF, Yoke's own form)
-and writes Yoke's form, one file per rank, or for one rank a plain Hugging Face folder. Bytes are moved,
-never computed with: going to any number of ranks and back gives the same bytes.
+It reads all formats of `weights.checkpoint` (Hugging Face, Meta's consolidated files, GGUF, Yoke's own
+format). It writes Yoke's format, one file per rank, or for one rank a plain Hugging Face folder. Bytes
+are copied, never computed with: resharding to any number of ranks and back gives the same bytes.
 
-This file is the command. What goes where is planned in `reshard.plan`, carried out in
-`reshard.run` and checked in `reshard.verify`; `weights.output` makes the result appear whole.
+What is not here: `reshard.plan` decides what goes where, `reshard.run` writes it, `reshard.verify`
+checks it, and `weights.output` makes OUT appear only when it is complete.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from weights.output import (
     new_folder,
 )
 
-if TYPE_CHECKING:  # torch is loaded once the command line has been understood
+if TYPE_CHECKING:  # torch is imported only after the command line has been parsed
     from reshard.plan import ReshardPlan
 
 USAGE = "python -m tp.reshard --to N [--from N] [flags] CHECKPOINT OUT"
@@ -40,18 +40,18 @@ EXAMPLES = """\
 examples:
   python -m tp.reshard --to 2 SmolLM2-135M-Instruct/ smollm2-2/       a Hugging Face folder for 2 ranks
   python -m tp.reshard --from 8 --to 16 llama-2-70b/ llama-2-70b-16/  Meta's 8 files for 16 ranks
-  python -m tp.reshard --to 1 smollm2-2/ smollm2-hf/                  back to Hugging Face's form
-  python -m tp.reshard --to 6 --dry-run model.gguf model-6/           what would be written
+  python -m tp.reshard --to 1 smollm2-2/ smollm2-hf/                  back to a Hugging Face folder
+  python -m tp.reshard --to 6 --dry-run model.gguf model-6/           show what would be written
 
-Any number of ranks up to the number of query heads. Where there are more ranks than KV heads, these are
-copied to each rank that needs them, and compared and written once on the way back. Quantized tensors
-stay as they are, block by block; a GGUF model keeps Yoke's form for one rank, too.
-OUT appears when all of it is on the disk, and not at all if something fails."""
+N can be any number of ranks up to the number of query heads. If there are more ranks than KV heads, a
+KV head is copied to each rank that needs it; on the way back the copies are compared and written once.
+Quantized tensors are copied block by block. A GGUF model gets Yoke's format even for one rank.
+OUT appears when all of it is on disk. If something fails, OUT does not appear."""
 
 
 class _Parser(argparse.ArgumentParser):
     def print_help(self, file: Any = None) -> None:
-        show(self.format_help(), end="")  # argparse's own passes over output that cannot be written
+        show(self.format_help(), end="")  # argparse's own method ignores errors of writing
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see python -m tp.reshard --help")
@@ -61,24 +61,28 @@ def parser() -> argparse.ArgumentParser:
     made = _Parser(
         prog="python -m tp.reshard",
         usage=USAGE,
-        description="Divide a checkpoint anew: from any number of ranks to any other.",
+        description="Convert a checkpoint from any number of ranks to any other.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a folder, or a .gguf file")
-    made.add_argument("out", metavar="OUT", type=Path, help="a folder that is new or empty")
-    made.add_argument("--to", metavar="N", type=int, required=True, help="ranks to divide it for")
+    made.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a folder or a .gguf file")
+    made.add_argument("out", metavar="OUT", type=Path, help="a new or empty folder")
+    made.add_argument("--to", metavar="N", type=int, required=True, help="number of ranks to write")
     made.add_argument(
-        "--from", metavar="N", type=int, dest="source_ranks", help="ranks it is divided for [found out]"
+        "--from", metavar="N", type=int, dest="source_ranks", help="ranks of CHECKPOINT [detected]"
     )
     made.add_argument(
-        "--dequantize", action="store_true", help="write quantized tensors as bf16 [keep them]"
+        "--dequantize", action="store_true", help="write quantized tensors as bf16 [copy them]"
     )
-    made.add_argument("--dry-run", action="store_true", help="show what would be written, and stop")
-    made.add_argument("--verify", action="store_true", help="read the result back, compare every byte")
     made.add_argument(
-        "--verify-forward", action="store_true", help="run some tokens through both, compare logits"
+        "--dry-run", action="store_true", help="show what would be written; write nothing"
+    )
+    made.add_argument(
+        "--verify", action="store_true", help="read the result back and compare every byte"
+    )
+    made.add_argument(
+        "--verify-forward", action="store_true", help="run some tokens through both and compare logits"
     )
     return made
 
@@ -98,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what the command line says. Raises InputError, Interrupted."""
+    """Run the parsed command line. Raises InputError, Interrupted."""
     out: Path = options.out.absolute()
     if not options.dry_run:
         check_target(out)
@@ -112,7 +116,7 @@ def run(options: argparse.Namespace) -> None:
     if options.source_ranks not in (None, checkpoint.world_size):
         raise InputError(
             f"--from {options.source_ranks}: {checkpoint.path} is divided for {checkpoint.world_size} "
-            f"{'rank' if checkpoint.world_size == 1 else 'ranks'}; leave --from out, or give that"
+            f"{'rank' if checkpoint.world_size == 1 else 'ranks'}; omit --from, or give that number"
         )
     folder = None
     if (options.checkpoint / MANIFEST).is_file():
@@ -147,9 +151,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def describe(plan: ReshardPlan, source_ranks: int, needed: int) -> list[str]:
-    """What would be written, as lines."""
+    """The report of --dry-run, as lines: what would be written."""
     dims, ranks = plan.dims, plan.world_size
-    form = "a Hugging Face folder" if plan.form == "hf" else "Yoke's form, one file per rank"
+    form = "a Hugging Face folder" if plan.form == "hf" else "Yoke's format, one file per rank"
     lines = [
         f"from {source_ranks} to {ranks} ranks: {form}",
         f"{len(plan.tensors)} tensors, {dims.num_heads} query heads, {dims.num_kv_heads} KV heads of "
@@ -176,13 +180,13 @@ def describe(plan: ReshardPlan, source_ranks: int, needed: int) -> list[str]:
         )
     quantized = sorted({tensor.blocks.format for tensor in plan.tensors if tensor.blocks})
     if quantized:
-        lines.append(f"quantized tensors are kept as they are: {', '.join(quantized)}")
+        lines.append(f"quantized tensors are copied unchanged: {', '.join(quantized)}")
     lines.append(f"needs {format_bytes(needed)}; nothing was written")
     return lines
 
 
 def _heads(plan: ReshardPlan, rank: int, axis: str) -> range:
-    """The heads that a rank's file holds, by the first tensor that is divided along `axis`."""
+    """The heads in a rank's file, taken from the first tensor that is sharded along `axis`."""
     tensor = next(t for t in plan.tensors if t.axis == axis and t.dim is not None)
     part = next(part for part in tensor.parts if part.rank == rank)
     return range(part.start // plan.dims.head_dim, part.stop // plan.dims.head_dim)
@@ -194,7 +198,7 @@ def _span(heads: range) -> str:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr where that is a terminal, fed with (bytes done, bytes in all)."""
+    """Yields a callback for (bytes done, bytes in total); it draws a bar if stderr is a terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return

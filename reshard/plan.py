@@ -1,13 +1,15 @@
-"""What resharding will write: which part of which tensor goes into which file. Pure.
+"""The plan of a resharding: which part of which tensor goes into which file. Pure functions.
 
-The division is the loader's own (`tp.shard`), so a rank finds in its file what it would have cut from
-the whole. Two forms come out: Yoke's, one file per rank and a manifest
-(`weights.formats.yoke_manifest`), and for one rank the plain Hugging Face folder, under the names that
-the weights had there.
+Shards are the loader's own (`tp.shard`), so a rank's file holds what the rank would have sliced from
+the whole checkpoint. There are two output formats: Yoke's, with one file per rank and a manifest
+(`weights.formats.yoke_manifest`), and for one rank a plain Hugging Face folder with the original tensor
+names.
 
-Quantized tensors are carried block by block, never quantized again. A border between ranks that would
-cut a block is moved to the block's edge where it divides an MLP; where it separates heads it cannot be
-moved, and the tensor has to be dequantized. A rank then finds a part of its MLP in a neighbor's file.
+Quantized tensors are copied block by block, never quantized again. If a border between ranks would cut
+a block in an MLP, it moves to the block's edge, and a rank then reads a part of its MLP from a
+neighbor's file. A border between heads cannot move: such a tensor must be dequantized.
+
+What is not here: reading and writing (`reshard.run`).
 """
 
 from __future__ import annotations
@@ -35,14 +37,14 @@ from weights.formats.yoke_manifest import (
 from weights.names import translate
 from weights.writer import DTYPES, Tensors, num_bytes
 
-SHARD_BYTES = 5 * 10**9  # of Hugging Face's files, as the library itself divides them
+SHARD_BYTES = 5 * 10**9  # the most in one file of a Hugging Face folder, as in their library
 INDEX = "model.safetensors.index.json"
 _NUM_HEADS = ("num_attention_heads", "n_heads", "n_head", "num_heads")
 
 
 @dataclass(frozen=True)
 class Dims:
-    """Of a model what its division depends on."""
+    """The sizes of a model that decide how it is sharded."""
 
     num_heads: int
     num_kv_heads: int
@@ -54,7 +56,7 @@ class Dims:
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements `[start, stop)` of a tensor along its divided dimension."""
+    """Elements `[start, stop)` of a tensor along its sharded dimension."""
 
     tensor: StoredTensor
     start: int
@@ -63,7 +65,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor of one file: its name there, and the pieces that make it up, one after the other."""
+    """One tensor of one file: its name there, and the pieces that are concatenated into it."""
 
     file: str
     name: str
@@ -72,8 +74,8 @@ class Output:
 
 @dataclass(frozen=True)
 class ReshardPlan:
-    """`form` is "yoke" or "hf". `outputs` are in the order of writing, by tensor and then by rank, so
-    that the source is read from front to back; `texts` are small files to be written with them."""
+    """What to write. `form` is "yoke" or "hf". `outputs` are in writing order, by tensor and then by
+    rank, so that the source is read from front to back. `texts`: small files to write, by name."""
 
     form: str
     world_size: int
@@ -93,16 +95,16 @@ class ReshardPlan:
 def make_plan(
     checkpoint: Checkpoint, world_size: int, *, num_heads: int | None = None, dequantize: bool = False
 ) -> ReshardPlan:
-    """Plan resharding to `world_size` ranks. Raises InputError for what cannot be divided so.
+    """Plan resharding to `world_size` ranks. Raises InputError if the checkpoint cannot be sharded so.
 
-    `num_heads` is told where the checkpoint's own configuration need not be asked.
+    `num_heads` is the number of query heads; None reads it from the checkpoint's configuration.
     """
     if world_size < 1:
         raise InputError(f"--to {world_size}: there must be at least one rank")
     dims = dims_of(checkpoint, num_heads)
     unit = lcm(FFN_UNIT, *_ffn_blocks(checkpoint, dequantize))
     layouts = [layout_of(dims, rank, world_size, unit) for rank in range(world_size)]
-    # GGUF's metadata are no config.json, so such a model keeps Yoke's form even for one rank.
+    # GGUF metadata is not a config.json, so a GGUF model gets Yoke's format even for one rank.
     form = "hf" if world_size == 1 and checkpoint.format != "gguf" else "yoke"
     tensors = tuple(
         _tensor(name, entry, checkpoint, layouts, dequantize)
@@ -149,7 +151,7 @@ def make_plan(
 
 
 def manifest_of(plan: ReshardPlan, digests: Mapping[tuple[str, str], str]) -> Manifest:
-    """The manifest of what was written; `digests` are by file and name."""
+    """The manifest of the written files; `digests` maps (file, tensor name) to a digest."""
     ranks = plan.world_size
     tensors = tuple(
         replace(
@@ -176,8 +178,8 @@ def manifest_of(plan: ReshardPlan, digests: Mapping[tuple[str, str], str]) -> Ma
 
 
 def dims_of(checkpoint: Checkpoint, num_heads: int | None = None) -> Dims:
-    """Sizes from the tensors themselves, and from the configuration only the number of query heads,
-    which they do not tell. Raises InputError where they contradict each other."""
+    """The sizes of a model, from its tensors' shapes. Only the number of query heads, which shapes do
+    not show, is `num_heads` or from the configuration. Raises InputError if they are inconsistent."""
     extents: dict[str, tuple[int, str]] = {}
     for name, entry in checkpoint.entries.items():
         spec = find_spec(name)
@@ -189,13 +191,16 @@ def dims_of(checkpoint: Checkpoint, num_heads: int | None = None) -> Dims:
         known, first = extents.setdefault(spec.axis, (size, name))
         if size != known:
             raise InputError(
-                f"{name} has {size} elements along {spec.axis!r} and {first} has {known}: they are "
-                "not of one model"
+                f"{name} has {size} elements along {spec.axis!r} and {first} has {known}: in one "
+                "model these are equal; is a file of another model among them?"
             )
     mlp = "expert" if "expert" in extents else "ffn"
     for axis in ("q", "kv", mlp, "vocab"):
         if axis not in extents:
-            raise InputError(f"{checkpoint.path} has no weight that is divided along {axis!r}")
+            raise InputError(
+                f"{checkpoint.path} has no weight that is sharded along {axis!r}; every model has one: "
+                "is a file missing?"
+            )
     if num_heads is None:
         num_heads = _find_num_heads(checkpoint)
     q, kv = extents["q"][0], extents["kv"][0]
@@ -204,8 +209,8 @@ def dims_of(checkpoint: Checkpoint, num_heads: int | None = None) -> Dims:
     head_dim = q // num_heads
     if kv % head_dim or num_heads % (kv // head_dim):
         raise InputError(
-            f"{extents['kv'][1]} has {kv} rows, which are no number of KV heads of {head_dim} that "
-            f"{num_heads} query heads could share"
+            f"{extents['kv'][1]} has {kv} rows, which are not whole KV heads of {head_dim} rows that "
+            f"{num_heads} query heads share evenly"
         )
     ffn, expert = (extents.get(axis, (0, ""))[0] for axis in ("ffn", "expert"))
     return Dims(num_heads, kv // head_dim, head_dim, ffn, extents["vocab"][0], expert)
@@ -221,13 +226,13 @@ def _find_num_heads(checkpoint: Checkpoint) -> int:
                 raise InputError(f"{checkpoint.path}: {key} must be a positive integer, not {value!r}")
             return int(value)
     raise InputError(
-        f"{checkpoint.path}: its configuration does not tell the number of query heads "
+        f"{checkpoint.path}: its configuration does not have the number of query heads "
         f"({', '.join(_NUM_HEADS)}); put the model's config.json beside the weights"
     )
 
 
 def layout_of(dims: Dims, rank: int, world_size: int, ffn_unit: int = FFN_UNIT) -> Layout:
-    """The loader's layout of a rank, with borders in the MLP at multiples of `ffn_unit`."""
+    """The loader's layout of a rank, with MLP borders at multiples of `ffn_unit` elements."""
     layout = plan_layout(
         num_heads=dims.num_heads,
         num_kv_heads=dims.num_kv_heads,
@@ -250,7 +255,7 @@ def layout_of(dims: Dims, rank: int, world_size: int, ffn_unit: int = FFN_UNIT) 
 
 
 def _ffn_blocks(checkpoint: Checkpoint, dequantize: bool) -> list[int]:
-    """The blocks that a border in the MLP could cut."""
+    """The sizes of quantization blocks that a border in the MLP could cut."""
     if dequantize:
         return []
     found = set()
@@ -273,7 +278,7 @@ def _tensor(
             "--dequantize writes it as bf16"
         )
     if 0 in entry.shape:
-        raise InputError(f"{name} has shape {entry.shape}: it holds nothing; is the file damaged?")
+        raise InputError(f"{name} has shape {entry.shape}, so it is empty; is the file damaged?")
     whole = StoredTensor(name, stored_name, dtype, entry.shape, spec.dim, spec.axis, (), blocks)
     if spec.dim is None:
         ranks = range(1 if spec.axis == "first" else len(layouts))
@@ -281,9 +286,9 @@ def _tensor(
     parts = []
     for rank, layout in enumerate(layouts):
         bounds = slices_of(name, entry.shape, layout)[spec.dim]
-        if bounds.start < bounds.stop:  # the last ranks may hold nothing of a small vocabulary
+        if bounds.start < bounds.stop:  # of a small vocabulary, the last ranks may hold nothing
             parts.append(Part(rank, bounds.start, bounds.stop))
-    # The table and the layout must make up the tensor; the manifest's reader would refuse it later.
+    # The parts must cover the tensor; otherwise the manifest's reader would refuse it later.
     assert parts[0].start == 0 and parts[-1].stop == whole.extent, (name, parts)
     assert all(left.stop >= right.start for left, right in pairwise(parts)), (name, parts)
     if blocks is not None and spec.dim == len(entry.shape) - 1:
@@ -298,7 +303,7 @@ def _tensor(
 
 
 def _storage(name: str, entry: Entry, dequantize: bool) -> tuple[str, Blocks | None]:
-    """The dtype that is written, and the blocks of a tensor that stays quantized."""
+    """The dtype to write, and the blocks if the tensor stays quantized."""
     if entry.stored_as in DTYPES and entry.block == 1:
         return entry.stored_as, None
     if dequantize:
@@ -306,7 +311,7 @@ def _storage(name: str, entry: Entry, dequantize: bool) -> tuple[str, Blocks | N
     sizes = block_sizes(entry.stored_as)
     if entry.read_raw is None or sizes is None or sizes[0] != entry.block:
         raise InputError(
-            f"{name} is stored as {entry.stored_as}, which cannot be carried as it is; "
+            f"{name} is stored as {entry.stored_as}, which cannot be copied block by block; "
             "--dequantize writes it as bf16"
         )
     return "U8", Blocks(entry.stored_as, *sizes)
@@ -315,10 +320,13 @@ def _storage(name: str, entry: Entry, dequantize: bool) -> tuple[str, Blocks | N
 def _hf_outputs(
     tensors: tuple[StoredTensor, ...], source_format: str, dims: Dims
 ) -> tuple[Output, ...]:
-    """The tensors under the names that Hugging Face's files had. Several tensors of one such name were
-    one fused tensor, and are put together again, in their order: one after the other, or (Falcon) the
-    rows of one KV head after another's, each with its query heads before it."""
-    # Names under which the rows are in another order (Meta's) would lie about what is written.
+    """The tensors under their names in Hugging Face's files.
+
+    Several tensors with one such name were one fused tensor and are fused again, in their order: whole
+    tensors concatenated, or (Falcon) the rows of one KV head after the other, each preceded by the rows
+    of its query heads.
+    """
+    # Stored names whose rows are in another order (Meta's) would be wrong for the rows written here.
     stored = {tensor.stored_name for tensor in tensors}
     known = source_format != "gguf" and not any(
         piece.interleaved for name in stored for piece in translate(name)
@@ -329,7 +337,8 @@ def _hf_outputs(
     for name, parts in together.items():
         if len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
             raise InputError(
-                f"{name} was made of tensors that do not go together: {parts[0].name}, ..."
+                f"{name} is to be fused of tensors that differ in dtype or row shape: "
+                f"{parts[0].name}, ..."
             )
 
     def pieces(name: str, parts: list[StoredTensor]) -> tuple[Piece, ...]:
@@ -345,7 +354,7 @@ def _hf_outputs(
 
 
 def _hf_shapes(outputs: tuple[Output, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Names, dtypes and shapes of Hugging Face's tensors."""
+    """The (dtype, shape) of each tensor of the Hugging Face folder, by name."""
     shapes = {}
     for output in outputs:
         first = output.pieces[0].tensor
@@ -358,8 +367,8 @@ def _hf_shapes(outputs: tuple[Output, ...]) -> dict[str, tuple[str, tuple[int, .
 
 
 def hf_files(shapes: Mapping[str, tuple[str, tuple[int, ...]]], shard_bytes: int) -> dict[str, Tensors]:
-    """Hugging Face's division of tensors (dtype in safetensors' spelling, shape) into files: in order,
-    a new file where the limit would be passed."""
+    """Distribute tensors (dtype in safetensors' spelling, shape) over files as Hugging Face does: in
+    order, with a new file where the current one would exceed `shard_bytes`."""
     shards: list[dict[str, tuple[str, tuple[int, ...]]]] = []
     filled = 0
     for name, (dtype, shape) in shapes.items():

@@ -1,8 +1,10 @@
-"""Carrying a plan out: read a piece, checksum it, write it at its place; a few threads, little memory.
+"""Execute a plan: a few threads read a piece, checksum it and write it to its place.
 
-Each thread holds one piece of some 4 MiB. What was read through a mapping is let go of as the
-work proceeds, so the process stays small, whatever the size of the model and the number of ranks.
-Files that make a folder loadable (`yoke.json`, `config.json`) are written last.
+Each thread holds one piece of some 4 MiB, and mapped pages of the source are released as the work
+proceeds. So the process needs little memory for any model and any number of ranks. The files that make
+a folder loadable (`yoke.json`, `config.json`) are written last.
+
+What is not here: what goes where (`reshard.plan`), and checking the result (`reshard.verify`).
 """
 
 from __future__ import annotations
@@ -32,17 +34,16 @@ PIECE_BYTES = 4 << 20
 RELEASE_BYTES = 32 << 20
 
 
-# Beside the weights these describe the model and its tokenizer; they are copied as they are.
 @dataclass
 class Reader:
-    """Reads pieces of a checkpoint and lets go of its pages now and then."""
+    """Reads pieces of a checkpoint and releases its mapped pages after every `RELEASE_BYTES`."""
 
     checkpoint: Checkpoint
     _touched: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def pieces(self, piece: Piece, head_dim: int) -> Iterator[Tensor]:
-        """A piece of a tensor as it is to be written, some rows at a time and contiguous."""
+        """Yields a piece of a tensor in its output dtype, some contiguous rows at a time."""
         tensor = piece.tensor
         entry = self.checkpoint.entries[tensor.name]
         slices = tensor.slices(piece.start, piece.stop)
@@ -50,10 +51,10 @@ class Reader:
             yield as_stored(entry, tensor, ())
             return
         rows = slices[0]
-        # Counted by whole rows: a slice of columns still brings all their pages in.
+        # Counts whole rows: a slice of columns still maps all their pages.
         row_bytes = max(_row_bytes(tensor), 1)
         step = max(PIECE_BYTES // row_bytes, 1)
-        # Some formats store the rows of a head in another order and read it whole.
+        # Some formats store the rows of a head in another order and must read whole heads.
         step = max(step // head_dim, 1) * head_dim if step >= head_dim else step
         for start in range(rows.start, rows.stop, step):
             stop = min(start + step, rows.stop)
@@ -61,7 +62,7 @@ class Reader:
             self.touched((stop - start) * row_bytes)
 
     def touched(self, size: int) -> None:
-        """So many bytes more of the source have been read."""
+        """Record that `size` more bytes of the source have been read."""
         with self._lock:
             self._touched += size
             if self._touched < RELEASE_BYTES:
@@ -71,7 +72,7 @@ class Reader:
 
 
 def _row_bytes(tensor: StoredTensor) -> int:
-    """Bytes of a whole row as the source stores it (at most: a dequantized one has four a number)."""
+    """An upper bound of the bytes of a row in the source (a dequantized number has four)."""
     size = DTYPES[tensor.dtype].itemsize
     for count in tensor.shape[1:]:
         size *= count
@@ -79,17 +80,17 @@ def _row_bytes(tensor: StoredTensor) -> int:
 
 
 def as_stored(entry: Entry, tensor: StoredTensor, slices: tuple[slice, ...]) -> Tensor:
-    """A part of an entry, in the dtype or the blocks that `tensor` has in the output."""
+    """A part of an entry, in the dtype or the quantization blocks that `tensor` has in the output."""
     if tensor.blocks is not None:
         assert entry.read_raw is not None
         return entry.read_raw(slices).contiguous()
-    # Some formats read as float32 what they store in fewer bits: the conversion gives back the bits.
+    # Some formats return float32 for narrower stored numbers: the conversion restores the stored bits.
     part = (entry.peek or entry.read)(slices)
     return part.to(DTYPES[tensor.dtype]).contiguous()
 
 
 def num_threads() -> int:
-    """Two at least: one waits for the disk while another computes. More than four do not help it."""
+    """At least two: one waits for the disk while another computes. More than four do not help."""
     return max(2, min(4, len(os.sched_getaffinity(0))))
 
 
@@ -108,7 +109,7 @@ def check_replicas(folder: YokeFolder, reader: Reader) -> None:
 def write(
     plan: ReshardPlan, reader: Reader, folder: Path, progress: Callable[[int, int], None]
 ) -> None:
-    """Write all that a plan says into `folder`. `progress` gets bytes written and in all."""
+    """Write the files of `plan` into `folder`. Calls `progress` with (bytes written, total bytes)."""
     done, total = 0, sum(contents.data_bytes for contents in plan.files.values())
     lock, stop = threading.Lock(), threading.Event()
     files: dict[str, SafetensorsFile] = {}
@@ -126,14 +127,14 @@ def write(
         for piece in output.pieces:
             for part in reader.pieces(piece, plan.dims.head_dim):
                 if stop.is_set():
-                    raise InputError("stopped")  # never told: another failure came first
+                    raise InputError("stopped")  # never shown: another error came first
                 yield part
 
     digests: dict[tuple[str, str], str] = {}
     with ThreadPoolExecutor(num_threads()) as pool:
         try:
             for name, contents in plan.files.items():
-                # Hugging Face's form has no place for digests, which cost more than all the rest.
+                # A Hugging Face folder has no place for digests, and they cost more than the rest.
                 files[name] = SafetensorsFile(folder / name, contents, digests=plan.form == "yoke")
             futures = [(output, pool.submit(run, output)) for output in plan.outputs]
             for output, future in futures:
@@ -153,12 +154,12 @@ def write(
 def _write_last(
     plan: ReshardPlan, checkpoint: Checkpoint, folder: Path, digests: dict[tuple[str, str], str]
 ) -> None:
-    """What makes the files a checkpoint, in an order in which only the last step does."""
+    """Write the small files in such an order that only the last one makes the folder loadable."""
     texts = {name: text.encode() for name, text in plan.texts.items()}
     texts |= companions(checkpoint)
     config = texts.get("config.json")
     if config is not None and checkpoint.format != "gguf" and is_nested(parse_json(config)):
-        # What is written is the text model alone.
+        # Only the text model is written, so only its configuration is.
         alone = json.dumps(checkpoint.config, indent=2, ensure_ascii=False) + "\n"
         texts["config.json"] = alone.encode()
     if plan.form == "yoke":
@@ -171,7 +172,7 @@ def _write_last(
 
 
 def needed_bytes(plan: ReshardPlan, checkpoint: Checkpoint) -> int:
-    """Bytes on the disk, with some for the manifest and what file systems round up."""
+    """Bytes needed on disk, with an allowance for the manifest and for file systems' rounding."""
     small = sum(map(len, companions(checkpoint).values()))
     small += sum(len(text.encode()) for text in plan.texts.values())
     return plan.total_bytes + small + 200 * len(plan.outputs) + 8192 * (len(plan.files) + 8)

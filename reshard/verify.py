@@ -1,8 +1,8 @@
-"""Looking at the result again: every byte against its source, and what a model makes of both.
+"""Check the result against its source: every byte, and the logits of a model.
 
-`verify` reads the result from the disk as a loader would, compares it with the source piece by piece,
-and every part with the digest that the manifest has of it. `verify_forward` runs the same tokens
-through a model of either and compares the logits bit for bit.
+`verify` reads the result from disk as a loader would. It compares the tensors with the source piece by
+piece, and every part with its digest in the manifest. `verify_forward` runs the same tokens through a
+model of each checkpoint and compares the logits bit for bit.
 """
 
 from __future__ import annotations
@@ -28,18 +28,24 @@ PROMPT_LENGTH = 8
 
 
 def open_any(path: Path) -> Checkpoint:
-    """A checkpoint of any format. Raises InputError."""
+    """Open a checkpoint of any format. Raises InputError."""
     return open_yoke(path) if (path / MANIFEST).is_file() else open_checkpoint(path)
 
 
 def verify(
     plan: ReshardPlan, source: Reader, out: Path, progress: Callable[[int, int], None]
 ) -> tuple[int, int]:
-    """Compare the result with the source; how many tensors and bytes were. Raises InputError."""
+    """Compare the result in `out` with the source. Returns the numbers of tensors and bytes compared.
+
+    `progress` is called with (bytes compared, total bytes). Raises InputError at the first difference.
+    """
     result = Reader(open_any(out))
     missing = sorted(result.checkpoint.entries.keys() ^ source.checkpoint.entries.keys())
     if missing:
-        raise InputError(f"{out} and its source do not hold the same weights, such as {missing[0]!r}")
+        raise InputError(
+            f"{out} and its source do not hold the same weights: only one of them has {missing[0]!r}; "
+            "write it again"
+        )
     total = sum(contents.data_bytes for contents in plan.files.values())
     done = 0
     if plan.form == "yoke":
@@ -48,8 +54,8 @@ def verify(
             for part in tensor.parts:
                 if digest_of(_stored_pieces(folder, tensor, part, result)) != part.digest:
                     raise InputError(
-                        f"{out}: what rank {part.rank} holds of {tensor.name} does not have the digest "
-                        "that yoke.json has of it; the disk or the memory failed: write it again"
+                        f"{out}: rank {part.rank}'s part of {tensor.name} does not match its digest in "
+                        "yoke.json; the disk or the memory failed: write it again"
                     )
     for tensor in plan.tensors:
         for part in _distinct(tensor):
@@ -67,7 +73,7 @@ def verify(
 
 
 def _distinct(tensor: StoredTensor) -> Iterator[Part]:
-    """Parts that cover a tensor once: copies are compared by their digests."""
+    """Parts that cover a tensor exactly once; replicas are checked by their digests."""
     reached = 0
     for part in tensor.parts:
         if part.stop > reached:
@@ -78,7 +84,7 @@ def _distinct(tensor: StoredTensor) -> Iterator[Part]:
 def _stored_pieces(
     folder: YokeFolder, tensor: StoredTensor, part: Part, reader: Reader
 ) -> Iterator[Tensor]:
-    """What a file holds of a part, some rows at a time."""
+    """Yields a part as its file stores it, some rows at a time."""
     whole = folder.part(tensor, part.rank)
     if not whole.shape:
         yield whole
@@ -95,12 +101,12 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def verify_forward(source: Checkpoint, out: Path) -> None:
     """Load both on one rank, one after the other, and compare the logits of a few tokens bit for bit.
-    Raises InputError if they differ."""
+    Raises InputError if the logits differ."""
     wanted, made = _logits(source), _logits(open_any(out))
     if not torch.equal(wanted, made):
         raise InputError(
-            f"{out}: a model of it gives other logits than its source (they differ by up to "
-            f"{(wanted - made).abs().max():.3g})"
+            f"{out}: its model's logits differ from the source's by up to "
+            f"{(wanted - made).abs().max():.3g}, where they must be equal: write it again"
         )
 
 
