@@ -1,1 +1,1 @@
-"""Tensor parallelism: who holds what (`heads`, `shard`), and the layers that follow it (`layers`)."""
+"""Tensor parallelism: what each rank holds (`heads`, `shard`), and sharded layers (`layers`)."""

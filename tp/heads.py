@@ -1,8 +1,8 @@
 """Which rank holds which query and KV heads, for any world size up to the number of query heads.
 
-Query heads are split into contiguous runs as even as can be. A rank holds the KV heads that its query
-heads need: where a group of query heads that share a KV head is cut by a border between ranks, that
-KV head is held by both (PyTorch/XLA's Llama 2 post calls this KV-head replication). Nothing is padded.
+Query heads are split into contiguous runs, as evenly as possible. A rank holds the KV heads that its
+query heads need. If a border between ranks cuts a group of query heads that share a KV head, both ranks
+hold that KV head (PyTorch/XLA's Llama 2 post calls this KV-head replication). Nothing is padded.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from base.errors import InputError
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive KV heads of a rank that serve the same number of query heads each.
+    """Consecutive KV heads of a rank, each shared by the same number of its query heads.
 
-    All numbers are local to the rank: query heads `q_start..q_stop` are `num_kv` groups of equal
-    size, in the order of the KV heads from `kv_start` on.
+    All indices are local to the rank: query heads `[q_start, q_stop)` are `kv_stop - kv_start` groups
+    of equal size, in the order of KV heads `[kv_start, kv_stop)`.
     """
 
     q_start: int
@@ -29,7 +29,7 @@ class Run:
 @dataclass(frozen=True)
 class Heads:
     """The heads of one rank: `[q_start, q_stop)` of the query heads, `[kv_start, kv_stop)` of the KV
-    heads, and how they go together."""
+    heads, and `runs`, which pair them."""
 
     q_start: int
     q_stop: int
@@ -47,7 +47,7 @@ class Heads:
 
 
 def check_world_size(num_heads: int, world_size: int) -> None:
-    """Raise InputError if some rank would be left without a query head."""
+    """Raise InputError if a rank would get no query head."""
     if world_size > num_heads:
         raise InputError(
             f"{world_size} ranks for {num_heads} query heads: each rank needs at least one; "
@@ -56,7 +56,8 @@ def check_world_size(num_heads: int, world_size: int) -> None:
 
 
 def split_heads(num_heads: int, num_kv_heads: int, rank: int, world_size: int) -> Heads:
-    """The heads of `rank`. `num_heads` must be a multiple of `num_kv_heads`."""
+    """The heads of `rank`. `num_heads` must be a multiple of `num_kv_heads`. Raises InputError if a
+    rank would get no query head."""
     assert num_heads % num_kv_heads == 0, (num_heads, num_kv_heads)
     check_world_size(num_heads, world_size)
     group = num_heads // num_kv_heads
@@ -72,7 +73,7 @@ def split_heads(num_heads: int, num_kv_heads: int, rank: int, world_size: int) -
 
 
 def _append(runs: list[Run], new: Run) -> list[Run]:
-    """Merge `new` into the last run if its group is as large as that run's groups."""
+    """Append `new`, or merge it into the last run if their groups have the same size."""
     if runs:
         last = runs[-1]
         if last.q_stop - last.q_start == (new.q_stop - new.q_start) * (last.kv_stop - last.kv_start):

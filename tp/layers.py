@@ -1,10 +1,12 @@
-"""Layers of which each rank holds a part; the collective is a visible line of each `forward`.
+"""Sharded layers: each rank holds a part, and a collective is a visible line in a `forward`.
 
-ColumnLinear splits its outputs and RowLinear its inputs, so a pair of them needs a single allreduce
+ColumnLinear shards its outputs and RowLinear its inputs, so a pair of them needs a single all-reduce
 (Shoeybi et al., Megatron-LM, 2019). Parameters have no gradients: Yoke only runs models.
 
-A product's layer holds a weight, or it lies as its product takes it: a quantized one
-(`hold_quantized`), or one of bfloat16 (`hold_packed`).
+A linear layer stores either the plain weight or its packed form: a quantized weight (`hold_quantized`),
+or a bfloat16 one (`hold_packed`).
+
+What is not here: which rows or columns a rank holds (`tp.shard`), and the kernels (`kernels`).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def _parameter(*shape: int) -> nn.Parameter:
 
 
 class Packing(NamedTuple):
-    """The numbers of a `Packed` that are no tensors."""
+    """The fields of a `Packed` that are not tensors, and `round_x`."""
 
     bits: int
     group_size: int
@@ -42,8 +44,8 @@ class Packing(NamedTuple):
 class ColumnLinear(nn.Module):
     """y = x W^T with this rank's rows of W: [..., in_features] -> [..., sum(parts)], no collective.
 
-    `parts` are the sizes of the pieces that are fused along the outputs (query, key and value, or gate
-    and up): one product instead of several.
+    `parts` are the row counts of the weights that are fused into W (query, key and value, or gate and
+    up): one matmul instead of several.
     """
 
     def __init__(self, in_features: int, parts: tuple[int, ...], bias: bool = False) -> None:
@@ -57,16 +59,15 @@ class ColumnLinear(nn.Module):
         return _product(self, x)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The pieces of `forward(x)`."""
+        """`forward(x)`, split into the outputs of the fused weights."""
         return self(x).split(self.parts, dim=-1)
 
 
 class RowLinear(nn.Module):
-    """x W^T with this rank's columns of W: the ranks' results add up to the product.
+    """A partial x W^T with this rank's columns of W: the sum over the ranks is the result.
 
-    [..., local_features] -> [..., out_features]. The sum is the caller's, who has more to do with it:
-    the collective that takes it also adds the residual and normalizes. A bias is rank 0's alone, and
-    zero on the others.
+    [..., local_features] -> [..., out_features]. The caller does the all-reduce, because the same
+    collective also adds the residual and normalizes. Only rank 0 has the bias; the others have zeros.
     """
 
     def __init__(self, local_features: int, out_features: int, bias: bool = False) -> None:
@@ -80,11 +81,11 @@ class RowLinear(nn.Module):
 
 
 class VocabEmbedding(nn.Module):
-    """Rows of a table that is split by token: int [...] -> [..., dim].
+    """An embedding table that is sharded by token: int [...] -> [..., dim].
 
-    Each rank looks up the tokens it holds and zeros for the others; the sum over ranks is the row.
-    `block` rows are allocated on every rank, those past the vocabulary are zero. They may be those that
-    the head holds packed (`share_packed`).
+    Each rank looks up its own tokens and returns zeros for the others; the sum over the ranks is the
+    embedding. Every rank allocates `block` rows; rows past the vocabulary are zero. The rows may be the
+    head's packed ones (`share_packed`).
     """
 
     def __init__(self, block: int, start: int, dim: int, group: Group) -> None:
@@ -109,10 +110,10 @@ class VocabEmbedding(nn.Module):
 
 
 class LMHead(nn.Module):
-    """Logits over a vocabulary that is split by token: [..., dim] -> [..., vocab_size] on all ranks.
+    """Logits of a head that is sharded by token: [..., dim] -> [..., vocab_size] on all ranks.
 
-    `weight` may be the embedding's own (tied). Every rank contributes a block of the same size; what
-    lies past the vocabulary is cut off.
+    `weight` may be the embedding's parameter (tied). Every rank contributes `block` logits; those past
+    the vocabulary are cut off.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class LMHead(nn.Module):
         self.weight = weight
 
     def local(self, x: Tensor) -> Tensor:
-        """This rank's logits alone: [..., block], those past the vocabulary among them."""
+        """This rank's logits: [..., dim] -> [..., block], including those past the vocabulary."""
         return _product(self, x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,8 +148,11 @@ def hold_quantized(
     device: torch.device | str = "cpu",
     round_prompts: bool = False,
 ) -> None:
-    """Have a layer hold `weight`, this rank's part, and nothing else. On a CPU its columns are a
-    multiple of 32. With `round_prompts` what it multiplies with many rows may be rounded to int8."""
+    """Replace a layer's weight by `weight`, this rank's shard, in packed form.
+
+    On a CPU, its columns must be a multiple of 32 (raises InputError). With `round_prompts`, inputs of
+    many rows may be rounded to int8 (`round_x` in `kernels.quant_linear`).
+    """
     packed = pack_on(weight, device)
     layer.weight = None  # type: ignore[assignment]
     layer.packing = Packing(packed.bits, packed.group_size, packed.num_rows, round_prompts)
@@ -157,14 +161,14 @@ def hold_quantized(
 
 
 def pack_on(weight: QuantWeight, device: torch.device | str) -> Packed:
-    """Lay a weight out for the products of a device."""
+    """Pack a quantized weight for the kernels of a device."""
     if torch.device(device).type == "cuda":
         return pack_cuda(weight.with_rows(lambda each: each.to(device)))
     return pack(weight)
 
 
 def can_pack(layer: Linear, device: torch.device | str = "cpu") -> bool:
-    """Whether products gain by having this layer's weight packed: bfloat16 on a CPU that prefers it."""
+    """Whether packing makes this layer faster: a bfloat16 weight on a CPU that prefers it (AMX)."""
     weight = layer.weight
     if weight is None or weight.dtype != torch.bfloat16 or weight.numel() == 0:
         return False
@@ -172,8 +176,8 @@ def can_pack(layer: Linear, device: torch.device | str = "cpu") -> bool:
 
 
 def hold_packed(layer: Linear) -> None:
-    """Have a layer hold its weight packed, and nothing else. On the meta device it is room for one, to
-    be filled (`packed_parts`)."""
+    """Replace a layer's weight by its packed form. On the meta device, that has no data yet: fill it
+    through `packed_parts`."""
     packed = pack_bf16(layer.weight)
     layer.weight = None  # type: ignore[assignment]
     layer.packing = Packing(packed.bits, packed.group_size, packed.num_rows, False)
@@ -182,8 +186,8 @@ def hold_packed(layer: Linear) -> None:
 
 
 def packed_parts(layer: Linear, sizes: Sequence[int]) -> list[PackedRows]:
-    """Where the weights go that a layer holds packed, one after the other, of so many rows each. All
-    rows that they leave are zero."""
+    """Where to write the fused weights of a packed layer; `sizes`: the row count of each. All rows
+    after them are set to zero."""
     data = layer._buffers["packed_data"]
     assert data is not None
     clear_rows(data, sum(sizes))
@@ -192,13 +196,13 @@ def packed_parts(layer: Linear, sizes: Sequence[int]) -> list[PackedRows]:
 
 
 def share_packed(embed: VocabEmbedding, head: LMHead) -> None:
-    """Have the embedding look its rows up in what the head holds packed, which are the same."""
+    """Tie the embedding to the head's packed weight: it reads its rows there and drops its own."""
     embed.weight = None  # type: ignore[assignment]
     embed.register_buffer("packed_data", head._buffers["packed_data"], persistent=False)
 
 
 def packed_of(layer: Linear) -> Packed | None:
-    """What a layer holds packed, or None if that is a plain weight."""
+    """A layer's packed weight, or None if the layer has a plain one."""
     data = layer._buffers.get("packed_data")
     if layer.packing is None or data is None:
         return None

@@ -1,11 +1,11 @@
-"""`python -m tp.reshard`: the door to `reshard`, where the work is done."""
+"""The entry point `python -m tp.reshard`; the work is done in `reshard`."""
 
 from __future__ import annotations
 
 import sys
 from os.path import dirname, realpath
 
-if __name__ == "__main__":  # the checkout in place of this or, with -m, of the current folder
+if __name__ == "__main__":  # sys.path[0] is this folder (with -m, the current one): use the checkout
     checkout = dirname(dirname(realpath(__file__)))
     sys.path[:] = [checkout, *sys.path[not sys.flags.safe_path :]]
 

@@ -1,7 +1,9 @@
-"""THE table: which part of each weight a rank holds.
+"""The sharding table: which part of each weight a rank holds.
 
-`TABLE` maps canonical names to a `ShardSpec`; the loader reads slices by it and the layers take their
-sizes from the same functions, so the two cannot disagree.
+`TABLE` maps canonical weight names to a `ShardSpec`. The loader reads slices by it, and the layers take
+their sizes from the same functions, so the two cannot disagree.
+
+What is not here: how heads are split (`tp.heads`), and reading the slices (`weights`).
 """
 
 from __future__ import annotations
@@ -13,21 +15,21 @@ from typing import TYPE_CHECKING
 from base.errors import InputError
 from tp.heads import Heads, split_heads
 
-if TYPE_CHECKING:  # the table is read where torch is not loaded, too
+if TYPE_CHECKING:  # this table is also used where torch is not imported
     from weights.checkpoint import Slices
 
-# MLP widths are cut at multiples of this where they can be: one block of the common GGUF formats, and
-# a whole number of vector registers.
+# MLP widths are cut at multiples of this where possible: one block of the common GGUF formats, and a
+# whole number of vector registers.
 FFN_UNIT = 32
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How one weight is divided: dimension `dim` along the blocks of `axis`, or not at all (None).
+    """How one weight is sharded: dimension `dim` along `axis`, or replicated if `dim` is None.
 
-    Axes: "q" and "kv" (heads), "ffn" (MLP width), "expert" (each expert's width), "vocab". An `axis`
-    "first" without a `dim` is whole on rank 0 and zero on the others: the bias of a product whose parts
-    are summed over the ranks.
+    Axes: "q" and "kv" (heads), "ffn" (MLP width), "expert" (each expert's width), "vocab". `axis`
+    "first" without a `dim`: whole on rank 0 and zero on the others, for the bias of a row-parallel
+    linear, whose results are summed over the ranks.
     """
 
     dim: int | None = None
@@ -55,8 +57,8 @@ TABLE: tuple[tuple[str, ShardSpec], ...] = (
 @dataclass(frozen=True)
 class Layout:
     """What a rank holds of each axis, in elements: `heads`, `[ffn_start, ffn_stop)`,
-    `[expert_start, expert_stop)` and `[vocab_start, vocab_stop)`. `vocab_block` is the same on all
-    ranks; the last ranks may hold less of it than others, or nothing."""
+    `[expert_start, expert_stop)` and `[vocab_start, vocab_stop)`. `vocab_block` is the allocated size,
+    the same on all ranks; the last ranks may fill it in part or not at all."""
 
     head_dim: int
     heads: Heads
@@ -80,7 +82,7 @@ def plan_layout(
     rank: int,
     world_size: int,
 ) -> Layout:
-    """The layout of one rank. Raises InputError where a rank would be left without work."""
+    """The layout of one rank. Raises InputError if a rank would get no query head or no MLP column."""
     heads = split_heads(num_heads, num_kv_heads, rank, world_size)
     ffn = split_units(ffn_dim, FFN_UNIT, rank, world_size) if ffn_dim else (0, 0)
     expert = split_units(expert_dim, FFN_UNIT, rank, world_size) if expert_dim else (0, 0)
@@ -91,8 +93,11 @@ def plan_layout(
 
 
 def split_units(size: int, unit: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Contiguous parts of `size`, as even as whole units allow; single elements where there are
-    fewer units than ranks. Raises InputError when there are fewer elements than ranks."""
+    """`[start, stop)` of a rank's contiguous part of `size` elements, as even as whole units allow.
+
+    Units are single elements if `size` is not a multiple of `unit`, or has fewer units than ranks.
+    Raises InputError if there are fewer elements than ranks.
+    """
     if size < world_size:
         raise InputError(f"{world_size} ranks cannot share an MLP width of {size}; use fewer ranks")
     if size % unit or size // unit < world_size:
@@ -102,7 +107,7 @@ def split_units(size: int, unit: int, rank: int, world_size: int) -> tuple[int, 
 
 
 def find_spec(name: str) -> ShardSpec:
-    """The row of the table for a canonical name. Raises InputError for a name that has none."""
+    """The table's `ShardSpec` for a canonical name. Raises InputError if the table has none."""
     for pattern, spec in TABLE:
         if re.fullmatch(pattern, name):
             return spec
@@ -110,7 +115,8 @@ def find_spec(name: str) -> ShardSpec:
 
 
 def slices_of(name: str, shape: tuple[int, ...], layout: Layout) -> Slices:
-    """The part of the weight `name` (full `shape`) that belongs to the rank of `layout`."""
+    """The slices of the weight `name` (of full `shape`) that the rank of `layout` holds. Raises
+    InputError if the table has no such weight."""
     spec = find_spec(name)
     slices = [slice(0, size) for size in shape]
     if spec.dim is not None:
