@@ -1,5 +1,6 @@
-"""The inner loops that bound the speed of a step: products with few rows, attention over a cache.
+"""The inner loops that bound the speed of a step: linears with few rows, attention over a cache.
 
-What torch offers is used where it reaches the machine's limit; what is here exists because it does not.
-Traceable operators over C++ loops for each instruction set; each has a slow reference in torch.
+torch is used where it reaches the machine's limit; the kernels here exist because elsewhere it does
+not. They are traceable operators over C++ loops for each instruction set, each with a slow torch
+reference.
 """

@@ -1,15 +1,18 @@
-"""Attention over a static cache at a cost that grows with the tokens in use, not with the cache.
+"""Attention over a static cache, at a cost that grows with the tokens in use, not with the cache size.
 
-How much is in use is known only as a step runs, and its graph is compiled for one shape: so this is an
-operator, and so is writing the cache. Tokens come in any mixture, each with the cache row that it
-belongs to and its position there. Consecutive tokens of a row are a chunk (of a prompt, or what a draft
-proposed) and share the reading of keys and values; a token that is alone has loops of its own.
+The number of tokens in use is known only when a step runs, and the graph is compiled for one shape. So
+attention is an operator, and so is writing the cache. The tokens of a call may belong to any cache
+rows: each comes with its cache row and its position there. Consecutive tokens of a row are a chunk (of
+a prompt, or draft tokens) and share the reading of keys and values; a single token has loops of its
+own.
 
-A layer of a model calls `write_and_attend`, which also turns queries and keys by their positions: a
-call costs a token some microseconds, whatever is done in it. `write` and `attend` are its parts.
+A model's layer calls `write_and_attend`, which also rotates queries and keys by their positions,
+because each call costs a token some microseconds, whatever it does. `write` and `attend` are its parts.
 
-The functions called `..._reference` are the same in torch, over the whole cache: what operators are
-tested against, and what any device and compiler takes.
+The functions `..._reference` are the same in torch, over the whole cache. Tests compare the operators
+with them, and they run on any device and with any compiler.
+
+What is not here: which row and position a token has (`engine`), and rotary angles (`models.rope`).
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ Runs = Sequence[tuple[int, int, int, int]]
 
 
 class KVCache(NamedTuple):
-    """Keys and values [R, K, S, h] of R rows, K KV heads and S positions; int8 ones are multiplied by
-    scales, float32 [R, K, S], one per token and head."""
+    """Keys and values [R, K, S, h]: R cache rows, K KV heads, S positions, head size h. If they are
+    int8, the scales are float32 [R, K, S], one per token and head; else None."""
 
     k: Tensor
     v: Tensor
@@ -46,7 +49,7 @@ def new_cache(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> KVCache:
-    """An empty cache of float32, bfloat16, float16 or int8."""
+    """A cache of zeros, of dtype float32, bfloat16, float16 or int8."""
     shape = (num_rows, num_kv, cache_len, head_dim)
     k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
     if dtype != torch.int8:
@@ -56,17 +59,17 @@ def new_cache(
 
 
 def can_attend(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether there are operators for tokens of `dtype`; else attention is torch's, over the whole
-    cache."""
+    """Whether the operators take tokens of `dtype` on `device`. Otherwise the torch reference runs,
+    over the whole cache."""
     return device.type == "cpu" and dtype in DTYPES and has_kernels()
 
 
 def write(cache: KVCache, k: Tensor, v: Tensor, rows: Tensor | None, positions: Tensor) -> None:
-    """Put k and v [N, K, h] of N tokens into the cache, in place, at `rows` and `positions`, both int64
-    [N] (rows None: token i in row i).
+    """Write k and v [N, K, h] of N tokens into the cache, in place, at `rows` and `positions`, both
+    int64 [N] (rows None: token i in row i).
 
-    int8 is symmetric: the largest of a head's numbers becomes 127. Where two tokens name the same
-    place, the last one is what stays; where torch writes (see `can_attend`) it is one of the two.
+    int8 quantization is symmetric: the largest absolute value of a head becomes 127. If two tokens have
+    the same place, the last one stays; with the torch reference (see `can_attend`), either may stay.
     """
     if can_attend(k.device, k.dtype):
         torch.ops.yoke_kernels.write_kv(*cache, k, v, rows, positions)
@@ -85,14 +88,17 @@ def attend(
     window: int = 0,
     sources: Tensor | None = None,
 ) -> Tensor:
-    """q [N, H, h] of N tokens -> [N, H, h]. Token i sees the cache of row rows[i] up to positions[i],
-    both int64 [N] (rows None: token i in row i, of as many rows), of that the last `window` (0: all).
+    """q [N, H, h] of N tokens -> [N, H, h].
 
-    The cache is of q's dtype, float16 or int8. Of each of `runs`, (first query head, end, first KV
-    head, end), the query heads share the KV heads in equal groups. Scores are multiplied by `scale`
-    and, with a `cap`, bent to cap * tanh(score / cap). With `sources`, int32 [N, S], what token i sees
-    at position t lies in row sources[i, t], and `rows` is ignored. Raises RuntimeError for positions,
-    rows or shapes that do not go together.
+    Token i attends to cache row rows[i], up to and including positions[i], and only to the last
+    `window` of these (0: all). `rows` and `positions` are int64 [N]; rows None: token i has row i, and
+    the cache has N rows. With `sources`, int32 [N, S], token i reads position t from row sources[i, t],
+    and `rows` is ignored.
+
+    The cache has q's dtype, float16 or int8. In each of `runs`, (first query head, end, first KV head,
+    end), the query heads share the KV heads in equal groups. Scores are multiplied by `scale` and, with
+    a `cap`, soft-capped to cap * tanh(score / cap). Raises RuntimeError for inconsistent positions,
+    rows or shapes.
     """
     if not can_attend(q.device, q.dtype):
         return attend_reference(q, cache, rows, positions, runs, scale, cap, window, sources)
@@ -112,12 +118,12 @@ def write_and_attend(
     window: int = 0,
     sources: Tensor | None = None,
 ) -> Tensor:
-    """All between a layer's products: [N, (H + 2 K) * h], the heads of queries, keys and values of N
-    tokens, -> [N, H * h].
+    """All between a layer's linears: [N, (H + 2 K) * h] -> [N, H * h]. `qkv` holds the heads of
+    queries, keys and values of N tokens.
 
-    Queries and keys are turned by the `angles` of their positions (None: not at all), in float32 and
-    rounded once, to the same bits as `kernels.rotary.rotate` has; then `write` and `attend`, which tell
-    of the rest.
+    Queries and keys are rotated by the `angles` of their positions (None: not rotated), in float32 and
+    rounded once, to the same bits as `kernels.rotary.rotate`. Then `write` and `attend` follow; their
+    docstrings describe the other arguments and the errors.
     """
     if not can_attend(qkv.device, qkv.dtype):
         return write_and_attend_reference(
@@ -150,12 +156,12 @@ def write_and_attend_reference(
     window: int = 0,
     sources: Tensor | None = None,
 ) -> Tensor:
-    """As `write_and_attend`, on any device."""
+    """As `write_and_attend`, in plain torch, on any device."""
     _, num_kv, _, head_dim = cache.k.shape
     heads = qkv.unflatten(-1, (-1, head_dim))
     num_q = heads.shape[-2] - 2 * num_kv
     qk, v = heads.split((num_q + num_kv, num_kv), dim=-2)
-    if angles is not None:  # queries and keys as one, in one kernel
+    if angles is not None:  # rotates queries and keys together, in one kernel
         qk = rotate(qk, angles.cos[positions], angles.sin[positions], angles.interleaved)
     q, k = qk.split((num_q, num_kv), dim=-2)
     write_reference(cache, k, v, rows, positions)
@@ -165,7 +171,7 @@ def write_and_attend_reference(
 def write_reference(
     cache: KVCache, k: Tensor, v: Tensor, rows: Tensor | None, positions: Tensor
 ) -> None:
-    """As `write`, on any device."""
+    """As `write`, in plain torch, on any device."""
     if rows is None:
         rows = torch.arange(k.shape[0], device=k.device)
     for new, into, scales in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):
@@ -174,7 +180,7 @@ def write_reference(
             continue
         largest = new.float().abs().amax(-1)
         scales[rows, :, positions] = largest / 127
-        # Divided, as `127 / largest` is not: that is the reciprocal's product.
+        # torch computes `127 / largest` as 127 times the reciprocal; this is a true division.
         factor = torch.where(largest > 2.0**-100, torch.full_like(largest, 127) / largest, 0.0)
         into[rows, :, positions] = (new.float() * factor.unsqueeze(-1)).round().to(torch.int8)
 
@@ -190,8 +196,10 @@ def attend_reference(
     window: int = 0,
     sources: Tensor | None = None,
 ) -> Tensor:
-    """As `attend`, on any device: static shapes, over the whole cache. Only with rows=None, or one row,
-    and a cache of q's dtype is the cache not copied."""
+    """As `attend`, in plain torch, on any device, with static shapes, over the whole cache.
+
+    It copies the cache, unless that has q's dtype and either rows=None or a single row.
+    """
     num_rows, _, cache_len, _ = cache.k.shape
     keys, values = (
         _numbers(*part, q.dtype) for part in ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
@@ -202,7 +210,7 @@ def attend_reference(
         keys, values = (x[sources, :, at].transpose(1, 2) for x in (keys, values))  # [N, K, S, h]
         mask = mask[..., : sources.shape[1]]
     elif rows is not None:
-        # All tokens over all rows as one long one, of which each sees its own part.
+        # Treats all cache rows as one long row; the mask limits each token to its own part.
         keys, values = (x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (keys, values))
         other = rows.unsqueeze(1) != torch.arange(num_rows, device=q.device)  # [N, R]
         mask = mask.squeeze(1).masked_fill(other.unsqueeze(2), float("-inf"))  # [N, R, S]
@@ -227,13 +235,16 @@ def attend_in_groups(
     scale: float,
     cap: float,
 ) -> Tensor:
-    """The same with torch's attention over all of keys and values [B, K, S, h]; `mask` [B, 1, T, S] is
-    added to the scores. The slow reference, and what any device and compiler takes."""
+    """torch's attention over all of keys and values [B, K, S, h]: q [B, T, H, h] -> [B, T, H, h].
+
+    `mask` [B, 1, T, S] is added to the scores; `runs`, `scale` and `cap` are as in `attend`. This is
+    the slow reference, for any device and compiler.
+    """
     batch, length, _, size = q.shape
     heads = q.transpose(1, 2)
     parts = []
     for q_start, q_stop, kv_start, kv_stop in runs:
-        # The query heads that share a KV head become further rows of its queries, so that the cache is
+        # The g query heads that share a KV head become more query rows of that head, so the cache is
         # read once and never repeated: [B, k * g, T, h] -> [B, k, g * T, h].
         count = kv_stop - kv_start
         group = (q_stop - q_start) // count
@@ -254,8 +265,8 @@ def _softmax_attention(
 
 
 def causal_mask(positions: Tensor, cache_len: int, dtype: torch.dtype, window: int = 0) -> Tensor:
-    """[B, 1, T, S] of 0 and -inf: a query at positions [B, T] sees the cache up to its own position,
-    and of that the last `window` tokens, itself among them (0: all)."""
+    """[B, 1, T, S] of 0 and -inf: a query at positions [B, T] attends to the cache up to its own
+    position, and only to the last `window` tokens of that, including itself (0: all)."""
     cache = torch.arange(cache_len, device=positions.device)
     unseen = cache > positions.unsqueeze(-1)
     if window:

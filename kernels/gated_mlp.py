@@ -1,9 +1,9 @@
-"""down(act(gate(x)) * up(x)) with packed weights, as one operator: the MLP of most families.
+"""down(act(gate(x)) * up(x)) with packed weights, as one operator: the MLP of most model families.
 
-What: the operator's call, when it can be had, and the slow reference in torch. One call in place of
-three; and a prompt's activations go from one product to the next in the form that it takes them.
+What: the call of the operator, whether it can be called, and the slow reference in torch. One call
+replaces three. In a prefill, the activations pass to the second matmul in the layout that it reads.
 
-What is not here: the products by themselves (kernels.quant_linear); experts (models.mlp).
+What is not here: a single linear (kernels.quant_linear); experts (models.mlp).
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def gated_mlp(
 ) -> Tensor:
     """bfloat16 [..., k] x [2 W, k] -> [..., W] x [n, W] -> [..., n] on a CPU, with our kernels.
 
-    `activation` is one of `ACTIVATIONS`. Gate and up are rounded to bfloat16, and so is their product;
-    activations are to within 2^-17 of themselves. `round_x` as in `kernels.quant_linear`, for both.
+    `activation` is one of `ACTIVATIONS`. Gate, up and act(gate) * up are each rounded to bfloat16; the
+    activation function has a relative error of up to 2^-17. `round_x` is as in `kernels.quant_linear`,
+    for both matmuls.
     """
     return torch.ops.yoke_kernels.gated_mlp(
         x, *gate_up, gate_up_bias, *down, down_bias, activation, round_x
@@ -38,7 +39,7 @@ def gated_mlp(
 
 
 def takes_gated_mlp(x: Tensor, activation: str) -> bool:
-    """Whether `gated_mlp` can be called."""
+    """Whether `gated_mlp` can be called with `x` and `activation`."""
     on_cpu = x.dtype == torch.bfloat16 and x.device.type == "cpu"
     return on_cpu and activation in ACTIVATIONS and has_kernels()
 
@@ -51,7 +52,7 @@ def gated_mlp_reference(
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> Tensor:
-    """The same, slowly."""
+    """As `gated_mlp`, in plain torch, on any device: the slow reference."""
     gate, up = quant_linear_reference(x, gate_up, gate_up_bias).float().chunk(2, dim=-1)
     act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
     return quant_linear_reference((act * up).to(x.dtype), down, down_bias)

@@ -1,10 +1,9 @@
-"""Plain bfloat16 weights, laid out as quantized ones are (csrc/quant.h), where products gain by it.
+"""Plain bfloat16 weights in the packed layout of quantized ones (csrc/quant.h), where that is faster.
 
-What: laying rows out, the product's form of them (`kernels.quant_linear` multiplies), and rows looked
-up in them, so that a table that is also a head is held once. Columns are filled up to whole steps of
-32, rows to whole panels of 32, with zeros.
+What: packing rows, and looking rows up in packed data, so that an embedding table that is also the head
+is stored once. Columns are padded with zeros to whole steps of 32, rows to whole panels of 32.
 
-What is not here: which layers hold their weights so (tp.layers, models.load).
+What is not here: the matmul (kernels.quant_linear); which layers are packed (tp.layers, models.load).
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from kernels.load import has_kernels
 from kernels.quant_linear import STEP, TILE, Packed
 
 PANEL = 2 * TILE
-PIECE_BYTES = 32 << 20  # of a weight of another dtype, as it is rounded
+PIECE_BYTES = 32 << 20  # at a time, when a weight of another dtype is rounded to bfloat16
 
 
 def prefers_packed() -> bool:
-    """Whether this processor multiplies packed bfloat16 faster, few rows and many: it has AMX."""
+    """Whether packed bfloat16 is faster on this processor, for few rows and for many: it has AMX."""
     return has_kernels() and bool(torch.ops.yoke_kernels.prefers_packed())
 
 
 def new_packed(n: int, k: int, device: torch.device | str = "cpu") -> Packed:
-    """Room for a weight [n, k], to be filled by `PackedRows`: data uint8 [panels, steps, 2, 1024]."""
+    """An uninitialized packed weight [n, k], uint8 [panels, steps, 2, 1024]; `PackedRows` fills it."""
     data = torch.empty(
         -(-n // PANEL), -(-k // STEP), 2, 2 * TILE * STEP, dtype=torch.uint8, device=device
     )
@@ -36,13 +35,13 @@ def new_packed(n: int, k: int, device: torch.device | str = "cpu") -> Packed:
 
 
 def clear_rows(data: Tensor, first: int) -> None:
-    """Zeros from row `first` on, and for all rows of its panel: before others are filled."""
+    """Set all panels to zero from that of row `first` on. Call this before any rows are filled."""
     data[first // PANEL :].zero_()
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Where a part of a weight goes: `count` rows from `first` on of what is packed in `data`."""
+    """A range of rows in the packed `data`: `count` rows from row `first` on. `fill` writes them."""
 
     data: Tensor
     first: int
@@ -53,11 +52,11 @@ class PackedRows:
         return self.count * self.data.shape[1] * STEP * 2
 
     def rows(self, first: int, last: int) -> PackedRows:
-        """Some of them."""
+        """Rows `[first, last)` of this range."""
         return PackedRows(self.data, self.first + first, last - first)
 
     def fill(self, part: Tensor) -> None:
-        """With [count, k] of any dtype and strides, rounded in pieces."""
+        """Write `part`, [count, k] of any dtype and strides, rounded to bfloat16 piece by piece."""
         assert part.shape[0] == self.count, (part.shape, self.count)
         rows = max(PANEL, PIECE_BYTES // (2 * max(part.shape[1], 1)) // PANEL * PANEL)
         for start in range(0, self.count, rows):
@@ -66,7 +65,8 @@ class PackedRows:
 
 
 def pack_bf16(weight: Tensor) -> Packed:
-    """A whole weight, bfloat16 [n, k]; of one on the meta device, the room."""
+    """Pack a whole weight, bfloat16 [n, k]. For a weight on the meta device only the shapes are
+    made."""
     n, k = weight.shape
     packed = new_packed(n, k, weight.device)
     if weight.device.type != "meta":
@@ -76,7 +76,7 @@ def pack_bf16(weight: Tensor) -> Packed:
 
 
 def pack_reference(weight: Tensor) -> Tensor:
-    """The data of `pack_bf16`, in torch."""
+    """The data of `pack_bf16`, in plain torch: the slow reference."""
     n, k = weight.shape
     padded = F.pad(weight, (0, -k % STEP, 0, -n % PANEL))
     # [panel, tile, row, step, pair, 2] -> [panel, step, tile, pair, row, 2]
@@ -85,6 +85,6 @@ def pack_reference(weight: Tensor) -> Tensor:
 
 
 def packed_rows(tokens: Tensor, data: Tensor, k: int, start: int, count: int) -> Tensor:
-    """Of each token the row `token - start` of `count` packed ones, and zeros where it is none of them:
-    int64 [...] -> bfloat16 [..., k]."""
+    """Look up rows in packed data: int64 [...] -> bfloat16 [..., k]. A token gets row `token - start`,
+    or zeros if that is not in [0, count)."""
     return torch.ops.yoke_kernels.packed_rows(tokens, data, k, start, count)

@@ -1,10 +1,10 @@
-"""y = x W^T with quantized weights, or bfloat16 ones, laid out for the processor.
+"""y = x W^T with packed weights, quantized or bfloat16.
 
-What: the layout (`pack`, `unpack`; csrc/quant.h draws it), the product for any number of rows, and the
-slow reference in torch. A few rows read each weight once, so the time shall be that of reading: whole
-numbers are multiplied as they come, and the sums of 32 scaled.
+What: the packed layout (`pack`, `unpack`; csrc/quant.h shows it), the linear for any number of rows,
+and the slow reference in torch. With few rows the linear is memory-bound: each weight is read once. So
+it multiplies the integers as they are read, and scales only the sums of 32 of them.
 
-What is not here: how weights are quantized, and their logical form (weights/quant.py).
+What is not here: how weights are quantized, and their unpacked form (weights/quant.py).
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from base.errors import InputError
 from kernels.load import has_kernels
 from weights.quant import QuantWeight
 
-STEP = 32  # numbers of k that lie together, and what k and groups are multiples of
-TILE = 16  # rows of w that lie together; a panel is two tiles
+STEP = 32  # columns that are stored together; k and the group size are multiples of it
+TILE = 16  # rows that are stored together; a panel is two tiles
 
 
 class Packed(NamedTuple):
-    """A weight [n, k] as the operator reads it. n is `num_rows`; panels of 32 rows are filled up with
-    scales of zero.
+    """A weight [n, k] in the operator's packed layout. n is `num_rows`; rows that pad the last panel of
+    32 have scales of zero.
 
     data: uint8 [panels, k / 32, 2, 512 (8 bits) or 256 (4 bits)]. scale, offset: float16 or float32
-    [panels, k / group_size, 2, 16]. In 16 bits the numbers are bfloat16, 1024 bytes in place of 512,
-    without scales (see kernels.packed).
+    [panels, k / group_size, 2, 16]. With 16 bits the numbers are bfloat16: 1024 bytes instead of 512,
+    and no scales (see kernels.packed).
     """
 
     data: Tensor
@@ -41,18 +41,19 @@ class Packed(NamedTuple):
 
 
 def pack(weight: QuantWeight) -> Packed:
-    """Lay a weight out. Raises InputError where k or the groups are not multiples of 32."""
+    """Pack a quantized weight. Raises InputError if k or the group size is not a multiple of 32."""
     n, k = weight.shape
     if k % STEP or weight.group_size % STEP:
         raise InputError(
-            f"a quantized weight of {k} columns in groups of {weight.group_size} cannot be laid out: "
+            f"a quantized weight of {k} columns in groups of {weight.group_size} cannot be packed: "
             f"both must be multiples of {STEP}; use another number of ranks, or do not quantize it"
         )
     q = _padded(weight.integers().view(torch.uint8))
     # [panel, tile, row, step, pair, 2] -> [panel, step, tile, pair, row, 2]
     pairs = q.view(-1, 2, TILE, k // STEP, STEP // 2, 2).permute(0, 3, 1, 4, 2, 5)
     if weight.bits == 4:
-        # Four pairs of a row are a word: the first of each in its lower half, the second in its upper.
+        # A word is four pairs of a row: the first number of each pair in its lower half, the second in
+        # its upper half.
         words = pairs.unflatten(3, (4, 4)).permute(0, 1, 2, 3, 5, 6, 4)  # [.., 4, row, 2, 4 pairs]
         pairs = words[..., ::2] | (words[..., 1::2] << 4)
     data = pairs.flatten(3).contiguous()
@@ -70,7 +71,7 @@ def pack(weight: QuantWeight) -> Packed:
 
 
 def unpack(packed: Packed) -> QuantWeight:
-    """The quantized weight that was packed."""
+    """The inverse of `pack`."""
     assert packed.scale is not None, "bfloat16 is not quantized"
     panels, steps = packed.data.shape[:2]
     if packed.bits == 4:
@@ -87,7 +88,7 @@ def unpack(packed: Packed) -> QuantWeight:
 
 
 def unpack_bf16(packed: Packed, k: int) -> Tensor:
-    """The weight [n, k] of 16 bits that was packed."""
+    """The bfloat16 weight [n, k] of a packed 16-bit one: the inverse of `kernels.packed.pack_bf16`."""
     panels, steps = packed.data.shape[:2]
     pairs = packed.data.view(torch.bfloat16).view(panels, steps, 2, STEP // 2, TILE, 2)
     rows = pairs.permute(0, 2, 4, 1, 3, 5).reshape(panels * 2 * TILE, steps * STEP)
@@ -97,15 +98,16 @@ def unpack_bf16(packed: Packed, k: int) -> Tensor:
 def quant_linear(
     x: Tensor, packed: Packed, bias: Tensor | None = None, round_x: bool = False
 ) -> Tensor:
-    """[..., k] x [n, k] -> [..., n] of x's dtype. With bfloat16 on a CPU whole numbers are multiplied,
-    and sums scaled in float32, and rounded once; else it is the reference.
+    """[..., k] x [n, k] -> [..., n] of x's dtype. With bfloat16 on a CPU, integers are multiplied, sums
+    are scaled in float32 and rounded once; in all other cases the reference runs.
 
-    How depends on the processor, the format and the rows of x. A few rows times int4 may be products
-    of bytes: x is taken to 16 bits of the largest of each 32 numbers, and sums of a step are exact.
-    From 17 rows on, matrix units multiply weights that were scaled and rounded to bfloat16 (whole
-    numbers, where a row has one scale); plain bfloat16 they multiply from 5 rows on. `round_x`: where
-    there are also such units for int8, weights have 8 bits and a scale a row, and x has 33 rows or
-    more, each row of x is rounded to 255 steps around zero, and the sums are exact.
+    The method depends on the processor, the format and the number of rows of x. Few rows times int4
+    may use integer arithmetic: each 32 numbers of x are quantized to 16 bits of their largest, and the
+    sums of a step are exact. From 17 rows on, matrix units (AMX) multiply weights that were scaled and
+    rounded to bfloat16, or the integers where each row has a single scale. Plain bfloat16 weights use
+    them from 5 rows on. `round_x`: if there are also matrix units for int8, the weights have 8 bits and
+    one scale per row, and x has 33 rows or more, each row of x is rounded to 255 steps around zero, and
+    the sums are exact.
     """
     if x.dtype == torch.bfloat16 and x.device.type == "cpu" and has_kernels():
         return torch.ops.yoke_kernels.quant_linear(x, *packed, bias, round_x)
@@ -113,8 +115,8 @@ def quant_linear(
 
 
 def quant_linear_reference(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
-    """The same, slowly, on any device: the weight and the product in float32 (float64 where x is),
-    rounded once."""
+    """As `quant_linear`, slowly, on any device: the weight and the matmul are in float32 (float64 if x
+    is), rounded once."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if packed.scale is None:
         weight = unpack_bf16(packed, x.shape[-1]).to(wide)
@@ -124,7 +126,7 @@ def quant_linear_reference(x: Tensor, packed: Packed, bias: Tensor | None = None
 
 
 def _padded(x: Tensor) -> Tensor:
-    """Whole panels of rows, with zeros."""
+    """Pad with zeros to whole panels of rows."""
     return F.pad(x, (0, 0, 0, -x.shape[0] % (2 * TILE)))
 
 

@@ -1,7 +1,8 @@
-"""The rotation of rotary position embeddings (Su et al., RoFormer, 2021), in torch: the slow reference
-of what the operator of `kernels.attention` does to queries and keys, and what any device takes.
+"""Rotary position embeddings (Su et al., RoFormer, 2021) in torch: the rotation, for any device.
 
-What is not here: which number turns by which angle at which position (`models.rope`).
+It is the slow reference for what the operator of `kernels.attention` does to queries and keys.
+
+What is not here: the angle of each number at each position (`models.rope`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from torch import Tensor
 
 
 class Angles(NamedTuple):
-    """cos and sin, float32 [S, r / 2], of positions 0..S-1 and the frequencies of a head's first r
-    numbers: number i turns together with i + r / 2, or `interleaved` number 2 i with 2 i + 1."""
+    """cos and sin, float32 [S, r / 2], for positions 0..S-1 and the frequencies of a head's first r
+    numbers. Number i is rotated with number i + r / 2; if `interleaved`, number 2 i with 2 i + 1."""
 
     cos: Tensor
     sin: Tensor
@@ -22,8 +23,8 @@ class Angles(NamedTuple):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Turn the first r numbers of each head: x [..., heads, h], cos and sin [..., r / 2]. Computed in
-    float32 and rounded once."""
+    """Rotate the first r numbers of each head: x [..., heads, h] -> the same shape and dtype; cos and
+    sin [..., r / 2]. Computed in float32 and rounded once."""
     size = 2 * cos.shape[-1]
     turned, kept = x[..., :size].float(), x[..., size:]
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
