@@ -1,5 +1,6 @@
-"""The models themselves, one readable file per family, and what surrounds them.
+"""The models, one readable file per kind of block, and what they need: configuration, loading,
+tokenizers, chat templates and sampling.
 
-Reading order: config, llama, load, tokenizer, chat, sampling, generate (the plain loop, the oracle for
-`engine`).
+Reading order: config, llama, load, tokenizer, chat, sampling, reference (the plain loop, the test
+oracle of `engine`).
 """

@@ -1,9 +1,9 @@
-"""What the families' attention has in common: projections, rotary embeddings, a static cache, grouped
+"""The attention that all families share: projections, rotary embeddings, a static cache, grouped
 heads, sliding windows.
 
-Shapes: N tokens of this call, M of which a block's result is wanted, R rows of the cache, S their
-length, D dim, H query heads of this rank, K its KV heads, h head size. What is not here: the sum over
-the ranks, which the blocks do.
+Shapes: N tokens of this call, M tokens whose results are wanted, R rows of the cache, S their length,
+D model width, H query heads of this rank, K KV heads of this rank, h head width.
+What is not here: the sum over the ranks, which the blocks do.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from tp.shard import Layout
 
 
 class Step(NamedTuple):
-    """What the layers of a call share: the tokens' cache rows [N] (None: token i has row i) and
-    positions [N], where a token's keys lie if not in its row ([N, S]), and the angles of layers that
-    see all and of windowed ones. `wanted`, of the last layer alone: the indices [M] of those tokens
-    whose results somebody reads (None: of all); the others leave nothing but keys and values."""
+    """What all layers of a call share.
+
+    rows: the cache row of each token, [N] (None: token i has row i). positions: [N]. sources: [N, S],
+    the cache row that holds each of a token's keys (None: the token's own row). full, windowed: the
+    angles of layers without and with a sliding window. wanted: set for the last layer only, the
+    indices [M] of the tokens whose results are read (None: all); the other tokens only write their
+    keys and values."""
 
     rows: Tensor | None
     positions: Tensor
@@ -36,12 +39,12 @@ class Step(NamedTuple):
     wanted: Tensor | None = None
 
     def chosen(self, x: Tensor) -> Tensor:
-        """Of [N, ..], what is wanted: [M, ..]."""
+        """The wanted rows of x: [N, ..] -> [M, ..]."""
         return x if self.wanted is None else x[self.wanted]
 
 
 class Attention(nn.Module):
-    """Grouped-query attention for this rank's heads; the ranks' results add up to the whole."""
+    """Grouped-query attention over this rank's heads. The sum over the ranks is the full result."""
 
     def __init__(self, config: ModelConfig, layout: Layout, layer: int) -> None:
         super().__init__()
@@ -64,7 +67,7 @@ class Attention(nn.Module):
         self.has_rope = layer not in config.no_rope
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        """x [N, D] -> this rank's part of the result, [M, D]."""
+        """x [N, D] -> this rank's partial sum of the result, [M, D]."""
         qkv = self.qkv(x)
         if self.has_norms:
             q, k, v = (
@@ -78,10 +81,10 @@ class Attention(nn.Module):
 
 class CachedAttention(nn.Module):
     """Softmax attention of this rank's query heads over the cache of its KV heads. Scores are
-    multiplied by `scale` (0: h ** -0.5) and, with a `cap`, bent to cap * tanh(score / cap). A `window`
-    is what a token sees of the cache at most (0: all)."""
+    multiplied by `scale` (0: h ** -0.5). A `cap` then maps them to cap * tanh(score / cap) (0: no cap).
+    A token attends to at most `window` tokens (0: to all)."""
 
-    # Buffers of `setup`: [R, K, S, h], and float32 [R, K, S] of an int8 cache.
+    # Buffers made by `setup`: [R, K, S, h]; an int8 cache has float32 scales [R, K, S] too.
     k_cache: Tensor
     v_cache: Tensor
     k_scale: Tensor | None
@@ -106,7 +109,7 @@ class CachedAttention(nn.Module):
             self.register_buffer(name, part, persistent=False)
 
     def forward(self, qkv: Tensor, angles: Angles | None, step: Step) -> Tensor:
-        """[N, (H + 2 K) * h] -> [N, H * h]; queries and keys are turned by the `angles`, if any."""
+        """[N, (H + 2 K) * h] -> [N, H * h]. Queries and keys are rotated by the `angles`, if any."""
         cache = KVCache(self.k_cache, self.v_cache, self.k_scale, self.v_scale)
         return write_and_attend(
             qkv, angles, cache, step.rows, step.positions, self.runs, self.scale, self.cap, self.window,

@@ -1,12 +1,12 @@
-"""Chat templates: a conversation as the text that a model was trained to continue.
+"""Chat templates: they turn a conversation into the text that a model was trained to continue.
 
-Templates are programs from a file that may not be trusted: they run in a process of their own
-(models/chat_child.py), which is started when the first is needed and ends with this one. A template has
-`_SECONDS` of processor time, `_WAIT_S` in all, limited memory, and `_LENGTH` for its output. Whatever
-becomes of it, the process too, is an InputError here.
+A template is a program from a file that may not be trusted. Templates therefore run in a separate
+process (models/chat_child.py), which starts with the first template and ends with this process. A
+template may use `_SECONDS` of processor time, `_WAIT_S` of wall time, limited memory, and write
+`_LENGTH` characters. Every failure of a template, or of its process, is an InputError here.
 
-What is not here: `continue_final_message`, marking what the assistant said, and messages with parts
-other than text that a template does not itself know.
+What is not here: `continue_final_message`; marking the assistant's tokens; message parts other than
+text, unless the template itself handles them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _SECONDS = 1.5
 _WAIT_S = 60.0
 _LENGTH = 1 << 25  # characters
-# Without site-packages' start-up files and without the current folder: with the path that we have.
+# The child skips site-packages' start-up files and the current folder, and uses this process's path.
 _PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from models.chat_child import main; main()"
 
 
@@ -46,14 +46,14 @@ def apply_chat_template(
     name: str | None = None,
     **variables: Any,
 ) -> str:
-    """The text of a conversation, ready for the model's answer if `add_generation_prompt`.
+    """The text of a conversation. With `add_generation_prompt` it ends where the model's answer begins.
 
-    A message has "role" and "content", oldest first; keys whose value is None are left out. `tools`
-    are JSON schemas. `name` picks one of several templates; without it, "tool_use" is taken where
-    there are tools, and else "default". Further `variables` (`enable_thinking=False`) are the
-    template's own. All are values that JSON has. Encode the text with `whole=False`: the template
-    writes the first token itself. Raises InputError when there is no template or no message, or where
-    the template fails.
+    Messages have "role" and "content", oldest first; keys whose value is None are left out. `tools`
+    are JSON schemas. `name` picks one of several templates; the default is "tool_use" if there are
+    tools and such a template, else "default". Other `variables` (`enable_thinking=False`) go to the
+    template. All values must be JSON values. Encode the text with `whole=False`: the template writes
+    the first token itself. Raises InputError if there is no template or no message, or if the template
+    fails.
     """
     if not messages:
         raise InputError("the conversation is empty; give at least one message")
@@ -92,13 +92,13 @@ def _pick(templates: Mapping[str, str | InputError], name: str | None, has_tools
 
 
 def start_templates() -> None:
-    """Start the process that runs templates, so that it is ready when the first is needed."""
+    """Start the process that runs templates, so that it is ready for the first one."""
     _child()
 
 
 @functools.cache
 def _child() -> subprocess.Popen[bytes]:
-    """The process that runs templates. It ends at the end of its input, which is ours to keep open."""
+    """The process that runs templates. It ends when this process closes its standard input."""
     checkout = str(Path(__file__).resolve().parent.parent)
     path = [checkout, *(entry for entry in sys.path if os.path.isabs(entry))]
     return subprocess.Popen(
@@ -110,7 +110,7 @@ def _child() -> subprocess.Popen[bytes]:
 
 
 def _end(child: subprocess.Popen[bytes]) -> int:
-    """Kill the process, if it has not ended; the code that it ended with."""
+    """Kill the process if it still runs. Returns its exit code."""
     child.kill()
     for stream in (child.stdin, child.stdout):
         with suppress(OSError):
@@ -126,15 +126,15 @@ def _end_any() -> None:
 
 
 def _ask(request: bytes) -> dict[str, Any]:
-    """The answer of the process, or its end as an "error"."""
+    """The answer of the process, or {"error": ...} if it ended or ran out of time."""
     child = _child()
     line = _exchange(child, request, time.monotonic() + _WAIT_S)
     if line is not None and line.endswith(b"\n"):
         answer: dict[str, Any] = json.loads(line)
         return answer
     if line is not None:
-        child.wait()  # its output has ended: so has it, or is about to
-    _child.cache_clear()  # the next template gets a new one
+        child.wait()  # its output is closed: it has ended, or is about to
+    _child.cache_clear()  # the next template gets a new process
     code = _end(child)
     if line is None:
         return {"error": f"it is not done after {_WAIT_S:g} s"}
@@ -144,7 +144,8 @@ def _ask(request: bytes) -> dict[str, Any]:
 
 
 def _exchange(child: subprocess.Popen[bytes], request: bytes, deadline: float) -> bytes | None:
-    """A line there, a line back; less of it where the process ends, None where the time is over."""
+    """Send one line and read one line back: part of a line if the process ends, None after the
+    deadline."""
     assert child.stdin is not None and child.stdout is not None
     try:
         child.stdin.write(request)

@@ -1,13 +1,14 @@
-"""The process in which chat templates run: requests on standard input, answers on standard output, a
-JSON object on a line each.
+"""The process in which chat templates run: it reads requests from standard input and writes answers to
+standard output, one JSON object a line. The parent is models/chat.py.
 
-A template is a program from a file that may not be trusted. jinja2's sandbox keeps it from the rest of
-Python, and the kernel from time and memory: no check of ours could bound what texts, lists and filters
-do inside a single expression. So a request has a limit of processor time, at whose end the kernel ends
-this process, and of address space, beyond which allocations fail. Powers and repetitions, which are
-quickly written and slow to fail, are refused beforehand. The parent is models/chat.py.
+A template is a program from a file that may not be trusted. jinja2's sandbox keeps it away from the
+rest of Python. The operating system limits its time and memory, because no check here could bound what
+strings, lists and filters do inside one expression: each request has a limit of processor time, after
+which the kernel ends this process, and a limit of address space, beyond which allocations fail. Large
+powers and repetitions are refused before they run: they are short to write and slow to fail.
 
-What is not here: anything but the standard library and jinja2; it starts in a tenth of a second.
+What is not here: anything but the standard library and jinja2, so that it starts in a tenth of a
+second.
 
 Source: `utils/chat_template_utils.py` of transformers, whose behavior this follows.
 """
@@ -32,16 +33,16 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-_BITS = 1 << 12  # of a power or a product of integers
-_ITEMS = 1 << 24  # of a text or a list that is repeated
-_MEMORY = 150 << 20  # bytes of address space for a template, and
-_PER_BYTE = 16  # more for each byte of what it is given
+_BITS = 1 << 12  # bits of a power or a product of integers, at most
+_ITEMS = 1 << 24  # items of a repeated string or list, at most
+_MEMORY = 150 << 20  # bytes of address space for a template
+_PER_BYTE = 16  # further bytes of address space for each byte of the request
 
 
 def main() -> None:
-    """Answer requests until their end. `seconds` of a request are processor time, `length` is the most
-    characters of the text."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to deal with
+    """Answer requests until standard input closes. `seconds` of a request is its processor time,
+    `length` the maximum number of characters of the text."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pages = int(Path("/proc/self/statm").read_bytes().split()[0])
@@ -59,7 +60,7 @@ def _answer(line: bytes) -> bytes:
     try:
         text = _render(_compile(request["template"]), request["variables"], request["length"])
         return json.dumps({"text": text}).encode() + b"\n"
-    # A template may raise whatever Python does: it divides, indexes, and nests as it likes.
+    # A template may raise any exception: it can divide, index and nest without limits.
     except MemoryError:
         reason = "it needs too much memory"
     except Exception as error:
@@ -72,7 +73,7 @@ def _answer(line: bytes) -> bytes:
 def _shown(error: Exception) -> str:
     try:
         return str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-    except Exception:  # an error may hold what cannot be shown
+    except Exception:  # the error itself may fail to convert to a string
         return type(error).__name__
 
 
@@ -100,7 +101,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     environment.intercepted_binops = frozenset(("*", "**"))
     environment.binop_table |= {"*": _times, "**": _power}
-    # Not jinja2's own tojson, which escapes for HTML.
+    # jinja2's own tojson escapes for HTML.
     environment.filters["tojson"] = _to_json
     del environment.globals["lipsum"]
     environment.globals["raise_exception"] = _raise_exception
@@ -153,14 +154,14 @@ def _namespace(*args: Any, **attributes: Any) -> Namespace:
 
 
 def _check_name(name: str) -> None:
-    """Namespaces hold no names that begin with an underscore: they could shadow Python's own."""
+    """Refuse names that begin with an underscore in a namespace: they could shadow Python's own."""
     if name.startswith("_"):
         raise SecurityError(f"a namespace cannot hold {name!r}")
 
 
 class _Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}`, with which training marks what the assistant said:
-    what is inside is rendered, in a scope of its own. (jinja2 takes extensions as classes only.)"""
+    """`{% generation %} ... {% endgeneration %}`, which marks the assistant's text for training. The
+    content is rendered in its own scope. (jinja2 accepts extensions only as classes.)"""
 
     tags = {"generation"}  # noqa: RUF012 - as the base class declares it
 

@@ -1,9 +1,9 @@
-"""What a model's dimensions are, and the weights that follow from them.
+"""A model's dimensions, and the names and shapes of its weights.
 
-A family is a set of flags here, not a class of its own: `block` names the file that holds the shape of
-its layers, the other fields say what is in them. Where the numbers come from: `models.presets`,
-`models.config_hf` (config.json), `models.config_gguf`. Free of torch, so that the launcher's side can
-refuse a job before any rank is started.
+A family is a set of flags here, not a class: `block` names the file that defines its layers, and the
+other fields say what the layers contain. The numbers come from `models.presets`, `models.config_hf`
+(config.json) or `models.config_gguf`. Free of torch, so that the launcher can refuse a job before it
+starts a rank.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 from base.errors import InputError
 
 EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"  # absent where the embedding serves as the head
+HEAD = "lm_head.weight"  # absent where the embedding is also the head (tied)
 OVERRIDES = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size")
-# More than any model has: what a file says is not believed before it is looped over or computed with.
+# More than any model has. Values from a file are checked before they are looped over or computed with.
 MAX_LAYERS, MAX_EXPERTS, MAX_FACTOR = 10_000, 1 << 14, 1e6
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embeddings: the first `dim` numbers of a head are rotated (0 for all), as two halves or,
-    `interleaved`, as neighbors. `kind` is how frequencies are stretched for long contexts, by
-    `factor` over `original_max_seq_len` tokens; the other fields belong to one kind each
+    """Rotary embeddings. The first `dim` numbers of a head are rotated (0: all). A pair is a number of
+    each half or, if `interleaved`, two neighbors. `kind` says how frequencies are scaled for contexts
+    longer than `original_max_seq_len` tokens, by `factor`; each other field belongs to one kind
     (`models.rope` has the formulas). `attention_factor` scales cos and sin.
     """
 
@@ -48,17 +48,18 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Dimensions of a decoder. `max_seq_len`: what the model was trained for, or stretched to.
+    """Dimensions of a decoder. `max_seq_len`: the context length of training, after any scaling.
 
-    block: "llama" (attention, then MLP), "gemma" (the same with norms behind each), "parallel" (side by
-    side). norm: "rms", "rms1p" (weights stored less 1), "layer". activation: "silu", "gelu",
-    "gelu_tanh". Biases: of query, key and value; of attention's output; of the MLP; of the head.
-    `qk_norm`: norms of query and key heads. `two_norms`: a parallel block's MLP has a norm of its own.
-    window: how many tokens a layer of `windowed` sees (no entries: all layers), 0 for no limit;
-    `local_rope` is those layers' own. `no_rope`: layers without rotary embeddings.
-    Scales multiply (0 in `attention_scale`: head_dim ** -0.5), caps are c * tanh(x / c), 0 for none.
-    Experts: `num_experts` MLPs of width `expert_dim` in all layers but `dense_layers`, of which the
-    router picks `experts_per_token`; `norm_topk`: their weights are made to add up to one.
+    block: "llama" (attention, then MLP), "gemma" (the same, with a norm after each too), "parallel"
+    (attention and MLP side by side). norm: "rms", "rms1p" (stored weights are less by 1), "layer".
+    activation: "silu", "gelu", "gelu_tanh". Biases: of query, key and value; of attention's output; of
+    the MLP; of the head. `qk_norm`: query and key heads are normalized. `two_norms`: the MLP of a
+    parallel block has its own norm.
+    window: the number of tokens that a layer in `windowed` (empty: every layer) attends to, 0 for no
+    limit; `local_rope` holds for those layers. `no_rope`: layers without rotary embeddings.
+    Scales multiply (0 in `attention_scale`: head_dim ** -0.5); caps are c * tanh(x / c), 0 for none.
+    Experts: all layers but `dense_layers` have `num_experts` MLPs of width `expert_dim`, and the
+    router picks `experts_per_token` of them; `norm_topk`: the picked weights are scaled to sum to 1.
     """
 
     dim: int
@@ -103,8 +104,8 @@ class ModelConfig:
 
     @property
     def stretched_from(self) -> int | None:
-        """Of rotary embeddings that depend on the room that a run has (see `models.rope`): the most
-        tokens that leave them as they are; None of others."""
+        """The longest run, in tokens, that leaves the rotary frequencies unscaled; None if they do not
+        depend on the length of the run (see `models.rope`)."""
         ropes = (self.rope, *filter(None, [self.local_rope]))
         lengths = [r.original_max_seq_len for r in ropes if r.kind in ("dynamic", "longrope")]
         return min(lengths, default=None)
@@ -114,7 +115,7 @@ class ModelConfig:
 
 
 def from_dict(data: Mapping[str, Any]) -> ModelConfig:
-    """The inverse of `dataclasses.asdict`, after a way through JSON."""
+    """The inverse of `dataclasses.asdict`, for a dictionary that went through JSON."""
 
     def rope(values: Mapping[str, Any]) -> Rope:
         fields: dict[str, Any] = {
@@ -130,7 +131,8 @@ def from_dict(data: Mapping[str, Any]) -> ModelConfig:
 
 
 def override(config: ModelConfig, **changes: int | None) -> ModelConfig:
-    """`config` with the given dimensions (None keeps one). Raises InputError if they do not fit."""
+    """`config` with the given dimensions (None keeps a dimension). Raises InputError if they do not
+    fit together."""
     given = {name: value for name, value in changes.items() if value is not None}
     changed = replace(config, **given)  # type: ignore[arg-type]
     if "dim" in given or "num_heads" in given:
@@ -139,7 +141,7 @@ def override(config: ModelConfig, **changes: int | None) -> ModelConfig:
 
 
 def check(config: ModelConfig) -> ModelConfig:
-    """`config`, if a model can have it. Raises InputError."""
+    """Returns `config` if it is valid. Raises InputError if it is not."""
     may_be_zero = ("window", "num_experts", "experts_per_token", "expert_dim")
     sizes = {name: value for name, value in vars(config).items() if type(value) is int}
     for name, value in sizes.items():
@@ -163,8 +165,8 @@ def check(config: ModelConfig) -> ModelConfig:
 def _check_rope(rope: Rope, head_dim: int) -> None:
     if head_dim % 2 or rope.dim % 2 or not 0 <= rope.dim <= head_dim:
         raise InputError(
-            f"head_dim={head_dim}, rotary dim={rope.dim}: rotary embeddings need an even size, within "
-            "the head's"
+            f"head_dim={head_dim}, rotary dim={rope.dim}: rotary embeddings need even sizes, and the "
+            "rotary dim must be at most head_dim"
         )
     if rope.kind not in ROPE_KINDS:
         raise InputError(
@@ -182,7 +184,7 @@ def _check_rope(rope: Rope, head_dim: int) -> None:
     for name, factors in (("short", rope.short_factors), ("long", rope.long_factors)):
         if rope.kind == "longrope" and len(factors) != half:
             raise InputError(
-                f"longrope has {len(factors)} {name} factors; {half} frequencies need as many"
+                f"longrope has {len(factors)} {name} factors; {half} frequencies need one each"
             )
     if rope.kind in ("llama3", "yarn", "longrope") and rope.original_max_seq_len < 1:
         raise InputError(
@@ -196,22 +198,22 @@ def _check_rope(rope: Rope, head_dim: int) -> None:
 
 
 def stretched_length(rope: Rope, trained: int) -> int:
-    """How many tokens a model has room for whose file says `trained`. Of linear and dynamic scaling
-    that is the length before the factor, of yarn either, so the original length times the factor
-    counts; of llama3 and longrope the length after it."""
+    """The context length of a model whose file says `trained`. With linear and dynamic scaling a file
+    states the length before scaling. With yarn it states either, so the original length times the
+    factor counts. With llama3 and longrope it states the length after scaling."""
     original = {"linear": trained, "dynamic": trained, "yarn": rope.original_max_seq_len}
     return max(trained, int(original.get(rope.kind, 0) * min(rope.factor, MAX_FACTOR)))
 
 
 def head_dim_of(dim: int, num_heads: int) -> int:
-    """What each head has of `dim`. Raises InputError."""
+    """The width of one head, dim / num_heads. Raises InputError if that is not a whole number."""
     if num_heads < 1 or dim % num_heads:
         raise InputError(f"dim={dim} is not a multiple of num_heads={num_heads}")
     return dim // num_heads
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical names and full shapes of all weights of a model."""
+    """The canonical names of all weights of a model, with their full (unsharded) shapes."""
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.dim)}
 

@@ -1,11 +1,11 @@
-"""GGUF metadata in the terms of `ModelConfig`. Pure; free of torch.
+"""GGUF metadata -> `ModelConfig`. Pure; free of torch.
 
-A key that would change what the model computes, and is not understood, is refused by name. Some of what
-a model is stands in no key: whether there are biases, a head of its own, which layers have experts are
-told by the tensors that there are.
+A key that changes what the model computes and is not supported is refused by name. Some properties have
+no key: the tensors in the file show whether there are biases and a separate head, and which layers have
+experts.
 
-Sources: the keys of the `gguf` package's `constants.py`; what they mean, and what holds without them,
-is llama.cpp's (`llama-model.cpp`: hyperparameters and graphs; `rope_yarn` of ggml).
+Sources: the keys are those of the `gguf` package's `constants.py`; their meaning and defaults are
+llama.cpp's (`llama-model.cpp`: hyperparameters and graphs; `rope_yarn` of ggml).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from models.keys import REQUIRED, Keys
 from weights.formats.gguf_names import ARCHITECTURES, same_for_all_layers
 
 _GEMMA = {"block": "gemma", "norm": "rms1p", "activation": "gelu_tanh"}
-# What is the same in all models of an architecture and differs from Llama.
+# The fields in which all models of an architecture differ from Llama.
 _FIXED: dict[str, dict[str, Any]] = {
     "qwen3": {"qk_norm": True},
     "qwen3moe": {"qk_norm": True},
@@ -39,9 +39,9 @@ _FIXED: dict[str, dict[str, Any]] = {
     "gemma3": _GEMMA | {"qk_norm": True},
     "falcon": {"block": "parallel", "norm": "layer", "activation": "gelu", "gated": False},
 }
-# By number of layers, the largest Gemmas, whose queries are scaled by dim / heads and not by head size.
+# The largest Gemmas, by number of layers: they scale queries by dim / heads, not by the head width.
 _GEMMA_27B = {("gemma2", 46), ("gemma3", 62)}
-# Keys of other architectures that would change the result, and the values that change nothing.
+# Keys of other architectures that can change the result, and the values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
@@ -59,20 +59,20 @@ _GRANITE = ("embedding_scale", "residual_scale", "logit_scale")
 
 
 class _Metadata(Keys):
-    """The keys of one architecture, without its name before them."""
+    """The keys of one architecture, without the prefix that is its name."""
 
     def __init__(self, values: Mapping[str, Any], architecture: str, source: str) -> None:
         found = {}
         for key in values:
             if key.startswith(architecture + "."):
-                # A list would be one value for each layer; nothing here wants that but `windows`.
+                # A list holds one value per layer; only `_windows` supports that.
                 short = key[len(architecture) + 1 :]
                 keep = short == "attention.sliding_window_pattern"
                 found[short] = values[key] if keep else same_for_all_layers(values, key, source)
         super().__init__(found, f"{source}, {architecture}", gguf_defaults(architecture))
 
     def number(self, key: str, if_none: float | None = None) -> float:
-        """Numbers are stored as float32: 9.99999975e-06 was written as 1e-5, which is what is meant."""
+        """The shortest number that rounds to the stored float32: 9.99999975e-06 means 1e-5."""
         value = super().number(key, if_none)
         for digits in range(1, 10):
             short = float(f"{value:.{digits}g}")
@@ -81,7 +81,7 @@ class _Metadata(Keys):
         return value
 
     def number_or_zero(self, key: str) -> float:
-        """A number for which 0 is as good as none."""
+        """A number; 0 if the key is missing or 0, which mean the same."""
         value = self.value(key)
         return 0.0 if value is None or value == 0 else self.number(key)
 
@@ -95,10 +95,9 @@ def _float32(value: float) -> float:
 
 
 def from_gguf(config: Mapping[str, Any], names: Collection[str], source: str) -> ModelConfig:
-    """Read the metadata of a GGUF file that holds weights of these canonical names. `config` has the
-    file's key-values, and the tensors of `weights.formats.gguf_names.FACTORS`. Raises InputError for
-    what is
-    not supported."""
+    """The `ModelConfig` of a GGUF file that holds weights of these canonical `names`. `config` has the
+    file's key-values and the tensors of `weights.formats.gguf_names.FACTORS`. Raises InputError for
+    what is not supported."""
     name = config.get("general.architecture", "llama")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise InputError(
@@ -142,7 +141,7 @@ def _fields(
         "head_dim": head_dim,
         "ffn_dim": ffn_dim,
         "vocab_size": _vocab_size(keys, config),
-        # Gemma 3's files have the stretched length.
+        # Gemma 3's files hold the length after scaling.
         "max_seq_len": context if name == "gemma3" else stretched_length(rope, context),
         "rope": rope,
         "norm_eps": keys.number(f"attention.{norm}"),
@@ -160,7 +159,7 @@ def _fields(
     num_experts = keys.size("expert_count", MAX_EXPERTS)
     if num_experts:
         used = keys.integer("expert_used_count")
-        # Of one that says no width, Qwen's are those that together have that of a dense layer.
+        # Without a key for the width: Qwen's experts of a token together have the dense layer's width.
         width = ffn_dim // max(used, 1) if name == "qwen3moe" else ffn_dim
         fields |= {
             "num_experts": num_experts,
@@ -175,7 +174,7 @@ def _fields(
         fields["embedding_scale"] = keys.number_or_zero("embedding_scale") or 1.0
         fields["residual_scale"] = keys.number_or_zero("residual_scale") or 1.0
         fields["logits_scale"] = 1 / (keys.number_or_zero("logit_scale") or 1.0)
-    if name == "smollm3":  # no key tells: every fourth layer
+    if name == "smollm3":  # there is no key for it: every fourth layer
         fields["no_rope"] = tuple(range(3, num_layers, 4))
     if name in ("gemma2", "gemma3"):
         fields["embedding_scale"] = math.sqrt(max(dim, 0))
@@ -194,13 +193,14 @@ def _vocab_size(keys: _Metadata, config: Mapping[str, Any]) -> int:
 
 
 def _windows(keys: _Metadata, num_layers: int) -> dict[str, Any]:
-    """The sliding window and which layers have it: all but the last of a period, or as a list says."""
+    """The sliding window and its layers: all but the last of each period, or those that a list marks.
+    Raises InputError for a list that is too short."""
     window = keys.size("attention.sliding_window", 1 << 40)
     key = "attention.sliding_window_pattern"
     pattern = keys.value(key)
     if isinstance(pattern, list):
         if len(pattern) < num_layers or not all(isinstance(has, bool | int) for has in pattern):
-            raise InputError(f"{keys.source}: {key} must tell for each of {num_layers} layers")
+            raise InputError(f"{keys.source}: {key} must have an entry for each of {num_layers} layers")
         windowed = tuple(i for i in range(num_layers) if pattern[i])
     else:
         period = keys.size(key, MAX_LAYERS)
@@ -211,8 +211,9 @@ def _windows(keys: _Metadata, num_layers: int) -> dict[str, Any]:
 
 
 def _rope(keys: _Metadata, config: Mapping[str, Any], head_dim: int, context: int) -> Rope:
-    """llama.cpp divides positions by the factor, except for "none", and then each frequency by its
-    own. Llama 3.1's own factors hold for all lengths: those of short and long texts are the same."""
+    """llama.cpp divides positions by the factor, except for "none", and then each frequency by its own
+    factor. The factors in Llama 3.1's files hold for all lengths, so they serve as both the short and
+    the long ones."""
     kind = keys.value("rope.scaling.type")
     factor = keys.number_or_zero("rope.scaling.factor") or keys.number_or_zero("rope.scale_linear") or 1
     rotary = keys.integer("rope.dimension_count", head_dim)
@@ -243,7 +244,7 @@ def _rope(keys: _Metadata, config: Mapping[str, Any], head_dim: int, context: in
         kind = "longrope"
         more = {"short_factors": tensors.numbers(short), "long_factors": tensors.numbers(long)}
     elif kind == "yarn":
-        # The temperature of the paper is always there; what the keys say comes on top of it.
+        # The paper's temperature always applies; the factors of the keys multiply it.
         attention *= keys.number_or_zero("rope.scaling.yarn_attn_factor") or 1.0
         attention *= 1 + 0.1 * math.log(factor) if factor > 1 else 1
         more["beta_fast"] = keys.number_or_zero("rope.scaling.yarn_beta_fast") or 32.0

@@ -1,8 +1,8 @@
-"""Hugging Face's `config.json` in the terms of `ModelConfig`. Pure; free of torch.
+"""Hugging Face's `config.json` -> `ModelConfig`. Pure; free of torch.
 
-Each architecture is a function from the file's keys to the fields in which it differs from Llama. A key
-that would change what the model computes, and is not understood, is refused by name; one that is left
-out has the default of the model's own class (`models.defaults`).
+Each architecture is a function from the file's keys to fields of `ModelConfig`. A key that changes what
+the model computes and is not supported is refused by name. A missing key has the default of the model's
+own class (`models.defaults`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from weights.nested import TEXT_MODELS, WRAPPERS, class_of, text_config
 
 
 def from_hf(config: Mapping[str, Any], source: str) -> ModelConfig:
-    """Read the keys of a Hugging Face `config.json`. Raises InputError for what is not supported."""
+    """The `ModelConfig` of a Hugging Face `config.json`. Raises InputError for unsupported values."""
     config = text_config(config)
     name = class_of(config)
     if name is None:
@@ -41,9 +41,9 @@ def _not_supported(config: Mapping[str, Any], source: str) -> str:
     shown = repr(name) if names else f"{name!r} (and model_type {kind!r})"
     others = "; engine=hf runs any that has a tensor-parallel plan in the transformers library"
     if isinstance(config.get("text_config"), Mapping):
-        others = f"; and the text models within these model_types: {', '.join(WRAPPERS)}"
+        others = f"; and the text models inside these model_types: {', '.join(WRAPPERS)}"
     elif isinstance(kind, str) and kind in TEXT_MODELS:
-        others = f"; a model of type {kind!r} needs an LM head, and this class has another"
+        others = f"; a model of type {kind!r} needs an LM head, and this class has a different head"
     return f"{source}: architecture {shown} is not supported; supported: {', '.join(ARCHITECTURES)}" + (
         others if isinstance(kind, str) else ""
     )
@@ -58,7 +58,7 @@ _Ropes = Callable[[Keys, int], dict[str, Any]]
 
 
 def _common(keys: Keys, ropes: _Ropes = read_rope) -> dict[str, Any]:
-    """What all of Llama's descendants have in common."""
+    """The fields that Llama and its descendants share."""
     dim, num_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
     head_dim = keys.integer("head_dim", 0) or head_dim_of(dim, num_heads)
     return {
@@ -97,7 +97,7 @@ def _activation(keys: Keys, key: str) -> str:
 
 
 def _attention_bias(keys: Keys) -> dict[str, Any]:
-    """Of all four projections."""
+    """The biases of all four attention projections."""
     bias = keys.flag("attention_bias")
     return {"attention_bias": bias, "attention_out_bias": bias}
 
@@ -117,7 +117,7 @@ def _layer_types(keys: Keys, num_layers: int) -> list[str] | None:
 
 
 def _windows(keys: Keys, windowed: Callable[[], Iterable[int]], num_layers: int) -> dict[str, Any]:
-    """The sliding window of the layers that `layer_types` says, or else of `windowed`."""
+    """The sliding window of the layers that `layer_types` names, or else of those in `windowed`."""
     types = _layer_types(keys, num_layers)
     if types is None:
         layers = tuple(windowed())
@@ -133,8 +133,8 @@ def _one_window(keys: Keys, num_layers: int, used: bool = True) -> dict[str, Any
     wanted = "sliding_attention" if window else "full_attention"
     if any(kind != wanted for kind in _layer_types(keys, num_layers) or ()):
         raise InputError(
-            f"{keys.source}: layer_types differ from what this class does with "
-            f"sliding_window={window}: {wanted} in all layers"
+            f"{keys.source}: layer_types contradict sliding_window={window}: with it, this class uses "
+            f"{wanted} in all layers"
         )
     return {"window": window}
 
@@ -155,7 +155,7 @@ def _qwen3(keys: Keys) -> dict[str, Any]:
 
 
 def _qwen_windows(keys: Keys, num_layers: int) -> dict[str, Any]:
-    """The layers from max_window_layers on have a window, if it is used at all."""
+    """The window of the layers from max_window_layers on, if use_sliding_window is set."""
     if not keys.flag("use_sliding_window"):
         return {}
     return _windows(
@@ -168,7 +168,10 @@ def _qwen3_moe(keys: Keys) -> dict[str, Any]:
     num_layers = config["num_layers"]
     step, dense = keys.integer("decoder_sparse_step"), keys.value("mlp_only_layers") or []
     if step < 1 or not isinstance(dense, list):
-        raise InputError(f"{keys.source}: decoder_sparse_step={step}, mlp_only_layers={dense!r}")
+        raise InputError(
+            f"{keys.source}: decoder_sparse_step={step} must be at least 1, and "
+            f"mlp_only_layers={dense!r} must be a list"
+        )
     return (
         config
         | _one_window(keys, num_layers, keys.flag("use_sliding_window"))
@@ -216,7 +219,7 @@ def _smollm3(keys: Keys) -> dict[str, Any]:
 def _phi3(keys: Keys) -> dict[str, Any]:
     config = _silu(
         keys, partial(read_rope, kinds=PHI3_KINDS)
-    )  # whatever the keys of other families say, without biases
+    )  # never any biases, whatever the bias keys of other families say
     return config | _one_window(keys, config["num_layers"])
 
 
@@ -231,7 +234,9 @@ def _granite(keys: Keys) -> dict[str, Any]:
 
 def _gemma(keys: Keys, ropes: _Ropes = read_rope) -> dict[str, Any]:
     if keys.flag("use_bidirectional_attention"):
-        raise InputError(f"{keys.source}: use_bidirectional_attention: only causal models are run")
+        raise InputError(
+            f"{keys.source}: use_bidirectional_attention is set, and only causal models are supported"
+        )
     config = _common(keys, ropes)
     return (
         config
@@ -250,7 +255,7 @@ def _gemma(keys: Keys, ropes: _Ropes = read_rope) -> dict[str, Any]:
 
 def _gemma2(keys: Keys) -> dict[str, Any]:
     config = _gemma(keys)
-    num_layers = config["num_layers"]  # every other one has a window, from the first
+    num_layers = config["num_layers"]  # every other layer has a window, starting with the first
     return config | _windows(keys, lambda: range(0, num_layers, 2), num_layers)
 
 
@@ -300,8 +305,8 @@ def _falcon(keys: Keys) -> dict[str, Any]:
     new = keys.flag("new_decoder_architecture")
     if keys.flag("alibi") or not (new or keys.flag("parallel_attn")):
         raise InputError(
-            f"{keys.source}: this Falcon has ALiBi or attention before the MLP (falcon-rw); supported "
-            "are those with rotary embeddings and parallel blocks"
+            f"{keys.source}: this Falcon has ALiBi or attention before the MLP (falcon-rw); only "
+            "Falcons with rotary embeddings and parallel blocks are supported"
         )
     keys.only("activation", ("gelu",))
     dim, num_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
@@ -325,7 +330,7 @@ def _falcon(keys: Keys) -> dict[str, Any]:
         "attention_bias": keys.flag("bias"),
         "attention_out_bias": keys.flag("bias"),
         "mlp_bias": keys.flag("bias"),
-        # Falcon 11B is of the newer kind and has one norm all the same.
+        # Falcon 11B has the new architecture and still only one norm.
         "two_norms": new and keys.integer("num_ln_in_parallel_attn", 2) == 2,
     }
 

@@ -1,6 +1,6 @@
-"""`ModelConfig` as a Hugging Face `config.json`: for models that come without one, from GGUF. Pure;
-free of torch. The inverse of `models.config_hf`, and checked against it: what would not read back as
-the same model is refused.
+"""`ModelConfig` -> Hugging Face's `config.json`, for models from GGUF files, which have none. Pure;
+free of torch. This is the inverse of `models.config_hf`, and each result is checked against it: a model
+that would read back differently is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from base.errors import InputError
 from models.config import ModelConfig, Rope
 from models.config_hf import from_hf
 
-# GGUF's architectures in Hugging Face's terms: the class, and the model_type.
+# Hugging Face's class and model_type for each GGUF architecture.
 _FAMILIES = {
     "llama": ("LlamaForCausalLM", "llama"),
     "qwen2": ("Qwen2ForCausalLM", "qwen2"),
@@ -28,12 +28,12 @@ _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"
 
 
 def to_hf(config: ModelConfig, family: str, source: str) -> dict[str, Any]:
-    """The keys of a config.json for a model of GGUF's architecture `family`. `source` is what errors
-    call the model. Raises InputError for one that these keys cannot describe."""
+    """The keys of a config.json for a model of the GGUF architecture `family`. `source` names the model
+    in errors. Raises InputError if the keys cannot describe the model."""
     if family not in _FAMILIES:
         raise InputError(
             f"{source}: a model of GGUF's architecture {family!r} cannot be written as a Hugging Face "
-            f"folder so far; those that can be: {', '.join(_FAMILIES)}"
+            f"folder; supported: {', '.join(_FAMILIES)}"
         )
     architecture, model_type = _FAMILIES[family]
     activation = "hidden_activation" if family.startswith("gemma") else "hidden_act"
@@ -63,7 +63,7 @@ def to_hf(config: ModelConfig, family: str, source: str) -> dict[str, Any]:
             "logits_scaling": 1 / config.logits_scale,
             "attention_multiplier": config.attention_scale or config.head_dim**-0.5,
         }
-    if family == "phi3":  # of which the key beside the rotary settings counts
+    if family == "phi3":  # its class reads the key outside the rotary settings
         keys["original_max_position_embeddings"] = (
             config.rope.original_max_seq_len or config.max_seq_len
         )
@@ -79,14 +79,15 @@ def to_hf(config: ModelConfig, family: str, source: str) -> dict[str, Any]:
         keys["rope_local_base_freq"] = config.local_rope.theta
     if not _same(asdict(from_hf(keys, source)), asdict(config)):
         raise InputError(
-            f"{source}: its metadata describe a model that config.json's keys for {architecture} "
-            "cannot; quantize it from the Hugging Face folder that it was made from"
+            f"{source}: its metadata describe a model that the config.json keys of {architecture} "
+            "cannot describe; quantize it from the Hugging Face folder that it was made from"
         )
     return keys
 
 
 def _trained_length(config: ModelConfig) -> int:
-    """What `stretched_length` makes the model's length of; Gemma 3's keys have the stretched one."""
+    """The length from which `stretched_length` computes the model's; Gemma 3's keys hold the scaled
+    length."""
     if config.rope.kind == "linear" and config.local_rope is None:
         return round(config.max_seq_len / config.rope.factor)
     return config.max_seq_len
@@ -112,7 +113,7 @@ def _rope(rope: Rope, head_dim: int) -> dict[str, Any]:
 
 def _windows(config: ModelConfig) -> dict[str, Any]:
     if not config.window:
-        return {"sliding_window": None}  # a family's own default may be another
+        return {"sliding_window": None}  # explicit, since the family's default may differ
     if not config.windowed:
         return {"sliding_window": config.window, "use_sliding_window": True}
     kinds = (config.is_windowed(i) for i in range(config.num_layers))
@@ -121,7 +122,7 @@ def _windows(config: ModelConfig) -> dict[str, Any]:
 
 
 def _same(left: Any, right: Any) -> bool:
-    """Whether both are equal, numbers as nearly as one that was stored as float32 can tell."""
+    """Whether both are equal, with floats compared to float32 precision."""
     if isinstance(left, dict) and isinstance(right, dict):
         return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
     if isinstance(left, list | tuple) and isinstance(right, list | tuple):

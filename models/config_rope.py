@@ -1,8 +1,8 @@
-"""The rotary settings of a `config.json` in the terms of `models.config.Rope`. Pure; free of torch.
+"""The rotary settings of a `config.json` -> `models.config.Rope`. Pure; free of torch.
 
-Newer files keep them in one object, `rope_parameters` (or in one for each type of layer), older ones
-in `rope_scaling` with the base frequency beside it. A key of the object that its kind does not read
-belongs to another kind, so the numbers would not be those that are meant: it is refused by name.
+Newer files keep the settings in one object, `rope_parameters` (or one object per type of layer). Older
+files keep them in `rope_scaling`, with the base frequency outside it. A key that its kind does not read
+belongs to another kind, so the file probably names the wrong kind: it is refused by name.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from models.defaults import ROPE_DEFAULTS, ROPE_NEUTRAL
 from models.keys import Keys
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
-# What files call the kinds. Phi-3's have two only, and its first files call longrope "su" or "yarn".
+# The kinds by their names in files. Phi-3 has only two; its first files call longrope "su" or "yarn".
 KINDS = {kind: kind for kind in ROPE_KINDS} | {"su": "longrope"}
 PHI3_KINDS = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}
 
 
 def read_rope(keys: Keys, head_dim: int, kinds: Mapping[str, str] = KINDS) -> dict[str, Any]:
-    """The fields `rope` and `max_seq_len` of a model with the same rotary embeddings in all layers."""
+    """The fields `rope` and `max_seq_len` of a model with the same rotary embeddings in all layers.
+    Raises InputError for settings that are not supported."""
     settings = _object(keys, "rope_scaling") or _object(keys, "rope_parameters")
     by_type = [settings[kind] for kind in LAYER_TYPES if settings.get(kind) is not None]
     if by_type:
         if not isinstance(by_type[0], Mapping) or any(each != by_type[0] for each in by_type):
             raise InputError(
-                f"{keys.source}: rope_parameters differ by the type of layer, {settings!r}; this class "
-                "has the same rotary embeddings in all layers"
+                f"{keys.source}: rope_parameters differ between types of layers, {settings!r}; this "
+                "class has the same rotary embeddings in all layers"
             )
         settings = by_type[0]
     rope = _rope(keys, settings, head_dim, "rope_theta", kinds)
@@ -42,8 +43,8 @@ def read_rope(keys: Keys, head_dim: int, kinds: Mapping[str, str] = KINDS) -> di
 
 
 def read_ropes(keys: Keys, head_dim: int) -> dict[str, Any]:
-    """The same for Gemma 3, and `local_rope`, that of layers with a window. Its length is that of the
-    stretched context already."""
+    """As `read_rope`, for Gemma 3, with `local_rope` for layers with a window. Its files hold the
+    context length after scaling."""
     settings = _object(keys, "rope_parameters")
     if set(settings) - set(LAYER_TYPES):
         raise InputError(
@@ -75,7 +76,7 @@ def _rope(
     theta: str,
     kinds: Mapping[str, str] = KINDS,
 ) -> Rope:
-    """`theta`: the key of the base frequency that counts where the object has none."""
+    """`theta`: the key of the base frequency to use if the object has none."""
     kind = _kind(keys, values, kinds)
     own = Keys(values, f"{keys.source}: rotary scaling {kind!r}", ROPE_DEFAULTS[kind])
     trained = keys.integer("max_position_embeddings")
@@ -88,8 +89,8 @@ def _rope(
         )
     if not 1 <= head_dim * share <= head_dim:
         raise InputError(
-            f"{keys.source}: partial_rotary_factor={share:g} of heads of {head_dim}: it must leave "
-            "from one number to all of them"
+            f"{keys.source}: partial_rotary_factor={share:g}, head_dim={head_dim}: the product must be "
+            "from 1 to head_dim"
         )
     plain = Rope(
         theta=own.number("rope_theta", keys.number(theta)),
@@ -100,9 +101,9 @@ def _rope(
         return plain
     if kind == "linear":
         return replace(plain, factor=own.number("factor"))
-    if kind == "dynamic":  # stretched from the trained length on
+    if kind == "dynamic":  # scaled for lengths beyond the trained one
         return replace(plain, factor=own.number("factor"), original_max_seq_len=trained)
-    # The key beside the object counts before that within.
+    # The key outside the object takes precedence over the one inside.
     original = keys.integer(
         "original_max_position_embeddings", own.integer("original_max_position_embeddings", trained)
     )

@@ -1,12 +1,13 @@
 """The decoder that all families share, top to bottom: embedding, blocks, norm, head.
 
-Each rank builds its own part: `Layout` says which heads, which slice of the MLP and which tokens.
-Activations between the layers are whole and the same on every rank; the only communication is the sum
-at the end of attention and MLP, the embedding and the head. What a block is, is told by the families'
-files: `models.llama`, `models.gemma`, `models.parallel`.
+Each rank builds its own part: `Layout` says which heads, which slice of the MLP and which vocabulary
+entries. Activations between layers are full-width and identical on every rank. The only communication
+is the sum after attention and after the MLP, the embedding and the head. The blocks are in
+`models.llama`, `models.gemma` and `models.parallel`.
 
-Shapes: N tokens of this call, of any mixture of texts; R cache rows (a text each), S their
-length, D dim. Where texts of a batch go in step, [B, T] stands for their tokens.
+Shapes: N tokens of this call, of any mixture of sequences; M tokens whose results are wanted; R cache
+rows (one per sequence), S their length; D model width; H query heads, K KV heads, h head width
+(`models.attention`); V vocabulary. [B, T]: B sequences of T tokens each, processed together.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ BLOCKS: dict[str, type[nn.Module]] = {
 
 
 class Decoder(nn.Module):
-    """A decoder whose KV cache is static: `setup` allocates it, all others write and read it.
+    """A decoder with a static KV cache: `setup` allocates it, the other methods write and read it.
 
-    `extend`, `decode` and `decode_greedy` are what an engine runs; `forward` and `all_logits` are the
-    same for texts that go in step.
+    An engine runs `extend`, `decode` and `decode_greedy`. `forward` and `all_logits` do the same for
+    sequences of equal length.
     """
 
-    # Buffers of `setup`: cos and sin, of the layers with a window where they have their own.
+    # Buffers made by `setup`; the local ones only if layers with a window have their own `local_rope`.
     cos: Tensor
     sin: Tensor
     local_cos: Tensor
@@ -59,11 +60,12 @@ class Decoder(nn.Module):
             head = nn.Parameter(torch.empty(head.shape), requires_grad=False)
         self.head = LMHead(layout.vocab_block, config.vocab_size, head, group, config.head_bias)
         self.embedding_scale = config.embedding_scale
-        self.quantized = ""  # the scheme that most layers hold, once they are filled
+        self.quantized = ""  # the scheme of most layers, set when the weights are loaded
 
     def setup(self, num_rows: int, cache_len: int, kv_dtype: torch.dtype | None = None) -> None:
-        """Allocate KV caches of `num_rows` texts (in `kv_dtype`: the weights' own, or one that
-        `kernels.attention.new_cache` takes) and the rotary tables for positions 0..cache_len-1."""
+        """Allocate KV caches for `num_rows` sequences and the rotary tables for positions
+        0..cache_len-1. `kv_dtype`: a dtype that `kernels.attention.new_cache` takes (None: the
+        weights' dtype)."""
         weight, config = self.norm.weight, self.config
         for name, rope in (("", config.rope), ("local_", config.local_rope)):
             if rope is not None:
@@ -73,16 +75,15 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, CachedAttention):
                 module.setup(num_rows, cache_len, kv_dtype or weight.dtype, weight.device)
-        # Rounded as the weights are: the models were trained with it so.
+        # Rounded to the weights' dtype: the models were trained with the rounded value.
         self.embedding_scale = float(torch.tensor(config.embedding_scale, dtype=weight.dtype))
 
     def forward(self, tokens: Tensor, positions: Tensor, last: Tensor | None = None) -> Tensor:
-        """Logits of one token per row: float32 [B, vocab_size]; row i of the batch is cache row i.
+        """Logits of one token per sequence: float32 [B, V]. Sequence i uses cache row i.
 
-        tokens: int64 [B, T] at `positions`: int64 [B, T], or [T] for all rows, ascending. `last`: int64
-        [B] or [1], the index in 0..T-1 whose logits are wanted; None means the only one (T = 1). Tokens
-        after `last` may be padding: what they leave in the cache is overwritten before anything
-        attends to it.
+        tokens: int64 [B, T]. positions: int64 [B, T], or [T] for all sequences, ascending. `last`:
+        int64 [B] or [1], the index in 0..T-1 whose logits are wanted; None requires T = 1. Tokens after
+        `last` may be padding: their cache entries are overwritten before anything attends to them.
         """
         batch, length = tokens.shape
         wanted = None
@@ -91,35 +92,35 @@ class Decoder(nn.Module):
         return self.logits(self._batch(tokens, positions, wanted))
 
     def all_logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Logits of every token: as `forward`, but float32 [B, T, vocab_size], on all ranks.
+        """Logits of every token: as `forward`, but float32 [B, T, V], on all ranks.
 
-        For measures that want them all; generation wants one a row, and a vocabulary is wide.
+        For measurements that need them all. Generation needs one position per sequence, and V is large.
         """
         return self.logits(self._batch(tokens, positions)).unflatten(0, tokens.shape)
 
     def extend(self, tokens: Tensor, positions: Tensor, rows: Tensor, wanted: Tensor) -> Tensor:
-        """Logits of the `wanted` of N tokens: float32 [M, vocab_size].
+        """Logits of the `wanted` tokens among N: float32 [M, V].
 
-        tokens, positions, rows: int64 [N]; the tokens are those of any mixture of texts, each in its
-        cache row, in ascending positions per row. `wanted`: int64 [M], indices in 0..N-1.
+        tokens, positions, rows: int64 [N]. The tokens may belong to any mixture of sequences, each in
+        its cache row, with ascending positions within a row. `wanted`: int64 [M], indices in 0..N-1.
         """
         return self.logits(self.hidden(tokens, positions, rows, wanted=wanted))
 
     def decode(self, tokens: Tensor, positions: Tensor, sources: Tensor | None = None) -> Tensor:
-        """Logits after one token for each cache row: int64 [R] at int64 [R] -> float32
-        [R, vocab_size]. `sources`: int32 [R, S], see `kernels.attention.attend`."""
+        """Logits after one token per cache row: tokens int64 [R], positions int64 [R] -> float32
+        [R, V]. `sources`: int32 [R, S], see `kernels.attention.attend`."""
         return self.logits(self.hidden(tokens, positions, None, sources))
 
     def decode_greedy(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """The likeliest token after one token for each cache row: int64 [R]. Of equal ones the lowest,
-        the same on every rank, which exchange a candidate each and not their logits. Below 0 where the
-        largest logit is not a finite number (`ops.argmax`)."""
+        """The argmax after one token per cache row: int64 [R], the same on every rank. Ties resolve to
+        the lowest token. Ranks exchange one candidate each, not their logits. The result is negative
+        where the largest logit is not a finite number (`ops.argmax`)."""
         local = self.head.local(self.hidden(tokens, positions, None))
         start, stop = self.layout.vocab_start, self.layout.vocab_stop
         return ops.argmax(local[:, : stop - start], start, self.group)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[M, D] of `hidden` -> float32 [M, vocab_size] on all ranks."""
+        """The head: [M, D] from `hidden` -> logits, float32 [M, V], on all ranks."""
         logits: Tensor = self.head(hidden).float()
         if self.config.logits_scale != 1:
             logits = logits * self.config.logits_scale
@@ -135,8 +136,8 @@ class Decoder(nn.Module):
         sources: Tensor | None = None,
         wanted: Tensor | None = None,
     ) -> Tensor:
-        """Embedding, blocks and the last norm of N tokens: [N, D], or of the `wanted` ones, [M, D].
-        `rows` None: token i is of cache row i, of all."""
+        """Embedding, blocks and final norm of N tokens: [N, D], or [M, D] if some are `wanted`.
+        `rows` None: there is one token for each cache row, in order."""
         step = self._step(positions, rows, sources)
         x = self.embed(tokens)  # [N, D]
         if self.embedding_scale != 1:
@@ -150,7 +151,7 @@ class Decoder(nn.Module):
         return normed
 
     def _batch(self, tokens: Tensor, positions: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """`hidden` of [B, T] tokens: [B * T, D], or of the `wanted`."""
+        """`hidden` of [B, T] tokens: [B * T, D], or [M, D] if some are `wanted`."""
         batch, length = tokens.shape
         rows = None
         if length > 1:

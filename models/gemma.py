@@ -1,4 +1,4 @@
-"""Gemma's block (2 and 3): norms before and behind both attention and MLP."""
+"""The block of Gemma 2 and 3: norms before and after both attention and MLP."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tp.shard import Layout
 
 
 class Block(nn.Module):
-    """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))). A norm behind a sum wants all of it,
-    so the sum over the ranks comes alone."""
+    """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))). The norm after attention or MLP needs
+    the full sum over the ranks first, so the all-reduce is not fused with the residual and the norm."""
 
     def __init__(self, config: ModelConfig, layout: Layout, group: Group, layer: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""The Llama family's block: attention, then the MLP, each behind its norm.
+"""The Llama block: attention, then the MLP, each with a norm before it.
 
-Also Mistral, Qwen 2 and 3, SmolLM 2 and 3, Phi 3 and 4, Granite, and with experts for the MLP Mixtral
-and Qwen 3 MoE: what they differ in are flags of the config.
+Also the block of Mistral, Qwen 2 and 3, SmolLM 2 and 3, Phi 3 and 4, Granite, and, with experts as the
+MLP, of Mixtral and Qwen 3 MoE. Their differences are flags of the config.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from tp.shard import Layout
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), each with one collective that sums over the ranks,
-    adds the residual x and normalizes for what follows."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). Each ends with one collective that sums over the
+    ranks, adds the residual x and applies the next norm."""
 
     def __init__(self, config: ModelConfig, layout: Layout, group: Group, layer: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Block(nn.Module):
         self.mlp = mlp_of(config, layout, layer)
 
     def forward(self, normed: Tensor, x: Tensor, following: Norm, step: Step) -> tuple[Tensor, Tensor]:
-        """x [N, D] and its norm -> (normalized for what is `following`, x after this block), [M, D]."""
+        """x [N, D], normed = norm(x) -> (following(x'), x'), both [M, D]; x' is x after this block."""
         part = self._scaled(self.attention(normed, step))
         norm = self.mlp_norm
         normed, x = ops.all_reduce_add_rms_norm(part, step.chosen(x), norm.weight, norm.eps, self.group)

@@ -1,8 +1,10 @@
-"""The MLPs of the families: plain, gated, and many of them behind a router.
+"""The MLPs of the families: plain, gated, and mixtures of experts.
 
-All return this rank's part of the result: each holds a slice of the width, of every expert too, so that
-no rank waits for tokens that another rank's experts have. Shapes as in `models.attention`; E experts,
-W width of this rank.
+Each returns this rank's partial sum of the result. A rank holds a slice of the MLP width, of every
+expert too, so no rank waits for experts of another rank.
+
+Shapes: N tokens, D model width, E experts, n experts per token, W MLP width of this rank (of an expert,
+where there are experts).
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def mlp_of(config: ModelConfig, layout: Layout, layer: int) -> nn.Module:
-    """The MLP of a layer."""
+    """The MLP module of a layer: experts, gated or plain."""
     if config.has_experts(layer):
         return Experts(config, layout)
     return GatedMLP(config, layout) if config.gated else MLP(config, layout)
@@ -75,7 +77,7 @@ class MLP(nn.Module):
 
 
 class ExpertStack(nn.Module):
-    """One weight of all experts: plain, [E, out, in], or quantized, each expert's laid out alone."""
+    """One weight of all experts: plain [E, out, in], or quantized, each expert packed separately."""
 
     def __init__(self, num_experts: int, out_features: int, in_features: int) -> None:
         super().__init__()
@@ -90,8 +92,9 @@ class ExpertStack(nn.Module):
         device: torch.device | str = "cpu",
         round_prompts: bool = False,
     ) -> None:
-        """Hold this rank's part of each expert's weight, and nothing else. They are taken one after the
-        other; all have one scheme. The rest is as in `tp.layers.hold_quantized`."""
+        """Replace the plain weight by this rank's part of each expert's quantized weight. `experts` is
+        consumed one by one; all must have the same scheme. The rest is as in
+        `tp.layers.hold_quantized`."""
         first: Packed | None = None
         scales: list[Tensor] = []
         offsets: list[Tensor] = []
@@ -109,7 +112,7 @@ class ExpertStack(nn.Module):
             and len(offsets) in (0, self.num_experts)
             and index + 1 == self.num_experts
         )
-        # Halves beside floats become floats.
+        # Where float16 and float32 are mixed, all become float32.
         wide = max((each.dtype for each in (*scales, *offsets)), key=lambda dtype: dtype.itemsize)
         self.weight = None  # type: ignore[assignment]
         self.packing = Packing(first.bits, first.group_size, first.num_rows, round_prompts)
@@ -121,8 +124,8 @@ class ExpertStack(nn.Module):
             self.register_buffer(f"packed_{name}", tensor, persistent=False)
 
     def operands(self) -> tuple[list[Tensor], list[int]]:
-        """What `run_experts` takes: the weight alone; or its packed tensors, and the numbers of its
-        `Packing`."""
+        """The arguments of `run_experts` for this weight: (its tensors, []) if plain, or (its packed
+        tensors, the numbers of its `Packing`)."""
         if self.packing is None:
             return [self.weight], []
         names = ("packed_data", "packed_scale", "packed_offset")
@@ -131,10 +134,11 @@ class ExpertStack(nn.Module):
 
 
 class Experts(nn.Module):
-    """A few gated MLPs of many, chosen per token by a router that all ranks hold (Mixtral, 2024).
+    """A mixture of experts: a router, held by all ranks, picks a few gated MLPs per token (Mixtral,
+    2024).
 
-    The chosen experts' results are added up with the router's probabilities, made to add up to one
-    where the model wants that (`norm_topk`).
+    The result is the sum of the picked experts' results, weighted by the router's probabilities. With
+    `norm_topk` these weights are scaled to sum to 1.
     """
 
     def __init__(self, config: ModelConfig, layout: Layout) -> None:
@@ -148,7 +152,7 @@ class Experts(nn.Module):
         self.downs = ExpertStack(config.num_experts, config.dim, width)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The experts of each token and their shares, [N, n] each: in x's dtype, and int64."""
+        """The weights of each token's experts, [N, n] in x's dtype, and the experts, int64 [N, n]."""
         probabilities = torch.softmax(self.router(x).float(), dim=-1)
         weights, experts = torch.topk(probabilities, self.count, dim=-1)
         if self.norm_topk:
@@ -173,11 +177,11 @@ def run_experts(
     down_form: list[int],
     activation: str,
 ) -> Tensor:
-    """Each token's chosen experts, weighted and added up: [N, D] -> [N, D].
+    """The weighted sum of each token's picked experts: [N, D] -> [N, D].
 
-    x [N, D]; weights [N, n] and experts int64 [N, n] of the router; gate_up [E, 2 W, D] and down
-    [E, D, W], as `ExpertStack.operands` has them. One operator, because which experts are needed is
-    known only as it runs: it reads the weights of those alone, where they lie.
+    x [N, D]; weights [N, n] and experts int64 [N, n] from the router; gate_up [E, 2 W, D] and down
+    [E, D, W], as `ExpertStack.operands` returns them. This is one operator because the experts are
+    known only at run time: it reads only the weights of those picked, in place.
     """
     result = torch.zeros_like(x)
     for expert in experts.unique().tolist():
@@ -212,8 +216,8 @@ def run_experts_dense(
     down_form: list[int],
     activation: str,
 ) -> Tensor:
-    """The same with every expert for every token, and no look at the values: the slow reference, and
-    what a CUDA graph can hold."""
+    """As `run_experts`, but with every expert for every token and no branch on values: the slow
+    reference, and the form that a CUDA graph can capture."""
     share = torch.zeros(x.shape[0], gate_up[0].shape[0], dtype=x.dtype, device=x.device)
     share.scatter_(1, experts, weights)
     if up_form or down_form:

@@ -1,4 +1,4 @@
-"""Normalization over the last dimension, as the families do it."""
+"""The families' normalizations over the last dimension."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from models.config import ModelConfig
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32 (Zhang and Sennrich, 2019). `plus_one`: the weight is stored
-    less 1, and applied before rounding, as Gemma does."""
+    """x / rms(x) * weight, with the quotient in float32 (Zhang and Sennrich, 2019). `plus_one` (Gemma):
+    the stored weight is less by 1, and is applied in float32, before rounding."""
 
     def __init__(self, dim: int, eps: float, plus_one: bool = False) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / deviation * weight + bias (Ba et al., 2016)."""
+    """(x - mean) / standard deviation * weight + bias (Ba et al., 2016)."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ Norm = RMSNorm | LayerNorm
 
 
 def norm_of(config: ModelConfig, size: int | None = None) -> Norm:
-    """The norm of a config, over `size` numbers (None: its width)."""
+    """A norm of the config's kind over `size` numbers (None: the model width)."""
     size = config.dim if size is None else size
     if config.norm == "layer":
         return LayerNorm(size, config.norm_eps)

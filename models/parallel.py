@@ -1,4 +1,4 @@
-"""GPT-J's and Falcon's block: attention and MLP side by side, so that a layer needs one allreduce.
+"""The block of GPT-J and Falcon: attention and MLP side by side, so a layer needs one all-reduce.
 
 Source: Wang and Komatsuzaki, GPT-J-6B (2021); Almazrouei et al., Falcon (2023).
 """
@@ -17,8 +17,8 @@ from tp.shard import Layout
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)) + mlp(norm(x)): the ranks' parts of both are added up at once. The larger
-    Falcons give the MLP a norm of its own."""
+    """x + attention(norm(x)) + mlp(norm(x)): one all-reduce sums both over the ranks. In the larger
+    Falcons the MLP has its own norm."""
 
     def __init__(self, config: ModelConfig, layout: Layout, group: Group, layer: int) -> None:
         super().__init__()
