@@ -1,12 +1,13 @@
-"""What holds for a key that a file leaves out: one table for each family, as plain data.
+"""The default of every key that a file may leave out: one table for each family, as plain data.
 
-Files of models need not say what is their class's default, and often do not, so each family has the
-defaults of its own class, sizes too: a file without `num_attention_heads` is read as the class reads
-it, and what then does not fit the weights is refused when they are loaded. Every key that a reader
-reads has an entry; a test compares each with transformers' configuration classes. None: no such thing
-(a window, a cap), or computed from other keys (a head's size).
+Model files often omit keys whose value is the default of their class. So each family has the defaults
+of its own class, sizes too: a file without `num_attention_heads` is read as the class would read it.
+A size that does not fit the weights is refused when they are loaded. Every key that a reader reads has
+an entry; a test compares each with transformers' configuration classes. None: no such thing (a window,
+a cap), or computed from other keys (the head width).
 
-GGUF's are those of llama.cpp; what it cannot do without is `REQUIRED`. Free of torch and transformers.
+GGUF's defaults are those of llama.cpp; keys without a default are `REQUIRED`. Free of torch and
+transformers.
 """
 
 from __future__ import annotations
@@ -195,7 +196,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": None,
     },
 }
-# Other names that a class has for its keys.
+# Other names that a class accepts for its keys.
 ALIASES: dict[str, dict[str, str]] = {
     "MixtralForCausalLM": {"num_experts": "num_local_experts"},
     "Qwen3MoeForCausalLM": {"num_local_experts": "num_experts"},
@@ -207,8 +208,8 @@ ALIASES: dict[str, dict[str, str]] = {
     },
 }
 
-# The rotary settings, an object of their own: the keys that each kind reads.
-_ROPE: dict[str, Any] = {"rope_theta": None, "partial_rotary_factor": None}  # those beside the object
+# The object of rotary settings: the keys that each kind reads.
+_ROPE: dict[str, Any] = {"rope_theta": None, "partial_rotary_factor": None}  # the keys outside of it
 _ORIGINAL = {"original_max_position_embeddings": None}  # max_position_embeddings
 ROPE_DEFAULTS: dict[str, dict[str, Any]] = {
     "default": _ROPE,
@@ -237,20 +238,20 @@ ROPE_DEFAULTS: dict[str, dict[str, Any]] = {
         "attention_factor": None,
     },
 }
-# Values of keys that a kind does not read which change nothing; None: whatever the value.
+# Keys that a kind does not read, and the values with which they change nothing; None: any value.
 ROPE_NEUTRAL: dict[str, float | None] = {
     "factor": 1,
     "attention_factor": 1,
     "attn_factor": 1,
     "extrapolation_factor": 1,
     "finetuned": None,
-    "mrope_section": None,  # of pictures; the positions of text are the same in all sections
+    "mrope_section": None,  # for images; the positions of text are the same in all sections
     "mrope_interleaved": None,
 }
 
-# GGUF, without the architecture before each key. 0: no such thing, or computed from other keys.
+# GGUF's keys without the architecture's prefix. 0: no such thing, or computed from other keys.
 _GGUF: dict[str, Any] = {
-    "vocab_size": REQUIRED,  # where the file lists no tokens
+    "vocab_size": REQUIRED,  # only read if the file lists no tokens
     "context_length": REQUIRED,
     "embedding_length": REQUIRED,
     "block_count": REQUIRED,
@@ -259,7 +260,7 @@ _GGUF: dict[str, Any] = {
     "attention.head_count_kv": None,  # as many as query heads
     "attention.key_length": 0,  # embedding_length / attention.head_count
     "attention.value_length": None,
-    "attention.layer_norm_epsilon": REQUIRED,  # this one, or the next
+    "attention.layer_norm_epsilon": REQUIRED,  # a model reads this key or the next
     "attention.layer_norm_rms_epsilon": REQUIRED,
     "attention.scale": 0.0,
     "attention.sliding_window": 0,
@@ -267,13 +268,13 @@ _GGUF: dict[str, Any] = {
     "attn_logit_softcapping": 0.0,
     "final_logit_softcapping": 0.0,
     "expert_count": 0,
-    "expert_used_count": REQUIRED,  # where there are experts
+    "expert_used_count": REQUIRED,  # only read if there are experts
     "expert_feed_forward_length": None,
     "expert_weights_norm": True,
     "rope.freq_base": 10000.0,
     "rope.freq_base_swa": 10000.0,
     "rope.dimension_count": None,
-    "rope.scale_linear": 0.0,  # an older name of the factor
+    "rope.scale_linear": 0.0,  # an older name of rope.scaling.factor
     "rope.scaling.type": "linear",
     "rope.scaling.factor": 0.0,
     "rope.scaling.attn_factor": 1.0,
@@ -310,5 +311,5 @@ _GGUF_OF: dict[str, dict[str, Any]] = {
 
 
 def gguf_defaults(architecture: str) -> dict[str, Any]:
-    """What holds where a GGUF file of the architecture has no entry."""
+    """The defaults of a GGUF architecture's keys."""
     return _GGUF | _GGUF_OF.get(architecture, {})

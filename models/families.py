@@ -1,7 +1,7 @@
-"""The families by name: what each is read from, which block it has, which presets are of it.
+"""The families by name: the architectures that files call them, their block and their presets.
 
-For tables and help; the work is done by the readers (`models.config_hf`, `models.config_gguf`) and by
-the blocks, and a test holds this list against both. Free of torch.
+This list serves tables and help. The readers (`models.config_hf`, `models.config_gguf`) and the blocks
+do the work, and a test compares this list with both. Free of torch.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from weights.formats.gguf_names import ARCHITECTURES as GGUF_ARCHITECTURES
 
 @dataclass(frozen=True)
 class Family:
-    """`hf`: the architecture as config.json names it. `gguf`: as llama.cpp's files name it, "" where
-    they have no name of its own that is read. `presets`: how the names of its presets begin."""
+    """`hf`: the architecture's name in config.json. `gguf`: its name in llama.cpp's files, whether or
+    not such files are read here. `presets`: prefixes of the names of its presets. `what`: a remark."""
 
     name: str
     block: str
@@ -25,14 +25,14 @@ class Family:
 
     @property
     def read_gguf(self) -> str:
-        """The name in GGUF files if such files are read, else ""."""
+        """The name in GGUF files if Yoke reads such files, else ""."""
         return self.gguf if self.gguf in GGUF_ARCHITECTURES else ""
 
 
 FAMILIES: tuple[Family, ...] = (
     Family(
         "Llama", "llama", "LlamaForCausalLM", "llama", ("tiny", "llama-", "smollm2-"),
-        "1 to 3.2, SmolLM 2, and what others have made of them",
+        "1 to 3.2, SmolLM 2, and their derivatives",
     ),
     Family(
         "SmolLM3", "llama", "SmolLM3ForCausalLM", "smollm3", ("smollm3-",),
@@ -68,7 +68,7 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def family_of(preset: str) -> Family:
-    """The family of a preset, by the longest beginning that fits its name."""
+    """The family of a preset, by the longest prefix that matches its name."""
     fitting = [(len(p), f.name, f) for f in FAMILIES for p in f.presets if preset.startswith(p)]
     assert fitting, preset
     return max(fitting)[2]

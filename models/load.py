@@ -1,10 +1,10 @@
-"""From a checkpoint to a model on this rank: check the names, then stream this rank's slices.
+"""Loads this rank's part of a model from a checkpoint: check the names, then stream the slices.
 
-The model is built without memory (meta device), given memory, and filled tensor by tensor, so no rank
-ever holds more than its own part and one slice being read. Weights are laid out for the products as
-they are read, those of bfloat16 (`tp.layers.hold_packed`) and those that are quantized, which
-`models.load_quant` reads. A missing, unknown or mis-shaped weight is an error that names it: a tensor
-left uninitialized would be a model that is quietly wrong.
+The model is built on the meta device, given memory, and filled tensor by tensor, so a rank never holds
+more than its own part and the slice being read. Weights are packed for the matmuls as they are read:
+bfloat16 weights (`tp.layers.hold_packed`) and quantized ones, which `models.load_quant` reads. A
+missing, unknown or mis-shaped weight is an error that names it: a tensor left uninitialized would make
+the results wrong without any error.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ from tp.shard import find_spec, slices_of
 from weights.checkpoint import Checkpoint, Entry, Slices
 from weights.pages import release_pages
 
-BLOCK_BYTES = 8 << 20  # of a weight in float32, where it is not read as it lies
-RELEASE_BYTES = 64 << 20  # of a file's pages that may be resident while it is read
+BLOCK_BYTES = 8 << 20  # bytes of float32 read at once, for weights that must be converted
+RELEASE_BYTES = 64 << 20  # bytes of a file's pages that may be resident while it is read
 
 
 def config_of(
@@ -59,8 +59,9 @@ def config_of(
     group: Group | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> ModelConfig:
-    """The dimensions that a checkpoint's own metadata declares, and whether its head is the embedding.
-    All ranks of `group` call this; `say` gets a line where the two differ. Raises InputError."""
+    """The dimensions from a checkpoint's own metadata, and whether its head is tied to the embedding.
+    All ranks of `group` must call this. `say` is called with a line if the config declares a tie but
+    the stored head differs from the embedding. Raises InputError."""
     source = str(checkpoint.path)
     if checkpoint.format == "gguf":
         return from_gguf(checkpoint.config, checkpoint.entries, source)
@@ -80,9 +81,9 @@ def load_model(
 ) -> Decoder:
     """Build this rank's part of the model on `device` and fill it.
 
-    `progress` is called with the bytes filled so far and in all, `say` with a line on what became of
-    quantized weights; `quant` as in `models.load_quant`, `round_prompts` as in
-    `tp.layers.hold_quantized`. Raises InputError.
+    `progress` is called with the bytes filled so far and in total, `say` with lines for the user: the
+    checkpoint's notes, and how quantized weights are held. `quant` is as in `models.load_quant`,
+    `round_prompts` as in `tp.layers.hold_quantized`. Raises InputError.
     """
     shapes = expected_shapes(config)
     check_names(checkpoint, shapes, config.tie_embeddings)
@@ -107,7 +108,7 @@ def load_model(
         share_packed(model.embed, model.head)
     elif config.tie_embeddings and model.head.weight is not None:
         model.head.weight = model.embed.weight  # to_empty gave each its own memory
-    # Rows of the last ranks' vocabulary blocks that lie past its end must not be noise.
+    # Zero the rows of the last ranks' vocabulary blocks that are past the end of the vocabulary.
     used = model.layout.vocab_stop - model.layout.vocab_start
     for padded in (model.embed.weight, model.head.weight, model.head.bias):
         if padded is not None:
@@ -128,8 +129,8 @@ def load_model(
     done = unreleased = 0
 
     def count(filled: int, read: int) -> None:
-        """Tell so many bytes of the model, for which so many of the files were read. What was read
-        stays in the page cache, but need not count as this process's memory."""
+        """Report progress: `filled` bytes of the model, for which `read` bytes of files were read. File
+        pages are released: they stay in the page cache, but not in this process's memory."""
         nonlocal done, unreleased
         done, unreleased = done + filled, unreleased + read
         if unreleased >= RELEASE_BYTES:
@@ -152,7 +153,7 @@ def load_model(
     for name, target in targets.items():
         entry = checkpoint.entries[name]
         if isinstance(target, Tensor) and find_spec(name).axis == "first" and group.rank:
-            target.zero_()  # rank 0 adds it for all
+            target.zero_()  # only rank 0 adds it
             count(target.nbytes, 0)
         else:
             for first, part in _parts(entry, slices_of(name, shapes[name], model.layout)):
@@ -176,8 +177,8 @@ def load_model(
 
 
 def _parts(entry: Entry, slices: Slices) -> Iterator[tuple[int, Tensor]]:
-    """What an entry has there, as it lies in its file or, where it has to be made, in blocks of rows:
-    fresh memory for all of it would take longer than making it. The first row of each, and the part."""
+    """Yields (first row, part) of an entry's slice: all of it, in place, if no conversion is needed;
+    else blocks of rows, since allocating memory for all of it would take longer than converting it."""
     if entry.peek is not None:
         yield 0, entry.peek(slices)
         return
@@ -190,7 +191,7 @@ def _parts(entry: Entry, slices: Slices) -> Iterator[tuple[int, Tensor]]:
 
 
 def _sizes(model: Decoder, layer: Linear, names: tuple[str, ...]) -> Sequence[int]:
-    """The rows of each of a layer's weights, of the head's those within the vocabulary."""
+    """The row count of each fused weight of a layer; for the head, the rows within the vocabulary."""
     if layer is model.head:
         return (model.layout.vocab_stop - model.layout.vocab_start,)
     assert layer.packing is not None
@@ -200,7 +201,7 @@ def _sizes(model: Decoder, layer: Linear, names: tuple[str, ...]) -> Sequence[in
 
 
 def linears_of(model: Decoder) -> Iterator[tuple[Holder, tuple[str, ...]]]:
-    """The layers that may hold their weights quantized, and the canonical names of these."""
+    """The layers that may hold quantized weights, with the canonical names of their weights."""
     for prefix, module, names in _modules(model):
         weights = tuple(f"{prefix}{name}.weight" for name in names)
         if isinstance(module, ColumnLinear | RowLinear) and is_linear(weights[0]):
@@ -221,10 +222,10 @@ def check_names(
     """Raise InputError unless the checkpoint holds exactly these weights, in these shapes."""
     entries = checkpoint.entries
     unused = sorted(entries.keys() - shapes.keys())
-    # Quantized files may have a bias of zeros for every layer (AutoGPTQ's).
+    # Quantized files may have a bias of zeros for every layer (AutoGPTQ writes them).
     unused = [name for name in unused if not _is_zero_bias(name, entries)]
     if tie_embeddings and HEAD in unused:
-        unused.remove(HEAD)  # a tied head that was stored all the same
+        unused.remove(HEAD)  # a tied head that is stored nevertheless
     if unused:
         file = entries[unused[0]].file or checkpoint.path
         raise InputError(
@@ -235,7 +236,7 @@ def check_names(
     if missing == [HEAD] and HEAD not in checkpoint.absent:
         raise InputError(
             f"{checkpoint.path} holds no LM head ({HEAD}), and its config does not tie it to the "
-            "embedding: a base model makes no text; take the model with its head, or set "
+            "embedding: a base model without a head makes no text; use the model with its head, or set "
             "tie_word_embeddings in config.json if the embedding is its head"
         )
     if missing:
@@ -247,13 +248,13 @@ def check_names(
         entry = entries[name]
         if entry.shape != shape:
             raise InputError(
-                f"{entry.file or checkpoint.path}: {name} has shape {entry.shape}, the model's "
+                f"{entry.file or checkpoint.path}: {name} has shape {entry.shape}, but the model's "
                 f"configuration asks for {shape}"
             )
 
 
 def missing_one(missing: Sequence[str], checkpoint: Checkpoint) -> str:
-    """For messages: one of the weights that are missing, and why, where the files tell."""
+    """For messages: one of the missing weights, and the reason if the files show one."""
     told = next((name for name in missing if name in checkpoint.absent), missing[0])
     reason = checkpoint.absent.get(told)
     return f"{told!r}" + (f" ({reason}; download the model again)" if reason else "")
@@ -266,7 +267,7 @@ def _is_zero_bias(name: str, entries: Mapping[str, Entry]) -> bool:
     return not bool(entry.read((slice(0, entry.shape[0]),)).any())
 
 
-# What the modules of a block hold, canonically. Several names: fused along the outputs.
+# The canonical names of what a block's modules hold. Several names: weights fused along the outputs.
 PARTS: dict[str, tuple[str, ...]] = {
     "norm": ("input_layernorm",),
     "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -281,13 +282,13 @@ PARTS: dict[str, tuple[str, ...]] = {
     "pre_mlp_norm": ("pre_feedforward_layernorm",),
     "post_mlp_norm": ("post_feedforward_layernorm",),
 }
-# By the kind of block, what is called alike and is another thing.
+# `mlp_norm` has a different canonical name in each kind of block.
 _MLP_NORM = {"llama": "post_attention_layernorm", "parallel": "mlp_layernorm"}
 
 
 def _modules(model: Decoder) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
-    """The modules that hold weights of the blocks, but experts: the prefix and the canonical names of
-    what they hold."""
+    """The modules of the blocks that hold weights, except experts: (prefix of the canonical names,
+    module, the canonical names of its weights)."""
     for i, block in enumerate(model.layers):
         for path, module in block.named_modules():
             names = (_MLP_NORM[model.config.block],) if path == "mlp_norm" else PARTS.get(path, ())
@@ -296,14 +297,14 @@ def _modules(model: Decoder) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]
 
 
 def destinations(model: Decoder) -> dict[str, Tensor]:
-    """Where each canonical weight's slice goes: views into the model's (fused) parameters."""
+    """The destination of each canonical weight's slice: views into the model's (fused) parameters."""
     used = model.layout.vocab_stop - model.layout.vocab_start
     targets: dict[str, Tensor] = {}
     if model.embed.weight is not None:
         targets[EMBEDDING] = model.embed.weight[:used]
 
     def put(prefix: str, module: nn.Module, names: tuple[str, ...]) -> None:
-        """The parameters of a module, divided if they are several weights fused."""
+        """Add the parameters of a module; fused ones are split into their weights."""
         for kind, value in module.named_parameters(recurse=False):
             parts = value.split(module.parts) if len(names) > 1 else (value,)
             targets.update({f"{prefix}{n}.{kind}": p for n, p in zip(names, parts, strict=True)})
@@ -329,7 +330,7 @@ def _experts_of(model: Decoder) -> Iterator[tuple[str, Experts]]:
 
 
 def _experts(prefix: str, experts: Experts) -> dict[str, Tensor]:
-    """Where the plain weights of experts go."""
+    """The destinations of the plain (not quantized) weights of experts."""
     targets = {}
     for i in range(experts.downs.num_experts):
         if experts.gate_ups.weight is not None:

@@ -1,13 +1,13 @@
-"""Filling the layers of a model that hold their weights quantized (`models.quant_rules` decides which).
+"""Reads the weights of layers that hold them quantized (`models.quant_rules` decides which do).
 
-`quant` is "none" (dequantize what is quantized), "auto" (keep what products can take) or what
-`models.quant_rules.parse_asked` reads, a scheme with or without the head's: plain weights are rounded
-to it as they are read. A layer of fused weights is one product, so its parts must have one scheme;
-where a file mixes them (GGUF's K-quants beside others) the layer is dequantized.
+`quant` is "none" (dequantize all quantized weights), "auto" (keep the schemes that the matmuls support)
+or what `models.quant_rules.parse_asked` reads, a scheme with or without the head's: plain weights are
+rounded to it as they are read. A layer of fused weights is one matmul, so its parts must have the same
+scheme; where a file mixes schemes (GGUF's K-quants beside others) the layer is dequantized.
 
-Shard first, pack last: a rank reads its part of each weight in the logical form (weights.quant), the
-same bits at any world size, and lays out what it holds. Rounding takes whole rows or groups, before
-columns are cut.
+Shard first, pack last: a rank reads its part of each weight in the logical form (weights.quant), with
+the same bits at any world size, and then packs it. Rounding works on whole rows or groups, before the
+columns are sharded.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from weights.quant import QuantWeight, join_rows
 from weights.quantize import quantize_rtn
 from weights.schemes import Scheme
 
-BLOCK_BYTES = 32 << 20  # of a plain weight in float32, as it is being rounded
+BLOCK_BYTES = 32 << 20  # bytes of a plain weight in float32 that are rounded at once
 
 
 Holder = Linear | ExpertStack
@@ -43,8 +43,8 @@ Holder = Linear | ExpertStack
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """A layer that is to hold its weights quantized: the entries of its parts and what they are read
-    as. `kept`: as the file has them."""
+    """A layer that will hold its weights quantized: its fused weights (`names`, `entries`) and their
+    scheme. `kept`: the file stores them in this scheme, so they are not rounded."""
 
     layer: Holder
     names: tuple[str, ...]
@@ -60,8 +60,8 @@ def plan_layers(
     quant: str,
     world_size: int,
 ) -> list[PackedLayer]:
-    """The layers, of `linears` with the names of their weights, that hold them quantized. Raises
-    InputError where the file or the model does not go with `quant`."""
+    """Those of `linears` (layers with the names of their weights) that will hold quantized weights.
+    Raises InputError if the file or the model does not allow `quant`."""
     if quant == "none":
         return []
     asked = None if quant == "auto" else parse_asked(quant)
@@ -85,13 +85,14 @@ def plan_layers(
 
 
 def is_plain(entry: Entry) -> bool:
-    """Whether an entry's numbers are stored as such."""
+    """Whether an entry is stored as plain numbers, not quantized."""
     return schemes.is_plain(entry.stored_as)
 
 
 def _check_asked(checkpoint: Checkpoint, names: tuple[str, ...], asked: Asked) -> None:
-    """Raise InputError where weights would be rounded a second time with a loss. Those of 8 bits and
-    GGUF's finer formats lose little by 8 bits; a head of 4 bits is kept where 8 are asked for."""
+    """Raise InputError where weights would be rounded a second time with a loss. Rounding to 8 bits
+    loses little for 8-bit weights and GGUF's finer formats; a 4-bit head is kept if 8 bits are asked
+    for."""
     wanted = product_scheme(names, asked)
     is_head = names[0] in (HEAD, EMBEDDING)
     for part in (checkpoint.entries[name] for name in names):
@@ -107,14 +108,14 @@ def _check_asked(checkpoint: Checkpoint, names: tuple[str, ...], asked: Asked) -
 
 
 def read_layer(planned: PackedLayer, slices: Sequence[Slices]) -> QuantWeight:
-    """This rank's part of a layer: of each of its weights the part that its slices say."""
+    """This rank's part of a layer: each of its weights, cut to its slices, joined along the rows."""
     return _read(planned, planned.entries, slices)
 
 
 def read_experts(
     planned: PackedLayer, slices: Sequence[Slices], told: Callable[[], None] = lambda: None
 ) -> Iterator[QuantWeight]:
-    """The same of each expert in a stack of them, one after the other; `told` is called after each."""
+    """As `read_layer`, for each expert of a stack in turn; `told` is called after each expert."""
     assert isinstance(planned.layer, ExpertStack)
     size = len(planned.entries) // planned.layer.num_experts
     for i in range(0, len(planned.entries), size):
@@ -133,7 +134,8 @@ def _read(planned: PackedLayer, entries: Sequence[Entry], slices: Sequence[Slice
 
 
 def read_rounded(entry: Entry, slices: Slices, scheme: Scheme) -> QuantWeight:
-    """A part of a weight, rounded to a scheme in blocks of rows. Scales are the whole weight's."""
+    """A part of a weight, rounded to a scheme in blocks of rows. Scales are those of the whole
+    (unsharded) weight."""
     rows, columns = slices
     k = entry.shape[1]
     size = scheme.group_size or k
@@ -145,14 +147,14 @@ def read_rounded(entry: Entry, slices: Slices, scheme: Scheme) -> QuantWeight:
         part = read((slice(start, min(start + step, rows.stop)), slice(left, right)))
         rounded = quantize_rtn(part, scheme)
         found.append(rounded.columns(columns.start - left, columns.stop - left))
-    if not found:  # the last ranks may hold nothing of a small vocabulary
+    if not found:  # the last ranks may hold no rows of a small vocabulary
         found = [quantize_rtn(torch.zeros(1, right - left), scheme).rows(0, 0)]
     return join_rows(found)
 
 
 def summary(planned: Sequence[PackedLayer], linears: Sequence[tuple[Holder, tuple[str, ...]]],
             checkpoint: Checkpoint, quant: str) -> str:  # fmt: skip
-    """What became of the weights, in a line; "" where they are as they were."""
+    """One line for the user on how the weights are held; "" if nothing differs from the file."""
     held = {id(each.layer) for each in planned}
     counts = Counter(each.scheme.name for each in planned)
     told = [f"{count} of {name}" for name, count in counts.most_common()]
@@ -170,11 +172,11 @@ def summary(planned: Sequence[PackedLayer], linears: Sequence[tuple[Holder, tupl
     told += [f"{count} dequantized ({kind})" for kind, count in undone.items()]
     told += [f"{count} rounded again ({kind})" for kind, count in rounded.items()]
     if quant == "auto" and not undone:
-        return ""  # all is kept as it was
+        return ""  # all weights are kept as stored
     return f"layers: {', '.join(told)}" if told else ""
 
 
 def name_of(planned: Sequence[PackedLayer]) -> str:
-    """The scheme that most layers have; "" where none is quantized."""
+    """The scheme of most quantized layers; "" if none is quantized."""
     counts = Counter(each.scheme.name for each in planned)
     return counts.most_common(1)[0][0] if counts else ""

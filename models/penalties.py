@@ -1,9 +1,9 @@
-"""What a request changes in single logits: bias and penalties.
+"""Logit bias and penalties of a request.
 
-Few of a vocabulary's tokens are ever concerned, so a request keeps a table of those: the tokens of its
-prompt, its answer and its bias, one slot each, in the order in which they came up. A step touches only
-their logits, and a request that asks for nothing has no table. The order is that of transformers and
-vLLM: bias, then repetition penalty, then presence and frequency penalties.
+They concern few of a vocabulary's tokens. So a request keeps a table of these: the tokens of its bias,
+its prompt and its answer, one slot each, in the order of first use. A step changes only their logits,
+and a request without bias and penalties has no table. The order is that of transformers and vLLM: bias,
+then repetition penalty, then presence and frequency penalties.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from models.sampling_params import Sampling
 
 @dataclass(frozen=True)
 class Table:
-    """Tensors [capacity], of which the first `len(slots)` elements are in use; changed in place.
+    """Tensors [capacity]; the first `len(slots)` elements are in use. They are changed in place.
 
-    The capacity is the vocabulary's size, so a table never grows. Memory that was never written takes
+    The capacity is the vocabulary size, so a table never grows. Memory that is never written occupies
     no pages.
     """
 
     sampling: Sampling
     slots: dict[int, int]  # token -> slot
-    counts: list[int]  # how often the answer has the token
+    counts: list[int]  # how often the token occurs in the answer
     tokens: Tensor  # int64
     bias: Tensor  # float32, added to the logit
-    factor: Tensor  # float32, divides logits above 0 and multiplies those below
-    penalty: Tensor  # float32, subtracted at the end
+    factor: Tensor  # float32, divides logits of at least 0 and multiplies those below 0
+    penalty: Tensor  # float32, subtracted last
 
 
 def make_table(
     sampling: Sampling, prompt: Sequence[int], vocab_size: int, device: torch.device
 ) -> Table | None:
-    """The table of a request at its start; None if it changes no logit.
+    """The table of a request at its start; None if the request changes no logits.
 
-    Tokens of the prompt beyond the vocabulary (of an embedding that is larger than the head) cannot be
-    chosen, and are left out.
+    Prompt tokens beyond the vocabulary (where the embedding is larger than the head) cannot be chosen,
+    and are left out.
     """
     if not sampling.penalizes and not sampling.logit_bias:
         return None
@@ -61,7 +61,7 @@ def make_table(
 
 
 def record(table: Table, tokens: Iterable[int]) -> None:
-    """Count tokens of the answer."""
+    """Add tokens of the answer to the counts and penalties."""
     sampling = table.sampling
     if not sampling.penalizes:
         return
@@ -73,13 +73,13 @@ def record(table: Table, tokens: Iterable[int]) -> None:
             table.bias[slot] = 0.0
         table.counts[slot] += 1
         table.factor[slot] = sampling.repetition_penalty
-        # From the count each time: a sum of many steps would drift.
+        # Computed from the count each time: a running sum would accumulate rounding errors.
         frequency = sampling.frequency_penalty * table.counts[slot]
         table.penalty[slot] = sampling.presence_penalty + frequency
 
 
 def adjust(table: Table, logits: Tensor) -> None:
-    """Change a row of logits, float32 [V], in place."""
+    """Apply bias and penalties to logits, float32 [V], in place."""
     used = len(table.slots)
     tokens, factor = table.tokens[:used], table.factor[:used]
     x = logits[tokens] + table.bias[:used]
@@ -88,7 +88,7 @@ def adjust(table: Table, logits: Tensor) -> None:
 
 
 def copied(table: Table) -> Table:
-    """A table that can record what may yet be taken back."""
+    """A copy of the table, to record draft tokens that may still be rejected."""
     used = len(table.slots)
     columns = [table.tokens, table.bias, table.factor, table.penalty]
     copies = [torch.empty_like(column) for column in columns]

@@ -1,9 +1,11 @@
-"""Random numbers that are a function of a seed and a counter: no state, the same bits everywhere.
+"""Random numbers as a function of a seed and a counter: no state, the same bits everywhere.
 
 Philox4x32-10 of Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011: ten
-rounds of multiplications scramble 128 bits of counter under 64 bits of key. A token takes one number,
-so Python's integers do it: a block takes them 4 us, and the same rounds as tensor operators, which only
-many blocks at once would repay, 150 us. Not for many numbers (weights, noise for a whole vocabulary).
+rounds of multiplications scramble 128 bits of counter under 64 bits of key. A token needs one number,
+so this uses Python's integers: a block takes 4 us. The same rounds as tensor operators take 150 us,
+which pays off only for many blocks at once.
+
+What is not here: many numbers at once (weights, noise for a whole vocabulary).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ Counter = tuple[int, int, int, int]
 
 
 def philox(counter: Counter, key: tuple[int, int]) -> Counter:
-    """Four random words of 32 bits for four words of counter and two of key."""
+    """Four random 32-bit words for a counter of four such words and a key of two."""
     a, b, c, d = counter
     k, l = key  # noqa: E741
     for _ in range(_ROUNDS):
@@ -33,8 +35,8 @@ def philox(counter: Counter, key: tuple[int, int]) -> Counter:
 def uniform(seed: int, counter: int, stream: int, count: int) -> list[float]:
     """`count` numbers in (0, 1), each of 52 random bits. Seed and counter are taken modulo 2^64.
 
-    The numbers are centered in cells of 2^-52, so neither 0 nor 1 is among them. `stream` (32 bits)
-    separates what different users draw with the same seed and counter.
+    The numbers are the centers of cells of 2^-52, so neither 0 nor 1 occurs. Different uses with the
+    same seed and counter pass different `stream`s (32 bits).
     """
     numbers: list[float] = []
     key = (seed & _WORD, seed >> 32 & _WORD)
@@ -45,12 +47,12 @@ def uniform(seed: int, counter: int, stream: int, count: int) -> list[float]:
 
 
 def uniforms(seed: Tensor, counter: Tensor, stream: int, count: int) -> Tensor:
-    """`uniform` of R rows: seed int64 [R], counter int64 [R] -> float64 [R, count], on their device."""
+    """`uniform` for R rows: seed int64 [R], counter int64 [R] -> float64 [R, count], same device."""
     pairs = zip(seed.tolist(), counter.tolist(), strict=True)
     numbers = [uniform(key, at, stream, count) for key, at in pairs]
     return torch.tensor(numbers, dtype=torch.float64, device=seed.device).view(len(numbers), count)
 
 
 def _number(high: int, low: int) -> float:
-    # 53 bits and a half would round to 1.0 at the top.
+    # 52 bits: with 53 bits plus a half, the largest number would round to 1.0.
     return ((high << 32 | low) >> 12) * 2.0**-52 + 2.0**-53

@@ -1,7 +1,7 @@
-"""Models by name, with their true dimensions. Free of torch.
+"""Models by name, with their dimensions from the published configurations. Free of torch.
 
-The numbers are those of the published configurations. A preset gives the shape for `weights=random`,
-for plans and for tables; real weights bring their own configuration.
+A preset gives the shapes for `weights=random`, for plans and for tables. Real weights come with their
+own configuration.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Which weights of a model are quantized, by what scheme, whether ranks can share them, and what they
-take. Free of torch, so that a job is refused before a rank exists; the loader and the estimate both ask
-here.
+"""Decides which weights of a model are quantized, by which scheme, whether they can be sharded over the
+ranks, and how many bytes they take. The loader and the memory estimate both use these rules. Free of
+torch, so that a job can be refused before any rank is started.
 
-The linear layers of attention and MLP, and of experts, have the scheme that is asked for; the head has
-int8 whatever that is, since its errors are those of the logits, unless it is asked to be the same or to
-stay plain. The embedding is looked up and stays as it is. Norms and routers are never quantized: they
-are small, and decide much.
+The linear layers of attention, MLP and experts get the scheme that is asked for. The head gets int8,
+since its errors go straight into the logits, unless the request is for the same scheme or a plain head.
+The embedding is a lookup table and is not quantized. Norms and routers are never quantized: they are
+small, and the result is sensitive to them.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from models.sizes import layout_of, weight_kinds
 from tp.shard import Layout, find_spec, slices_of
 from weights.schemes import HEADS, MIN_GROUP, SCHEMES, Scheme, is_plain, parse_scheme
 
-HEAD_SCHEME = Scheme(8, 0)  # unless another is asked for
+HEAD_SCHEME = Scheme(8, 0)  # the head's default
 _LINEAR = re.compile(
     r"(model\.layers\.\d+\.)"
     r"(?:self_attn\.([qkvo])|mlp\.(gate|up|down)|mlp\.(experts)\.\d+\.(gate|up|down))_proj\.weight"
 )
-# Weights that are multiplied with the same input are one product.
+# Weights that are multiplied with the same input are fused into one matmul.
 _FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
-_MOST_RANKS = 64  # of which a message says that they would do
-_PANEL = 32  # rows that `kernels.quant_linear` lays out together, and fills up
+_MOST_RANKS = 64  # the largest number of ranks that a message suggests
+_PANEL = 32  # rows that `kernels.quant_linear` packs together; the last panel is padded
 
 
 class Stored(Protocol):
-    """What `weights.checkpoint.Entry` and `weights.outline.Stored` tell of a weight."""
+    """What `weights.checkpoint.Entry` and `weights.outline.Stored` both say about a weight."""
 
     @property
     def stored_as(self) -> str: ...
@@ -46,14 +46,15 @@ class Stored(Protocol):
 
 @dataclass(frozen=True)
 class Asked:
-    """What plain weights are to be rounded to: those of the layers, and the head (None: it stays)."""
+    """The schemes that plain weights will be rounded to: the layers', and the head's (None: it stays
+    plain)."""
 
     layers: Scheme
     head: Scheme | None = HEAD_SCHEME
 
     @property
     def words(self) -> str:
-        """The keys that ask for this, for messages."""
+        """The command-line keys that ask for this, for messages."""
         words = f"quant={self.layers.name}"
         if self.head == HEAD_SCHEME:
             return words
@@ -61,8 +62,8 @@ class Asked:
 
 
 def parse_asked(text: str) -> Asked:
-    """What is asked for by the name of a scheme, or by one with the head's of `HEADS` behind it:
-    "int4-g32", "int4-g32/same". Raises InputError."""
+    """Parses the name of a scheme, optionally with "/" and one of `HEADS` for the head: "int4-g32",
+    "int4-g32/same". Raises InputError."""
     name, slash, head = text.partition("/")
     layers = parse_scheme(name)
     heads = dict(zip(HEADS, (HEAD_SCHEME, layers, None), strict=True))
@@ -73,8 +74,8 @@ def parse_asked(text: str) -> Asked:
 
 @dataclass(frozen=True)
 class Held:
-    """The weights of a product, by their names, that are held quantized by `scheme`. `kept`: as the
-    file has them."""
+    """The weights of one matmul, by name, which are held quantized by `scheme`. `kept`: the file stores
+    them so, and they are not rounded."""
 
     names: tuple[str, ...]
     scheme: Scheme
@@ -82,15 +83,15 @@ class Held:
 
 
 def is_linear(name: str) -> bool:
-    """Whether a weight is multiplied in every token's attention or MLP."""
+    """Whether a weight is one of the linear layers of attention, MLP or experts."""
     return _LINEAR.fullmatch(name) is not None
 
 
 @cache
 def products_of(config: ModelConfig) -> tuple[tuple[str, ...], ...]:
-    """The products of a model that may be quantized, by the names of their weights: several where they
-    are fused, and those of all experts of a layer, which are held as one stack. A tied head is the
-    embedding's."""
+    """The matmuls of a model that may be quantized, each as the names of its weights: several names if
+    weights are fused, and those of all experts of a layer, which form one stack. A tied head has the
+    embedding's name."""
     found: dict[tuple[str | None, ...], list[str]] = {}
     for name in expected_shapes(config):
         match = _LINEAR.fullmatch(name)
@@ -108,9 +109,9 @@ def held_quantized(
     asked: Asked | None,
     world_size: int,
 ) -> list[Held]:
-    """Which of the `products` hold quantized weights: what is kept of how the file has `stored` them,
-    and, where schemes are `asked` for, what is rounded to those. A product has one scheme: where a file
-    mixes them, it is dequantized; so is a head that is asked to be plain."""
+    """The matmuls among `products` that hold quantized weights: those that stay as the file `stored`
+    them and, if schemes are `asked` for, those that are rounded to them. A matmul has one scheme: where
+    a file mixes schemes, its weights are dequantized. So is a head that is asked to be plain."""
     shapes = expected_shapes(config)
     file_is_plain = all(is_plain(stored[name].stored_as) for names in products for name in names)
     held = []
@@ -123,7 +124,8 @@ def held_quantized(
         own = schemes.pop() if len(schemes) == 1 else None
         if own is not None and not can_cut(config, names[0], shapes[names[0]], own, world_size):
             own = None
-        # 8 bits keep what a file's own quantized weights have; what it has left plain stays.
+        # In a file that is quantized, its quantized weights may be rounded to 8 bits, which loses
+        # little. Weights that the file left plain stay plain.
         some = not all(is_plain(part.stored_as) for part in parts)
         if own is not None:
             held.append(Held(names, own, True))
@@ -133,17 +135,17 @@ def held_quantized(
 
 
 def scheme_for(name: str, asked: Asked) -> Scheme | None:
-    """What a weight is quantized to where `asked` is; None: it stays."""
+    """The scheme that a weight is quantized to if `asked` is asked for; None: it stays plain."""
     return asked.head if name == HEAD else asked.layers if is_linear(name) else None
 
 
 def product_scheme(names: tuple[str, ...], asked: Asked) -> Scheme | None:
-    """The same of one of `products_of`: of the embedding as the head that is tied to it."""
+    """As `scheme_for`, for one of `products_of`. The embedding there stands for the tied head."""
     return scheme_for(HEAD if names == (EMBEDDING,) else names[0], asked)
 
 
 def can_cut(config: ModelConfig, name: str, shape: tuple[int, ...], scheme: Scheme, size: int) -> bool:
-    """Whether each of `size` ranks can hold its columns of a weight quantized by `scheme`."""
+    """Whether each of `size` ranks' columns of a weight quantized by `scheme` are whole groups."""
     return all(
         scheme.group_within(columns.start, columns.stop)
         for rank in range(size)
@@ -152,9 +154,9 @@ def can_cut(config: ModelConfig, name: str, shape: tuple[int, ...], scheme: Sche
 
 
 def check_quant(config: ModelConfig, asked: Asked, world_size: int) -> None:
-    """Raise InputError if a model cannot be quantized so over so many ranks."""
+    """Raise InputError if a model cannot be quantized as `asked` over `world_size` ranks."""
     shapes = {kind.name: kind.shape for kind in weight_kinds(config)}
-    shapes[HEAD] = (config.vocab_size, config.dim)  # of a tied one, too
+    shapes[HEAD] = (config.vocab_size, config.dim)  # a tied head is quantized too
     kinds = [
         (name, shape, scheme)
         for name, shape in shapes.items()
@@ -187,8 +189,8 @@ def _group(name: str) -> int:
 
 
 def weight_bytes(config: ModelConfig, layout: Layout, item: int, held: Collection[Held] = ()) -> int:
-    """What one rank's weights take: `item` bytes a number, but for those that are `held` quantized. A
-    tied head among these is a copy of its own."""
+    """The bytes of one rank's weights: `item` bytes a number, except for those `held` quantized. A tied
+    head that is held quantized is a separate copy, in addition to the plain embedding."""
     shapes = expected_shapes(config) if held else {}
     total = sum(
         kind.count * prod(_sizes(kind.name, kind.shape, layout)) * item for kind in weight_kinds(config)
@@ -198,7 +200,7 @@ def weight_bytes(config: ModelConfig, layout: Layout, item: int, held: Collectio
     for (name, scheme), count in alike.items():
         names = samples[name, scheme].names
         sizes = [_sizes(each, shapes[each], layout) for each in names]
-        stacked = config.num_experts if ".experts." in names[0] else 1  # laid out each by itself
+        stacked = config.num_experts if ".experts." in names[0] else 1  # experts are packed separately
         rows = sum(each[0] for each in sizes) // stacked
         total += count * stacked * _packed_bytes(rows, names[0], shapes, scheme, layout)
         if names != (EMBEDDING,):
@@ -207,7 +209,7 @@ def weight_bytes(config: ModelConfig, layout: Layout, item: int, held: Collectio
 
 
 def _sizes(name: str, shape: tuple[int, ...], layout: Layout) -> list[int]:
-    """The shape of what one rank holds. Vocabularies are filled up to whole blocks."""
+    """The shape of one rank's part. Vocabularies are padded to whole blocks."""
     if find_spec(name).axis == "vocab":
         return [layout.vocab_block, *shape[1:]]
     return [part.stop - part.start for part in slices_of(name, shape, layout)]
@@ -216,7 +218,7 @@ def _sizes(name: str, shape: tuple[int, ...], layout: Layout) -> list[int]:
 def _packed_bytes(
     rows: int, name: str, shapes: Mapping[str, tuple[int, ...]], scheme: Scheme, layout: Layout
 ) -> int:
-    """What so many rows of a product take, laid out in whole panels, with the columns of one rank."""
+    """The bytes of `rows` rows of a matmul, packed in whole panels, with the columns of one rank."""
     columns = slices_of(name, shapes[name], layout)[1]
     size = scheme.group_within(columns.start, columns.stop) if scheme.group_size else 0
     held = replace(scheme, group_size=size)

@@ -1,4 +1,5 @@
-"""The plain loop: whole prompt at once, one token at a time, eager. The oracle for `engine`."""
+"""The plain generation loop: prefill in one call, then one token at a time, eager. It is the test
+oracle for `engine`."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ def generate(
     stop_tokens: frozenset[int] = frozenset(),
     sampling: Sampling | None = None,
 ) -> list[int]:
-    """The tokens that follow `prompt`, at most `max_new_tokens`, the stop token not among them."""
+    """The tokens generated after `prompt`, at most `max_new_tokens`, without the stop token. All ranks
+    call this and get the same tokens."""
     sampler = make_sampler(1, model.config.vocab_size)
     start_row(sampler, 0, sampling or Sampling(), prompt)
     model.setup(1, len(prompt) + max_new_tokens)

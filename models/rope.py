@@ -1,14 +1,15 @@
 """Rotary position embeddings, real-valued: the tables of cos and sin.
 
-Which number of a head turns with which frequency, and how the frequencies are stretched for contexts
-longer than those of the training, differs by family; `models.config.Rope` says so. Sources: Su et al.,
-RoFormer (2021); "linear": Chen et al., Position Interpolation (2023); "dynamic": NTK-aware scaling
-(bloc97 and emozilla, 2023); "yarn": Peng et al. (2023); "longrope": Ding et al. (2024); "llama3": the
-reference code of Llama 3.1 (2024).
+Families differ in which numbers of a head are rotated at which frequency, and in how the frequencies
+are scaled for contexts longer than in training; `models.config.Rope` holds these settings.
 
-What is not here: the rotation (`kernels.attention`, in torch `kernels.rotary`); changing frequencies
-while a text grows. Kinds that depend on its length take the length that a run has room for, so that all
-keys in the cache were turned by the same angles.
+Sources: Su et al., RoFormer (2021); "linear": Chen et al., Position Interpolation (2023); "dynamic":
+NTK-aware scaling (bloc97 and emozilla, 2023); "yarn": Peng et al. (2023); "longrope": Ding et al.
+(2024); "llama3": the reference code of Llama 3.1 (2024).
+
+What is not here: the rotation (`kernels.attention`, in torch `kernels.rotary`); frequencies that change
+while a sequence grows. Kinds that depend on the length use the length of the cache, so that all keys in
+the cache are rotated with the same frequencies.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from models.config import Rope
 
 
 def rope_tables(rope: Rope, head_dim: int, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency: two float32 [length, rotary dim / 2]."""
+    """cos and sin of position x frequency, times `attention_factor`: two float32 [length, rotary dim /
+    2]."""
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies(rope, head_dim, length))
     return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
 
 
 def frequencies(rope: Rope, head_dim: int, length: int) -> Tensor:
-    """Radians per position: float32 [rotary dim / 2]. `length`: tokens that the run has room for."""
+    """Radians per position: float32 [rotary dim / 2]. `length`: the cache length of the run."""
     dim = rope.dim or head_dim
     theta, original = rope.theta, rope.original_max_seq_len
     if rope.kind == "dynamic" and length > original:
@@ -47,19 +49,19 @@ def frequencies(rope: Rope, head_dim: int, length: int) -> Tensor:
 
 
 def _llama3(rope: Rope, plain: Tensor) -> Tensor:
-    """Long waves are stretched by the factor, short ones kept, those between blended."""
-    turns = rope.original_max_seq_len * plain / (2 * math.pi)  # of a frequency, within the training
+    """Low frequencies are divided by the factor, high ones kept, those between are blended."""
+    turns = rope.original_max_seq_len * plain / (2 * math.pi)  # full turns within the trained length
     low, high = rope.low_freq_factor, rope.high_freq_factor
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return plain * kept + plain / rope.factor * (1 - kept)
 
 
 def _yarn(rope: Rope, plain: Tensor) -> Tensor:
-    """The same with a blend that is linear in the index of the frequency."""
+    """As `_llama3`, with a blend that is linear in the index of the frequency."""
     dim = 2 * len(plain)
 
     def index(turns: float) -> float:
-        """Of the frequency that makes so many turns within the training."""
+        """The index of the frequency that makes `turns` full turns within the trained length."""
         ratio = rope.original_max_seq_len / (turns * 2 * math.pi)
         return dim * math.log(ratio) / (2 * math.log(rope.theta))
 

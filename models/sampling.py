@@ -1,17 +1,18 @@
-"""From logits to tokens, for a batch whose rows are requests of different wishes. Rank 0 alone samples.
+"""From logits to tokens, for a batch of requests with different sampling parameters, one request per
+row. In the engine, only rank 0 samples.
 
-In order: bias and penalties on the model's logits (`penalties`), temperature, top_k, top_p, min_p
-(`limits`), as in transformers; then one draw. Log-probabilities that are reported are those of the
-model: before bias, penalties and temperature (vLLM's "raw"). Equal logits resolve to the lowest token.
+The order is that of transformers: bias and penalties on the model's logits (`penalties`); temperature,
+top_k, top_p, min_p (`limits`); then one draw. Reported log-probabilities are those of the model: before
+bias, penalties and temperature (vLLM's "raw"). Ties resolve to the lowest token.
 
-A draw is the inverse of the cumulative distribution, tokens ascending, at one number that is a function
-of the request's seed and the number of tokens it has (`philox`). So a row's token depends on its own
-seed, count, logits and parameters alone: not on the row, the batch, the ranks or the threads. The
-alternative, a Gumbel number per token and the argmax, needs no sum, but 128,256 random numbers for a
-token of Llama 3: 2.6 ms where the sum takes 0.1 ms. The sum is torch.cumsum in double precision, which
-adds in one order; its last bits matter only to a number that lies within 1e-12 of a boundary.
+A draw inverts the cumulative distribution, with tokens ascending, at one random number. That number is
+a function of the request's seed and the number of its tokens (`philox`). So a row's token depends only
+on its own seed, count, logits and parameters: not on the row, the batch, the ranks or the threads. The
+alternative, one Gumbel number per token and the argmax, needs no sum, but 128,256 random numbers for a
+token of Llama 3: 2.6 ms, while the sum takes 0.1 ms. The sum is torch.cumsum in double precision, which
+adds in a fixed order; its last bits matter only if the number is within 1e-12 of a boundary.
 
-Not here: the draws of speculative sampling, which start from `distribution`; stop tokens.
+What is not here: the draws of speculative decoding, which start from `distribution`; stop tokens.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ __all__ = [
     "uniforms",
 ]
 
-CHOICE_STREAM = 0  # of the numbers that `choose` draws with; others are free for others
+CHOICE_STREAM = 0  # the `philox` stream of `choose`; other draws use other streams
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,16 @@ class Sampler:
     rows: list[Sampling]
     tables: list[Table | None]  # None: no bias, no penalties
     names: list[str]  # of the requests, for errors
-    seed: Tensor  # int64 [R], as in `rows`: for `uniforms`
+    seed: Tensor  # int64 [R], the seeds of `rows`, for `uniforms`
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, row by row. Of an inactive row nothing here means anything.
+    """The chosen tokens, one per row. The values of inactive rows are meaningless.
 
-    The log-probabilities are None unless an active row asks for them; n is the most that one asks for,
-    and all rows that ask get n, likeliest first. Rows that do not ask hold NaN, and -1 for tokens.
+    The log-probabilities are None unless an active row asks for them. n is the largest number that a
+    row asks for; all rows that ask get n, most probable first. Rows that do not ask hold NaN, and -1 as
+    tokens.
     """
 
     tokens: Tensor  # int64 [R]
@@ -73,7 +75,7 @@ class Choice:
 
 
 def make_sampler(num_rows: int, vocab_size: int, device: torch.device | str = "cpu") -> Sampler:
-    """All rows greedy until `start_row`."""
+    """A sampler whose rows are all greedy until `start_row`."""
     seed = torch.zeros(num_rows, dtype=torch.int64, device=device)
     names = [f"row {row}" for row in range(num_rows)]
     return Sampler(vocab_size, [Sampling()] * num_rows, [None] * num_rows, names, seed)
@@ -82,8 +84,8 @@ def make_sampler(num_rows: int, vocab_size: int, device: torch.device | str = "c
 def start_row(
     sampler: Sampler, row: int, sampling: Sampling, prompt: Sequence[int], name: str = ""
 ) -> None:
-    """A new request in this row. `sampling` has passed `check_sampling` for this vocabulary; `name` is
-    what errors call the request."""
+    """Start a new request in this row. `sampling` must have passed `check_sampling` for this
+    vocabulary; `name` names the request in errors."""
     sampler.names[row] = name or f"row {row}"
     sampler.rows[row] = sampling
     sampler.tables[row] = make_table(sampling, prompt, sampler.vocab_size, sampler.seed.device)
@@ -91,10 +93,11 @@ def start_row(
 
 
 def choose(sampler: Sampler, logits: Tensor, made: Tensor, active: Tensor | None = None) -> Choice:
-    """The next token of each active row (bool [R]; None: all), recorded for its penalties.
+    """The next token of each active row; it is recorded for the row's penalties.
 
-    logits float32 [R, V]; made int64 [R], how many tokens each row's answer has so far. Raises
-    InputError if an active row's largest logit is not a finite number, before anything is recorded.
+    logits float32 [R, V]; made int64 [R], the number of tokens in each row's answer so far; active bool
+    [R] (None: all rows). Raises InputError if an active row's largest logit is not a finite number,
+    before anything is recorded.
     """
     live = _live(sampler, active)
     adjusted = _adjusted(sampler, logits, live)
@@ -116,7 +119,7 @@ def choose(sampler: Sampler, logits: Tensor, made: Tensor, active: Tensor | None
 
 
 def record(sampler: Sampler, row: int, tokens: Sequence[int]) -> None:
-    """Count tokens of a row's answer that `choose` did not choose (drafts that were accepted)."""
+    """Count tokens of a row's answer that `choose` did not choose (accepted draft tokens)."""
     table = sampler.tables[row]
     if table is not None:
         penalties.record(table, tokens)
@@ -125,11 +128,12 @@ def record(sampler: Sampler, row: int, tokens: Sequence[int]) -> None:
 def distribution(
     sampler: Sampler, logits: Tensor, drafts: Tensor | None = None, active: Tensor | None = None
 ) -> Tensor:
-    """What `choose` draws from: float32 [R, V] or [R, T, V] -> probabilities of the same shape.
+    """The distribution that `choose` draws from: logits float32 [R, V] or [R, T, V] -> probabilities
+    of the same shape.
 
-    A greedy row has one 1, an inactive row zeros. With T > 1 positions, `drafts` int64 [R, >= T - 1]
-    are the tokens that would be recorded between them; rows with penalties cannot do without. Nothing
-    is recorded. Raises InputError as `choose` does.
+    A greedy row is one-hot, an inactive row is zero. With T > 1 positions, `drafts` int64 [R, >= T - 1]
+    are the draft tokens between them; rows with penalties need them (ValueError without). Nothing is
+    recorded. Raises InputError as `choose` does.
     """
     if logits.dim() == 2:
         return distribution(sampler, logits.unsqueeze(1), drafts, active).squeeze(1)
@@ -166,9 +170,9 @@ def distribution(
 def draw(weight: Tensor, at: float) -> Tensor:
     """Inverse of the cumulative distribution: weights >= 0, float [n], at in (0, 1) -> index, int64 [].
 
-    The weights need not sum to 1. The index is the first whose cumulative weight lies above `at` times
-    the sum, so a weight of 0 is never taken; and there is one, for `at` is at most 1 - 2^-53, and so
-    its product with the sum rounds to less than the sum.
+    The weights need not sum to 1. The index is the first whose cumulative weight is above `at` times
+    the sum, so a weight of 0 is never taken. Such an index exists: `at` is at most 1 - 2^-53, so `at`
+    times the sum rounds to less than the sum.
     """
     mass = weight.cumsum(dim=0, dtype=torch.float64)
     return torch.searchsorted(mass, mass[-1] * at, right=True)
@@ -182,7 +186,7 @@ def _live(sampler: Sampler, active: Tensor | None) -> list[int]:
 
 
 def _adjusted(sampler: Sampler, logits: Tensor, live: list[int]) -> Tensor:
-    """With bias and penalties; the same tensor if no row has any."""
+    """The logits with bias and penalties applied; the same tensor if no row has any."""
     tables = [(row, table) for row in live if (table := sampler.tables[row]) is not None]
     adjusted = logits.clone() if tables else logits
     for row, table in tables:
@@ -191,7 +195,7 @@ def _adjusted(sampler: Sampler, logits: Tensor, live: list[int]) -> Tensor:
 
 
 def not_finite(value: float, where: str) -> InputError:
-    """The error for a largest logit of which nothing can follow."""
+    """The error for a largest logit that is not a finite number; `where` names its origin."""
     return InputError(
         f"the largest logit of {where} is {value}, not a finite number: the weights are damaged, or "
         "the model's sums overflow its dtype; try dtype=float32, or another copy"
@@ -199,7 +203,8 @@ def not_finite(value: float, where: str) -> InputError:
 
 
 def _check_finite(sampler: Sampler, best: Tensor, live: list[int]) -> None:
-    """A maximum is NaN if one element is: so it is all that must be looked at."""
+    """Raise InputError if the largest logit of a live row is not finite. A maximum is NaN if any
+    element is, so checking the maxima is enough."""
     finite = best.isfinite()
     if bool(finite.all()):
         return

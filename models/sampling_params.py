@@ -1,6 +1,7 @@
-"""What a request may say about sampling, and its checks. Free of torch, so that the command can use it.
+"""The sampling parameters of a request, and their checks. Free of torch, so that the command can use
+them.
 
-The limits of the ranges are those of OpenAI's interface where it has the parameter.
+The ranges are those of OpenAI's API where it has the parameter.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ MAX_LOGPROBS = 20
 
 @dataclass(frozen=True)
 class Sampling:
-    """The defaults change nothing and take the likeliest token.
+    """Sampling parameters. The defaults are greedy and change no logits.
 
-    `repetition_penalty` looks at prompt and answer (Keskar et al., 2019, as transformers does it),
-    `presence_penalty` and `frequency_penalty` at the answer alone (as OpenAI and vLLM do it).
-    `logit_bias` are pairs of a token and what is added to its logit; minus infinity bans it. `seed` is
-    any 64-bit integer.
+    `repetition_penalty` applies to tokens of prompt and answer (Keskar et al., 2019, as in
+    transformers), `presence_penalty` and `frequency_penalty` to tokens of the answer only (as in OpenAI
+    and vLLM). `logit_bias`: pairs of a token and the number added to its logit; minus infinity bans the
+    token. `seed`: any 64-bit integer.
     """
 
     temperature: float = 0.0  # 0: greedy
@@ -32,7 +33,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
-    logprobs: int = -1  # -1: none; n >= 0: of the chosen token and of the n likeliest
+    logprobs: int = -1  # -1: none; n >= 0: of the chosen token and of the n most probable tokens
 
     @property
     def penalizes(self) -> bool:
@@ -45,20 +46,20 @@ class Sampling:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the argmax of the model's logits is all that is asked for."""
+        """Whether the request only needs the argmax of the model's logits."""
         return (
             self.temperature == 0.0 and not self.penalizes and not self.logit_bias and self.logprobs < 0
         )
 
 
 def check_sampling(sampling: Sampling, vocab_size: int | None) -> None:
-    """Raise InputError for a value out of its range; `vocab_size` None: before it is known."""
+    """Raise InputError for a value out of its range. `vocab_size` None: it is not known yet."""
     s = sampling
-    _check_number("temperature", s.temperature, 0.0, 1e4, "0 takes the likeliest token, 1 is neutral")
+    _check_number("temperature", s.temperature, 0.0, 1e4, "0 is greedy, 1 is neutral")
     _check_integer("top_k", s.top_k, 0, 2**63 - 1, "0 is no limit")
     _check_number("top_p", s.top_p, 0.0, 1.0, "1 is no limit", without_low=True)
     _check_number("min_p", s.min_p, 0.0, 1.0, "0 is no limit", without_high=True)
-    # Beyond these, products with logits leave the range of float32.
+    # Beyond these limits, the product with a logit can overflow float32.
     _check_number("repetition_penalty", s.repetition_penalty, 1e-3, 1e3, "1 is neutral")
     _check_number("presence_penalty", s.presence_penalty, -2.0, 2.0, "0 is neutral")
     _check_number("frequency_penalty", s.frequency_penalty, -2.0, 2.0, "0 is neutral")
@@ -85,7 +86,8 @@ def _check_number(
     without_low: bool = False,
     without_high: bool = False,
 ) -> None:
-    """NaN fails, as all its comparisons do."""
+    """Raise InputError unless the value is in its range. NaN fails, since comparisons with it are
+    False."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     inside = number and low <= value <= high and math.isfinite(value)
     if not inside or (without_low and value == low) or (without_high and value == high):

@@ -1,8 +1,8 @@
-"""Which part of a model a rank holds, and how many weights there are: exact, and quick for thousands
-of experts too.
+"""Which part of a model a rank holds, and how many parameters a model has: exact, and fast even with
+thousands of experts.
 
-The slow reference is `expected_shapes`, which names every weight; layers that are alike, and the
-experts of a layer, are counted here under the name of one of them. Free of torch.
+The slow reference is `expected_shapes`, which lists every weight. Here, identical layers and the
+experts of a layer are counted under the name of one of them. Free of torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tp.shard import Layout, plan_layout
 
 
 def layout_of(config: ModelConfig, rank: int, world_size: int) -> Layout:
-    """Which part of a model of this config a rank holds. Raises InputError."""
+    """The part of a model that one rank holds. Raises InputError if there are too many ranks."""
     return plan_layout(
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
@@ -33,7 +33,7 @@ def layout_of(config: ModelConfig, rank: int, world_size: int) -> Layout:
 
 @dataclass(frozen=True)
 class WeightKind:
-    """`count` weights of one shape, which are divided alike: `name` is that of one of them."""
+    """`count` weights of the same shape and the same sharding; `name` is the name of one of them."""
 
     name: str
     shape: tuple[int, ...]
@@ -42,9 +42,9 @@ class WeightKind:
 
 @cache
 def weight_kinds(config: ModelConfig) -> tuple[WeightKind, ...]:
-    """All weights of a model. Layers differ in shape by having experts or not, and in nothing else."""
+    """All weights of a model, by kind. Layers differ in shape only by having experts or not."""
     with_experts = sum(config.has_experts(layer) for layer in range(config.num_layers))
-    # Two layers stand for all: layer 0 for those without experts, layer 1 for those with.
+    # Two layers stand for all: layer 0 for layers without experts, layer 1 for layers with experts.
     two = replace(config, num_layers=2, dense_layers=(0,))
     times = {"0": config.num_layers - with_experts, "1": with_experts}
     counts: Counter[tuple[str, tuple[int, ...]]] = Counter()
@@ -56,12 +56,12 @@ def weight_kinds(config: ModelConfig) -> tuple[WeightKind, ...]:
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Parameters of a model; a head that is the embedding's own counts once."""
+    """The number of parameters of a model; a tied head is not counted again."""
     return sum(kind.count * prod(kind.shape) for kind in weight_kinds(config))
 
 
 def num_active_parameters(config: ModelConfig) -> int:
-    """Those that one token meets: of a mixture, the experts that are chosen and all that is shared."""
+    """The number of parameters that one token uses: all but those of experts that are not picked."""
     idle = sum(
         kind.count // config.num_experts * (config.num_experts - config.experts_per_token)
         * prod(kind.shape)

@@ -1,10 +1,11 @@
-"""Whether a model's head is its embedding: what its config says, checked against what is stored.
+"""Whether a model's head is tied to its embedding: the config's claim, checked against the weights.
 
-Some files hold a head although their config ties it. Where the two are equal, one serves for both.
-Where they differ, the config is wrong and the head was trained by itself, so it is used, as in
-transformers.
+Some files hold a head although their config ties it. If the two are equal, one tensor serves as both.
+If they differ, the config is wrong and the head was trained separately, so the stored head is used, as
+in transformers.
 
-What is not here: GGUF, whose files have no such key; there a stored head counts (models.config_gguf).
+What is not here: GGUF files, which have no such key; a head that they store is used
+(models.config_gguf).
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from models.config import EMBEDDING, HEAD, ModelConfig
 from weights.checkpoint import Checkpoint, Entry
 from weights.pages import release_pages
 
-BLOCK_BYTES = 8 << 20  # of each of the two, in float32
+BLOCK_BYTES = 8 << 20  # bytes of each of the two that are compared at once, in float32
 
 
 def settle_head(
     config: ModelConfig, checkpoint: Checkpoint, group: Group, say: Callable[[str], None]
 ) -> ModelConfig:
-    """`config`, without the tie where the checkpoint holds a head that differs from the embedding;
-    `say` is called with a line on that. Each rank of a group that can communicate compares its part."""
+    """`config`, with the tie removed if the checkpoint holds a head that differs from the embedding;
+    `say` is then called with a line. All ranks call this; if they can communicate, each compares a
+    part."""
     head, embedding = checkpoint.entries.get(HEAD), checkpoint.entries.get(EMBEDDING)
     if not config.tie_embeddings or head is None or embedding is None:
         return config
@@ -49,7 +51,7 @@ def settle_head(
 
 
 def _equal(one: Entry, other: Entry, rows: slice) -> bool:
-    """Whether two matrices of one shape have the same numbers in these rows."""
+    """Whether two matrices of the same shape are equal in these rows."""
     columns = slice(0, one.shape[1])
     step = max(1, BLOCK_BYTES // (4 * max(one.shape[1], 1)))
     for start in range(rows.start, rows.stop, step):
