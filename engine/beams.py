@@ -1,14 +1,14 @@
-"""Beam search: the loop over steps for a prompt whose continuations share the cache's rows.
+"""Beam search: the loop over decode steps for one prompt. The beams share the rows of the KV cache.
 
-The prompt is run once, in row 0. From then on beam i writes its own token's keys into row i, and no row
-is ever copied: `sources` [W, S] says for each beam and position in which row the keys lie. When beams
-go on from others, they take over the sources of these, and the new position is each beam's own row.
-That position is new to all rows, so nothing is overwritten that a beam still reads.
+The prompt is run once, in row 0. From then on beam i writes the keys of its own tokens into row i, and
+no row is ever copied: `sources` [W, S] holds, for each beam and position, the row with the keys. A beam
+that continues another one takes over that beam's sources; for the new position its source is its own
+row. No row holds that position yet, so nothing is overwritten that a beam still reads.
 
-Rank 0 decides (`engine.beam_plan`) and tells the others what goes on: sums of log-probabilities might
-differ in a last bit on another rank.
+Rank 0 decides (`engine.beam_plan`) and broadcasts which beams continue: on another rank, sums of
+log-probabilities could differ in the last bit.
 
-What is not here: stop texts, sampling and penalties, which `engine.job` refuses beside beams.
+Not here: stop strings, sampling and penalties, which `engine.job` refuses together with beams.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from engine.steps import BEAMS, Runner, extend
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search found, the best first (fewer, or nothing, where it was cancelled; nothing on other
-    ranks than 0), and when each of its steps was decided, in seconds."""
+    """The result of a search. `hypotheses`: the best first; fewer or none if it was cancelled; none on
+    ranks other than 0. `times`: when each step was decided, in seconds of `time.perf_counter`."""
 
     hypotheses: tuple[Hypothesis, ...]
     times: tuple[float, ...]
@@ -46,11 +46,10 @@ def generate_beams(
     length_penalty: float = 1.0,
     watcher: Watcher | None = None,
 ) -> list[Answer]:
-    """Continue every request's prompt, one after the other, with as many beams as the runner has rows;
-    answers in order (complete on rank 0 alone).
+    """Continue the requests' prompts one after the other, with as many beams as the runner has slots.
 
-    As `engine.loop.generate`, but `watcher.on_token` gets an answer's tokens when all are known, and
-    what it returns changes nothing.
+    Returns the answers in order, complete on rank 0 only. As `engine.loop.generate`, but
+    `watcher.on_token` gets an answer's tokens when all are known, and its return value is ignored.
     """
     watcher = watcher or Watcher()
     answers = []
@@ -75,10 +74,11 @@ def beam_search(
     length_penalty: float = 1.0,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Answer:
-    """The best text of a beam search as wide as the runner has rows, complete on rank 0 alone.
+    """Run one beam search, as wide as the runner has slots; returns its best text, complete on rank 0
+    only.
 
-    Its `ttft_s` is the time to the first candidates, its `tpot_s` that of a step after it. A search
-    that is `cancelled` (asked on rank 0 after each step) has no tokens.
+    `ttft_s` is the time to the first candidates, `tpot_s` the mean time of a later step. `cancelled` is
+    called on rank 0 after each step; a cancelled search has no tokens.
     """
     search = Search(runner.num_rows, length_penalty, request.max_new_tokens, stop_tokens)
     start = time.perf_counter()
@@ -102,9 +102,9 @@ def find(
     cancelled: Callable[[], bool] = lambda: False,
     name: str = "a text",
 ) -> Outcome:
-    """Search from `prompt`, which the cache need not hold. All ranks pass the same, and the runner has
-    `search.num_beams` rows. Raises InputError, that calls the prompt `name`, where the model's logits
-    are not numbers."""
+    """Search from `prompt`, which is run here. All ranks pass the same arguments; the runner has
+    `search.num_beams` slots. Raises InputError that names the prompt, `name`, if the model's logits are
+    not finite."""
     assert runner.num_rows == search.num_beams
     width, device = runner.num_rows, runner.device
     rows = torch.arange(width, dtype=torch.int32, device=device)
@@ -130,7 +130,7 @@ def find(
 
 
 def _run_prompt(runner: Runner, prompt: Sequence[int]) -> Tensor:
-    """Fill row 0; the logits after the prompt, [1, vocab_size]."""
+    """Prefill row 0; returns the logits after the prompt, [1, vocab_size]."""
     logits = torch.empty(0)
     for (piece,) in pack([(0, 0, len(prompt))], runner.chunk, mixed=False):
         size = piece.end - piece.begin
@@ -141,9 +141,9 @@ def _run_prompt(runner: Runner, prompt: Sequence[int]) -> Tensor:
 
 
 def likeliest(search: Search, beams: Beams, logits: Tensor, name: str = "a text") -> list[Candidate]:
-    """The continuations that `advance` wants, without impossible ones. Row i of `logits`, float32
-    [1 or W, V], follows running text i; rows behind these are left alone. Sums are float32, as in
-    transformers. Raises InputError where the best is not finite."""
+    """Returns the most probable continuations, `search.num_candidates` at most, without impossible ones
+    (probability 0). Row i of `logits`, float32 [1 or W, V], follows running text i; further rows are
+    ignored. Sums are float32, as in transformers. Raises InputError if the best is not finite."""
     logprobs = torch.tensor([beam.logprob for beam in beams.running], device=logits.device)
     sums = logits[: len(logprobs)].log_softmax(-1).add_(logprobs[:, None])
     best = sums.flatten().topk(min(search.num_candidates, sums.numel()))
@@ -162,8 +162,8 @@ def likeliest(search: Search, beams: Beams, logits: Tensor, name: str = "a text"
 
 
 def _tell(runner: Runner, beams: Beams, gone: bool) -> tuple[bool, list[int], list[int]]:
-    """Rank 0's decision on every rank: whether the search is over, and each row's parent and token.
-    Rows without a beam repeat the first, and nothing looks at them."""
+    """Broadcast rank 0's decision: whether the search is over, and each slot's parent beam and token.
+    Slots without a beam repeat the first beam, and their results are not used."""
     width = runner.num_rows
     said = [0] * (1 + 2 * width)
     if runner.group.rank == 0:

@@ -1,4 +1,4 @@
-"""Number formats by name: what `auto` means here, and how many bytes each takes. Free of torch."""
+"""Number formats by name: what `auto` means, and how many bytes each takes. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 @cache
 def dtype_name(name: str, device: str = "cpu") -> str:
-    """`auto` is bfloat16 on a GPU and where the processor multiplies it in hardware, else float32."""
+    """Resolve `auto`: bfloat16 on a GPU and on processors that multiply it in hardware, else
+    float32."""
     if name != "auto":
         return name
     if device.startswith("cuda"):
@@ -26,13 +27,13 @@ def dtype_name(name: str, device: str = "cpu") -> str:
 
 
 def kv_dtype_name(kv_dtype: str, dtype: str, device: str = "cpu") -> str:
-    """`auto` is what the weights have. Raises InputError for what attention has no loops for."""
+    """Resolve `auto`: the dtype of the weights. Raises InputError for a format that the attention
+    kernels do not support with this dtype."""
     own = dtype_name(dtype, device)
     if kv_dtype == "auto":
         return own
     if kv_dtype not in (own, "float16", "int8"):
         raise InputError(
-            f"kv_dtype={kv_dtype} does not go with dtype={own}: the cache is in the same, or in "
-            "float16 or int8"
+            f"kv_dtype={kv_dtype} does not go with dtype={own}: use kv_dtype={own}, float16 or int8"
         )
     return kv_dtype

@@ -1,6 +1,7 @@
 """What each rank runs for `generate`: load, compile, continue the prompts, report.
 
-Started by the launcher's child, by module name. Rank 0 alone reads the tokenizer, prints and samples.
+The launcher's child process starts it by module name. Only rank 0 reads the tokenizer, prints and
+samples.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ from models.tokenizer.limits import check_length
 
 
 def main(env: Any, payload: str) -> int:
-    """Run one generation job on this rank; the exit code. Raises InputError, CommError."""
-    # A rank that waits in C++ would not hear of Ctrl-C otherwise.
+    """Run one generation job on this rank; returns the exit code. Raises InputError, CommError."""
+    # Python's own handler would not run while a rank waits in C++, so Ctrl-C would do nothing.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     resolved = from_json(payload)
     with joined(env) as group:
@@ -86,8 +87,8 @@ def _run(env: Any, resolved: ResolvedJob, engine: Opened) -> None:
 
 
 def share_requests(resolved: ResolvedJob, engine: Opened) -> list[Request]:
-    """The prompts' tokens, made on rank 0, and how to continue them, on every rank. Raises InputError
-    for a prompt that does not fit."""
+    """Tokenize the prompts on rank 0 and share them; returns the requests on every rank. Raises
+    InputError for a prompt that does not fit."""
     codec, room, shortened = engine.codec, engine.runner.max_seq_len, 0
     wire = []
     if codec is not None:
@@ -116,21 +117,21 @@ def share_requests(resolved: ResolvedJob, engine: Opened) -> list[Request]:
 
 
 def shared_stops(engine: Opened) -> frozenset[int]:
-    """The tokens that end an answer, which the tokenizer of rank 0 knows, on every rank."""
+    """Returns the tokens that end an answer, on every rank. Only rank 0's tokenizer knows them."""
     own = sorted(engine.codec.stop_tokens) if engine.codec is not None else []
     return frozenset(share(own, engine.group, engine.runner.device))
 
 
 def encode_prompt(codec: TextCodec, prompt: Prompt, room: int) -> list[int]:
-    """A prompt's tokens: of its conversation by the model's template, or of its text as it is. Raises
-    InputError, also for a text that is much too long for `room` tokens."""
+    """Returns a prompt's tokens. A conversation goes through the model's chat template, a text does
+    not. Raises InputError, also for a text that is much too long for `room` tokens."""
     text = apply_chat_template(codec, prompt.messages) if prompt.messages else prompt.text
     check_length(len(text), codec.longest, room)
     return codec.encode(text, not prompt.messages)
 
 
 def sampling_from_dict(data: dict[str, Any]) -> Sampling:
-    """The inverse of `asdict`, by way of JSON."""
+    """The inverse of `asdict`, for data that went through JSON."""
     bias = tuple((token, value) for token, value in data["logit_bias"])
     return Sampling(**data | {"logit_bias": bias})
 
@@ -142,7 +143,8 @@ def run_requests(
     stops: frozenset[int],
     watcher: Watcher,
 ) -> list[Answer]:
-    """The answers, by the way that the job asks for."""
+    """Returns the answers, decoded as the job asks: beam search, speculative decoding or the plain
+    loop."""
     job = resolved.job
     if job.num_beams > 1:
         return generate_beams(engine.runner, requests, stops, job.length_penalty, watcher)
@@ -156,7 +158,7 @@ def run_requests(
 def _stream_one(
     resolved: ResolvedJob, engine: Opened, codec: TextCodec, request: Request, stops: frozenset[int]
 ) -> Result:
-    """The one answer, its text shown as it is made unless the output is JSON."""
+    """Run one request; its text is streamed to stdout unless the output is JSON."""
     feed = text_stream(codec, stop_texts(resolved.job))
     pieces: list[str] = []
 
@@ -171,7 +173,7 @@ def _stream_one(
         return ended
 
     answers = run_requests(resolved, engine, [request], stops, Watcher(on_token))
-    take(feed(None)[0])  # what was held back: a character or a stop text that did not come
+    take(feed(None)[0])  # held-back text: an unfinished character, or the start of a stop string
     return _result(answers[0], "".join(pieces), request, resolved.prompts[0])
 
 
@@ -182,7 +184,7 @@ def _collect(
     requests: Sequence[Request],
     stops: frozenset[int],
 ) -> list[Result]:
-    """The answers of many prompts, each written when it and those before it are complete."""
+    """Run many requests; each answer is written when it and all answers before it are complete."""
     texts = stop_texts(resolved.job)
     feeds: dict[int, Feed] = {}
     pieces: dict[int, list[str]] = {}
@@ -229,7 +231,7 @@ def _result(answer: Answer, text: str, request: Request, prompt: Prompt) -> Resu
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has had resident. Not ru_maxrss: that begins with what the process
-    held that started this one."""
+    """Returns the peak resident memory of this process, in bytes. Not ru_maxrss, which starts at the
+    memory of the parent process."""
     status = Path("/proc/self/status").read_text()
     return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024

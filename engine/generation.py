@@ -1,10 +1,10 @@
-"""What a model's generation_config.json says of sampling, as defaults of a job. Free of torch.
+"""Takes a job's sampling defaults from the model's generation_config.json. Does not import torch.
 
-As transformers' `generate()` reads it: what the user gives counts before the file, and the file before
-the library. Temperature is the file's only where it samples (`do_sample`), and then top_k is 50 unless
-it says otherwise; penalties and tokens that are suppressed count in any case. A setting that would
-change a text and that nothing here can follow is told. Lengths are Yoke's own (`max_new_tokens=`), and
-stop tokens the tokenizer's (`models.tokenizer.from_folder`).
+The file is read as transformers' `generate()` reads it: the user's values override the file's, and the
+file's override the library's. The file's temperature counts only if it samples (`do_sample`); then
+top_k is 50 unless the file sets it. Penalties and suppressed tokens always count. A setting that would
+change a text but is not supported is reported. Not taken from the file: lengths, which the job sets
+(`max_new_tokens=`), and stop tokens, which the tokenizer has (`models.tokenizer.from_folder`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from weights.locate import locate
 FILE = "generation_config.json"
 _PENALTIES = ("repetition_penalty",)
 _LIMITS = ("top_k", "top_p", "min_p")
-_LIBRARYS_TOP_K = 50  # where a file samples and says nothing
-# What would change a text, and the value at which it does not.
+_LIBRARYS_TOP_K = 50  # transformers' default, where a file samples and does not set it
+# Settings that are not supported, each with the value at which it has no effect.
 _UNKNOWN: dict[str, Any] = {
     "begin_suppress_tokens": None,
     "constraints": None,
@@ -55,8 +55,8 @@ _UNKNOWN: dict[str, Any] = {
 
 
 def with_defaults(job: Job, checkpoint: Path | None) -> tuple[Job, tuple[str, ...]]:
-    """The job with the defaults of the file that lies with its weights, and lines that say so. Raises
-    InputError for a value that is none."""
+    """Returns the job with the defaults of the file beside its weights, and lines for the user that say
+    so. Raises InputError for a bad value."""
     file = None if checkpoint is None else _beside(checkpoint)
     if job.generation_config == "none" or file is None:
         return job, ()
@@ -82,21 +82,22 @@ def with_defaults(job: Job, checkpoint: Path | None) -> tuple[Job, tuple[str, ..
         lines.append(f"taken from {FILE}: {', '.join(shown)}; generation_config=none leaves them out")
     if left:
         lines.append(
-            f"{FILE} has settings that are not supported and left out, so texts may differ from "
+            f"{FILE} has settings that are not supported and are left out, so texts may differ from "
             f"transformers': {', '.join(left)}"
         )
     return changed, tuple(lines)
 
 
 def _beside(checkpoint: Path) -> Path | None:
-    """The file that belongs to a checkpoint, if there is one. A GGUF file's settings are its own."""
+    """The file that belongs to a checkpoint, None if there is none. Of a GGUF file, a
+    generation_config.json beside it is ignored: GGUF files describe themselves."""
     source = locate(checkpoint)
     file = source.folder / FILE
     return file if source.form != "gguf" and file.is_file() else None
 
 
 def _taken(settings: Mapping[str, Any], job: Job) -> dict[str, Any]:
-    """The job's keys as the file has them, but for those that the user gave."""
+    """The job's keys that the file sets, except those that the user gave."""
     sampled = settings.get("do_sample") is True
     defaults: dict[str, Any] = {"temperature": 1.0, "top_k": _LIBRARYS_TOP_K} if sampled else {}
     keys = (*(["temperature"] if sampled else []), *_LIMITS, *_PENALTIES)
@@ -108,7 +109,7 @@ def _taken(settings: Mapping[str, Any], job: Job) -> dict[str, Any]:
         if key not in job.given and (samples or key not in _LIMITS or _usable(key, value))
     }
     if banned := _banned(settings):
-        # Beside biases of the user's, which count before them.
+        # Added to the user's biases, which override them.
         biased = {token for token, _ in sampling_of(job).logit_bias}
         bans = [f"{token}:-inf" for token in banned if token not in biased]
         found["logit_bias"] = ",".join([*bans, *filter(None, [job.logit_bias])])
@@ -119,7 +120,7 @@ def _taken(settings: Mapping[str, Any], job: Job) -> dict[str, Any]:
 
 
 def _number(key: str, value: Any) -> float | int:
-    """`value` if it is a number of the key's kind; its range is checked with all others."""
+    """`value`, if it is a number of the key's type. Its range is checked later, with all others."""
     whole = key == "top_k"
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise InputError(f"{key}={str(value)[:40]} must be a {'whole ' if whole else ''}number")
@@ -127,7 +128,8 @@ def _number(key: str, value: Any) -> float | int:
 
 
 def _usable(key: str, value: Any) -> bool:
-    """Whether a limit is one; nobody asks where a file does not sample."""
+    """Whether a limit (top_k, top_p, min_p) has a valid value. Invalid ones are ignored for greedy
+    jobs."""
     try:
         values: dict[str, Any] = {key: _number(key, value)}
         check_sampling(Sampling(**values), None)
@@ -137,7 +139,7 @@ def _usable(key: str, value: Any) -> bool:
 
 
 def _banned(settings: Mapping[str, Any]) -> list[int]:
-    """The tokens that are never to be chosen: suppressed ones, and bad words of one token."""
+    """The tokens that must never be chosen: suppressed tokens, and bad words of one token."""
     suppressed = settings.get("suppress_tokens", [])
     words = settings.get("bad_words_ids", [])
     eos = settings.get("eos_token_id", [])
@@ -155,7 +157,7 @@ def _banned(settings: Mapping[str, Any]) -> list[int]:
 
 
 def _left(settings: Mapping[str, Any], job: Job) -> list[str]:
-    """The settings that would change a text and are not followed."""
+    """The settings that would change a text and are not supported."""
     left = [
         f"{key}={str(settings[key])[:40]}"
         for key, neutral in _UNKNOWN.items()

@@ -1,7 +1,7 @@
-"""What a generation job is asked for: the `key=value` words of the command line, checked.
+"""The settings of a generation job: parses and checks the `key=value` words of the command line.
 
-Free of torch: the launcher's side checks a job before any rank is started, and hands the result to
-the ranks as JSON. OmegaConf holds the types, so that `max_new_tokens=ten` is refused with the key.
+Does not import torch: the launcher checks a job before it starts any rank, and passes the result to
+the ranks as JSON. OmegaConf checks the types, so the error for `max_new_tokens=ten` names the key.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from engine.dtypes import dtype_name, kv_dtype_name
 from models.sampling_params import Sampling, check_sampling
 from weights.schemes import HEADS, SCHEMES
 
-LOOKUP = "lookup"  # the draft that needs no model
+LOOKUP = "lookup"  # the value of draft= that needs no model
 
 
 @dataclass(frozen=True)
 class Job:
-    """The keys, their types and their defaults. Lengths are in tokens. `given` is none of the keys: it
-    names those that the user gave, and the others may be adapted to the model."""
+    """The keys, their types and their defaults. Lengths are in tokens. `given` is not a key: it lists
+    the keys that the user gave. The values of all other keys may be adapted to the model."""
 
     model: str = MISSING
     prompt: str = ""
@@ -63,7 +63,7 @@ class Job:
     compile: bool = True
     chat: bool = False
     output: str = "text"
-    # Dimensions that override a preset, for a quick look at a large model's shape.
+    # Dimensions that override a preset, to try the shape of a large model quickly.
     dim: int | None = None
     num_layers: int | None = None
     num_heads: int | None = None
@@ -81,23 +81,23 @@ HELP: dict[str, str] = {
     "weights": "auto (find them) or random (the shape of a preset, without weights)",
     "engine": "auto or yoke (our models), hf (any with a plan in the transformers library)",
     "device": "auto (what the ranks are placed on), cpu or cuda",
-    "max_new_tokens": "how many tokens to make at most",
-    "max_seq_len": "room for prompt and answer together, in tokens; a model may have less",
-    "batch": "texts made at once; 0: up to 8, as there are prompts and memory",
-    "dtype": "auto, float32, bfloat16 or float16; kv_dtype= of the KV cache, int8 too",
+    "max_new_tokens": "how many tokens to generate at most",
+    "max_seq_len": "length of prompt and answer together, in tokens; lowered to the model's limit",
+    "batch": "prompts decoded at once; 0: up to 8, as prompts and memory allow",
+    "dtype": "auto, float32, bfloat16 or float16; kv_dtype= sets the KV cache's, also int8",
     "quant": "auto (keep weights that the file has quantized), none, or to: " + ", ".join(SCHEMES),
     "quant_head": "the LM head, where quant= names a scheme: int8, same (as quant=) or none",
-    "activations": "int8 rounds a prompt's to 8 bits where weights have 8: faster with AMX",
-    "temperature": "0 is greedy; what limits the choice: top_k= [0], top_p= [1], min_p= [0]",
+    "activations": "int8 quantizes a prompt's activations where weights are int8: faster with AMX",
+    "temperature": "0 is greedy; to limit the choice: top_k= [0], top_p= [1], min_p= [0]",
     "logit_bias": "ID:BIAS,... is added to logits, -inf bans; repetition_penalty= [1], "
     "presence_penalty= and frequency_penalty= [0]",
-    "logprobs": "with output=json: log-probabilities of each token and of N others",
-    "seed": "of the sampling, and of random weights",
-    "stop": 'a text that ends the answer, or a JSON list of them: ["a", "b"]',
-    "generation_config": "auto (defaults of sampling from the model's file of that name) or none",
-    "check_every": "steps from one look for ended texts to the next",
-    "num_beams": "width of a beam search; 1 is none. length_penalty= [1]",
-    "draft": "guess tokens: lookup (in the text so far) or a small model; draft_tokens= [4]",
+    "logprobs": "with output=json: log-probabilities of each token and of the top N",
+    "seed": "for sampling, and for random weights",
+    "stop": 'a string that ends the answer, or a JSON list of strings: ["a", "b"]',
+    "generation_config": "auto (sampling defaults from the model's generation_config.json) or none",
+    "check_every": "steps between two checks for finished sequences",
+    "num_beams": "width of the beam search; 1: no beam search. length_penalty= [1]",
+    "draft": "propose tokens: lookup (in the text so far) or a small model; draft_tokens= [4]",
     "compile": "compile the steps (slower start, faster tokens)",
     "chat": "wrap the prompt in the model's chat template",
     "output": "text (streamed) or json (an object for each prompt)",
@@ -107,7 +107,7 @@ HELP: dict[str, str] = {
 
 
 def help_lines() -> list[str]:
-    """The keys, a line each, for the help."""
+    """Returns the help text of the keys, one line for each."""
     lines = []
     for key, text in HELP.items():
         default = getattr(Job, key)
@@ -134,7 +134,8 @@ _CHOICES = {
 
 
 def parse_job(words: Sequence[str], need_prompt: bool = True) -> Job:
-    """Read `key=value` words. Raises InputError that names the key."""
+    """Parse and check `key=value` words. Raises InputError that names the key. `need_prompt`: also for
+    words without a prompt."""
     values: dict[str, str | None] = {}
     for word in words:
         key, separator, text = word.partition("=")
@@ -148,22 +149,22 @@ def parse_job(words: Sequence[str], need_prompt: bool = True) -> Job:
     if need_prompt and not (values.get("prompt") or values.get("prompts")):
         raise InputError(f"prompt= is missing: {HELP['prompt']}; prompts= {HELP['prompts']}")
     if values.get("prompt") and values.get("prompts"):
-        raise InputError("prompt= and prompts= are both given; one of them says what to continue")
+        raise InputError("prompt= and prompts= are both given; leave one of the two out")
     job = replace(_typed(values), given=tuple(values))
     if "max_new_tokens" not in values:
         job = replace(job, max_new_tokens=max(1, min(job.max_new_tokens, job.max_seq_len - 1)))
     _check_values(job)
     if "quant_head" in values and job.quant not in SCHEMES:
         raise InputError(
-            f"quant_head={job.quant_head} goes with a scheme for the layers, and quant={job.quant} is "
+            f"quant_head={job.quant_head} needs a scheme for the layers, and quant={job.quant} names "
             f"none; leave quant_head= out, or add quant= with one of {', '.join(SCHEMES)}"
         )
     return job
 
 
 def _typed(values: dict[str, str | None]) -> Job:
-    """Give the words their keys' types. Texts are taken as they are: a prompt may look like YAML, or
-    like one of OmegaConf's ${interpolations}, and means neither."""
+    """Convert the values to their keys' types. Strings are taken literally: a prompt may look like YAML
+    or like an OmegaConf ${interpolation}, but is neither."""
     texts = {key: value for key, value in values.items() if key in _TEXTS}
     for key in ("prompt", "stop"):
         if texts.get(key):
@@ -184,8 +185,9 @@ def _typed(values: dict[str, str | None]) -> Job:
 
 
 def _in_utf8(key: str, word: str) -> str:
-    """What is read by the model, whatever the locale is: python marks the bytes that it cannot decode.
-    Paths stay as they are, since they go back to the system that way. Raises InputError."""
+    """Decode text for the model as UTF-8, whatever the locale is: Python marks bytes that it could not
+    decode by surrogates. Paths are not converted, since the system takes them back with these marks.
+    Raises InputError for bytes that are not UTF-8."""
     if word.isascii() or not any("\udc80" <= character <= "\udcff" for character in word):
         return word
     try:
@@ -217,7 +219,7 @@ def _check_values(job: Job) -> None:
     if job.max_new_tokens >= job.max_seq_len:
         raise InputError(
             f"max_new_tokens={job.max_new_tokens} does not leave room for a prompt in "
-            f"max_seq_len={job.max_seq_len}; raise max_seq_len"
+            f"max_seq_len={job.max_seq_len}; raise max_seq_len or lower max_new_tokens"
         )
     check_sampling(sampling_of(job), None)
     stop_texts(job)
@@ -239,46 +241,50 @@ def _check_modes(job: Job) -> None:
         raise InputError(f"draft={job.draft} does not go with engine=hf; leave one of the two out")
     if job.activations == "int8" and job.quant not in ("auto", "int8"):
         raise InputError(
-            f"activations=int8 goes with weights of 8 bits, and not with quant={job.quant}; use "
-            "quant=int8"
+            f"activations=int8 needs int8 weights and does not go with quant={job.quant}; "
+            "use quant=int8"
         )
     if job.quant in SCHEMES:
         own = dtype_name(job.dtype, job.device)
         if job.engine == "hf":
             raise InputError(
-                f"quant={job.quant} does not go with engine=hf, whose layers hold weights as they are; "
+                f"quant={job.quant} does not go with engine=hf, which does not quantize weights; "
                 "leave one of the two out"
             )
         if own != "bfloat16":
             raise InputError(
-                f"quant={job.quant} goes with dtype=bfloat16, in which quantized weights are "
-                f"multiplied, and not with dtype={own}; add dtype=bfloat16"
+                f"quant={job.quant} does not go with dtype={own}: the kernels for quantized weights "
+                "compute in bfloat16; add dtype=bfloat16"
             )
     kv_dtype_name(job.kv_dtype, job.dtype, job.device)
     if job.kv_dtype != "auto" and job.engine == "hf":
-        raise InputError(f"kv_dtype={job.kv_dtype} does not go with engine=hf, which keeps dtype=")
+        raise InputError(
+            f"kv_dtype={job.kv_dtype} does not go with engine=hf, whose cache has the dtype of dtype=; "
+            "leave one of the two out"
+        )
 
 
 def fitted_length(job: Job, limit: int | None, stretched_from: int | None = None) -> int:
-    """The job's max_seq_len for a model that was trained for `limit` tokens (None: nobody knows) and
-    rotates all texts otherwise where there is room for more than `stretched_from`. What nobody gave is
-    lowered to that. Raises InputError for what was given and cannot be had."""
+    """Returns the job's max_seq_len, in tokens, for a model that was trained for `limit` tokens (None:
+    not known). A max_seq_len above `stretched_from` changes the rotary embedding of all texts. A
+    default is lowered to both. Raises InputError if the user gave more than `limit`."""
     if "max_seq_len" not in job.given:
         return min([job.max_seq_len, *(length for length in (limit, stretched_from) if length)])
     if limit is not None and job.max_seq_len > limit:
         raise InputError(
-            f"max_seq_len={job.max_seq_len}: this model was trained for {limit} at most; give no more"
+            f"max_seq_len={job.max_seq_len}: this model was trained for {limit} at most; lower it"
         )
     return job.max_seq_len
 
 
 def quant_of(job: Job) -> str:
-    """What the loader is told (`models.load_quant`)."""
+    """Returns the quantization for the loader, as `models.load_quant` parses it: SCHEME/HEAD, or "auto"
+    or "none"."""
     return f"{job.quant}/{job.quant_head}" if job.quant in SCHEMES else job.quant
 
 
 def check_beams(job: Job, sampling: Sampling) -> None:
-    """Raise InputError for sampling that does not go with the job's beams, if it has any."""
+    """Raise InputError if the job is a beam search and `sampling` is not the default."""
     if job.num_beams == 1 or sampling.is_plain:
         return
     plain = Sampling()
@@ -295,14 +301,14 @@ def check_beams(job: Job, sampling: Sampling) -> None:
 
 def _not_with_beams(job: Job, key: str, value: object) -> str:
     return (
-        f"num_beams={job.num_beams} does not go with {key}={value}: a beam search compares texts of "
-        "our own models by their log-probabilities as they are, up to a stop token; leave one of the "
-        "two out"
+        f"num_beams={job.num_beams} does not go with {key}={value}: a beam search runs only with "
+        "engine=yoke, compares texts by their unchanged log-probabilities, and ends them only at stop "
+        "tokens; leave one of the two out"
     )
 
 
 def sampling_of(job: Job) -> Sampling:
-    """How the job's tokens are chosen. Raises InputError for a logit_bias that cannot be read."""
+    """Returns the job's sampling settings. Raises InputError for a logit_bias that cannot be parsed."""
     names = (field.name for field in fields(Sampling) if field.name != "logit_bias")
     return Sampling(**{name: getattr(job, name) for name in names}, logit_bias=_biases(job.logit_bias))
 
@@ -313,16 +319,17 @@ def _biases(text: str) -> tuple[tuple[int, float], ...]:
         return tuple((int(token), float(bias)) for token, bias in pairs)
     except ValueError as error:
         raise InputError(
-            f"logit_bias={text}: must be token numbers with what is added, such as 13:-100,50:2.5"
+            f"logit_bias={text}: must be a list of TOKEN_ID:BIAS, such as 13:-100,50:2.5"
         ) from error
 
 
 def stop_texts(job: Job) -> tuple[str, ...]:
-    """The texts that end an answer. Raises InputError."""
+    """Returns the stop strings, which end an answer. Raises InputError if stop= is not a string or a
+    JSON list of non-empty strings."""
     texts: object = [job.stop] if job.stop else []
     if job.stop.startswith("["):
-        with suppress(ValueError, RecursionError):  # a text that begins with a bracket
+        with suppress(ValueError, RecursionError):  # not JSON: a stop string that begins with a bracket
             texts = json.loads(job.stop)
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
-        raise InputError(f"stop={job.stop}: must be a text, or a JSON list of texts that are not empty")
+        raise InputError(f"stop={job.stop}: must be a string, or a JSON list of non-empty strings")
     return tuple(texts)

@@ -1,8 +1,8 @@
-"""What a rank must hold to run a job: weights, KV cache, workspace. Free of torch.
+"""Estimates the memory that each rank of a job needs: weights, KV cache, workspace.
 
-The weights are counted with the loader's own table and rules, so that the estimate and the load agree;
-how a file stores them is told by its header (weights.outline). What is not here: what the machine has
-(`launcher.fit` compares).
+Does not import torch. Weights are counted with the loader's own table and rules, so that the estimate
+and the load agree. The file's header says how it stores them (weights.outline). Not here: how much
+memory the machine has (`launcher.fit` compares the two).
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from weights.locate import locate
 from weights.outline import Outline, Stored, read_outline, same_numbers
 from weights.schemes import SCHEMES
 
-# The interpreter, torch, the compiled code and what compiling leaves behind; measured as a rank's peak
-# resident memory less its weights and cache (docs/log.md).
+# The interpreter, torch, the compiled code and memory that compiling leaves allocated; measured as a
+# rank's peak resident memory minus its weights and cache (docs/log.md).
 BASE_BYTES = 600 << 20
-CHUNK = 512  # tokens of prompts that are run at once: below that, products wait for the weights
-PADDED_CHUNK = 128  # the same where each call has this length
-_MOST_WEIGHTS = 1 << 18  # of a model of which nobody has listed them
-MAX_BATCH = 8  # rows, where nobody asks for another number
+CHUNK = 512  # most prompt tokens in one call: with fewer, matmuls are bound by reading the weights
+PADDED_CHUNK = 128  # the same where every call is padded to this length
+_MOST_WEIGHTS = 1 << 18  # bound on the number of weights where the file's are not listed
+MAX_BATCH = 8  # slots, unless the user gives batch=
 
 
 def cache_length(max_seq_len: int, padded: bool) -> int:
-    """Positions that a cache row needs: padding of a last chunk has a place to go."""
+    """Returns how many positions a cache slot needs. Padding of a last chunk is written too, so
+    `padded` adds a chunk."""
     return max_seq_len + PADDED_CHUNK if padded else max_seq_len
 
 
@@ -50,16 +51,18 @@ def rank_needs(
     guesses: int = 0,
     held: Collection[Held] = (),
 ) -> dict[str, int]:
-    """Bytes that one rank holds, by purpose, with a cache of `num_rows` texts and up to so many
-    `guesses` to be verified in each at once. `held` are the products with quantized weights. Raises
-    InputError where the model cannot be split so."""
+    """Returns the bytes that one rank holds, by purpose: `weights`, `kv_cache`, `workspace`.
+
+    The cache has `num_rows` slots; `guesses` is the most draft tokens that a slot verifies in one call;
+    `held` lists the linears with quantized weights. Raises InputError if the model cannot be split over
+    `world_size` ranks."""
     item = BYTES[dtype_name(dtype)]
     layout = layout_of(config, rank, world_size)
     name = kv_dtype_name(kv_dtype, dtype)
-    # int8 has a scale, float32, for each token and head.
+    # An int8 cache has a float32 scale for each token and head.
     head_bytes = config.head_dim * BYTES[name] + (4 if name == "int8" else 0)
     kv_cache = 2 * config.num_layers * layout.heads.num_kv * head_bytes * max_seq_len * num_rows
-    # A chunk's widest activations, twice (in and out), and the rows of logits of all ranks.
+    # A chunk's widest activations, twice (input and output), and the gathered logits of all ranks.
     activations = 2 * CHUNK * max(layout.ffn_stop - layout.ffn_start, layout.expert_stop) * 2 * item
     num_logits = max(2, num_rows, min(num_rows * (1 + guesses), CHUNK))
     logits = 2 * num_logits * layout.vocab_block * world_size * 4
@@ -71,7 +74,8 @@ def rank_needs(
 
 
 def with_batch(resolved: ResolvedJob) -> ResolvedJob:
-    """The job with the number of texts that it makes at once: as asked for, or up to MAX_BATCH."""
+    """Returns the job with `batch` set: the given number, else one slot for each prompt, at most
+    MAX_BATCH. A beam search takes one slot for each beam."""
     job = resolved.job
     batch = job.batch or max(1, min(MAX_BATCH, len(resolved.prompts)))
     if job.num_beams > 1:
@@ -80,7 +84,7 @@ def with_batch(resolved: ResolvedJob) -> ResolvedJob:
 
 
 def smaller_batch(asked: ResolvedJob, tried: ResolvedJob) -> ResolvedJob | None:
-    """`tried` with half as many texts at once; None where the job asked for that number."""
+    """Returns `tried` with half its batch, None if it is 1 or `asked` fixes it (batch=, beams)."""
     if asked.job.batch or asked.job.num_beams > 1 or tried.job.batch == 1:
         return None
     return replace(tried, job=replace(tried.job, batch=tried.job.batch // 2))
@@ -89,9 +93,11 @@ def smaller_batch(asked: ResolvedJob, tried: ResolvedJob) -> ResolvedJob | None:
 def job_needs(
     resolved: ResolvedJob, world_size: int, thorough: bool, max_seq_len: int | None = None
 ) -> list[dict[str, int]]:
-    """What each rank of a job `with_batch` needs; [] where the dimensions cannot be told without
-    opening the weights and `thorough` does not ask for that (it loads torch, which takes seconds).
-    `max_seq_len` None: as the job asks, and the model can have it. Raises InputError if it cannot."""
+    """Returns what each rank of a job needs, in bytes by purpose; `resolved` is from `with_batch`.
+
+    [] where the dimensions are not known without opening the weights and `thorough` is False (opening
+    them imports torch, which takes seconds). `max_seq_len` None: the job's, fitted to the model. Raises
+    InputError if the model does not have that length."""
     outline = None if resolved.checkpoint is None else read_outline(resolved.checkpoint)
     config = resolved.config or _declared(resolved, outline, thorough)
     if config is None:
@@ -100,7 +106,7 @@ def job_needs(
     held = _held(job, config, outline, world_size)
     guesses = job.draft_tokens if job.draft else 0
     if max_seq_len is None:
-        own = job.engine != "hf"  # what transformers makes of the file, its config says at the rank
+        own = job.engine != "hf"  # with engine=hf the rank reads the limit from transformers' config
         max_seq_len = (
             fitted_length(job, config.max_seq_len, config.stretched_from) if own else job.max_seq_len
         )
@@ -127,15 +133,15 @@ def job_needs(
 
 
 def _held(job: Job, config: ModelConfig, outline: Outline | None, world_size: int) -> list[Held]:
-    """Which products hold quantized weights: as the loader decides it. What a file is not known to have
-    quantized is taken for plain."""
+    """The linears that hold quantized weights, by the loader's own rule. A weight that the header does
+    not list counts as plain."""
     asked = parse_asked(quant_of(job)) if job.quant in SCHEMES else None
     if asked is None and (outline is None or not keeps_quantized(job)):
         return []
     known = {} if outline is None else outline.weights
     with_experts = sum(map(config.has_experts, range(config.num_layers)))
     if config.num_layers + 3 * with_experts * config.num_experts > (len(known) or _MOST_WEIGHTS):
-        return []  # the file lacks weights that the config claims; the rank says which
+        return []  # the file lacks weights that the config claims; the rank reports which
     products = products_of(config)
     plain = Stored("BF16")
     stored = {name: known.get(name, plain) for names in products for name in names}
@@ -143,16 +149,17 @@ def _held(job: Job, config: ModelConfig, outline: Outline | None, world_size: in
 
 
 def keeps_quantized(job: Job, device: str = "cpu") -> bool:
-    """Whether a job's layers hold what its file has quantized: with quant=auto, where our own products
-    are used."""
+    """Whether a job keeps the quantized weights of its file: with quant=auto, where our kernels for
+    them run (on a CPU, in bfloat16, not with engine=hf)."""
     on_cpu = device == "cpu" and job.device != "cuda"
     own = dtype_name(job.dtype, device) == "bfloat16" and job.engine != "hf"
     return job.quant == "auto" and on_cpu and own
 
 
 def _with_own_head(config: ModelConfig, outline: Outline | None) -> ModelConfig:
-    """`config`, without a tie that what is stored does not have (as `models.tying`, which knows more
-    formats: what cannot be compared here is counted as a head)."""
+    """`config`, with tie_embeddings cleared if the file stores a head whose numbers differ from the
+    embedding. `models.tying` decides the same and knows more formats: what cannot be compared here
+    counts as a separate head."""
     stored = {} if outline is None else outline.weights
     head, embedding = stored.get(HEAD), stored.get(EMBEDDING)
     if not config.tie_embeddings or head is None or embedding is None:
@@ -164,21 +171,21 @@ def _declared(resolved: ResolvedJob, outline: Outline | None, thorough: bool) ->
     checkpoint = resolved.checkpoint
     if checkpoint is None:
         return None
-    own = outline is not None and outline.format == "gguf"  # which tells of itself
+    own = outline is not None and outline.format == "gguf"  # GGUF files describe themselves
     file = locate(checkpoint).folder / "config.json"
     if file.is_file() and not own:
         try:
             found = read_json(file)
         except InputError:
-            return None  # the rank that opens it says what is wrong
+            return None  # the rank that opens it reports the error
         try:
             return _with_own_head(from_hf(found, str(file)), outline)
         except InputError:
             if resolved.job.engine != "hf":
                 raise
-            return None  # a family that only transformers knows: there is no estimate
+            return None  # a family that only transformers knows: no estimate
     if outline is not None and outline.format == "gguf":
-        with suppress(InputError):  # the rank says that
+        with suppress(InputError):  # the rank reports it
             return from_gguf(outline.config, outline.weights, str(checkpoint))
     if not thorough:
         return None

@@ -1,6 +1,6 @@
-"""What every rank does before it makes a token: join the group, load its part, compile.
+"""What every rank does before the first token: join the group, load its shard of the model, compile.
 
-`env` is the launcher's `RankEnv` (duck-typed, so that nothing here depends on the launcher).
+`env` is the launcher's `RankEnv` (duck-typed, so that this module does not depend on the launcher).
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from weights.formats.safetensors_io import open_safetensors
 from weights.locate import locate
 from weights.open import open_checkpoint
 
-# Ranks reach their first collective when each has loaded and compiled its own part, which can be
-# minutes apart where ranks share cores. A rank that dies meanwhile is the launcher's to notice.
+# Ranks reach their first collective after each has loaded and compiled its own shard. Where ranks share
+# cores, these times can be minutes apart. The launcher notices a rank that dies meanwhile.
 START_TIMEOUT_S = 1800.0
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An engine that is ready. `codec` is rank 0's; `draft` runs the draft model, where there is one.
-    `quant`: the scheme of most weights, "" if they are not quantized. Times in seconds."""
+    """An engine that is ready to run. `codec` is None except on rank 0; `draft` runs the draft model,
+    None without one. `quant`: the scheme of most weights, "" if not quantized. Times in seconds."""
 
     group: Group
     runner: Runner
@@ -64,8 +64,8 @@ class Opened:
 
 @contextmanager
 def joined(env: Any) -> Iterator[Group]:
-    """The group of all ranks of this run."""
-    # The launcher has chosen; torch may have counted the cores of the machine.
+    """Join the group of all ranks of this run, and leave it at the end."""
+    # The launcher chose this number; torch's own default may count all cores of the machine.
     torch.set_num_threads(env.plan.num_threads)
     if env.plan.device != "cpu":
         torch.cuda.set_device(env.plan.device)
@@ -82,17 +82,17 @@ def joined(env: Any) -> Iterator[Group]:
     set_timeout(group, START_TIMEOUT_S)
     with told(env.rank):
         yield group
-    # Left open on an error: the others would report that this rank is gone before it has said why.
-    # It goes with the process.
+    # On an error the group stays open until the process ends: if it were closed here, the other ranks
+    # would report that this rank is gone before it has reported its error.
     opened.__exit__(None, None, None)
 
 
 @contextmanager
 def all_cores(cpus: Collection[int]) -> Iterator[None]:
-    """Let this thread run on all cores of its rank for a while.
+    """Let this thread run on all cores of its rank, `cpus`, within the block.
 
-    GNU's OpenMP pins the main thread to one core as torch is loaded, which is right for computing. But
-    what the thread starts inherits that: all compilers would share that core.
+    GNU's OpenMP pins the main thread to one core when torch is imported, which is right for computing.
+    But threads and processes that it starts inherit the mask: all compilers would share that core.
     """
     pinned = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cpus)
@@ -103,8 +103,8 @@ def all_cores(cpus: Collection[int]) -> Iterator[None]:
 
 
 def open_engine(env: Any, resolved: ResolvedJob, group: Group, names: Sequence[str]) -> Opened:
-    """Load the job's model (and its draft), allocate caches for `job.batch` rows and compile the steps
-    `names`. Raises InputError."""
+    """Load the job's model (and its draft model), allocate caches of `job.batch` slots and compile the
+    steps `names`. Raises InputError."""
     job = resolved.job
     with ExitStack() as unpinned:
         if env.bind_cores:
@@ -131,7 +131,7 @@ def open_engine(env: Any, resolved: ResolvedJob, group: Group, names: Sequence[s
             runners = [_runner(job, part, group, env.plan.device) for part in parts]
         except torch.OutOfMemoryError as error:
             raise InputError(
-                f"rank {group.rank}: {env.plan.device} has too little memory for its weights and cache "
+                f"rank {group.rank}: {env.plan.device} has too little memory for weights and cache "
                 f"({str(error).splitlines()[0]}); use more GPUs, or a smaller max_seq_len or batch"
             ) from error
         with _code_folder(env) if job.compile else nullcontext():
@@ -156,13 +156,13 @@ def open_engine(env: Any, resolved: ResolvedJob, group: Group, names: Sequence[s
 
 @contextmanager
 def _code_folder(env: Any) -> Iterator[None]:
-    """Around compiling. One rank of each machine looks after the folder of compiled code."""
+    """Wraps compiling. On each machine, local rank 0 checks and seals the folder of compiled code."""
     try:
         folder = use_cache_folder()
     except OSError as error:
         raise InputError(
-            f"no folder for compiled code: {error}; set XDG_CACHE_HOME to one that only you can write "
-            "to, or compile=false"
+            f"no folder for compiled code: {error}; set XDG_CACHE_HOME to a folder that only you can "
+            "write to, or use compile=false"
         ) from error
     if env.rank == 0 and folder.remark:
         say(folder.remark)
@@ -171,8 +171,8 @@ def _code_folder(env: Any) -> Iterator[None]:
 
 
 def _build_operators(env: Any) -> None:
-    """Have the operators in C++ compiled, on all cores of this machine's ranks, before anything loads
-    them. Where that fails, loading says why, and what is done without them."""
+    """Compile the C++ operators, on all cores of this machine's ranks, before anything loads them. If
+    that fails, loading them later reports the reason and the fallback."""
     wanted = [COMM] if env.world_size > 1 and env.backend.startswith("shm") else []
     wanted += [KERNELS] if env.plan.device == "cpu" else []
     cpus = {cpu for plan in env.plans for cpu in plan["cpus"]}
@@ -186,24 +186,26 @@ def _build_operators(env: Any) -> None:
 def about_length(
     asked: int, length: int, limit: int | None, stretched_from: int | None
 ) -> Iterator[str]:
-    """What the user has to know of the room for texts, `length` of the tokens that were asked for."""
+    """Yields lines for the user about max_seq_len: the job asked for `asked` tokens and gets `length`.
+    `limit` and `stretched_from` as in `fitted_length`."""
     if length < asked:
         yield (
             f"max_seq_len={length}: the most that this model "
-            + ("has" if length == limit else "has without stretching short texts too")
+            + ("has" if length == limit else "has without changing short texts too")
             + f", less than the default of {asked}"
         )
     if stretched_from is not None and length > stretched_from:
         yield (
             f"max_seq_len={length} is more than the {stretched_from} tokens that this model's "
-            "rotary embeddings were made for: they are stretched for all texts, so short ones differ "
-            f"from transformers', which stretches long ones alone; max_seq_len={stretched_from} "
-            "leaves them as they are"
+            "rotary embeddings were made for: they are stretched for all texts, so short texts differ "
+            "from transformers', which stretches the embeddings of long texts only; "
+            f"max_seq_len={stretched_from} does not stretch them"
         )
 
 
 def step_names(job: Job, plain: bool) -> tuple[str, ...]:
-    """The steps that a job may run. `plain`: every request takes the likeliest token, as it is."""
+    """Names of the steps that a job may run. `plain`: every request decodes greedily, without penalties
+    or biases."""
     if job.num_beams > 1:
         return EXTEND, BEAMS
     if job.draft:
@@ -218,8 +220,8 @@ def _runner(job: Job, model: AnyModel, group: Group, device: str) -> Runner:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a job's model comes from; `stretched_from` as in `ModelConfig`. `load(progress)` builds and
-    fills this rank's part of it."""
+    """An opened model that is not loaded yet; `stretched_from` as in `ModelConfig`. `load(progress)`
+    builds this rank's shard and fills it."""
 
     checkpoint: Checkpoint
     vocab_size: int
@@ -234,7 +236,7 @@ def _open(resolved: ResolvedJob, group: Group, device: str) -> _Source:
 
 
 def _open_own(resolved: ResolvedJob, group: Group, device: str) -> _Source:
-    """A model that `models` has code for, from any checkpoint or of random weights."""
+    """Open a model that `models` implements, from any checkpoint or with random weights."""
     job = resolved.job
     tell = say if group.rank == 0 else lambda line: None
     if resolved.checkpoint is not None:
@@ -258,15 +260,15 @@ def _open_own(resolved: ResolvedJob, group: Group, device: str) -> _Source:
 
 
 def _quant(job: Job, device: str) -> str:
-    """What is done about quantized weights: auto is to keep them where our own products are used."""
+    """The quantization for the loader. quant=auto keeps quantized weights where our kernels run."""
     if job.quant == "auto" and not (keeps_quantized(job, device) and has_kernels()):
         return "none"
     return quant_of(job)
 
 
 def _open_hf(resolved: ResolvedJob, group: Group, device: str) -> _Source:
-    """A model whose code is that of the transformers library."""
-    from models.hf.model import build_model, fill_model  # transformers is needed here alone
+    """Open a model that runs the transformers library's code."""
+    from models.hf.model import build_model, fill_model  # only this path needs transformers
 
     assert resolved.checkpoint is not None
     checkpoint = open_safetensors(locate(resolved.checkpoint), translated=False)
@@ -296,7 +298,8 @@ def _dtype(name: str, device: str) -> torch.dtype:
 
 
 def share(value: Any, group: Group, device: torch.device) -> Any:
-    """Rank 0's `value`, anything that JSON can hold, on every rank."""
+    """Broadcast rank 0's `value`, anything that JSON can hold; returns it on every rank. The other
+    ranks' `value` is ignored. `device` is where the group's tensors live."""
     data = json.dumps(value).encode() if group.rank == 0 else b""
     length = int(ops.broadcast(torch.tensor([len(data)], device=device), 0, group))
     buffer = torch.zeros(length, dtype=torch.uint8, device=device)

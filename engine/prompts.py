@@ -1,13 +1,13 @@
-"""The prompts of a job: one on the command line, or a file of them, each with settings of its own.
+"""Reads the prompts of a job: one from the command line, or a file of them, each with its own settings.
 
-Free of torch: a file is read and checked before any rank is started, and a mistake is named with its
+Does not import torch: the file is read and checked before any rank is started, and errors name the
 line. A file whose name ends in .jsonl (or whose first line begins with `{`) has an object on each line:
 
     {"prompt": "text"}  or  {"messages": [{"role": "user", "content": "text"}, ...]}
 
-with any of `max_new_tokens`, `seed`, `temperature` and the other keys of sampling, and an `id` that
-comes back with the answer. Any other file has a prompt on each line that is not blank, and no line that
-begins with `{`. Lines end where weights/texts.py says.
+The object may also have `max_new_tokens`, `seed`, `temperature` and the other sampling keys, and an
+`id` that is copied to the answer. Any other file has one prompt on each non-blank line, and no line
+that begins with `{`. weights/texts.py defines where lines end.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from models.sampling_params import Sampling, check_sampling
 from weights.files import parse_json
 from weights.texts import lines_of, not_unicode
 
-MAX_BYTES = 1 << 30  # of a file of prompts
-_ID_DEPTH = 32  # deeper ones would meet the limits of Python on their way
+MAX_BYTES = 1 << 30  # largest file of prompts
+_ID_DEPTH = 32  # deeper nesting could hit Python's recursion limits on its way to the answer
 _SAMPLING = tuple(field.name for field in fields(Sampling))
 _KEYS = ("prompt", "messages", "id", "max_new_tokens", *_SAMPLING)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to continue, or a conversation (`messages`) to answer. `shorten`: nobody gave
-    max_new_tokens, and the answer has less where there is no room for it."""
+    """A text to continue, or a conversation (`messages`) to answer. `shorten`: the user did not give
+    max_new_tokens, so it is lowered where the prompt leaves less room. `name`: for errors."""
 
     text: str
     max_new_tokens: int
@@ -47,14 +47,14 @@ class Prompt:
 
 
 def prompt_from_dict(data: dict[str, Any]) -> Prompt:
-    """The inverse of `dataclasses.asdict`, by way of JSON."""
+    """The inverse of `dataclasses.asdict`, for data that went through JSON."""
     sampling = dict(data["sampling"])
     sampling["logit_bias"] = tuple((token, bias) for token, bias in sampling["logit_bias"])
     return Prompt(**data | {"sampling": Sampling(**sampling), "messages": tuple(data["messages"])})
 
 
 def read_prompts(job: Job) -> tuple[Prompt, ...]:
-    """The job's prompts, in order; none where it has none. Raises InputError that names the line."""
+    """Returns the job's prompts in order, () if it has none. Raises InputError that names the line."""
     sampling = sampling_of(job)
     if job.prompt:
         return (_plain("the prompt", job.prompt, job, sampling),)
@@ -66,14 +66,14 @@ def read_prompts(job: Job) -> tuple[Prompt, ...]:
         if (line := _decoded(f"{job.prompts} line {i}", data)).strip()
     ]
     if not named:
-        raise InputError(f"prompts={job.prompts} has no prompt; it takes one per line")
+        raise InputError(f"prompts={job.prompts} has no prompt; write one on each line")
     if job.prompts.lower().endswith(".jsonl") or _opens_object(named[0][1]):
         return tuple(_prompt(name, line, job, sampling) for name, line in named)
     for name, line in named:
         if _opens_object(line):
             raise InputError(
-                f"{name} begins like a JSON object, and the lines before it are plain: a file has one "
-                'or the other; in a file of objects, {"prompt": "..."} holds any text'
+                f"{name} begins like a JSON object, and the lines before it are plain text: a file "
+                'must not mix them; write every line as an object: {"prompt": "..."} holds any text'
             )
     return tuple(_plain(name, line, job, sampling) for name, line in named)
 
@@ -83,14 +83,14 @@ def _opens_object(line: str) -> bool:
 
 
 def _plain(name: str, text: str, job: Job, sampling: Sampling) -> Prompt:
-    """A text with the job's own settings."""
+    """A plain prompt with the job's settings."""
     messages = ({"role": "user", "content": text},) if job.chat else ()
     shorten = "max_new_tokens" not in job.given
     return Prompt(text, job.max_new_tokens, sampling, messages, name=name, shorten=shorten)
 
 
 def _read(source: str) -> list[bytes]:
-    """The lines of a file, or of standard input."""
+    """The lines of a file, or of standard input for "-"."""
     try:
         if source == "-":
             data = sys.stdin.buffer.read(MAX_BYTES + 1)
@@ -102,7 +102,7 @@ def _read(source: str) -> list[bytes]:
     except (AttributeError, ValueError, RuntimeError) as error:  # no stdin; a name with a null; no home
         raise InputError(f"prompts={source} cannot be read: {error}") from error
     if len(data) > MAX_BYTES:
-        raise InputError(f"prompts={source} has more than {MAX_BYTES >> 20} MiB; divide it")
+        raise InputError(f"prompts={source} is larger than {MAX_BYTES >> 20} MiB; split the file")
     return lines_of(data)
 
 
@@ -111,7 +111,7 @@ def _decoded(name: str, line: bytes) -> str:
         return line.decode()
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{name} is not UTF-8 at byte {error.start} (0x{line[error.start]:02x}); save the file anew"
+            f"{name} is not UTF-8 at byte {error.start} (0x{line[error.start]:02x}); save it as UTF-8"
         ) from error
 
 
@@ -119,18 +119,18 @@ def _prompt(name: str, line: str, job: Job, sampling: Sampling) -> Prompt:
     data = _object(name, line)
     text, messages = data.get("prompt"), data.get("messages")
     if (text is None) == (messages is None):
-        raise InputError(f"{name} must have either prompt or messages")
+        raise InputError(f"{name} must have either prompt or messages, and not both")
     if messages is not None:
         checked = _messages(name, messages)
     elif isinstance(text, str) and text:
         checked = ({"role": "user", "content": text},) if job.chat else ()
     else:
-        raise InputError(f"{name}: prompt must be a text that is not empty, not {str(text)[:40]!r}")
+        raise InputError(f"{name}: prompt must be a non-empty string, not {str(text)[:40]!r}")
     count = data.get("max_new_tokens", job.max_new_tokens)
     if type(count) is not int or not 1 <= count < job.max_seq_len:
         raise InputError(
-            f"{name}: max_new_tokens={str(count)[:40]} must be a number from 1 to below max_seq_len="
-            f"{job.max_seq_len}"
+            f"{name}: max_new_tokens={str(count)[:40]} must be a whole number, at least 1 and below "
+            f"max_seq_len={job.max_seq_len}"
         )
     return Prompt(
         text or "", count, _sampling(name, data, job, sampling), checked, data.get("id"), name,
@@ -139,7 +139,7 @@ def _prompt(name: str, line: str, job: Job, sampling: Sampling) -> Prompt:
 
 
 def _object(name: str, line: str) -> dict[str, Any]:
-    """The JSON object of a line, its keys known and its texts Unicode."""
+    """The JSON object of a line. Raises InputError for unknown keys and text that is not Unicode."""
     try:
         data = parse_json(line.encode(), unique=True)
     except json.JSONDecodeError as error:
@@ -155,13 +155,13 @@ def _object(name: str, line: str) -> dict[str, Any]:
     if isinstance(data.get("prompt"), str):
         _check_unicode(f"{name}: prompt", data["prompt"])
     if _depth(data.get("id")) > _ID_DEPTH:
-        raise InputError(f"{name}: id is nested more than {_ID_DEPTH} deep; a text or a number will do")
+        raise InputError(f"{name}: id is nested more than {_ID_DEPTH} deep; use a string or a number")
     _check_unicode(f"{name}: id", json.dumps(data.get("id"), ensure_ascii=False))
     return data
 
 
 def _depth(value: Any) -> int:
-    """How many lists and objects lie inside each other."""
+    """How deep lists and objects are nested."""
     level, depth = [value], 0
     while level := [item for item in level if isinstance(item, list | dict)]:
         level = [x for item in level for x in (item.values() if isinstance(item, dict) else item)]
@@ -212,7 +212,7 @@ def _sampling(name: str, data: dict[str, Any], job: Job, default: Sampling) -> S
 
 
 def _biases(name: str, bias: Any) -> tuple[tuple[int, float], ...]:
-    """An object of token numbers (as JSON has it, texts) and numbers."""
+    """Parse an object from token id (a string, as JSON requires) to bias."""
     right = isinstance(bias, dict) and all(
         re.fullmatch("[0-9]{1,19}", token) and type(value) in (int, float)
         for token, value in bias.items()

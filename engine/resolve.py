@@ -1,6 +1,6 @@
-"""Where a job's model comes from: its dimensions and weights found, before any rank is started.
+"""Resolves a job before any rank starts: finds the model's dimensions and weights, reads the prompts.
 
-Free of torch. `to_json` and `from_json` are the way to the ranks.
+Does not import torch. The launcher passes the result to the ranks with `to_json` and `from_json`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from weights.schemes import SCHEMES
 
 @dataclass(frozen=True)
 class ResolvedJob:
-    """A job with its model found: where the weights are (None for random ones), and the dimensions
-    as far as they are known without opening the file. `draft` is the same of the draft model; `notes`
-    are lines for the user, of what was taken from where."""
+    """A job and the model that was found for it. `checkpoint`: path of the weights, None for random
+    ones. `config`: the dimensions, None if they are not known without opening the file. `draft`: the
+    same for the draft model. `notes`: lines for the user that say which settings came from a file."""
 
     job: Job
     checkpoint: Path | None
@@ -39,14 +39,14 @@ class ResolvedJob:
 
 
 def resolve(job: Job) -> ResolvedJob:
-    """Find the model's dimensions and weights, read the prompts. Raises InputError that says what is
-    wrong, and for weights the ways to get them."""
+    """Find the model's dimensions and weights, and read the prompts. Raises InputError that says what
+    is wrong and, for missing weights, how to get them."""
     found = _resolve_model(job)
     job, notes = with_defaults(job, found.checkpoint)
     found = replace(found, job=job, prompts=read_prompts(job), notes=notes)
     if job.draft in ("", LOOKUP):
         return found
-    # quant= is of the model; a draft keeps what its file has, unless nothing is to be kept.
+    # quant= applies to the main model. A draft model keeps its file's quantization, unless quant=none.
     quant = "none" if job.quant == "none" else "auto"
     weights = _draft_weights(job)
     draft = replace(job, model=job.draft, draft="", weights=weights, engine="yoke", quant=quant)
@@ -61,22 +61,22 @@ def _draft_weights(job: Job) -> str:
 
 
 def _check_vocabularies(found: ResolvedJob, draft: ResolvedJob) -> None:
-    """Where both are known already; the ranks compare them in any case."""
+    """Compare early where both sizes are known; the ranks compare them in any case."""
     if found.config is not None and draft.config is not None:
         check_draft(found.config.vocab_size, draft.config.vocab_size, found.job.draft)
 
 
 def check_draft(vocab_size: int, draft_vocab_size: int, name: str) -> None:
-    """Raise InputError unless a draft model speaks the model's language."""
+    """Raise InputError unless the draft model's vocabulary has the size of the main model's."""
     if vocab_size != draft_vocab_size:
         raise InputError(
-            f"draft={name}: it has a vocabulary of {draft_vocab_size} tokens, the model one of "
-            f"{vocab_size}; a draft model shares the tokenizer. draft=lookup needs no model"
+            f"draft={name}: it has a vocabulary of {draft_vocab_size} tokens, the main model one of "
+            f"{vocab_size}; both must use the same tokenizer. draft=lookup needs no draft model"
         )
 
 
 def _resolve_model(job: Job, key: str = "model") -> ResolvedJob:
-    """`key` is the word of the command line that named `job.model`."""
+    """`key`: the key of the command line that named `job.model`, for errors."""
     overrides = {key: getattr(job, key) for key in OVERRIDES if getattr(job, key) is not None}
     preset = PRESETS.get(job.model)
     if job.engine == "hf":
@@ -92,19 +92,19 @@ def _resolve_model(job: Job, key: str = "model") -> ResolvedJob:
         return ResolvedJob(job, None, override(preset, **overrides))
     if overrides:
         raise InputError(
-            f"{next(iter(overrides))}= changes the shape of the model, which has weights of one "
+            f"{next(iter(overrides))}= changes the shape of the model, but its weights exist in one "
             "shape only; add weights=random"
         )
     found = find_weights(job.model, key, (LOOKUP,) if key == "draft" else ())
     if job.engine == "hf":
         hf_config.check_folder(found)
         return ResolvedJob(job, found, None)
-    locate(found)  # what is incomplete or ambiguous is refused before a rank exists
+    locate(found)  # refuses incomplete or ambiguous checkpoints before any rank exists
     return ResolvedJob(job, found, preset)
 
 
 def check_ranks(resolved: ResolvedJob, world_size: int) -> None:
-    """Raise InputError if the model cannot be split over so many ranks, where that is known."""
+    """Raise InputError if the model is known not to split over `world_size` ranks."""
     if resolved.config is not None:
         check_world_size(resolved.config.num_heads, world_size)
         if resolved.job.quant in SCHEMES:
@@ -119,7 +119,7 @@ def check_ranks(resolved: ResolvedJob, world_size: int) -> None:
 
 
 def to_json(resolved: ResolvedJob) -> str:
-    """What the ranks are handed."""
+    """Returns the job as JSON, for the ranks."""
     return json.dumps(_to_dict(resolved))
 
 

@@ -1,18 +1,19 @@
-"""The loop with guesses: several tokens of a row are run at once, and those kept that were foretold.
+"""Speculative decoding: runs draft tokens behind the last token in one call, keeps the accepted prefix.
 
-A token's step reads all weights, and takes hardly longer for a few tokens than for one. So each round
-guesses how every row goes on, by look-up in its text or by a small model, runs the last tokens with the
-guesses behind them in one call, and keeps what the model itself would have said (`engine.drafts`: the
-text is the one that `engine.loop` makes). A new row's prompt goes with the round like anything else
-that is not in the cache yet.
+A decode step is memory-bound: it reads all weights, and takes hardly longer for a few tokens than for
+one. So each round proposes draft tokens for every sequence, by look-up in its text or with a small
+model, runs its last token and the draft tokens in one call, and keeps those that the model itself would
+have chosen (`engine.drafts`; the text equals that of `engine.loop`). The prompt of a new request is
+part of the same call, like any other tokens that are not in the cache yet.
 
-Each rank holds the rows' texts and so makes the same guesses; rank 0 judges them, since it samples and
-knows of stop strings, and tells of every row how many were right, the token behind them and whether
-the text ended. Wrong guesses leave keys in the cache, at positions beyond the text: the next round
-begins with the first of those, and writes before it attends. Guesses are no more than what an answer
-may still hold, so nothing is ever written beyond its end.
+Every rank holds the texts of all sequences, so all ranks propose the same draft tokens. Rank 0 verifies
+them, since it samples and knows the stop strings. It broadcasts three numbers for each sequence: how
+many draft tokens were accepted, the token that follows them, and whether the text has ended. Rejected
+tokens leave keys in the cache, at positions beyond the text. The next round begins at the first of
+these positions, and writes keys before it attends to them. A round never proposes more tokens than the
+answer has room for, so nothing is written beyond its end.
 
-What is not here: guesses for engine=hf, whose steps are padded; trees of guesses.
+Not here: draft tokens with engine=hf, whose steps are padded; trees of draft tokens.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from models.sampling import Choice, Sampler, make_sampler, not_finite, start_row
 
 @dataclass
 class Row:
-    """A row's text, as every rank knows it. The keys of its first `known` tokens lie in the model's
-    cache, those of the first `known_to_draft` in the draft model's."""
+    """A sequence in a cache slot, as every rank knows it. The model's cache holds the keys of its first
+    `known` tokens, the draft model's cache those of its first `known_to_draft`."""
 
     work: Work
     text: list[int]
@@ -58,12 +59,12 @@ def generate(
     draft: Runner | None = None,
     draft_tokens: int = 4,
 ) -> list[Answer]:
-    """`engine.loop.generate` with up to `draft_tokens` guesses a round, by the model of `draft` or, if
-    that is None, by look-up.
+    """As `engine.loop.generate`, with up to `draft_tokens` draft tokens for each sequence in a round.
 
-    `draft` has as many rows as `runner`, of the same length, and the same vocabulary and group; its
-    guesses are the tokens that it finds likeliest. Its cache may lack the last tokens of an earlier
-    answer, so prompts that lie in the model's cache already (`Request.cached`) it runs whole.
+    `draft` runs the draft model, which proposes its greedy tokens; None: prompt look-up. It has as many
+    slots as `runner`, of the same length, and the same vocabulary and group. Its cache may lack the
+    last tokens of an earlier answer, so it runs every prompt from the start, even where the model's
+    cache holds the beginning (`Request.cached`). Raises InputError where logits are not finite.
     """
     watcher = watcher or Watcher()
     start = time.perf_counter()
@@ -114,8 +115,8 @@ def _judge(
     stop_tokens: frozenset[int],
     watcher: Watcher,
 ) -> list[list[int]]:
-    """What rank 0 tells of each row: the number of right guesses, the last token, whether the text
-    ended."""
+    """What rank 0 broadcasts for each slot: how many draft tokens were accepted, the last token, and
+    whether the text has ended."""
 
     def keep(place: int, token: int, choice: Choice) -> bool:
         work = rows[place].work
@@ -135,8 +136,9 @@ def _judge(
 
 
 def _move_on(row: Row, guess: Sequence[int], accepted: int, token: int) -> None:
-    """What a round has made of a row, and how much of it the caches know: of the model, all but the new
-    token; of the draft model, which never ran its last guess, perhaps one token less."""
+    """Append a round's tokens to the text, and record how much of it the caches hold. The model's cache
+    lacks only the new token. The draft model never ran its last draft token, so its cache may lack one
+    more."""
     row.work.drafted += len(guess)
     row.work.accepted += accepted
     row.known = len(row.text) + accepted
@@ -148,8 +150,8 @@ def _move_on(row: Row, guess: Sequence[int], accepted: int, token: int) -> None:
 def _guess(
     runner: Runner, rows: Mapping[int, Row], draft: Runner | None, draft_tokens: int
 ) -> dict[int, list[int]]:
-    """How every row may go on. There is none for a first token, which nobody should wait longer for,
-    nor more than fit the answer or, together, one call."""
+    """Draft tokens for every slot. None before the first token, so that it does not come later; never
+    more than the answer has room for, nor, over all slots, than one call takes."""
     room = min(draft_tokens, runner.chunk // len(rows) - 1)
     counts = {
         place: max(0, min(room, row.work.max_new_tokens - row.made - 1)) if row.made else 0
@@ -161,12 +163,12 @@ def _guess(
 
 
 def _ask(draft: Runner, rows: Mapping[int, Row], counts: Mapping[int, int]) -> dict[int, list[int]]:
-    """The draft model's likeliest `counts` tokens of each row.
+    """The draft model's next `counts` greedy tokens for each slot.
 
-    It first runs what it has not seen of the texts. Then rows go in step: those that have enough stand
-    still, at the last guess, and those without any at the first position that their cache does not
-    know yet: what is written there is overwritten before anything attends to it. Raises InputError,
-    on every rank, where a guess is none (`ops.argmax`).
+    It first runs the tokens that are not in its cache yet. Then all slots decode together. A slot that
+    has enough tokens repeats its last draft token's step. A slot without draft tokens runs at the first
+    position that its cache does not hold: what is written there is overwritten before anything attends
+    to it. Raises InputError on every rank where the draft model's logits are not finite (`ops.argmax`).
     """
     asked = [place for place, count in counts.items() if count]
     guesses: dict[int, list[int]] = {place: [] for place in counts}
@@ -183,7 +185,7 @@ def _ask(draft: Runner, rows: Mapping[int, Row], counts: Mapping[int, int]) -> d
         left[place] = counts[place]
     tokens[asked] = first
     made = [tokens]
-    # Tensors of their own: two that share memory would be another graph.
+    # Separate tensors: two that share memory would need another graph.
     tokens, positions = tokens.clone(), positions.clone()
     for _ in range(max(counts.values()) - 1):
         left -= 1

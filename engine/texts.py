@@ -1,4 +1,4 @@
-"""Tokens to text as they come, and the texts that end an answer. On rank 0 alone."""
+"""Decodes tokens to text as they come, and finds stop strings. Runs on rank 0 only."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ Feed = Callable[[int | None], tuple[str, bool]]
 
 
 def text_stream(codec: TextCodec, stops: Sequence[str]) -> Feed:
-    """A function that takes an answer's tokens one by one, and None at its end, and returns the text
-    that may be shown, and whether the answer ends here: a text of `stops` is complete. That text and
-    what follows are not shown; nor, until it is certain, is what may be the beginning of one.
+    """Returns a function that is called with an answer's tokens one by one, and with None at the end.
+
+    It returns the text that may be shown, and whether the answer ends here because one of `stops` is
+    complete. The stop string and everything after it are not shown. Text that may be the beginning of a
+    stop string is held back until that is decided.
     """
     decode = codec.stream()
     held = ""

@@ -87,7 +87,7 @@ def test_generation_config_gives_defaults(
         ({"do_sample": True, "top_k": 1.5}, [], "top_k=1.5 must be a whole number"),
         ({"suppress_tokens": 5}, [], "suppress_tokens=5 must be a list of token ids"),
         ({"bad_words_ids": [5]}, [], "bad_words_ids=.5. a list of such lists"),
-        ({"stop_strings": [3]}, [], "stop=.3.: must be a text"),
+        ({"stop_strings": [3]}, [], "stop=.3.: must be a string"),
         (
             {"repetition_penalty": 1.5},
             ["num_beams=2"],
@@ -189,7 +189,7 @@ def test_room_that_changes_short_texts_is_told() -> None:
     assert replace(plain, rope=long, local_rope=dynamic).stretched_from == 200
     assert not list(about_length(1024, 1024, 4096, None))
     (line,) = about_length(1024, 300, 4096, 300)
-    assert line.startswith("max_seq_len=300: the most that this model has without stretching short")
+    assert line.startswith("max_seq_len=300: the most that this model has without changing short")
     (line,) = about_length(2000, 2000, 4096, 300)
     assert line.startswith("max_seq_len=2000 is more than the 300 tokens that")
-    assert "short ones differ from transformers'" in line
+    assert "short texts differ from transformers'" in line

@@ -21,7 +21,7 @@ WORDS = ["model=llama-3.2-1b", "weights=random", "prompt=hi", "dtype=bfloat16"]
     ("words", "match"),
     [
         (["quant=int5"], "quant=int5: must be one of auto, none, int8, .*, did you mean 'int"),
-        (["quant=int8", "dtype=float32"], "goes with dtype=bfloat16, .* not with dtype=float32"),
+        (["quant=int8", "dtype=float32"], "does not go with dtype=float32: .* add dtype=bfloat16"),
         (["quant=int4-g32", "weights=auto", "engine=hf"], "quant=int4-g32 does not go with engine=hf"),
         (["quant=int4-g128", "model=tiny"], "rows of 96, .* use one of int8, int4-g32"),
         (
@@ -29,9 +29,15 @@ WORDS = ["model=llama-3.2-1b", "weights=random", "prompt=hi", "dtype=bfloat16"]
             "^quant=int4-g128 quant_head=same: .* rows of 96, .* use one of int8, int4-g32",
         ),
         (["quant=int8", "quant_head=int4"], "quant_head=int4: must be one of int8, same, none"),
-        (["quant_head=int8"], "quant_head=int8 .* quant=auto is none; leave quant_head= out, or add"),
-        (["quant=none", "quant_head=none"], "quant_head=none goes .* quant=none is none; leave .* out"),
-        (["quant=auto", "quant_head=same", "engine=hf"], "quant_head=same goes .* one of int8, int4"),
+        (
+            ["quant_head=int8"],
+            "quant_head=int8 .* quant=auto names none; leave quant_head= out, or add",
+        ),
+        (
+            ["quant=none", "quant_head=none"],
+            "quant_head=none needs .* quant=none names none; leave .* out",
+        ),
+        (["quant=auto", "quant_head=same", "engine=hf"], "quant_head=same needs .* one of int8, int4"),
     ],
 )
 def test_what_does_not_go_is_refused(words: list[str], match: str) -> None:
@@ -93,7 +99,7 @@ def test_a_run_tells_its_scheme_and_bad_words_end_with_2(gguf: Path, run_yoke: C
     for bad, match in (
         (["model=tiny", "weights=random", "quant=int9"], "quant=int9: must be one of"),
         (["--ranks=2", "model=tiny", "weights=random", "quant=int8"], "use --ranks N with N of 1, 3"),
-        (["model=tiny", "weights=random", "quant_head=same"], "quant_head=same goes with a scheme"),
+        (["model=tiny", "weights=random", "quant_head=same"], "quant_head=same needs a scheme"),
         ([f"model={gguf}", "quant=int8"], "quantized already"),
     ):
         done = run_yoke(*bad, *words)
