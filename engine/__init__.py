@@ -1,5 +1,5 @@
-"""Text from a sharded model: the compiled loop, and the generation job that each rank runs.
+"""Generates text with a sharded model: the job, the compiled steps, and the loops that run them.
 
-`job` (free of torch) says what a job is, `loop` compiles and runs the steps, `rank` is what each rank
-executes, `report` is what people and programs are told afterwards.
+`job` (does not import torch) defines a job, `steps` compiles a model's steps, `loop` runs them,
+`generate` and `chat` are what each rank executes, `report` writes the output.
 """

@@ -1,19 +1,19 @@
-"""The bookkeeping of a beam search: which texts go on, which are finished, when it is over. Pure.
+"""The bookkeeping of a beam search: which texts continue, which are finished, when it ends. Pure.
 
 The semantics are those of transformers' `generate(num_beams=W, do_sample=False, early_stopping=False)`
-(5.23, `_beam_search`), of one prompt:
+(5.23, `_beam_search`), for one prompt:
 
-- Of all continuations of the running texts the (1 + number of stop tokens) * W likeliest are looked at
-  (2 * W at least), so that W of them can go on whatever ends.
-- One that ends (with a stop token, or because the answer is long enough) is finished if it is among
-  the W likeliest, and dropped otherwise. Its score is its log-probability / length ** length_penalty;
-  the stop token counts in both. The best W are kept.
-- It is over when nothing can go on, or when W are finished and the likeliest running text, scored at
-  its present length, is no better than the worst of them. With length_penalty > 0 that is a heuristic:
-  a longer text might have become better.
+- Candidates are the (1 + number of stop tokens) * W most probable continuations of all running texts
+  (at least 2 * W), so that W of them can continue, whichever ones end.
+- A candidate ends with a stop token, or at the maximum length. It is finished if it is among the W most
+  probable, and dropped otherwise. Its score is its log-probability / length ** length_penalty; the stop
+  token counts in both. The best W finished texts are kept.
+- The search ends when no text can continue, or when W texts are finished and the most probable running
+  text, scored at its present length, is no better than the worst of them. With length_penalty > 0 that
+  is a heuristic: a longer text might have become better.
 
-What differs: transformers fills places that no text has with texts of log-probability -1e9; here there
-are fewer running texts. Free of torch; `engine.beams` finds the continuations.
+One difference: transformers fills unused beams with texts of log-probability -1e9; here there are fewer
+running texts. Does not import torch; `engine.beams` computes the candidates.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched for: the best texts of up to `max_new_tokens`, with `num_beams` running at once.
+    """The settings of a search for the best texts of up to `max_new_tokens` tokens, with `num_beams`
+    running texts.
 
-    `length_penalty` above 0 favors long texts, below 0 short ones; at most 10 either way, so that no
-    length to its power leaves a float's range.
+    `length_penalty` above 0 favors long texts, below 0 short ones. It is from -10 to 10, so that
+    length ** length_penalty stays in a float's range.
     """
 
     num_beams: int
@@ -38,16 +39,16 @@ class Search:
 
     @property
     def num_candidates(self) -> int:
-        """How many continuations `advance` wants to see."""
+        """How many candidates `advance` needs."""
         return max(2, 1 + len(self.stop_tokens)) * self.num_beams
 
     def score(self, logprob: float, length: int) -> float:
-        """By which finished texts are compared."""
+        """The score by which finished texts are compared."""
         return logprob / length**self.length_penalty
 
 
 class Candidate(NamedTuple):
-    """A continuation: of which running text, by which token, and the log-probability of the whole."""
+    """A continuation of running text `parent` by `token`; `logprob` is that of the whole text."""
 
     parent: int
     token: int
@@ -56,7 +57,8 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Beam:
-    """A text that goes on, and which of the running texts of the step before it continues."""
+    """A running text. `parent`: the index of the running text of the previous step that it
+    continues."""
 
     tokens: tuple[int, ...]
     logprob: float
@@ -65,7 +67,7 @@ class Beam:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A finished text, its stop token included where it has `stopped`."""
+    """A finished text. If it `stopped`, its stop token is the last of `tokens`."""
 
     tokens: tuple[int, ...]
     score: float
@@ -74,8 +76,8 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Beams:
-    """A search between two steps. `running` has 1 to num_beams texts of one length, the likeliest first
-    (none only when done); `finished` up to num_beams, the best first."""
+    """The state of a search between two steps. `running`: 1 to num_beams texts of the same length, the
+    most probable first (none only when done). `finished`: up to num_beams texts, the best first."""
 
     running: tuple[Beam, ...] = (Beam((), 0.0, 0),)
     finished: tuple[Hypothesis, ...] = ()
@@ -83,8 +85,8 @@ class Beams:
 
 
 def advance(search: Search, beams: Beams, candidates: Sequence[Candidate]) -> Beams:
-    """One step: `candidates` are the `num_candidates` likeliest continuations of `beams.running`, the
-    likeliest first; all where there are fewer, but one at least."""
+    """Advance the search by one step. `candidates` are the `num_candidates` most probable continuations
+    of `beams.running`, the most probable first; all of them if there are fewer, but at least one."""
     length = len(beams.running[0].tokens) + 1
     running: list[Beam] = []
     finished = list(beams.finished)
@@ -98,7 +100,7 @@ def advance(search: Search, beams: Beams, candidates: Sequence[Candidate]) -> Be
             finished.append(Hypothesis(tokens, search.score(logprob, length), stopped))
         else:
             running.append(Beam(tokens, logprob, parent))
-    finished.sort(key=lambda hypothesis: -hypothesis.score)  # stable: of equal ones the older
+    finished.sort(key=lambda hypothesis: -hypothesis.score)  # stable: on ties the older first
     del finished[search.num_beams :]
     return Beams(tuple(running), tuple(finished), not _improvable(search, running, finished, length))
 

@@ -1,7 +1,7 @@
-"""The models that are known by name, and what each needs on 1, 2, 4, 8 ranks: `launch.py models`.
+"""The presets, and the memory that each needs on 1, 2, 4 and 8 ranks: data for `launch.py models`.
 
-Facts alone, as a dictionary that programs can read; `launcher.models_view` draws it. What is not here:
-where ranks would go on a machine (`launch.py plan model=...` tells that of one model).
+Returns a dictionary that programs can read; `launcher.models_view` prints it for people. Not here:
+where the ranks would run on a machine (`launch.py plan model=...` shows that for one model).
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ def catalog(
     world_sizes: Sequence[int] = WORLD_SIZES,
     machine_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """Families, and their presets with sizes and needs, all in bytes.
+    """Returns families and their presets, with sizes and memory needs in bytes.
 
-    `names` narrow the list (names, their beginnings, or patterns with *); `words` may set `max_seq_len`
-    and `dtype`, as for a job. Raises InputError for a name that no preset has.
+    `names` narrow the list: names, prefixes, or patterns with *. `words` may set `max_seq_len` and
+    `dtype`, as for a job. Raises InputError for a name that matches no preset.
 
-    For each model and world size: `largest_rank`, what its largest rank holds by purpose, `total_bytes`
-    of all ranks, and whether they fit `machine_bytes` (None: not told); or `refused`, the reason why
-    it cannot be run so.
+    For each model and world size: `largest_rank`, what the largest rank holds by purpose; `total_bytes`
+    of all ranks; `fits`, whether that fits `machine_bytes` (None if not known). Or `refused`: why the
+    model cannot run on that many ranks.
     """
     for word in words:
         key = word.partition("=")[0]
         if key not in KEYS:
             raise InputError(f"models takes {'= and '.join(KEYS)}=, not {word!r}")
-    # Read as a job's words are; the model and the length of the answer stand for any.
+    # Parsed like a job's words; the model and max_new_tokens are placeholders.
     job = parse_job(["model=tiny", "max_new_tokens=1", *words], need_prompt=False)
     chosen = select(names)
     models = [
@@ -60,7 +60,8 @@ def catalog(
 
 
 def select(names: Sequence[str]) -> list[str]:
-    """The presets that `names` mean (all, if there are none), family by family."""
+    """Returns the presets that `names` match, grouped by family; all presets if `names` is empty.
+    Raises InputError for a name that matches none."""
     found: set[str] = set()
     for name in names:
         wanted = name.lower()

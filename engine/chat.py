@@ -1,9 +1,9 @@
 """What each rank runs for `chat`: one conversation after another, over a channel to the terminal.
 
-Rank 0 reads requests from the channel, JSON objects on lines (`launcher.chat.console` has the
-protocol), and hands them to the other ranks. While nothing is asked all ranks meet many times a second,
-so that a wait for a person never looks like a rank that hangs. The keys of earlier turns stay in the
-cache: of a conversation that goes on only what is new is run.
+Rank 0 reads requests from the channel, one JSON object on each line (`launcher.chat.console` has the
+protocol), and broadcasts them to the other ranks. While there is no request, all ranks synchronize many
+times a second, so that a wait for a person never looks like a rank that hangs. The keys of earlier
+turns stay in the cache: when a conversation goes on, only its new tokens are run.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ from models.chat import start_templates
 from models.sampling_params import check_sampling
 from models.tokenizer.codec import TextCodec
 
-IDLE_S = 0.04  # between two meetings of the ranks; what a first token is later by, at most
+IDLE_S = 0.04  # between two synchronizations of idle ranks; delays a first token by at most this
 
 
 def main(env: Any, payload: str) -> int:
-    """Serve conversations until the channel ends; the exit code. Raises InputError, CommError."""
+    """Serve conversations until the channel ends; returns the exit code. Raises InputError,
+    CommError."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     resolved = from_json(payload)
     with joined(env) as group:
@@ -58,19 +59,20 @@ def main(env: Any, payload: str) -> int:
 
 
 def check_chat(codec: TextCodec, model: str) -> None:
-    """Raise InputError for a model that was not made for conversations."""
+    """Raise InputError for a model without a chat template."""
     if not codec.chat_templates:
         raise InputError(
-            f"model={model} has no chat template: it continues texts; use generate, or a model whose "
-            "name ends in -instruct, -chat or -it"
+            f"model={model} has no chat template: it can only continue texts; use generate, or a model "
+            "whose name ends in -instruct, -chat or -it"
         )
 
 
 @dataclass(frozen=True)
 class Channel:
-    """Rank 0's end of the channel: bytes of an unfinished line and messages that have come and are not
-    dealt with (None is the channel's end), and bytes that are still to go: a terminal that is stopped
-    does not read, and the other ranks would not wait for it."""
+    """Rank 0's end of the channel. `rest`: bytes of an unfinished line. `messages`: received and not
+    yet handled; None is the channel's end. `unsent`: bytes that are not written yet: a terminal process
+    that is stopped does not read, and rank 0 must not block, or the other ranks would run into a
+    deadline."""
 
     socket: socket.socket
     rest: bytearray
@@ -79,14 +81,14 @@ class Channel:
 
 
 def open_channel(fd: int) -> Channel:
-    """The channel behind a descriptor."""
+    """Returns the channel of a file descriptor, set to non-blocking."""
     end = socket.socket(fileno=fd)
     end.setblocking(False)
     return Channel(end, bytearray(), deque(), bytearray())
 
 
 def send(channel: Channel, message: dict[str, Any]) -> None:
-    """Write one message, or as much of it as is taken now."""
+    """Write one message, or as much of it as the socket takes now; the rest stays in `unsent`."""
     channel.unsent.extend(json.dumps(message, ensure_ascii=False).encode() + b"\n")
     _flush(channel)
 
@@ -98,11 +100,12 @@ def _flush(channel: Channel) -> None:
     except BlockingIOError:
         pass
     except (BrokenPipeError, ConnectionResetError):
-        channel.unsent.clear()  # nobody reads any more: `receive` tells
+        channel.unsent.clear()  # the other end is closed; `receive` reports it
 
 
 def receive(channel: Channel, wait_s: float) -> None:
-    """Take in what has come, waiting so long at most for the first of it."""
+    """Read all messages that have come into `channel.messages`, after waiting up to `wait_s` seconds
+    for the first."""
     _flush(channel)
     while select.select([channel.socket], [], [], wait_s)[0]:
         try:
@@ -146,7 +149,7 @@ def _serve(resolved: ResolvedJob, engine: Opened, channel: Channel | None) -> No
 
 
 def _meet(task: dict[str, Any] | None, engine: Opened) -> dict[str, Any] | None:
-    """Rank 0's task on every rank; None if there is none, after a pause."""
+    """Broadcast rank 0's task to every rank. If there is none, returns None after a pause."""
     group = engine.group
     if group.rank and group.size > 1:
         there = torch.zeros(1, dtype=torch.int64, device=engine.runner.device)
@@ -156,14 +159,17 @@ def _meet(task: dict[str, Any] | None, engine: Opened) -> dict[str, Any] | None:
         found: dict[str, Any] = share(task, group, engine.runner.device)
         return found
     if group.rank:
-        time.sleep(IDLE_S * 0.9)  # rank 0 listens meanwhile; to wait in the collective would spin
+        time.sleep(
+            IDLE_S * 0.9
+        )  # rank 0 reads the channel meanwhile; waiting in a collective would spin
     return None
 
 
 def next_task(
     resolved: ResolvedJob, codec: TextCodec, channel: Channel, kept: tuple[int, ...], max_seq_len: int
 ) -> dict[str, Any] | None:
-    """What all ranks are to do next: a request, made ready; with `id` None, to end; None: nothing."""
+    """Returns the next task for all ranks: a tokenized request; {"id": None} to end; None if there is
+    none. A conversation that cannot be answered is reported over the channel."""
     if not channel.messages:
         receive(channel, IDLE_S)
     if not channel.messages:
@@ -172,7 +178,7 @@ def next_task(
     if message is None:
         return {"id": None}
     if "id" not in message:
-        return None  # to cancel what has ended by itself
+        return None  # a cancel message for an answer that has already ended
     job, number = resolved.job, message["id"]
     try:
         prompt = Prompt("", job.max_new_tokens, sampling_of(job), tuple(message["messages"]))
@@ -180,8 +186,8 @@ def next_task(
         room = max_seq_len - len(tokens)
         if room < 1:
             raise InputError(
-                f"the conversation has {len(tokens)} tokens and max_seq_len={max_seq_len} leaves "
-                "no room for an answer; /reset begins anew, a larger max_seq_len= holds more"
+                f"the conversation has {len(tokens)} tokens, so max_seq_len={max_seq_len} leaves no "
+                "room for an answer; begin anew with /reset, or use a larger max_seq_len="
             )
     except InputError as error:
         send(channel, {"id": number, "error": str(error)})
@@ -192,7 +198,7 @@ def next_task(
         "id": number,
         "tokens": tokens,
         "max_new_tokens": min(room, job.max_new_tokens),
-        # A draft model's cache does not know the earlier turns.
+        # A draft model's cache may lack tokens of the earlier turns.
         "cached": 0 if resolved.draft is not None else same,
     }
 
@@ -206,7 +212,7 @@ def _answer(
     number: int,
     stops: frozenset[int],
 ) -> Answer:
-    """Rank 0's part of an answer: its text goes out as it is made."""
+    """Run one request on rank 0, and stream its text over the channel."""
     feed = text_stream(codec, stop_texts(resolved.job))
     pieces: list[str] = []
 

@@ -1,16 +1,18 @@
-"""Where compiled code is kept from one start to the next, and what to do about damage there.
+"""The folder in which torch keeps compiled code from one start to the next, and its repair after
+damage.
 
-torch keeps compiled code on disk by everything it depends on: the graph with all shapes and dtypes,
-so the model and the rank's layout, torch's version, the processor. The second start of a job compiles
-nothing. But it believes what it finds: a file that was cut short (a full disk, a crash) would end
-every later start. So after compiling, the sizes and checksums of its code are written down (the seal),
-and before the next compiling they are compared; what does not agree is dropped, and compiled again.
+torch keeps compiled code on disk, under a key of everything that it depends on: the graph with all
+shapes and dtypes (and so the model and the rank's layout), torch's version, the processor. The second
+start of a job compiles nothing. But torch does not check the files: a truncated one (a full disk, a
+crash) would make every later start fail. So after compiling, Yoke records the sizes and checksums of
+the code (the seal). Before the next compiling it compares them; on a mismatch the code is dropped and
+compiled again.
 
-Dropping is for folders that Yoke made, which have its mark, and for files that the seal names. While a
-run compiles, it holds a lock on the mark, and nobody drops. A folder that the user chose, by torch's
-own variable, is used as it is: neither looked through, nor written to by Yoke, nor removed.
+Yoke drops only files that the seal names, in folders that Yoke made, which contain its mark. A run that
+compiles holds a lock on the mark, and while it does, nobody drops. A folder that the user chose, with
+torch's own variable, is used unchanged: Yoke neither checks it, nor writes to it, nor removes anything.
 
-Not here: how long that takes (docs/log.md).
+Not here: how long this takes (docs/log.md).
 """
 
 from __future__ import annotations
@@ -34,16 +36,16 @@ import torch
 from base.compiler import find_compiler, program_of
 from base.private import NotPrivateError, cache_folder, make_private
 
-VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # torch's own; one that is set already is kept
+VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # torch's own variable; a value that the user set is kept
 _SEAL = "yoke-seal.json"
 _MARK = "yoke-made-this"
-_WAIT_S = 300.0  # for another run that compiles, before what is damaged can be dropped
+_WAIT_S = 300.0  # longest wait for other runs that compile, before damaged code can be dropped
 
 
 @dataclass(frozen=True)
 class CodeFolder:
-    """Where torch keeps compiled code; `own` is a folder that Yoke made. `remark`: why it is not
-    the one that the user chose, if so."""
+    """The folder where torch keeps compiled code. `own`: Yoke made it. `remark`: why the folder that
+    the user chose is not used, "" otherwise."""
 
     path: Path
     own: bool
@@ -51,14 +53,14 @@ class CodeFolder:
 
 
 def use_cache_folder() -> CodeFolder:
-    """Have torch keep compiled code in the user's cache folder, where it outlives the machine's next
-    start, and call the compiler that `$CXX` names. Must be called before anything is compiled. Raises
-    OSError where there is no folder that only this user can write to."""
-    # Here, since it takes a second, which who compiles nothing need not wait.
+    """Make torch keep compiled code in the user's cache folder, where it survives a reboot, and use the
+    compiler that `$CXX` names. Must be called before anything is compiled. Raises OSError if there is
+    no folder that only this user can write to."""
+    # Imported here because it takes a second, which runs without compiling need not wait.
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     folder, remark = None, ""
-    # torch sets its own choice, which all programs on the machine share, as soon as it is imported.
+    # On import torch sets the variable to its default, a folder that all programs on the machine share.
     given = os.environ.get(VARIABLE)
     if given is not None and given != default_cache_dir():
         try:
@@ -74,7 +76,8 @@ def use_cache_folder() -> CodeFolder:
 
 
 def _own_folder(path: Path) -> CodeFolder:
-    """Make it with its mark, or find it. One without a mark is used, but it is not Yoke's to empty."""
+    """Create the folder with its mark, or use an existing one. Yoke never drops files in a folder
+    without a mark."""
     if not path.exists():
         begun = make_private(path.with_name(f"{path.name}.{uuid.uuid4().hex}"))
         (begun / _MARK).write_text("Yoke made this folder, and may remove what its seal names.\n")
@@ -88,12 +91,12 @@ def _own_folder(path: Path) -> CodeFolder:
 
 
 def _use_compiler(yoke: Path) -> None:
-    """torch takes `$CXX` for the name of one program. Where it holds more words, give it a program that
-    calls them; its name ends in the compiler's, by which torch tells gcc from clang."""
+    """Support a `$CXX` of several words: torch takes it for the name of one program. So write a script
+    that runs the words. Its name ends in the compiler's, by which torch distinguishes gcc and clang."""
     try:
         words = find_compiler()
     except ValueError:
-        return  # torch says so
+        return  # torch reports the error
     if words is None or len(words) == 1:
         return
     from torch._inductor import config
@@ -110,8 +113,8 @@ def _use_compiler(yoke: Path) -> None:
 
 @contextmanager
 def compiling(folder: CodeFolder, say: Callable[[str], None]) -> Iterator[None]:
-    """Around the time in which code is compiled into the folder, or found there, on one rank of a
-    machine: what is damaged is dropped before, and what is there is sealed after."""
+    """Wraps compiling, on one rank of each machine: drops damaged code before, and seals the folder
+    after. `say` prints a line for the user."""
     if not folder.own:
         yield
         return
@@ -120,13 +123,14 @@ def compiling(folder: CodeFolder, say: Callable[[str], None]) -> Iterator[None]:
             say(_drop(folder.path, lock))
         _lock(lock, fcntl.LOCK_SH, _WAIT_S)
         yield
-        # Another run may be in the middle of a file: then that one seals it, when it has compiled.
+        # If another run is still compiling, it may be writing a file; it will seal the folder later.
         if _lock(lock, fcntl.LOCK_EX, 0):
             _seal(folder.path)
 
 
 def _lock(file: IO[str], kind: int, wait_s: float) -> bool:
-    """Take a lock, or change the one that is held; False if others do not let go of theirs."""
+    """Take a lock, or convert the one that is held; returns False if others still hold theirs after
+    `wait_s` seconds."""
     deadline = time.monotonic() + wait_s
     while True:
         try:
@@ -139,18 +143,20 @@ def _lock(file: IO[str], kind: int, wait_s: float) -> bool:
 
 
 def _is_damaged(folder: Path) -> bool:
-    """Whether a file that the seal names is missing or not as it was, or nobody can read the seal."""
+    """Whether a file that the seal names is missing or has changed, or the seal itself is
+    unreadable."""
     try:
         wanted = _read_seal(folder)
         return any(mark is not None and _fingerprint(folder / name) != mark for name, mark in wanted)
     except FileNotFoundError as error:
-        return Path(error.filename) != folder / _SEAL  # without a seal nothing was finished here
+        return Path(error.filename) != folder / _SEAL  # no seal: no run has finished compiling here
     except (OSError, ValueError):
         return True
 
 
 def _drop(folder: Path, lock: IO[str]) -> str:
-    """Remove the files that the seal names, unless another run uses them; what was done, in a line."""
+    """Remove the files that the seal names, unless another run uses them; returns a line that says what
+    was done."""
     if not _lock(lock, fcntl.LOCK_EX, _WAIT_S):
         return f"the compiled code in {folder} is damaged, but another run is using it: it is kept"
     if not _is_damaged(folder):
@@ -158,15 +164,13 @@ def _drop(folder: Path, lock: IO[str]) -> str:
     try:
         names = [name for name, _ in _read_seal(folder)]
     except (OSError, ValueError):
-        # Nobody knows what is to be removed; so nothing is, and nothing of it is used.
+        # Without a seal it is unknown which files to remove. So move all of them aside, unused.
         aside = folder.with_name(f"{folder.name}.damaged-{uuid.uuid4().hex[:8]}")
         aside.mkdir(mode=0o700)
         for entry in folder.iterdir():
             if entry.name != _MARK:
                 entry.rename(aside / entry.name)
-        return (
-            f"the list of the compiled code in {folder} was damaged; what was there is now in {aside}"
-        )
+        return f"the list of the compiled code in {folder} was damaged; its files were moved to {aside}"
     for name in names:
         with suppress(OSError):
             (folder / name).unlink()
@@ -179,7 +183,7 @@ def _drop(folder: Path, lock: IO[str]) -> str:
 
 
 def _seal(folder: Path) -> None:
-    """Write down what the folder holds. One that cannot be written to is left unsealed."""
+    """Record the files of the folder. A folder that cannot be written to stays unsealed."""
     with suppress(OSError):
         files = {
             str(path.relative_to(folder)): _fingerprint(path) if path.suffix in _KEPT else None
@@ -191,14 +195,15 @@ def _seal(folder: Path) -> None:
         temporary.replace(folder / _SEAL)
 
 
-# Code, whose name says what is in it. Not locks, nor the entries that lead to code: torch writes those
-# anew at times, and passes over one that it cannot read. They go when the code goes.
+# Suffixes of code files, whose names derive from their contents. Locks and cache entries that refer to
+# code have no checksum: torch rewrites them at times, and skips entries that it cannot read. They are
+# removed together with the code.
 _KEPT = (".so", ".cpp", ".py", ".h", ".cubin")
 
 
 def _read_seal(folder: Path) -> list[tuple[str, list[int] | None]]:
-    """The names of files in the folder, and the fingerprints of those that are code. Raises ValueError
-    for a seal that is no such list, or that names a file elsewhere."""
+    """The names of files in the folder, and the fingerprints of those that are code (None for others).
+    Raises ValueError for a seal that is not such a list, or that names a file outside the folder."""
     seal = json.loads((folder / _SEAL).read_bytes())
     if not isinstance(seal, dict):
         raise ValueError("not an object")

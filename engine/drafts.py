@@ -1,17 +1,21 @@
-"""Guessed tokens: where they come from without a model, and which of them a text keeps. Pure.
+"""Draft tokens: proposes them by prompt look-up, and decides which are accepted. Pure functions.
 
-Prompt look-up (Saxena, "Prompt Lookup Decoding", 2023): what followed the text's last words earlier may
-follow them again. It costs nothing, and is right where an answer quotes: summaries, edits, code, lists.
+Prompt look-up (Saxena, "Prompt Lookup Decoding", 2023): tokens that followed the text's last tokens
+earlier may follow them again. It costs nothing, and is right where an answer quotes: summaries, edits,
+code, lists.
 
 Speculative sampling (Leviathan et al., "Fast Inference from Transformers via Speculative Decoding",
-2023; Chen et al., 2023) keeps a guess x from a draft's distribution q with probability min(1, p(x) /
-q(x)), p being the model's, and replaces it by a draw from max(0, p - q), normalized, if not. Here every
-guess is certain, q(x) = 1: it is kept with probability p(x), and else replaced by a draw from p without
-x. That is just what happens if a token is drawn from p and compared with the guess, so this is what is
-done: with the numbers, penalties and log-probabilities of a text without guesses, which it therefore
-equals token by token (as far as logits do not depend on how many tokens a step has). To draw the
-guesses from the draft model's own distribution would keep more of them at high temperatures
-(the sum of min(p, q)); it would take q of every guess, and two more numbers for each token.
+2023; Chen et al., 2023) draws a draft token x from the draft's distribution q. It accepts x with
+probability min(1, p(x) / q(x)), where p is the model's distribution. Otherwise it draws a replacement
+from max(0, p - q), normalized. Here draft tokens are deterministic, q(x) = 1: x is accepted with
+probability p(x), and otherwise replaced by a draw from p without x. Drawing a token from p and
+comparing it with x does exactly that, so that is what `judge` does. It uses the random numbers,
+penalties and log-probabilities of decoding without drafts, so the text is equal token by token (as far
+as logits do not depend on how many tokens a step has).
+
+Not done: sampling the draft tokens from the draft model's distribution. At high temperatures more would
+be accepted (the sum of min(p, q)), but it needs q of every draft token, and two more random numbers for
+each token.
 """
 
 from __future__ import annotations
@@ -24,24 +28,24 @@ from torch import Tensor
 
 from models.sampling import Choice, Sampler, choose
 
-LONGEST = 3  # tokens that are looked up at most, as in Saxena's code; then 2, then 1
+LONGEST = 3  # tokens of the longest n-gram that is looked up, as in Saxena's code; then 2, then 1
 
 
 @dataclass
 class Index:
-    """Of a text that grows: where the token lies that followed the latest occurrence of each run of up
-    to LONGEST tokens. `size`: tokens entered."""
+    """An index of a growing text. `follows`: for each n-gram of up to LONGEST tokens, the position
+    right after its latest occurrence. `size`: tokens entered so far."""
 
     follows: dict[tuple[int, ...], int] = field(default_factory=dict)
     size: int = 0
 
 
 def look_up(index: Index, text: Sequence[int], count: int) -> list[int]:
-    """`count` tokens that may follow `text`, or none: those that followed the latest earlier occurrence
-    of its longest possible end. Where they reach the end of the text, they go on with themselves, as in
-    Lempel and Ziv's compression: a text that repeats itself is guessed to go on doing so.
+    """Returns `count` tokens that may follow `text`, or []: those that followed the latest earlier
+    occurrence of its longest indexed suffix. If they reach the end of the text, they continue with
+    themselves, as in Lempel and Ziv's compression: a text that repeats itself is expected to go on.
 
-    `index` is that of this text; it is brought up to date.
+    `index` is the index of this text; it is updated.
     """
     for place in range(max(index.size, 1), len(text)):
         for length in range(1, min(LONGEST, place) + 1):
@@ -61,8 +65,8 @@ def look_up(index: Index, text: Sequence[int], count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of a row: how many of its guesses were right, and the last token that was chosen. Unless the
-    text ended there, that one follows the right guesses."""
+    """The result for a slot: how many of its draft tokens were accepted, and the last token that was
+    chosen. Unless the text ended there, that token follows the accepted ones."""
 
     accepted: int
     token: int
@@ -75,12 +79,13 @@ def judge(
     made: Mapping[int, int],
     keep: Callable[[int, int, Choice], bool],
 ) -> dict[int, Verdict]:
-    """Choose the next tokens of rows, as long as the guesses foretell them, and one more.
+    """Choose the next tokens of each slot while they equal the draft tokens, and one more token.
 
-    logits: float32 [M, vocab_size], for each row of `guesses`, in order, those after its last token and
-    after each guess. `made`: how many tokens its answer has. Each token is chosen and recorded in the
-    sampler before the next position is looked at, and `keep(row, token, choice)` takes it in: true
-    where the text ends with it. Raises InputError as `choose` does.
+    logits: float32 [M, vocab_size]; for each slot of `guesses`, in order, the logits after its last
+    token and after each of its draft tokens. `made`: tokens that each slot's answer has. Each token is
+    chosen and recorded in the sampler before the next position is sampled. `keep(row, token, choice)`
+    is called for each token and returns True if the text ends with it. Raises InputError as `choose`
+    does.
     """
     num_rows = len(sampler.rows)
     first, total = {}, 0
@@ -107,5 +112,5 @@ def judge(
 
 
 def is_right(guess: Sequence[int], depth: int, token: int) -> bool:
-    """Whether the token that was chosen is the one that was guessed, if any was."""
+    """Whether `token` equals the draft token at `depth`; False if there is none."""
     return depth < len(guess) and guess[depth] == token

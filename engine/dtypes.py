@@ -34,6 +34,6 @@ def kv_dtype_name(kv_dtype: str, dtype: str, device: str = "cpu") -> str:
         return own
     if kv_dtype not in (own, "float16", "int8"):
         raise InputError(
-            f"kv_dtype={kv_dtype} does not go with dtype={own}: use kv_dtype={own}, float16 or int8"
+            f"kv_dtype={kv_dtype} does not go with dtype={own}: use kv_dtype=auto, float16 or int8"
         )
     return kv_dtype

@@ -1,11 +1,12 @@
-"""The loop: prompts into rows, tokens for all rows at once, and a look at them every few steps.
+"""The decoding loop: admits requests to cache slots, decodes all slots at once, checks every few steps.
 
-Each rank runs this loop on the same requests and plans the same steps. Whether a row has ended is known
-on the device after each step, and such a row stands still; the ranks look only every `check_every`
-steps, when rank 0 tells what it found (stop strings are found in text, which it alone has) and rows go
-to the next requests. So no step waits for a look, and what was made past an end is cut off.
+Every rank runs this loop on the same requests and plans the same steps. After each step the device
+knows which slots are done, and these no longer advance. The ranks synchronize only every `check_every`
+steps: then rank 0 broadcasts which sequences have ended (it alone has the text, in which stop strings
+are found), and free slots go to the next requests. So no step waits for a check, and tokens behind an
+end are cut off.
 
-What is not here: beams (`engine.beams`), guessed tokens (`engine.speculation`).
+Not here: beams (`engine.beams`), draft tokens (`engine.speculation`).
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from engine.requests import Answer, Logprobs, Request
 from engine.steps import DECODE, GREEDY, Runner, Span, extend_rows
 from models.sampling import Choice, Sampler, choose, make_sampler, not_finite, start_row
 
-CHECK_EVERY = 8  # steps between two looks; PyTorch/XLA's Llama 2 looked every 10
+CHECK_EVERY = 8  # steps between two checks; PyTorch/XLA's Llama 2 checked every 10
 
 
 @dataclass(frozen=True)
 class Watcher:
-    """What rank 0 does with tokens as they are made. `on_token(request, token)`: true where the text
-    ends with it (a stop string). `cancelled()`: the requests that nobody waits for any more."""
+    """Callbacks on rank 0. `on_token(request, token)` is called for each token; it returns True if the
+    text ends with it (a stop string). `cancelled()` returns the requests that were cancelled.
+    `on_end(request, answer)` is called when an answer is complete."""
 
     on_token: Callable[[int, int], bool] = lambda request, token: False
     cancelled: Callable[[], set[int]] = set
@@ -38,9 +40,12 @@ class Watcher:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows on the device, int64 [R] but for `done`: the token to be fed next and its position;
-    where the prompt ended; the position at which the answer is long enough; whether the row stands
-    still. `stops`: tokens that end a text, and what `ops.argmax` gives where there is no choice."""
+    """The state of the R slots, on the device; int64 [R], but `done` is bool [R].
+
+    `tokens`, `positions`: the token to feed next and its position. `starts`: the prompt's length.
+    `ends`: the position at which the answer has its maximum length. `done`: the slot no longer
+    advances. `stops` [S]: tokens that end a text, and the values of `ops.argmax` for logits that are
+    not finite."""
 
     tokens: Tensor
     positions: Tensor
@@ -52,8 +57,8 @@ class Rows:
 
 @dataclass
 class Work:
-    """A row's request as the host knows it, `name` for errors. `made` is current as of the last look;
-    tokens and times are kept on rank 0."""
+    """The request in a slot, as the host knows it; `name` is for errors. `made`: tokens generated as of
+    the last check. Tokens, logprobs and times are filled on rank 0 only."""
 
     request: int
     prompt: tuple[int, ...]
@@ -76,10 +81,11 @@ def generate(
     watcher: Watcher | None = None,
     check_every: int = CHECK_EVERY,
 ) -> list[Answer]:
-    """Continue every request's prompt; answers in order (complete on rank 0 alone).
+    """Continue every request's prompt; returns the answers in order, complete on rank 0 only.
 
-    All ranks pass the same requests and stop tokens, which must fit (`check_request`); `watcher`
-    matters on rank 0. A row's tokens do not depend on what other rows hold.
+    All ranks pass the same requests, which must fit (`check_request`), and the same stop tokens.
+    `watcher` is used on rank 0 only. A sequence's tokens do not depend on what other slots hold. Raises
+    InputError where logits are not finite.
     """
     watcher = watcher or Watcher()
     loop = _open(runner, requests, stop_tokens, watcher)
@@ -99,8 +105,8 @@ def generate(
 
 @dataclass(frozen=True)
 class Loop:
-    """What a call of `generate` works with. `mail`: results that the device may still be computing, as
-    (event, tokens, done before, choice)."""
+    """The state of a call of `generate`. `mail`: results of steps that the device may still be
+    computing, as (event, tokens, done before the step, choice)."""
 
     runner: Runner
     requests: Sequence[Request]
@@ -135,7 +141,7 @@ def _open(
 
 
 def _admit(loop: Loop, waiting: deque[tuple[int, Request]]) -> None:
-    """Give free rows to waiting requests, run their prompts and choose their first tokens."""
+    """Give free slots to waiting requests, run their prompts and choose their first tokens."""
     runner, rows = loop.runner, loop.rows
     new: list[Span] = []
     for row, work in enumerate(loop.works):
@@ -164,23 +170,25 @@ def _admit(loop: Loop, waiting: deque[tuple[int, Request]]) -> None:
 
 
 def _feed(rows: Rows, tokens: Tensor, still: Tensor) -> Tensor:
-    """Feed new tokens next, to all rows but those that stand `still`; what each row has now. What is
-    no choice ends its row here, and `take` ends the run: it is never fed."""
+    """Set the tokens to feed next, except in slots that are `still`; returns each slot's token. A
+    negative token means that logits were not finite (`ops.argmax`). It is never fed: it ends its slot
+    here, and `take` ends the run."""
     tokens = torch.where(still, rows.tokens, tokens)
     torch.clamp(tokens, min=0, out=rows.tokens)
     return tokens
 
 
 def begin_of(request: Request) -> int:
-    """The first token of the prompt that must be run. The last one always is: its logits are wanted."""
+    """Returns the index of the first prompt token that must be run. The last token always is run,
+    because its logits are needed."""
     return min(request.cached, len(request.prompt) - 1)
 
 
 def _choose(loop: Loop, logits: Tensor, active: Tensor) -> tuple[Tensor, Choice | None]:
-    """The next token of each row. Draws are rank 0's, who tells the others: it alone has to be right
-    about a sum of floats."""
+    """The next token of each slot. Only rank 0 samples, and broadcasts the tokens: sums of floats could
+    differ between ranks."""
     if loop.sampler is None:
-        return ops.whole_argmax(logits), None  # the lowest of equal ones, on every rank
+        return ops.whole_argmax(logits), None  # on ties the lowest token id, on every rank
     rows, choice = loop.rows, None
     tokens = torch.zeros_like(rows.tokens)
     if loop.runner.group.rank == 0:
@@ -191,7 +199,7 @@ def _choose(loop: Loop, logits: Tensor, active: Tensor) -> tuple[Tensor, Choice 
 
 
 def _advance(loop: Loop) -> None:
-    """One token for every row that does not stand still."""
+    """Decode one token for every slot that is not done."""
     rows, choice = loop.rows, None
     before = rows.done.clone()
     if loop.sampler is None:
@@ -207,7 +215,7 @@ def _advance(loop: Loop) -> None:
 
 
 def _post(loop: Loop, tokens: Tensor, before: Tensor, choice: Choice | None) -> None:
-    """Note what a step made, and read what the device has finished, without waiting for it."""
+    """Queue a step's result, and read the results that the device has finished, without waiting."""
     if loop.runner.group.rank:
         return
     event = None
@@ -221,7 +229,7 @@ def _post(loop: Loop, tokens: Tensor, before: Tensor, choice: Choice | None) -> 
 
 
 def _read(loop: Loop) -> None:
-    """Take in the oldest step's tokens: keep those before the end of each row, and show them."""
+    """Take in the tokens of the oldest queued step, except for sequences that ended before."""
     event, tokens, before, choice = loop.mail.popleft()
     if event is not None:
         event.synchronize()
@@ -242,9 +250,10 @@ def take(
     watcher: Watcher,
     logprobs: Logprobs | None,
 ) -> None:
-    """Take in a row's next token, on rank 0: keep and show it; `work.finish` if the text ends here.
-    Raises InputError for what is no choice, which travels with the tokens (`ops.argmax`), so that
-    nothing that follows from it is ever shown."""
+    """Append a sequence's next token, on rank 0, and show it; sets `work.finish` if the text ends here.
+
+    Raises InputError for a negative token: `ops.argmax` returns one where logits are not finite. It
+    travels like a token, so nothing that follows from it is ever shown."""
     if token < 0:
         raise not_finite(ops.value_of(token), f"{work.name}, after {len(work.tokens)} tokens,")
     work.times.append(now)
@@ -261,7 +270,8 @@ def take(
 
 
 def logprobs_of(choice: Choice | None, row: int, request: Request) -> Logprobs | None:
-    """What the request wants to know of the token that was chosen for its row."""
+    """Returns the log-probabilities that the request asks for, of the token chosen in slot `row`; None
+    if it asks for none."""
     count = request.sampling.logprobs
     if choice is None or count < 0:
         return None
@@ -273,7 +283,8 @@ def logprobs_of(choice: Choice | None, row: int, request: Request) -> Logprobs |
 
 
 def _look(loop: Loop, answers: dict[int, Answer]) -> None:
-    """All ranks learn from rank 0 how far each row is and whether it has ended; ended ones are free."""
+    """Synchronize: rank 0 broadcasts each slot's number of tokens and whether it has ended. Ended slots
+    become free."""
     group, rows = loop.runner.group, loop.rows
     state = torch.zeros(2, loop.runner.num_rows, dtype=torch.int64)
     if group.rank == 0:
@@ -300,7 +311,7 @@ def _look(loop: Loop, answers: dict[int, Answer]) -> None:
 
 
 def answer_of(work: Work, start: float) -> Answer:
-    """What a row's work comes to. `start`: when the call began."""
+    """Returns the answer to a slot's request. `start`: when the call began (`time.perf_counter`)."""
     times = work.times or [start]
     steps = len(times) - 1
     return Answer(

@@ -1,4 +1,4 @@
-"""What people and programs are told: progress on stderr while waiting, figures at the end."""
+"""The output of a run: progress on stderr, and answers and figures at the end, as text or JSON."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from engine.prompts import Prompt
 
 @dataclass(frozen=True)
 class Result:
-    """One answer. Times in seconds; of `drafted` tokens that were guessed, `accepted` were right;
-    `id` is what the prompt's line in a file said."""
+    """One answer. Times in seconds. Of `drafted` draft tokens `accepted` were accepted. `id` is copied
+    from the prompt's line in its file."""
 
     text: str
     finish: str
@@ -33,8 +33,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Facts:
-    """Figures of a run. Times in seconds; `peak_rss_bytes` and `plan` by rank. `quant`: the scheme of
-    most weights, "" if they are not quantized."""
+    """Figures of a run. Times in seconds; `peak_rss_bytes` and `plan` have one entry for each rank.
+    `quant`: the scheme of most weights, "" if they are not quantized."""
 
     load_s: float
     compile_s: float
@@ -46,12 +46,12 @@ class Facts:
 
 
 def write_json(result: Result, facts: Facts) -> None:
-    """One JSON object on stdout."""
+    """Write one JSON object to stdout."""
     show_json(asdict(result) | asdict(facts))
 
 
 def write_answer(index: int, result: Result, prompt: Prompt, output: str) -> None:
-    """One of many answers: a JSON object on a line, or the text below its prompt."""
+    """Write one of many answers to stdout: a JSON object on a line, or the text below its prompt."""
     if output == "json":
         show_json({"index": index, **asdict(result)})
         return
@@ -60,14 +60,14 @@ def write_answer(index: int, result: Result, prompt: Prompt, output: str) -> Non
 
 
 def write_summary(result: Result, facts: Facts, placement: str) -> None:
-    """End the streamed text, and one line of figures on stderr."""
+    """End the streamed text on stdout, and write one line of figures to stderr."""
     if not result.text.endswith("\n"):
         show("")
     rate = f"{1 / result.tpot_s:.1f} tokens/s" if result.tpot_s else "no rate"
     guessed = ""
     if result.drafted:
         share = 100 * result.accepted / result.drafted
-        guessed = f"{result.accepted} of {result.drafted} guesses right, {share:.0f} % | "
+        guessed = f"{result.accepted} of {result.drafted} draft tokens accepted, {share:.0f} % | "
     say(
         f"[{result.prompt_tokens} + {result.tokens} tokens | TTFT {result.ttft_s * 1e3:.0f} ms | "
         f"TPOT {result.tpot_s * 1e3:.1f} ms | {rate} | {guessed}compile {facts.compile_s:.1f} s | "
@@ -82,7 +82,7 @@ def _numbers(facts: Facts) -> str:
 def write_batch_summary(
     results: Sequence[Result], facts: Facts, seconds: float, placement: str
 ) -> None:
-    """One line of figures on stderr, of all answers."""
+    """Write one line of figures about all answers to stderr."""
     asked, made = (sum(getattr(r, name) for r in results) for name in ("prompt_tokens", "tokens"))
     say(
         f"[{len(results)} prompts | {asked} + {made} tokens | {seconds:.1f} s | "
@@ -93,7 +93,8 @@ def write_batch_summary(
 
 @contextmanager
 def progress_bar(title: str, enabled: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr (a terminal's; elsewhere nothing) fed with (bytes done, bytes in all)."""
+    """Yields a function to call with (bytes done, bytes in all); draws a progress bar on stderr if that
+    is a terminal."""
     if not (enabled and sys.stderr.isatty()):
         yield lambda done, total: None
         return
@@ -108,7 +109,8 @@ def progress_bar(title: str, enabled: bool) -> Iterator[Callable[[int, int], Non
 
 @contextmanager
 def count_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr (a terminal's; elsewhere nothing) fed with how many of `total` are done."""
+    """Yields a function to call with how many of `total` are done; draws a progress bar on stderr if
+    that is a terminal."""
     if not sys.stderr.isatty():
         yield lambda done: None
         return
@@ -123,8 +125,8 @@ def count_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def compile_progress(compiled: bool, enabled: bool) -> Iterator[Callable[[str], None]]:
-    """Tells which step is being compiled: on a terminal with the seconds it has taken, elsewhere a line
-    for each."""
+    """Yields a function to call with the name of the step that is compiled next; shows it on stderr: on
+    a terminal with the seconds so far, elsewhere one line for each step."""
     verb = "compiling" if compiled else "running once"
     if not enabled:
         yield lambda name: None
@@ -142,8 +144,9 @@ def compile_progress(compiled: bool, enabled: bool) -> Iterator[Callable[[str], 
 
 @contextmanager
 def build_progress(enabled: bool) -> Iterator[Callable[[Progress], None]]:
-    """Tells how far the build of the operators is: on a terminal in a line that is drawn anew,
-    elsewhere a line at first and every ten seconds, and one at the end."""
+    """Yields a function to call with the progress of the build of the operators; shows it on stderr: on
+    a terminal in one line that is redrawn, elsewhere a line at the start, every ten seconds, and at the
+    end."""
     if not enabled:
         yield lambda progress: None
     elif not sys.stderr.isatty():
@@ -167,7 +170,7 @@ def build_progress(enabled: bool) -> Iterator[Callable[[Progress], None]]:
 
 
 def build_line(progress: Progress) -> str:
-    """In words: building yoke_kernels: 7 of 22 files, 12 s (last time 40 s)."""
+    """Returns the progress as a line: building yoke_kernels: 7 of 22 files, 12 s (last time 40 s)."""
     expected = (
         f"about {progress.expected_s:.0f} s"
         if progress.guessed

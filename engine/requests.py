@@ -1,6 +1,6 @@
-"""What an engine is asked and what it answers, and how prompts are packed into steps. Pure.
+"""Requests and answers of an engine, and how prompts are packed into calls. Pure.
 
-Every rank holds the same requests and the same rows, so every rank plans the same steps by itself.
+All ranks hold the same requests in the same slots, so each rank plans the same steps by itself.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from models.sampling import Sampling
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt's tokens and how to continue them. The first `cached` of them lie in cache row 0 from an
-    earlier request (that goes with an engine of one row). `name` is what errors call it."""
+    """A prompt's tokens and how to continue them. The keys of the first `cached` tokens are in cache
+    slot 0 from an earlier request (only for an engine with one slot). `name`: for errors."""
 
     prompt: tuple[int, ...]
     max_new_tokens: int
@@ -26,7 +26,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Of one token, as the model alone gives it: its log-probability, and the likeliest tokens'."""
+    """The log-probability of one token, and the most probable tokens with theirs, as the model gives
+    them (before temperature, penalties and biases)."""
 
     logprob: float
     top_tokens: tuple[int, ...]
@@ -35,10 +36,11 @@ class Logprobs:
 
 @dataclass(frozen=True)
 class Answer:
-    """Tokens made (without a stop token), why they end ("stop", "length" or "cancelled"), and times in
-    seconds: `ttft_s` from the call to the first token, `tpot_s` the mean of those after it, 0 where
-    there are none. `drafted` tokens were guessed, `accepted` of them right. `logprobs` are empty where
-    none were asked for."""
+    """The generated tokens (without a stop token) and why they end: "stop", "length" or "cancelled".
+
+    Times in seconds: `ttft_s` from the call to the first token, `tpot_s` the mean time of a later
+    token, 0 if there is none. `drafted` draft tokens were proposed, `accepted` of them accepted.
+    `logprobs` is empty unless the request asked for them."""
 
     tokens: tuple[int, ...]
     finish: str
@@ -51,7 +53,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens begin..end-1 of a row's prompt."""
+    """Tokens begin..end-1 of the prompt in slot `row`."""
 
     row: int
     begin: int
@@ -59,8 +61,8 @@ class Piece:
 
 
 def pack(prompts: Sequence[tuple[int, int, int]], chunk: int, mixed: bool) -> Iterator[list[Piece]]:
-    """Divide prompts, (row, begin, end) each, into calls of `chunk` tokens at most, in order. Unless
-    `mixed`, a call holds tokens of one row."""
+    """Divide prompts, each (row, begin, end), into calls of at most `chunk` tokens, in order. Unless
+    `mixed`, a call holds tokens of one slot only."""
     call: list[Piece] = []
     room = chunk
     for row, begin, end in prompts:
@@ -77,12 +79,13 @@ def pack(prompts: Sequence[tuple[int, int, int]], chunk: int, mixed: bool) -> It
 
 
 def check_request(length: int, max_new_tokens: int, max_seq_len: int, name: str = "the prompt") -> None:
-    """Raise InputError unless prompt and answer fit together."""
+    """Raise InputError unless a prompt of `length` tokens has any, and fits with its answer into
+    `max_seq_len`."""
     if length == 0:
         raise InputError(f"{name} has no tokens; give at least one character")
     needed = length + max_new_tokens
     if needed > max_seq_len:
         raise InputError(
             f"{name} has {length} tokens: with max_new_tokens={max_new_tokens} it needs "
-            f"max_seq_len={needed} or more, and max_seq_len={max_seq_len}"
+            f"max_seq_len={needed} or more, but max_seq_len={max_seq_len}"
         )

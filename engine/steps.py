@@ -1,10 +1,10 @@
-"""A model's steps, compiled: the prompt step for any number of tokens, the token step for every row.
+"""A model's compiled steps: `extend` runs any number of tokens, `decode` one token for every slot.
 
-The prompt step is compiled once for a number of tokens that may differ from call to call, so a prompt
-needs no padding and no other prompt compiles anything. The token step has one shape. Where a model's
-code or a device wants fixed shapes, prompts go in padded chunks.
+`extend` is compiled once, for a symbolic number of tokens: prompts need no padding, and a prompt of
+another length compiles nothing. `decode` has one fixed shape. Where the model's code or the device
+needs fixed shapes, prompts go in padded chunks.
 
-What is not here: when which step is run (`engine.loop` and its companions).
+Not here: when each step is run (`engine.loop`, `engine.beams`, `engine.speculation`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from engine.requests import pack
 from kernels.load import has_kernels, last_error
 from models.decoder import Decoder
 
-if TYPE_CHECKING:  # transformers is loaded for engine=hf alone
+if TYPE_CHECKING:  # transformers is imported for engine=hf only
     from models.hf.model import HfModel
 
 AnyModel: TypeAlias = "Decoder | HfModel"
@@ -35,16 +35,16 @@ EXTEND, DECODE, GREEDY, BEAMS = "extend", "decode", "decode_greedy", "decode_bea
 
 @dataclass(frozen=True)
 class Runner:
-    """A model with a cache of `num_rows` texts of up to `max_seq_len` tokens, and its steps, compiled
-    or not:
+    """A model with a cache of `num_rows` slots of up to `max_seq_len` tokens, and its steps, compiled
+    or not. R is `num_rows`, N the number of tokens, M of wanted logits, S is `cache_len`:
 
-    extend(where int64 [3, N], wanted int64 [M]) -> float32 [M, vocab_size]: tokens, positions and rows
+    extend(where int64 [3, N], wanted int64 [M]) -> float32 [M, vocab_size]: tokens, positions and slots
     decode(tokens int64 [R], positions int64 [R]) -> float32 [R, vocab_size]
     decode_greedy(tokens, positions) -> int64 [R]
     decode_beams(tokens, positions, sources int32 [R, S]) -> float32 [R, vocab_size]
 
-    `chunk`: tokens that `extend` takes at most; `padded`: it takes no other number. `mixed`: they may
-    be of several rows.
+    `chunk`: most tokens of one `extend` call; `padded`: every call has exactly that many. `mixed`: one
+    call may hold tokens of several slots.
     """
 
     group: Group
@@ -70,7 +70,8 @@ def make_runner(
 ) -> Runner:
     """Allocate the cache and wrap the steps. Nothing is compiled yet.
 
-    A model has one runner: another would take its cache away, and compiled steps do not look.
+    A model must have only one runner: a second one would replace its cache, and compiled steps have no
+    guard that would notice.
     """
     own = isinstance(model, Decoder)
     cache_len = cache_length(max_seq_len, padded=not own)
@@ -96,39 +97,42 @@ def make_runner(
 
 
 def _guards_of_arguments(guards: Sequence[Any]) -> list[bool]:
-    """Which of Dynamo's guards are looked at in every call: those of the step's own arguments, and of
-    their symbolic sizes. Thousands are of the model, which does not change."""
+    """Which of Dynamo's guards are checked in every call: those on the step's arguments and on their
+    symbolic sizes. Thousands of others are on the model, which does not change."""
     return [guard.guard_type == "SHAPE_ENV" or guard.name in _ARGUMENTS for guard in guards]
 
 
-# Some torch versions name an argument as it is found in the frame.
+# Some torch versions name an argument by its place in the frame: L['tokens'].
 _ARGUMENTS = {
     spelling.format(name)
     for name in ("where", "wanted", "tokens", "positions", "sources")
     for spelling in ("{}", "L['{}']")
 }
-# Nor is the shape of every weight and every operator's result looked at in every call.
+# Inductor's asserts on the size and alignment of every weight and operator result are off, too: they
+# would run in every call.
 _UNGUARDED: dict[str, Any] = {
     "guard_filter_fn": _guards_of_arguments,
     "size_asserts": False,
     "alignment_asserts": False,
 }
-# What would make every start wait, also one that finds all of its code: headers looked through for a
-# compiler that will not be called (compiling gains nothing by having them compiled before), and, where
-# our own kernels are there, a Python process for each instruction set, to see if what is compiled for
-# it can be loaded.
+# Options that shorten every start, also one that finds all of its compiled code on disk.
+# cpp_cache_precompile_headers=False: Inductor does not scan headers for a compiler that will not be
+# called (precompiled headers do not make compiling faster here).
+# cpp.vec_isa_ok=True, where our own kernels are loaded: Inductor does not start a Python process for
+# each instruction set to test whether code that is compiled for it can be loaded.
 _QUICK_START: dict[str, Any] = {"cpp_cache_precompile_headers": False}
 _SETS_ARE_KNOWN: dict[str, Any] = {"cpp.vec_isa_ok": True}
-# A single token's operators are done as fast as Python calls them (C++ saves 1 ms of SmolLM2's), and
-# when one of a prompt's returns, what Python needs has left the caches (C++ saves 1 %). What calls the
-# kernels is compiled apart from them, with little optimization: half the time.
+# cpp_wrapper=True: C++ calls the operators, not Python. For a single token, operators take no longer
+# than Python's calls (C++ saves 1 ms with SmolLM2). In a prompt, each operator evicts Python data from
+# the CPU caches (C++ saves 1 %). cpp_wrapper_build_separate=True: the calls are compiled apart from the
+# kernels, with little optimization, which halves the compile time.
 _CALLED_IN_CPP: dict[str, Any] = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
-# Older ones call an operator that takes a list through Python.
+# Older versions call an operator that takes a list through Python.
 _CAN_CALL_IN_CPP = TorchVersion(torch.__version__) >= "2.13"
 
 
 def _steps(model: AnyModel, compiled: bool, group: Group) -> dict[str, Step]:
-    # A function each, because the compiler keeps its results by function.
+    # A function for each step, because the compiler keeps its results by function.
     def extend(where: Tensor, wanted: Tensor) -> Tensor:
         return model.extend(where[0], where[1], where[2], wanted)
 
@@ -148,7 +152,7 @@ def _steps(model: AnyModel, compiled: bool, group: Group) -> dict[str, Step]:
     if not compiled:
         return steps
     own, on_gpu = isinstance(model, Decoder), next(model.parameters()).is_cuda
-    # The collectives of other backends take longer than calling them.
+    # With other backends, collectives take so long that the time of the calls does not matter.
     own_ops = own and has_kernels() and (group.size == 1 or group.backend == "shm")
     in_cpp = own_ops and _CAN_CALL_IN_CPP
     return {name: _compiled(name, step, own, on_gpu, in_cpp) for name, step in steps.items()}
@@ -157,8 +161,8 @@ def _steps(model: AnyModel, compiled: bool, group: Group) -> dict[str, Step]:
 def _compiled(name: str, step: Step, own: bool, on_gpu: bool, in_cpp: bool) -> Step:
     """`own`: the model is a Decoder, whose code depends on nothing that changes after `setup`."""
     assert isinstance(step, FunctionType)
-    # Dynamo finds what it has compiled by code object, and these are the same for all runners. A copy
-    # each: the guards that are left would not tell one runner's model from another's.
+    # Dynamo looks compiled code up by code object, which all runners would share. Each runner gets a
+    # copy, because the remaining guards cannot distinguish the models of two runners.
     step = FunctionType(step.__code__.replace(), step.__globals__, name, None, step.__closure__)
     if name == EXTEND or not on_gpu:
         dynamic = None if name == EXTEND else False
@@ -168,11 +172,11 @@ def _compiled(name: str, step: Step, own: bool, on_gpu: bool, in_cpp: bool) -> S
             options |= _CALLED_IN_CPP
         quick = torch.compile(step, fullgraph=True, dynamic=dynamic, options=options)
         return _telling(quick) if in_cpp else quick
-    # A CUDA graph, collectives and all: a launch for each kernel would take longer than the kernels.
+    # One CUDA graph, collectives included: launching each kernel would take longer than the kernels.
     recorded = torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
     def replay(*inputs: Tensor) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()  # what the last step returned has been read
+        torch.compiler.cudagraph_mark_step_begin()  # the last step's results have been read
         result: Tensor = recorded(*inputs)
         return result
 
@@ -180,7 +184,7 @@ def _compiled(name: str, step: Step, own: bool, on_gpu: bool, in_cpp: bool) -> S
 
 
 def _telling(step: Step) -> Step:
-    """The same step, whose errors say why: the generated C++ says only which call failed."""
+    """Wrap a step so that its errors give the reason: the generated C++ says only which call failed."""
 
     def call(*inputs: Tensor) -> Tensor:
         try:
@@ -202,12 +206,12 @@ def extend(
     rows: Sequence[int],
     wanted: Sequence[int],
 ) -> Tensor:
-    """Run 1 to `runner.chunk` tokens; the logits after those at the indices `wanted`, of which there
-    may be none: float32 [len(wanted), vocab_size]."""
+    """Run 1 to `runner.chunk` tokens; returns the logits after the tokens at the indices `wanted`
+    (which may be empty): float32 [len(wanted), vocab_size]."""
     where = [list(tokens), list(positions), list(rows)]
-    # Padding repeats the last token, at its place, so the cache is as without it; with padded chunks it
-    # goes behind it, where it is overwritten before anything attends to it. Numbers of tokens begin at
-    # two: one would be another graph.
+    # Padding repeats the last token. It has the same position, so the cache does not change. In
+    # padded chunks it has the next positions, and is overwritten before anything attends to it. A call
+    # has at least two tokens: one token would need another graph.
     missing = (runner.chunk if runner.padded else 2) - len(tokens)
     for i in range(missing):
         where[0].append(tokens[-1])
@@ -225,8 +229,8 @@ def extend(
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens of a row's text, the first at `position`, and of how many of the last the logits are
-    wanted."""
+    """Tokens of the sequence in slot `row`, the first at `position`. `wanted`: the logits of how many
+    of the last tokens are returned."""
 
     row: int
     position: int
@@ -235,8 +239,9 @@ class Span:
 
 
 def extend_rows(runner: Runner, spans: Sequence[Span]) -> Tensor:
-    """`extend` for any number of tokens, in as few calls as that takes: float32 [M, vocab_size], of the
-    spans (one a row) in order and within each in the order of its tokens."""
+    """`extend` for any number of tokens, in as few calls as possible. Returns the wanted logits,
+    float32 [M, vocab_size], in the order of the spans (at most one for each slot) and of their
+    tokens."""
     ends = {span.row: span.position + len(span.tokens) for span in spans}
     by_row = {span.row: span for span in spans}
     found = []
@@ -262,9 +267,10 @@ def extend_rows(runner: Runner, spans: Sequence[Span]) -> Tensor:
 def warm_up(
     runner: Runner, names: Sequence[str], progress: Callable[[str], Any] = lambda name: None
 ) -> float:
-    """Run each of the steps `names`, which compiles it; returns the seconds it took.
+    """Run each of the steps `names` once, which compiles it; returns the seconds this took. `progress`
+    is called with each name.
 
-    The cache keeps what these steps wrote; generation overwrites it before it is read.
+    These steps write into the cache; generation overwrites that before it is read.
     """
     start = time.perf_counter()
     zeros = torch.zeros(runner.num_rows, dtype=torch.int64, device=runner.device)
@@ -278,6 +284,6 @@ def warm_up(
             sources = torch.zeros(shape, dtype=torch.int32, device=runner.device)
             runner.steps[name](zeros, zeros.clone(), sources)
         else:
-            # Tensors of their own, as in the loop: one for both would be another graph.
+            # Separate tensors, as in the loop: one tensor for both would need another graph.
             runner.steps[name](zeros, zeros.clone())
     return time.perf_counter() - start
