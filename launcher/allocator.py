@@ -1,12 +1,12 @@
-"""How the C library hands out a rank's memory: in huge pages, and without giving it back in between.
+"""Settings of the C library's allocator for a rank: use huge pages, and keep freed memory.
 
-Activations are tensors of MiB, which glibc takes from the kernel anew and gives back: a prompt then
-spends a tenth of its time on page faults. Weights are read faster from huge pages. glibc reads these
-settings as a process starts, so the launcher has to put them into the rank's environment. Source: the
-glibc manual, Memory Allocation Tunables.
+Activations are tensors of several MiB. By default glibc maps each anew from the kernel and unmaps it
+when freed; prefill then spends a tenth of its time on page faults. Weights are read faster from huge
+pages. glibc reads these settings at process start, so the launcher sets them in the rank's environment.
+Source: the glibc manual, Memory Allocation Tunables.
 
-What is not here: ranks that torchrun, srun or mpirun started; other C libraries, which look at none of
-this.
+What is not here: ranks that torchrun, srun or mpirun started; other C libraries, which ignore these
+settings.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _MIB = 1 << 20
-# `hugetlb=1` asks for transparent huge pages (glibc 2.35), which the kernel gives where it may.
-# 32 MiB is the most that `mmap_threshold` may be; larger tensors are mapped on their own.
+# `hugetlb=1` asks for transparent huge pages (glibc 2.35); the kernel may refuse.
+# 32 MiB is the maximum of `mmap_threshold`; larger tensors are still mapped individually.
 _WANTED = {
     "glibc.malloc.hugetlb": 1,
     "glibc.malloc.mmap_threshold": 32 * _MIB,
@@ -25,7 +25,7 @@ _WANTED = {
 
 
 def allocator_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variable to set for a rank; what the user has set in it stays and comes first."""
+    """GLIBC_TUNABLES for a rank; what the user has set in it is kept and comes first."""
     given = [part for part in environ.get("GLIBC_TUNABLES", "").split(":") if part]
     names = {part.split("=")[0] for part in given}
     ours = [f"{name}={value}" for name, value in _WANTED.items() if name not in names]

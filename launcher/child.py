@@ -1,9 +1,9 @@
 """What every rank runs first: bind, and only then import the target module (and with it torch).
 
-The target's `main(env, payload)` returns an exit code. A rank that our own launcher started is told
-all it needs in a file descriptor, and tells back through a pipe: that it has started, that it lives
-(a heartbeat), and how it failed, so that a mistake that every rank meets is printed once. A rank that
-torchrun, srun or mpirun started enters through `run_managed` and prints its own failure.
+The target's `main(env, payload)` returns an exit code. A rank that our own launcher started reads its
+settings from a file descriptor. Through a pipe it reports that it has started, that it is alive (a
+heartbeat), and how it failed, so an error that all ranks have is printed once. A rank that torchrun,
+srun or mpirun started enters through `run_managed` and prints its own error.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from launcher.placement import Placement, check_placement, render_placement
 from launcher.plan import RankPlan
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-PROGRAM = "launcher.program"  # the target that is a program of the user's, left as python has it
+PROGRAM = "launcher.program"  # the target that runs the user's program; its streams stay unchanged
 
 
 @dataclass(frozen=True)
 class RankEnv:
-    """What a rank is told. `store_fd` is a listening socket, for rank 0 of our own launcher;
-    `channel_fd` its end of the channel to a console, if there is one; `agent_store` says that torch's
-    elastic agent serves the store at the master address; `session` is random, and known to the ranks of
-    one machine alone; `node` tells the run's machines apart, and `run` names a run that a manager
-    started, on all of them; `secret` is what ranks on several machines share, "" on one. `plans` are
-    those of this machine's ranks, as plain dicts; `start_timeout_s` (0: no limit) bounds the wait for
-    the other ranks to join; `notes` say what could not be bound."""
+    """The settings of a rank. `store_fd` is a listening socket, for rank 0 of our own launcher;
+    `channel_fd` is its end of the channel to a console, if there is one; `agent_store`: torch's elastic
+    agent serves the store at the master address; `session` is random, and only the ranks of one machine
+    know it; `node` differs between the run's machines; `run` names a run that a manager started, the
+    same on all machines; `secret` is shared by ranks on several machines, "" on one. `plans` are the
+    `RankPlan`s of this machine's ranks as dicts; `start_timeout_s` (seconds, 0: no limit) bounds the
+    wait for the other ranks to join; `notes` say what could not be bound."""
 
     rank: int
     world_size: int
@@ -65,7 +65,7 @@ class RankEnv:
 
     @property
     def placement(self) -> str:
-        """Where the ranks of this machine are, in a few words."""
+        """Where the ranks of this machine run, in a few words."""
         return ", ".join(
             f"rank {p['rank']} on "
             + (p["device"] if p["device"] != "cpu" else f"cpus {format_cpu_list(p['cpus'])}")
@@ -75,7 +75,7 @@ class RankEnv:
 
 
 def env_to_json(env: RankEnv) -> dict[str, Any]:
-    """For the way to the rank."""
+    """A dict that JSON can carry to the rank."""
     return asdict(env)
 
 
@@ -88,16 +88,16 @@ def env_from_json(data: dict[str, Any]) -> RankEnv:
 
 
 def main(spec_fd: int) -> int:
-    """A rank of our own launcher: read what it is told, and run."""
+    """Run a rank of our own launcher with the settings from `spec_fd`; return its exit code."""
     with os.fdopen(spec_fd, "rb") as file:
         spec = json.loads(file.read())
     die_with_parent(spec["parent_pid"])
     report_fd: int = spec["report_fd"]
     os.set_inheritable(report_fd, False)  # compilers that a rank starts must not hold the pipe open
     os.set_blocking(report_fd, False)
-    lock = threading.Lock()  # a heartbeat must not fall into the middle of a report
+    lock = threading.Lock()  # a heartbeat must not be written in the middle of a report
     faulthandler.enable()  # a crash in native code shows the Python line that led there
-    # Ctrl-\ shows where every rank is; the launcher asks the same of a rank that hangs.
+    # Ctrl-\ makes every rank print its stacks; the launcher sends the same signal to a rank that hangs.
     faulthandler.register(signal.SIGQUIT, all_threads=True)
     env = env_from_json(spec["env"])
     if env.channel_fd is not None:
@@ -115,7 +115,7 @@ def main(spec_fd: int) -> int:
         prepare()
     try:
         env = _bind(env)
-        if spec["beat_s"]:  # not before: a thread keeps the cpus that it was born with
+        if spec["beat_s"]:  # after binding: a thread keeps the cpus that it started with
             threading.Thread(target=_beat, args=(report_fd, lock, spec["beat_s"]), daemon=True).start()
         return _run(env, spec["target"], spec["payload"], lambda: report("started"))
     except OutputError as error:
@@ -124,7 +124,7 @@ def main(spec_fd: int) -> int:
             report("error", message=error.message)
         return error.exit_code
     except BrokenPipeError:
-        # The reader of a program's output went away: it ends as other tools do, without a word.
+        # The reader of the user's program closed the pipe: end silently, as other tools do.
         silence(sys.stdout)
         return UNREAD
     except KeyboardInterrupt:
@@ -134,17 +134,17 @@ def main(spec_fd: int) -> int:
         report(
             "exception" if code is None else "error",
             message=str(error) or type(error).__name__,
-            traceback=_traceback(error)[-50000:],  # the end tells most
+            traceback=_traceback(error)[-50000:],  # the end matters most
         )
         return 1 if code is None else int(code)
 
 
 def run_managed(env: RankEnv, target: str, payload: str, tracebacks: bool) -> int:
-    """A rank that somebody else's launcher started: it says itself what went wrong."""
+    """Run a rank that torchrun, srun or mpirun started: it prints its own errors."""
     try:
         return _run(_bind(env), target, payload, lambda: None)
     except OutputError:
-        raise  # `running` says it
+        raise  # `running` prints it
     except BrokenPipeError:
         silence(sys.stdout)
         return UNREAD
@@ -186,21 +186,21 @@ def _run(env: RankEnv, target: str, payload: str, started: Callable[[], None]) -
 
 
 def _beat(report_fd: int, lock: threading.Lock, interval_s: float) -> None:
-    """An empty line now and then. A process that is stopped, or whose interpreter is stuck, goes
-    silent; one that computes or waits does not."""
+    """Write an empty line to the pipe every `interval_s` seconds. A process that is stopped, or whose
+    interpreter is blocked, sends none; a process that computes or waits does."""
     pause = threading.Event()
     while not pause.wait(interval_s):
         try:
             with lock:
                 os.write(report_fd, b"\n")
         except BlockingIOError:
-            pass  # the launcher is behind with reading
+            pass  # the pipe is full: the launcher has not read it yet
         except OSError:
             return
 
 
 def _sample(env: RankEnv, samples: list[Placement]) -> None:
-    """Look at ever longer intervals, since a look costs time in proportion to the memory."""
+    """Sample the placement at doubling intervals: a sample takes time in proportion to the memory."""
     wait, pause = 0.5, threading.Event()
     while not pause.wait(wait):
         samples.append(check_placement(env.rank, env.plan.nodes, env.plan.cpus))
@@ -208,7 +208,7 @@ def _sample(env: RankEnv, samples: list[Placement]) -> None:
 
 
 def _traceback(error: Exception) -> str:
-    """The error's traceback without the frames that led to the target."""
+    """The error's traceback without the launcher's frames above the target."""
     step = error.__traceback__
     while step is not None and _is_launchers(step.tb_frame.f_code.co_filename):
         step = step.tb_next
@@ -220,7 +220,7 @@ def _is_launchers(file: str) -> bool:
 
 
 def _check_origin() -> None:
-    """`comm` is also the name of other packages; ours is the one of this checkout."""
+    """Check that `comm` is this checkout's: other packages have that name too. Raises RuntimeError."""
     spec = importlib.util.find_spec("comm")
     if spec is not None and spec.origin and Path(spec.origin).resolve().parent.parent != CHECKOUT:
         raise RuntimeError(f"'comm' is {spec.origin}, not Yoke's own; remove it from PYTHONPATH")

@@ -1,8 +1,8 @@
-"""Several machines: the rendezvous is torch's elastic agent, which this process becomes.
+"""Several machines: this process becomes torch's elastic agent, which does the rendezvous.
 
 `launch.py --nnodes 2 --node-rank 0 --rdzv-endpoint HOST:PORT ...` on each machine is the same as
-`torchrun` there with the number of ranks that the plan gives this machine; the agent starts
-`launch.py` again as each rank, which finds its place by the agent's variables (`launcher.manager`).
+`torchrun` with the number of ranks that the plan has on that machine. The agent starts `launch.py`
+again as each rank, which reads its place from the agent's variables (`launcher.manager`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FLAGS = ("--nnodes", "--node-rank", "--rdzv-endpoint")
 
 
 def check_nodes(nnodes: int, node_rank: int | None, endpoint: str | None) -> None:
-    """Raise LaunchError unless the three flags make sense together."""
+    """Raise LaunchError unless the three flags are complete and consistent."""
     if nnodes < 1:
         raise LaunchError(f"--nnodes {nnodes}: must be at least 1")
     if nnodes == 1 and node_rank is None and endpoint is None:
@@ -28,8 +28,8 @@ def check_nodes(nnodes: int, node_rank: int | None, endpoint: str | None) -> Non
         raise LaunchError(f"--nnodes {nnodes} needs --node-rank 0 to {nnodes - 1}, not {node_rank}")
     if endpoint is None or not re.fullmatch(r".+:\d{1,5}", endpoint):
         raise LaunchError(
-            f"--nnodes {nnodes} needs --rdzv-endpoint HOST:PORT, where HOST is the machine of node "
-            f"rank 0, the same on all; not {endpoint}"
+            f"--nnodes {nnodes} needs --rdzv-endpoint HOST:PORT, the same on all machines, where HOST "
+            f"is the machine with --node-rank 0; not {endpoint}"
         )
 
 
@@ -42,11 +42,11 @@ def agent_command(
     endpoint: str,
     num_ranks: int,
 ) -> list[str]:
-    """The elastic agent's command line. `head` and `program` are this command's own words; the flags
-    that the agent takes over are removed from `head`."""
+    """The elastic agent's command line. `head` and `program` are the words of this command; the flags
+    that the agent handles are removed from `head`."""
     return [
         sys.executable,
-        *("-P", "-m", "torch.distributed.run"),  # not a torch.py that lies in the current folder
+        *("-P", "-m", "torch.distributed.run"),  # -P: ignore a torch.py in the current folder
         *("--nnodes", str(nnodes), "--node-rank", str(node_rank)),
         *("--nproc-per-node", str(num_ranks), "--max-restarts", "0"),
         *("--rdzv-backend", "static", "--rdzv-endpoint", endpoint, "--rdzv-id", "yoke"),
@@ -70,5 +70,5 @@ def _without_flags(argv: Sequence[str]) -> list[str]:
 
 
 def become_agent(command: Sequence[str]) -> None:
-    """Replace this process by the agent."""
+    """Replace this process with the agent."""
     os.execv(command[0], list(command))

@@ -1,7 +1,7 @@
-"""The first lines of a rank, started by path: `python launcher/entry.py FD`.
+"""The script that starts a rank: `python launcher/entry.py FD`.
 
-Not as a module, so that nothing of the user's PYTHONPATH needs to change for it, and nothing of the
-folder that the command was given in is imported.
+It is run by path, not with -m, so the user's PYTHONPATH need not change, and nothing is imported from
+the current folder.
 """
 
 import sys
@@ -9,7 +9,7 @@ from os.path import dirname, realpath
 
 if __name__ == "__main__":
     checkout = dirname(dirname(realpath(__file__)))
-    # In place of this folder (absent with -P), whose files would pass for modules of their own.
+    # Replace this folder (absent with -P): its files could be imported as top-level modules.
     sys.path[:] = [checkout, *sys.path[not sys.flags.safe_path :]]
     from launcher.child import main
 

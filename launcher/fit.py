@@ -1,9 +1,9 @@
-"""Whether what each rank must hold fits the memory that its place has. Pure, but for
-`require_space` and `require_loopback`.
+"""Check whether what each rank must hold fits in the memory of its place. The functions are pure,
+except `require_space` and `require_loopback`.
 
-What a model needs is the caller's to say (`engine.memory` does for generation); this module knows
-only places. Totals are compared, not what happens to be free: page cache gives way, and a machine
-that is busy today may be idle tomorrow.
+The caller passes what a model needs (`engine.memory` computes it for generation); this module knows
+only places. It compares with total memory, not free memory: the kernel evicts page cache, and a
+machine that is busy today may be idle tomorrow.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from launcher.plan import LaunchPlan
 
 @dataclass(frozen=True)
 class Fit:
-    """What one rank needs, by purpose, and what it can have, in bytes."""
+    """What one rank needs, by purpose, and what is available to it, in bytes."""
 
     rank: int
     needs: dict[str, int]
@@ -42,10 +42,11 @@ def check_fit(
     needs: Sequence[Mapping[str, int]],
     limit_bytes: int | None = None,
 ) -> tuple[Fit, ...]:
-    """Divide the memory of each node among the ranks on it, by what these need.
+    """Divide the memory of each node among the ranks on it, in proportion to what they need.
 
-    `limit_bytes` is the cgroup's limit for all ranks together. A rank that is not bound to its nodes
-    ("none", "preferred") can overflow to others, and is held against the machine's memory.
+    `needs` are the bytes of each rank, by purpose; `limit_bytes` is the cgroup's limit for all ranks
+    together. A rank whose memory is not bound to its nodes ("none", "preferred") can use other nodes
+    too, so it is compared with the whole machine's memory.
     """
     memory = {node.id: node.memory_bytes for node in topology.nodes}
     machine = machine_memory(topology, limit_bytes)
@@ -62,7 +63,7 @@ def check_fit(
 
 
 def machine_memory(topology: Topology, limit_bytes: int | None = None) -> int:
-    """Bytes that all ranks together can have; 0 where the nodes do not tell."""
+    """Bytes available to all ranks together; 0 if the nodes do not report their size."""
     memory = sum(n.memory_bytes for n in topology.nodes if n.id in topology.allowed_nodes)
     return memory if limit_bytes is None else min(memory, limit_bytes)
 
@@ -72,19 +73,19 @@ def _share(total: int, need: int, needs: Sequence[int]) -> int:
 
 
 def require_fit(fits: Sequence[Fit]) -> None:
-    """Raise LaunchError that names the first rank whose memory is too small, and the ways out."""
+    """Raise LaunchError if a rank does not fit: it names the first such rank, and what to do."""
     for fit in fits:
         if not fit.fits:
             parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in fit.needs.items())
             raise LaunchError(
                 f"rank {fit.rank} needs {format_bytes(fit.needed_bytes)} ({parts}), and its place has "
-                f"{format_bytes(fit.available_bytes)}; use more ranks on more memory, a smaller "
+                f"{format_bytes(fit.available_bytes)}; use more ranks with more memory, a smaller "
                 "max_seq_len or dtype=bfloat16 (python launch.py plan model=... shows the sizes)"
             )
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:
-    """Raise LaunchError unless `folder` can be written to and its file system has so much free."""
+    """Raise LaunchError unless `folder` is writable and has `needed_bytes` free."""
     try:
         space = os.statvfs(folder)
     except OSError as error:
@@ -92,26 +93,26 @@ def require_space(folder: Path, needed_bytes: int) -> None:
         raise LaunchError(f"{folder}: {error.strerror}; {way_out}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise LaunchError(
-            f"{folder} cannot be written to, and the ranks' shared memory lies there: make it writable "
+            f"{folder} cannot be written to, and the ranks need it for shared memory: make it writable "
             "for this user (a tmpfs of mode 1777), or use --comm gloo"
         )
     free = space.f_bavail * space.f_frsize
     if free < needed_bytes:
         raise LaunchError(
             f"{folder} has {format_bytes(free)} free, and the ranks need {format_bytes(needed_bytes)}: "
-            "free some, give the container more (docker run --shm-size=1g), or use --comm gloo"
+            "free space there, give the container more (docker run --shm-size=1g), or use --comm gloo"
         )
 
 
 def require_loopback() -> None:
-    """Raise LaunchError unless processes of this machine can reach each other at 127.0.0.1."""
+    """Raise LaunchError unless processes of this machine can connect to each other at 127.0.0.1."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
             socket.create_connection(server.getsockname(), timeout=5).close()
     except OSError as error:
         raise LaunchError(
-            f"ranks cannot meet at 127.0.0.1 ({error.strerror or error}): bring the loopback interface "
-            "up (ip link set lo up), or use --comm shm"
+            f"ranks cannot connect at 127.0.0.1 ({error.strerror or error}): bring the loopback "
+            "interface up (ip link set lo up), or use --comm shm"
         ) from error
 
 

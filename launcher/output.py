@@ -1,7 +1,7 @@
-"""What ranks print: rank 0's goes straight to the terminal, the others' with their rank before it.
+"""The output of ranks: rank 0's goes straight to the terminal, the others' lines get their rank first.
 
-With a log folder every rank's output is also written to `rank-N.log`; rank 0 then writes through a
-pseudo-terminal where the launcher has a terminal, so that its progress bars stay.
+With a log folder, every rank's output is also written to `rank-N.log`. If the launcher has a terminal,
+rank 0 then writes through a pseudo-terminal, so that its progress bars still work.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Sink = Callable[[bytes], None]
 
 
 def open_log(folder: Path, rank: int) -> IO[bytes]:
-    """`folder/rank-N.log`, new, for this user alone: prompts and answers are in it. Raises LaunchError,
-    also where that is a link or another user's file, which could lead or show them anywhere."""
+    """Create `folder/rank-N.log`, readable by this user alone: it holds prompts and answers. Raises
+    LaunchError, also if the path is a link or another user's file: the text could end up anywhere."""
     path = folder / f"rank-{rank}.log"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def _check_own(path: Path) -> None:
     found = path.lstat()
     if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
         what = "is not a plain file" if found.st_uid == os.geteuid() else "is another user's"
-        raise LaunchError(f"--log-dir: {path} {what}: remove it, or name another folder")
+        raise LaunchError(f"--log-dir: {path} {what}: remove it, or give another folder")
 
 
 def open_channel(terminal: bool) -> tuple[int, int]:
@@ -50,15 +50,15 @@ def open_channel(terminal: bool) -> tuple[int, int]:
     if not terminal:
         return os.pipe()
     master, slave = pty.openpty()
-    tty.setraw(slave)  # the real terminal does the translation, once
+    tty.setraw(slave)  # only the real terminal translates line ends
     with suppress(termios.error):
         termios.tcsetwinsize(slave, termios.tcgetwinsize(sys.stdout.fileno()))
     return master, slave
 
 
 def whole_lines(rank: int, stream: IO[str], log: IO[bytes] | None) -> Sink:
-    """Pass on whole lines with the rank's name; an unfinished one at the end of its output (an empty
-    chunk)."""
+    """A sink that passes on whole lines, with the rank before each. An unfinished line is passed on at
+    the end of the output (an empty chunk)."""
     rest = b""
 
     def write(chunk: bytes) -> None:
@@ -74,7 +74,7 @@ def whole_lines(rank: int, stream: IO[str], log: IO[bytes] | None) -> Sink:
 
 
 def untouched(stream: IO[str], log: IO[bytes]) -> Sink:
-    """Pass on every byte as it comes, and keep a copy."""
+    """A sink that passes on every byte at once, and writes a copy to the log."""
 
     def write(chunk: bytes) -> None:
         _keep(log, chunk)
@@ -84,8 +84,8 @@ def untouched(stream: IO[str], log: IO[bytes]) -> Sink:
 
 
 def _pass_on(stream: IO[str], data: bytes) -> None:
-    """The bytes as they are: their encoding is the rank's affair. Where nobody reads, rank 0 notices
-    and ends the run. Raises OutputError where stdout cannot be written."""
+    """Write the bytes unchanged: the rank chose their encoding. If nobody reads the stream, rank 0
+    notices and ends the run. Raises OutputError if stdout cannot be written."""
     try:
         stream.buffer.write(data)  # type: ignore[attr-defined]
         stream.flush()
@@ -96,7 +96,7 @@ def _pass_on(stream: IO[str], data: bytes) -> None:
 
 
 def _keep(log: IO[bytes], data: bytes) -> None:
-    """Write all of it into a log. Raises LaunchError."""
+    """Write all of `data` to a log. Raises LaunchError."""
     try:
         while data:
             data = data[log.write(data) :]

@@ -1,9 +1,9 @@
-"""A target that runs a program of the user's, as `python script.py args` or `python -m module` would.
+"""A target that runs the user's program, as `python script.py args` or `python -m module` would.
 
-In this process, after it was bound, so that binding, heartbeat and the report of failures are those
-of any rank. It sees the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
-MASTER_ADDR, MASTER_PORT) and none of Yoke's own modules. Its path of modules is what python itself
-would give it: the script's folder first or, for a module, the current one; neither under `python -P`.
+The program runs in this process, after binding, so it has the binding, the heartbeat and the error
+reports of any rank. It sees the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK,
+LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and none of Yoke's modules. Its sys.path is what python
+would give it: the script's folder first or, for a module, the current folder; neither with `python -P`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 from base.errors import LaunchError
 
 CHECKOUT = str(Path(__file__).resolve().parent.parent)
-_LOADED = ("base", "launcher", "launch", "engine")  # of Yoke's, before the program is
+_LOADED = ("base", "launcher", "launch", "engine")  # Yoke's packages loaded before the program
 
 
 def check_program(words: list[str]) -> str:
-    """The payload for `main` from `script.py args...` or `-m module args...`. Raises LaunchError."""
+    """The payload for `main`, from `script.py args...` or `-m module args...`. Raises LaunchError."""
     module = bool(words) and words[0] == "-m"
     rest = words[1:] if module else words
     if not rest:
@@ -34,13 +34,13 @@ def check_program(words: list[str]) -> str:
 
 
 def main(env: Any, payload: str) -> int:
-    """Run the program to its end; the exit code."""
+    """Run the program to its end and return its exit code."""
     program = json.loads(payload)
     if env.store_fd is not None:
-        # A program of torch's world binds the master port itself; nobody else has had it meanwhile.
+        # The program binds the master port itself. Until now this socket kept it from other processes.
         socket.socket(fileno=env.store_fd).close()
     name, argv = program["name"], program["argv"]
-    # The program's world is its own: a `models` or `comm` of the user's must be found, not ours.
+    # The program must import its own `models` or `comm`, not Yoke's.
     sys.path[:] = [entry for entry in sys.path if entry != CHECKOUT]
     for loaded in [module for module in sys.modules if module.split(".")[0] in _LOADED]:
         if Path(CHECKOUT) in Path(getattr(sys.modules[loaded], "__file__", None) or "/").parents:
@@ -61,13 +61,13 @@ def main(env: Any, payload: str) -> int:
 
 
 def _go_first(folder: str) -> None:
-    """On the path of modules, unless the user has turned that off (-P, PYTHONSAFEPATH)."""
+    """Put `folder` first on sys.path, unless the user turned that off (-P, PYTHONSAFEPATH)."""
     if not sys.flags.safe_path:
         sys.path.insert(0, folder)
 
 
 def _exit_code(code: object) -> int:
-    """As the interpreter would: None is 0, a text is printed and counts as 1."""
+    """The exit code of a SystemExit, by python's rules: None is 0; a text is printed and is 1."""
     if code is None:
         return 0
     if isinstance(code, int):

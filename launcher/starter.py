@@ -1,9 +1,9 @@
-"""Whether the manager whose variables are set really started this process: what the process tree tells.
+"""Check in the process tree whether the manager whose variables are set really started this process.
 
-Variables of torchrun, srun and mpirun stay in the environment of everything that a rank starts, of a
-shell too, and whoever reads them there waits for ranks that nobody starts. The tree cannot prove that
-all ranks were started (containers hide it), so it never decides alone: it decides who speaks, and
-refuses what was typed into a rank's own shell.
+Everything that a rank starts, a shell too, inherits the variables of torchrun, srun or mpirun. A
+command that trusts them there would wait for ranks that nobody starts. The tree cannot prove that all
+ranks were started (containers hide it), so it does not decide alone. It decides which rank prints an
+error, and it rejects a command that was typed into the shell of a rank.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# By manager, what one of the processes above a rank is called.
+# For each manager, a pattern for the command line of its process above a rank.
 _STARTERS = {
     "torchrun": r"torchrun|torch[./]distributed|elastic",
     "mpirun": r"\b(mpirun|mpiexec|orterun|orted|prterun|prted)\b",
@@ -25,7 +25,7 @@ _MAX_DEPTH = 64
 
 
 def was_started_by(manager: str, pid: int, root: Path = Path("/proc")) -> bool:
-    """Whether a process of the manager's is among the ancestors of process `pid`."""
+    """Whether a process of the manager is among the ancestors of process `pid`."""
     pattern = _STARTERS.get(manager)
     for _ in range(_MAX_DEPTH):
         pid = _look(pid, root).parent
@@ -37,11 +37,11 @@ def was_started_by(manager: str, pid: int, root: Path = Path("/proc")) -> bool:
 
 
 def is_typed_in_rank(variables: Mapping[str, str], pid: int, root: Path = Path("/proc")) -> bool:
-    """Whether process `pid` was started at the prompt of a shell that has been started with these
-    variables: then the shell is the rank that they describe."""
+    """Whether process `pid` was typed at the prompt of a shell that was itself started with these
+    variables. Then the shell is the rank that they describe."""
     own = _look(pid, root)
     shell = _look(own.parent, root)
-    # A shell at a terminal gives each job a process group of its own; one that runs a script does not.
+    # An interactive shell gives each job its own process group; a shell that runs a script does not.
     is_job = own.group == pid != shell.group and own.terminal != 0
     if shell.name not in _SHELLS or not is_job or not variables:
         return False
@@ -54,7 +54,7 @@ def is_typed_in_rank(variables: Mapping[str, str], pid: int, root: Path = Path("
 
 @dataclass(frozen=True)
 class _Process:
-    """From a stat file; of a process that cannot be seen all is 0."""
+    """Fields of a stat file; all 0 or empty for a process that is not visible."""
 
     name: str = ""
     parent: int = 0
@@ -67,13 +67,13 @@ def _look(pid: int, root: Path) -> _Process:
         text = (root / str(pid) / "stat").read_text(errors="replace")
     except OSError:
         return _Process()
-    before, _, after = text.rpartition(")")  # the name may itself hold parentheses
+    before, _, after = text.rpartition(")")  # the name may contain parentheses
     _state, parent, group, _session, terminal, *_ = after.split()
     return _Process(before.partition("(")[2], int(parent), int(group), int(terminal))
 
 
 def _words(pid: int, root: Path) -> list[str]:
-    """The command line; a process that hides it goes by its name (slurmstepd rewrites its own)."""
+    """The command line, or the process's name if that is hidden (slurmstepd rewrites its own)."""
     try:
         text = (root / str(pid) / "cmdline").read_text(errors="replace")
     except OSError:

@@ -1,8 +1,8 @@
-"""A secret that the processes of one user share on a machine, so that others cannot guess their names.
+"""A secret that the processes of one user share on a machine, so that others cannot guess socket names.
 
-Ranks that a manager started have no channel to each other before they meet, and what the manager tells
-them (a job number) everybody may read. The name of the socket at which they meet is made of that and of
-this secret: nobody else can take it first. Made once, at the first use.
+Ranks that a manager started have no channel to each other before they meet, and every user can read
+what the manager gives them (a job number). So the name of the socket at which they meet is a hash of
+that and of this secret: no other user can bind it first. The secret is made once, at the first use.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BYTES = 32
 
 
 def user_secret() -> bytes:
-    """The secret; empty where the user has no folder to keep it in."""
+    """The secret (32 bytes); empty if the user has no folder for it."""
     home = state_home()
     with suppress(OSError):
         return b"" if home is None else read_secret(home / "yoke" / "secret")
@@ -27,7 +27,7 @@ def user_secret() -> bytes:
 
 
 def read_secret(path: Path) -> bytes:
-    """The file's bytes, made if there is none; empty if others may know them. Raises OSError."""
+    """The file's bytes; a missing file is made. Empty if other users may know them. Raises OSError."""
     if not os.path.lexists(path):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _make(path)
@@ -39,7 +39,7 @@ def read_secret(path: Path) -> bytes:
 
 
 def _make(path: Path) -> None:
-    """Whole at once: ranks that come at the same time all read the first one's."""
+    """Make the file atomically: ranks that start at the same time all read the same secret."""
     new = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     with open(new, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         file.write(secrets.token_bytes(_BYTES))

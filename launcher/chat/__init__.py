@@ -1,1 +1,1 @@
-"""The terminal's side of a conversation: a process of its own, beside the ranks."""
+"""The terminal side of a conversation: a separate process beside the ranks."""

@@ -1,13 +1,12 @@
-"""A conversation at the terminal: the process that `launcher.chat.console` starts and talks with rank
-0.
+"""A conversation at the terminal: `launcher.chat.console` starts this process, which talks with rank 0.
 
-One thread. While it waits for rank 0 a Ctrl-C wakes the waiting and becomes a request to stop; while it
-waits for a line, the signal's handler raises, which is how Python's input() is left early. A run that
-ends for any other reason ends this process with SIGTERM: from the launcher or, when that was killed,
-from the kernel.
+It has one thread. While it waits for rank 0, a Ctrl-C wakes it and becomes a request to stop the
+answer. While it waits for a line, the signal's handler raises: that is the way to leave Python's
+input() early. When the run ends for any other reason, a SIGTERM ends this process: from the launcher
+or, if that was killed, from the kernel.
 
-In a pipeline each line of stdin is a turn, answers go to stdout and nothing else does (what commands
-show excepted); what cannot be served is said on stderr.
+In a pipeline each line of stdin is a turn. Only answers and the output of commands go to stdout; errors
+go to stderr.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ from launcher.chat.terminal import (
 
 @dataclass
 class Chat:
-    """A session. `modes` are those of the person's terminal, None in a pipeline."""
+    """A chat session. `modes` are the modes of the terminal before it, None in a pipeline."""
 
     link: Link
     modes: Modes | None
@@ -75,14 +74,14 @@ class Chat:
     requests: int = 0
     at_prompt: bool = False
     at_line_start: bool = True
-    launcher: int = -1  # a descriptor of its process
+    launcher: int = -1  # a descriptor (pidfd) of the launcher's process
 
 
 def main(fd: int, launcher_pid: int) -> int:
-    """Until the person has enough (0), ends it while it works (130), or rank 0 is gone (0: the launcher
-    knows better)."""
+    """Chat until the user ends it (returns 0), interrupts an answer three times (130), or rank 0 has
+    ended (0: the launcher decides the exit code)."""
     if sys.stdin is not None:
-        # A file that is piped in may begin with a byte-order mark; its lines end with line feeds alone.
+        # A piped file may begin with a byte-order mark. Only line feeds end a line.
         encoding = "utf-8" if sys.stdin.isatty() else "utf-8-sig"
         sys.stdin.reconfigure(encoding=encoding, errors="replace", newline="\n")  # type: ignore[union-attr]
     if sys.stdout is not None:
@@ -101,7 +100,7 @@ def main(fd: int, launcher_pid: int) -> int:
         facts = receive(chat.link)["ready"]
         chat.max_seq_len = facts["max_seq_len"]
         if modes is not None:
-            # In place of whatever a progress bar has left in this line.
+            # Overwrite what a progress bar may have left on this line.
             show("\r\x1b[K" if knows_escapes() else "\n", end="", escapes=True)
             _note(chat, printable(view.greeting(facts)))
         _converse(chat)
@@ -110,7 +109,7 @@ def main(fd: int, launcher_pid: int) -> int:
         return 0
     except InterruptedByKeyError:
         return 130
-    except OutputError as error:  # the launcher says it
+    except OutputError as error:  # the launcher prints it
         silence(sys.stdout)
         return error.exit_code
     finally:
@@ -118,16 +117,16 @@ def main(fd: int, launcher_pid: int) -> int:
             with suppress(OutputError):
                 show("")
         restore(modes)
-        # Left open: rank 0 must not hear of the end, and end itself, before this process has a code.
+        # Keep the channel open: rank 0 must not see it close, and exit, before this process has ended.
         chat.link.channel.detach()
 
 
 def _catch_signals(chat: Chat, wakeup: int) -> None:
-    """Have signals end, wake or suspend the chat."""
+    """Install handlers: signals end, wake or suspend the chat."""
 
     def end(number: int, _: Any) -> None:
         for other in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(other, signal.SIG_IGN)  # once is enough
+            signal.signal(other, signal.SIG_IGN)  # it is already ending
         raise SystemExit(128 + number)
 
     def interrupt(_: int, __: Any) -> None:
@@ -139,7 +138,7 @@ def _catch_signals(chat: Chat, wakeup: int) -> None:
             return
         now, typed = termios.tcgetattr(0), typed_so_far()
         restore(chat.modes)
-        # The launcher first: the shell acts on it, and we leave the terminal alone from here on.
+        # Stop the launcher first: the shell reacts to it. From here on we do not touch the terminal.
         signal.pidfd_send_signal(chat.launcher, signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)
         if chat.at_prompt:
@@ -150,9 +149,9 @@ def _catch_signals(chat: Chat, wakeup: int) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, end)
-    signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # Ctrl-\ shows where the ranks are
+    signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # Ctrl-\ makes the ranks print their stacks
     if chat.modes is None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher stops all
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher stops the run
     else:
         signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTSTP, suspend)
@@ -160,7 +159,7 @@ def _catch_signals(chat: Chat, wakeup: int) -> None:
 
 
 def _converse(chat: Chat) -> None:
-    """Turn by turn, until there is no more."""
+    """Read and answer turns until the input ends or the user quits."""
     warned = False
     while True:
         try:
@@ -199,7 +198,7 @@ def _next_line(chat: Chat, goes_on: bool) -> str:
     try:
         line = line_from_person(prompt)
     except SystemExit:
-        raise  # still at the prompt, which main() ends
+        raise  # chat.at_prompt stays True: main() ends the prompt's line
     except BaseException:
         chat.at_prompt = False
         raise
@@ -209,7 +208,7 @@ def _next_line(chat: Chat, goes_on: bool) -> str:
 
 
 def _obey(chat: Chat, turn: Turn) -> bool:
-    """Carry out a command; False if it was the last."""
+    """Execute a command; return False if it ends the chat."""
     word, *rest = turn.text.split(maxsplit=1)
     if word == "/quit":
         return False
@@ -237,8 +236,8 @@ def _reset(chat: Chat) -> None:
 
 
 def _answer(chat: Chat, text: str) -> None:
-    """Ask rank 0 and show what comes. Raises EndedError, and InterruptedByKeyError if the person does
-    not want to wait for an answer to stop."""
+    """Send a turn to rank 0 and show the answer. Raises EndedError, and InterruptedByKeyError at the
+    third Ctrl-C, when the user does not want to wait for the answer to stop."""
     chat.requests += 1
     number, asked = chat.requests, {"role": "user", "content": text}
     system = [{"role": "system", "content": chat.system}] if chat.system else []
@@ -271,9 +270,9 @@ def _answer(chat: Chat, text: str) -> None:
 
 
 def _finish(chat: Chat, asked: dict[str, str], shown: str, message: Message) -> None:
-    """The rest of an answer, its figures, and its place in the conversation."""
+    """Show the rest of an answer and its timings, and add the turn to the conversation."""
     done = read_done(message["done"])
-    # What was held back: a character that the last token left incomplete.
+    # Text that was held back: a character that the last token left incomplete.
     _write(chat, done.text[len(shown) :] if done.text.startswith(shown) else "")
     if not chat.at_line_start or not done.text:
         _write(chat, "\n")
@@ -285,14 +284,14 @@ def _finish(chat: Chat, asked: dict[str, str], shown: str, message: Message) -> 
 
 
 def _write(chat: Chat, text: str) -> None:
-    """To stdout at once."""
+    """Write to stdout at once."""
     if text:
         chat.at_line_start = text.endswith("\n")
         show(text, end="")
 
 
 def _note(chat: Chat, text: str) -> None:
-    """A line that is no answer: dim for a person, on stderr in a pipeline."""
+    """Show a line that is not an answer: dim on a terminal, on stderr in a pipeline."""
     if chat.modes is None:
         say(text)
         return

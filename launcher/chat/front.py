@@ -1,4 +1,4 @@
-"""The first lines of the chat's process: `python -I -S launcher/chat/front.py FD PID`."""
+"""The script that starts the chat's process: `python -I -S launcher/chat/front.py FD PID`."""
 
 import sys
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""What a person types: turns of one line or several, and the history of all of them on disk.
+"""What a person types: turns of one or more lines, and their history on disk.
 
-A line that ends with a backslash goes on in the next; three quotation marks open a turn that ends where
-there are three again. Lines are edited by readline, where Python has it. The history is a file of our
-own (a JSON string on each line), since readline's holds no turn of several lines.
+A line that ends with a backslash continues in the next; three quotation marks begin a turn that ends at
+the next three. readline edits the lines, if Python has it. The history is Yoke's own file (a JSON
+string on each line), since readline's file cannot hold a turn of several lines.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from base.folders import state_home
 
 try:
     import readline
-except ImportError:  # a Python that was built without: lines come as the terminal edits them
+except ImportError:  # a Python built without readline: the terminal edits the lines
     readline = None  # type: ignore[assignment]
 
 _FENCE = '"""'
@@ -30,29 +30,29 @@ _MAX_HISTORY = 1000
 
 @dataclass(frozen=True)
 class Turn:
-    """`command`: it began with a slash."""
+    """One turn of the user. `command`: it began with a slash."""
 
     text: str
     command: bool
 
 
 class AbandonedError(Exception):
-    """Ctrl-C at the prompt. `empty`: there was nothing to abandon."""
+    """Ctrl-C at the prompt. `empty`: the prompt was empty."""
 
     def __init__(self, empty: bool) -> None:
         self.empty = empty
 
 
 class ResumedError(Exception):
-    """Back from Ctrl-Z at the prompt: it must be drawn again, with what was typed."""
+    """Back from Ctrl-Z at the prompt: draw it again, with what was typed."""
 
     def __init__(self, typed: str) -> None:
         self.typed = typed
 
 
 def read_turn(next_line: Callable[[bool], str]) -> Turn:
-    """One turn from `next_line(goes_on)`, which raises EOFError at the end of the input: at once, that
-    is raised; in the middle of a turn, it ends the turn."""
+    """Read one turn from `next_line(goes_on)`, which raises EOFError at the end of the input. In the
+    middle of a turn the end of the input ends the turn; before it, EOFError is raised."""
     first = next_line(False)
     if first.lstrip().startswith(_FENCE):
         lines = [first.lstrip()[len(_FENCE) :]]
@@ -86,7 +86,7 @@ def line_from_pipe(_: bool) -> str:
 
 
 def line_from_person(prompt: str) -> str:
-    """A line, edited; drawn again after Ctrl-Z. Raises EOFError, AbandonedError."""
+    """A line from the editor; after Ctrl-Z the prompt is redrawn. Raises EOFError, AbandonedError."""
     typed = ""
     while True:
         try:
@@ -98,17 +98,17 @@ def line_from_person(prompt: str) -> str:
 
 
 def typed_so_far() -> str:
-    """What stands at the prompt, not yet sent."""
+    """The text at the prompt that has not been sent yet."""
     return "" if readline is None else readline.get_line_buffer()
 
 
 def marks_escapes() -> bool:
-    """Whether the prompt may have colors: the editor must be told that they take no room."""
+    """Whether the prompt may have colors: the editor must support marking them as zero width."""
     return readline is not None and "libedit" not in (readline.__doc__ or "")
 
 
 def history_path() -> Path | None:
-    """Where the history is kept, by the XDG base directory specification; None without a home."""
+    """The path of the history, by the XDG base directory specification; None without a home folder."""
     state = state_home()
     return None if state is None else state / "yoke" / "history"
 
@@ -119,14 +119,14 @@ def open_editor(path: Path | None) -> None:
         return
     readline.set_auto_history(False)  # turns, not lines
     if "libedit" not in (readline.__doc__ or ""):
-        # A pasted text is one turn, whatever lines it has.
+        # A pasted text is one turn, even if it has several lines.
         readline.parse_and_bind("set enable-bracketed-paste on")
     for turn in [] if path is None else load_history(path):
         readline.add_history(turn)
 
 
 def load_history(path: Path) -> list[str]:
-    """The last turns, oldest first. Lines that are not ours are left out."""
+    """The last 1000 turns, oldest first. Lines that are not JSON strings are skipped."""
     turns = []
     with suppress(OSError):
         for line in path.read_bytes().split(b"\n"):
@@ -143,9 +143,9 @@ def load_history(path: Path) -> list[str]:
 
 
 def remember(turn: Turn, path: Path | None) -> None:
-    """For the arrow keys, now and in later chats. A disk that cannot be written is not the chat's
-    trouble."""
-    # A text in quotation marks may begin with a slash, and must not be a command when it comes back.
+    """Add a turn to the history, for the arrow keys in this chat and later ones. Errors of the disk are
+    ignored."""
+    # A text in quotation marks may begin with a slash. The space keeps it from being a command later.
     text = turn.text if turn.command or not turn.text.startswith("/") else f" {turn.text}"
     if readline is not None and "\0" not in text:
         readline.add_history(text)
@@ -157,5 +157,5 @@ def remember(turn: Turn, path: Path | None) -> None:
 
 
 def _open_private(path: Path) -> IO[str]:
-    """To append; what people write to a model is nobody else's business."""
+    """Open a file to append, readable by this user alone: what people write to a model is private."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a")

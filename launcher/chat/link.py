@@ -1,4 +1,4 @@
-"""The chat's end of the channel to rank 0 (`launcher.chat.console` has the protocol)."""
+"""The chat's end of the channel to rank 0 (`launcher.chat.console` describes the protocol)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Message = dict[str, Any]
 
 
 class EndedError(Exception):
-    """Rank 0 is gone; why is the launcher's to say."""
+    """Rank 0 has ended; the launcher prints why."""
 
 
 class InterruptedByKeyError(Exception):
-    """Ctrl-C while waiting; nothing that rank 0 said is lost."""
+    """Ctrl-C while waiting; no message of rank 0 is lost."""
 
 
 @dataclass
 class Link:
-    """`wakeup` yields the numbers of signals that arrived (see `signal.set_wakeup_fd`)."""
+    """The channel to rank 0; `wakeup` yields the numbers of signals (see `signal.set_wakeup_fd`)."""
 
     channel: socket.socket
     wakeup: int
@@ -32,7 +32,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Done:
-    """The end of an answer. Times in seconds; `cached_tokens` of the prompt's were computed before."""
+    """The end of an answer. Times are in seconds; `cached_tokens` prompt tokens came from the cache."""
 
     finish: str
     prompt_tokens: int
@@ -44,12 +44,12 @@ class Done:
 
 
 def read_done(message: Message) -> Done:
-    """From what rank 0 sent; keys that are not known here are left aside."""
+    """`Done` from a message of rank 0; unknown keys are ignored."""
     return Done(**{field.name: message[field.name] for field in fields(Done)})
 
 
 def send(link: Link, message: Message) -> None:
-    """One line. Raises EndedError."""
+    """Send one message. Raises EndedError."""
     try:
         link.channel.sendall(json.dumps(message, ensure_ascii=False).encode() + b"\n")
     except OSError as error:
@@ -76,7 +76,7 @@ def receive(link: Link) -> Message:
 
 
 def take_interrupts(link: Link) -> bool:
-    """Forget the signals that arrived until now; whether one was a Ctrl-C."""
+    """Discard the signals that have arrived; return whether one was a Ctrl-C."""
     try:
         return signal.SIGINT in os.read(link.wakeup, 4096)
     except BlockingIOError:

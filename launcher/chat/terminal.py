@@ -1,8 +1,8 @@
-"""The terminal of a chat: the modes it is in, and putting them back whatever happened.
+"""The terminal of a chat: read and set its modes, and restore them whatever happened.
 
-Two processes do that for each other: the chat's own when the launcher was killed, the launcher when the
-chat was. Neither touches a terminal that is somebody else's at the moment: a shell whose job has died
-puts its modes back itself.
+Two processes can restore them: the chat's process if the launcher was killed, the launcher if the chat
+was. Neither changes a terminal that another process group has at the moment: a shell whose job has died
+restores its own modes.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-Modes = list[Any]  # as termios has them
+Modes = list[Any]  # the list of termios.tcgetattr
 
-# What may have been left on: pasted text in brackets, a hidden cursor, colors.
+# Turn off what may have been left on: bracketed paste, a hidden cursor, colors.
 _RESET = b"\x1b[?2004l\x1b[?25h\x1b[0m"
 
 
 def is_interactive() -> bool:
-    """Whether a person sits at both ends. Launcher and chat have the same stdin and stdout, so both
-    come to the same answer."""
+    """Whether both stdin and stdout are terminals. Launcher and chat have the same stdin and stdout, so
+    both get the same answer."""
     return os.isatty(0) and os.isatty(1)
 
 
@@ -31,27 +31,27 @@ def knows_escapes() -> bool:
 
 
 def read_modes() -> Modes | None:
-    """The modes of the terminal; None where a chat has no person."""
+    """The modes of the terminal; None if the chat is not interactive."""
     return termios.tcgetattr(0) if is_interactive() else None
 
 
 def quieten(modes: Modes) -> None:
-    """No echo between the words of an answer. What is typed meanwhile waits for the next prompt, as
-    it was typed; the keys that send signals go on sending them."""
+    """Turn off echo while an answer is printed. What is typed meanwhile is kept unchanged for the next
+    prompt; keys that send signals still send them."""
     apply([*modes[:3], modes[3] & ~(termios.ECHO | termios.ICANON), *modes[4:]])
 
 
 def apply(modes: Modes) -> None:
-    """Set the modes. From the background this stops us, as it does every program, until `fg`."""
-    with suppress(termios.error):  # the terminal may have gone away
+    """Set the modes. In the background, the kernel stops this process here until `fg`."""
+    with suppress(termios.error):  # the terminal may be closed
         termios.tcsetattr(0, termios.TCSANOW, modes)
 
 
 def restore(modes: Modes | None) -> None:
-    """Put the modes back, and show the cursor, if the terminal is ours."""
+    """Restore the modes, and show the cursor, if our process group has the terminal."""
     if modes is None:
         return
-    with suppress(OSError, termios.error):  # it may have gone away
+    with suppress(OSError, termios.error):  # the terminal may be closed
         if os.tcgetpgrp(0) == os.getpgrp():
             termios.tcsetattr(0, termios.TCSANOW, modes)
             if knows_escapes():
@@ -59,7 +59,7 @@ def restore(modes: Modes | None) -> None:
 
 
 def can_be_continued() -> bool:
-    """Whether there is a shell above that would continue us, once stopped. (The kernel does not let
+    """Whether a shell above this process could continue it after a stop. (The kernel does not let
     Ctrl-Z stop a process group without one.)"""
     pid = os.getpid()
     with suppress(OSError, IndexError, ValueError):

@@ -1,4 +1,4 @@
-"""What a chat shows besides the answers: figures, facts, the list of commands. Pure functions."""
+"""What a chat shows besides the answers: timings, facts, the list of commands. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from launcher.chat.link import Done
 COMMANDS = {
     "/help": "this list",
     "/reset": "forget the conversation, keep the system message",
-    "/system TEXT": 'set the system message and reset; "" takes it away; alone: show it',
+    "/system TEXT": 'set the system message and reset; "" removes it; without TEXT: show it',
     "/stats": "tokens, times, rates",
-    "/quit": "end, as Ctrl-D does",
+    "/quit": "end the chat, as Ctrl-D does",
 }
 
 _KEYS = """\
-A line that ends with \\ goes on in the next; \"\"\" opens and ends a text of several lines; a line that
-begins with a space is no command. Ctrl-C stops an answer, or empties the prompt; at an empty prompt,
-twice, it ends the chat. Arrow up: what was said before."""
+A line that ends with \\ continues in the next; \"\"\" begins and ends a text of several lines; a line
+that begins with a space is not a command. Ctrl-C stops an answer, or clears the prompt; twice at an
+empty prompt, it ends the chat. Arrow up recalls earlier messages."""
 
 
 def help_text() -> str:
@@ -32,7 +32,7 @@ def unknown(word: str) -> str:
 
 
 def greeting(facts: Mapping[str, Any]) -> str:
-    """One line about what is loaded: the model, its room, and whatever else rank 0 tells."""
+    """Two lines: the model, its maximum sequence length and whatever else rank 0 reports; help."""
     others = [
         str(value) if isinstance(value, str) else f"{key} {value}"
         for key, value in facts.items()
@@ -55,8 +55,8 @@ def figures(done: Done) -> str:
 
 
 def stats(answers: Sequence[Done], turns: int, max_seq_len: int) -> str:
-    """A small table. `answers` are all of this session, of which the last `turns` make up the
-    conversation."""
+    """A small table. `answers` are all those of this session; the last `turns` of them form the current
+    conversation. `max_seq_len` is in tokens."""
     last = answers[-1] if answers else None
     used = last.prompt_tokens + last.tokens if last is not None and turns else 0
     rows = [

@@ -20,7 +20,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent.parent
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 LATIN = {"PYTHONIOENCODING": "latin-1"}
 LAUNCH = ("launch.py",)
-CLOSED = "error: standard output is closed, so that nothing could be shown"
+CLOSED = "error: standard output is closed, so no result can be shown"
 FULL = "error: standard output cannot be written (No space left on device)\n"
 LOST = 74
 

@@ -190,7 +190,7 @@ def test_a_revision_that_is_not_main_is_named(tmp_path: Path, monkeypatch: pytes
         (["--bind-core", *GOOD], "unrecognized arguments: --bind-core"),
         (["generat", *GOOD], "'generat' is not a command"),
         (["device=cuda", *GOOD], "--rank-per gpu: 0 GPUs are visible"),
-        (["--json", *GOOD], "--json goes with the commands plan, doctor and models only"),
+        (["--json", *GOOD], "--json is for the commands plan, doctor and models only"),
         (["plan", "--sysfs", "/nonexistent"], "lists no cpus"),
     ],
 )

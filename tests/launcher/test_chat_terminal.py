@@ -197,7 +197,7 @@ def test_a_reader_that_goes_away_ends_the_run(tmp_path: Path) -> None:
         process.stdin.flush()
         err = process.stderr.read().decode()
         assert process.wait(20) == 141
-    assert "Traceback" not in err and "ended with exit code 141" in err
+    assert "Traceback" not in err and "exited with code 141" in err
     expect_gone(pids(tmp_path))
 
 

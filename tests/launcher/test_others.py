@@ -111,7 +111,9 @@ def test_a_name_that_another_user_has_taken(monkeypatch: pytest.MonkeyPatch) -> 
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd="/") as squatter:
         try:
             assert squatter.stdout is not None and squatter.stdout.readline() == b"up\n"
-            with pytest.raises(LaunchError, match=rf"a process of user {NOBODY} is rank 0 of this run"):
+            with pytest.raises(
+                LaunchError, match=rf"a process of user {NOBODY} already runs as rank 0 of this run"
+            ):
                 meet(place(0, run_id), 5.0)
             with pytest.raises(LaunchError, match="rank 0 did not answer rank 1"):
                 meet(place(1, run_id), 0.5)

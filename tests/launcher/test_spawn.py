@@ -82,7 +82,7 @@ def test_a_rank_that_ends_early_is_an_error_that_names_the_others(run_ranks: Cal
     code, _, err = run_ranks("endings", 2, case="early", options=RunOptions(grace_s=1.0))
     assert code == 1
     assert "rank 1 (pid" in err
-    assert "not: rank 0 (pid" in err
+    assert "running: rank 0 (pid" in err
 
 
 def test_a_rank_that_ignores_the_request_is_killed(run_ranks: Callable, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_rank_that_the_kernel_does_not_let_go_is_named_and_left(
     while held_children := psutil.Process().children():
         psutil.wait_procs(held_children, timeout=60)
     assert code == 7
-    assert re.search(r"rank 1 \(pid \d+\) ended .* 7.*; rank 0 \(pid \d+\) cannot be killed", err), err
+    assert re.search(r"rank 1 \(pid \d+\) exited .* 7.*; rank 0 \(pid \d+\) cannot be killed", err), err
 
 
 def test_what_a_rank_started_goes_with_it(run_ranks: Callable, tmp_path: Path) -> None:
