@@ -96,7 +96,7 @@ def test_the_archives_of_these_tests_are_read(pth: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "pattern"),
     [
-        (program(count=long(1 << 58)), "wants"),
+        (program(count=long(1 << 58)), "needs"),
         (program(count=long(-4)), "impossible size"),
         (program(count=long(1 << 900)), "impossible size"),
         (program(shape=long(1 << 40), stride=b"K\x00"), "does not fit"),
@@ -110,7 +110,7 @@ def test_the_archives_of_these_tests_are_read(pth: Path) -> None:
         (program(stride=long(1 << 62)), "does not fit"),
         (program(stride=b"K\x02"), "does not fit"),
         (program(stride=b"N"), "lies outside its storage"),
-        (program(storage=b"DoubleStorage"), "wants 32 bytes of a record of 16"),
+        (program(storage=b"DoubleStorage"), "needs 32 bytes of a record of 16"),
         (program(storage=b"ComplexFloatStorage"), "asks to call 'torch.ComplexFloatStorage'"),
         (program(key=b"X\x01\x00\x00\x009"), "m/data/9"),
         (program(key=b"X\x07\x00\x00\x00../../0"), r"data/\.\./\.\./0"),

@@ -314,12 +314,15 @@ def test_parts_of_gguf(plain: tuple[Path, list[int]], tmp_path: Path) -> None:
     strange = sorted(other.glob("*-of-00003.gguf"))[1]
     kept = parts[1].read_bytes()
     for content, match in (
-        (parts[0].read_bytes(), r"m-00002-of-00003\.gguf .*split\.no is 0, and 1 by the names"),
-        (strange.read_bytes(), r"m-00002-of-00003\.gguf .*split\.tensors\.count is \d+, and 21 before"),
+        (parts[0].read_bytes(), r"m-00002-of-00003\.gguf .*split\.no is 0, but 1 by the names"),
+        (
+            strange.read_bytes(),
+            r"m-00002-of-00003\.gguf .*split\.tensors\.count is \d+, but 21 in the first",
+        ),
     ):
         parts[1].write_bytes(content)
         with pytest.raises(InputError, match=match):
             open_checkpoint(parts[0])
     (tmp_path / "alone.gguf").write_bytes(kept)
-    with pytest.raises(InputError, match=r"is one of 3 files .*its name does not tell"):
+    with pytest.raises(InputError, match=r"is one of 3 files .*its name does not say"):
         open_checkpoint(tmp_path / "alone.gguf")

@@ -1,4 +1,4 @@
-"""What formats in Hugging Face's manner share: several files as one, and a config beside them."""
+"""Shared code of the formats with a config.json: several files as one checkpoint with a config."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from weights.names import Piece, translate
 from weights.nested import class_of, is_nested, left_out, text_config, text_weights
 from weights.views import present
 
-Absent = dict[str, str]  # stored names of what is not read, and why
+Absent = dict[str, str]  # stored names of tensors that cannot be read -> the reason
 
 
 def gather(source: Source, read: Callable[[Path], dict[str, Entry]]) -> tuple[dict[str, Entry], Absent]:
-    """The tensors of a source's files; with an index, those that it names, from the files where it
-    says that they are. What index and files disagree about is left out, with the reason: a model may
-    not need it. Raises InputError for a tensor that is stored twice without an index."""
+    """The tensors of a source's files, and those left out. With an index, each tensor is read from the
+    file that the index gives. Tensors on which index and files disagree are left out, with the reason:
+    the model may not need them. Raises InputError for a tensor that is stored twice without an
+    index."""
     entries: dict[str, Entry] = {}
     misplaced: Absent = {}
     unlisted: Absent = {}
@@ -33,7 +34,7 @@ def gather(source: Source, read: Callable[[Path], dict[str, Entry]]) -> tuple[di
         for name, entry in read(file).items():
             if not source.holds(file, name):
                 if source.places is not None and name not in source.places:
-                    unlisted[name] = f"{file} holds it, and {_name_of(source)} does not list it"
+                    unlisted[name] = f"{file} holds it, but {_name_of(source)} does not list it"
                 continue
             if name in entries:
                 raise InputError(
@@ -60,7 +61,8 @@ def assemble(
     absent: Mapping[str, str] = MappingProxyType({}),
     names: Callable[[str], tuple[Piece, ...]] = translate,
 ) -> Checkpoint:
-    """The checkpoint of what a source stores, with the config beside it. Raises InputError."""
+    """The checkpoint of the `stored` tensors of a source, with the config beside it. `absent`: tensors
+    that were left out, with the reasons; `names` translates stored names. Raises InputError."""
     if absent and not stored:
         name, reason = next(iter(absent.items()))
         raise InputError(f"{source.path} holds no weights that its index lists: {name!r}: {reason}")
@@ -69,7 +71,7 @@ def assemble(
     config: Mapping[str, Any] = config_beside(source.folder, shapes)
     if is_nested(config) and names is translate:
         towers = left_out(stored)
-        notes.append(f"{source.path}: its text model is taken; left out: {towers or 'nothing'}")
+        notes.append(f"{source.path}: only its text model is used; left out: {towers or 'nothing'}")
         config, stored = text_config(config), text_weights(stored, source.path)
         absent = text_weights(absent, source.path)
     config, said_by = with_file_beside(config, source.folder, stored)
@@ -80,20 +82,21 @@ def assemble(
     reasons: Absent = {}
     for name, reason in absent.items():
         module, _, end = name.rpartition(".")
-        # Parts of a quantized module are there under the name of its weight.
+        # A part of a quantized module is reported under the name of the module's weight.
         whole = name if end in ("weight", "bias") else f"{module}.weight"
         for piece in names(whole):
             reasons.setdefault(piece.name, f"{name}: {reason}")
     if scales:
         notes.append(
             f"{len(scales)} scales of a quantized KV cache, such as {scales[0]!r}, are left out: the "
-            "cache has the numbers that kv_dtype= says"
+            "dtype of the cache is that of kv_dtype="
         )
     return replace(found, absent=reasons, notes=tuple(notes))
 
 
 def config_beside(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """`config.json`, or else Meta's `params.json` in its terms. Raises InputError."""
+    """The content of `config.json`, or else Meta's `params.json` converted to its keys. Raises
+    InputError."""
     params = folder / "params.json"
     if not (folder / "config.json").exists() and params.exists():
         return hf_config(read_json(params), shapes, params)
@@ -101,7 +104,7 @@ def config_beside(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
 
 
 def _heads(config: Mapping[str, Any], path: Path) -> tuple[int, int]:
-    """How many query and KV heads a config declares. Raises InputError."""
+    """The numbers of query and KV heads that a config declares. Raises InputError."""
     num_q = config.get("num_attention_heads")
     num_kv = config.get("num_key_value_heads") or num_q
     if class_of(config) == "FalconForCausalLM":
@@ -111,8 +114,8 @@ def _heads(config: Mapping[str, Any], path: Path) -> tuple[int, int]:
     for value in (num_q, num_kv):
         if type(value) is not int or not 1 <= value < 1 << 20:
             raise InputError(
-                f"{path}: the rows of query, key and value can only be told apart with "
-                "num_attention_heads and num_key_value_heads, positive integers in config.json; "
+                f"{path}: num_attention_heads and num_key_value_heads in config.json must be positive "
+                "integers, since they separate the rows of query, key and value; "
                 f"they are {num_q!r} and {num_kv!r}"
             )
     assert isinstance(num_q, int) and isinstance(num_kv, int)

@@ -1,9 +1,8 @@
-"""GGUF's blocks of 32 numbers that are quantized weights as weights.quant has them: nothing is computed
-but where bits lie.
+"""Convert GGUF's blocks of 32 numbers to weights.quant: only bits are rearranged, no value changes.
 
-Q8_0 is a float16 scale and 32 signed bytes; Q4_0 a scale and 16 bytes, number i in the lower half of
-byte i and number i + 16 in its upper half; Q4_1 the same with the block's least number, float16, behind
-the scale. What is not here: blocks of other kinds (K-quants), which the gguf package dequantizes.
+Q8_0 is a float16 scale and 32 signed bytes. Q4_0 is a scale and 16 bytes, number i in the lower half
+of byte i and number i + 16 in its upper half. Q4_1 is the same, with the block's minimum, float16,
+after the scale. What is not here: other block formats (K-quants), which the gguf package dequantizes.
 
 Source: `block_q4_0`, `block_q4_1` and `block_q8_0` of ggml's `ggml-common.h`.
 """
@@ -25,7 +24,7 @@ _BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 
 
 def from_blocks(raw: Tensor, form: str) -> QuantWeight:
-    """uint8 [n, bytes] of whole blocks, as they are stored, of one of SCHEMES."""
+    """The quantized weight of stored whole blocks, uint8 [n, bytes]; `form` is one of SCHEMES."""
     n, count = raw.shape[0], raw.shape[1] // _BYTES[form]
     blocks = raw.view(n, count, _BYTES[form])
     scale = blocks[..., :2].contiguous().view(torch.float16).view(n, count)
@@ -43,7 +42,8 @@ def from_blocks(raw: Tensor, form: str) -> QuantWeight:
 def reader_of_blocks(
     form: str, shape: tuple[int, ...], read_raw: Callable[[Slices], Tensor]
 ) -> ReadQuant | None:
-    """How to read the quantized form of a matrix of blocks; None if it has none."""
+    """A function that reads a matrix of blocks as a quantized weight; None if it is not a matrix or
+    the kernels do not support its block format."""
     if form not in SCHEMES or len(shape) != 2:
         return None
     return partial(_read, form, read_raw, ())
@@ -52,7 +52,7 @@ def reader_of_blocks(
 def reader_of_stacked_blocks(
     form: str, shape: tuple[int, ...], read_raw: Callable[[Slices], Tensor]
 ) -> Callable[[int, slice, slice], QuantWeight] | None:
-    """The same of a stack of such matrices, by the index of one."""
+    """As `reader_of_blocks`, for one matrix of a stack, by its index."""
     if form not in SCHEMES or len(shape) != 3:
         return None
 

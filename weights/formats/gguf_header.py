@@ -1,8 +1,8 @@
-"""The header of a GGUF file: what it says and where its tensors lie, read without trusting it.
+"""The header of a GGUF file: its metadata and the places of its tensors, read without trusting it.
 
-The file is mapped and walked once. Every count and length is compared with the bytes that are left
-before it is used; values are converted when somebody asks for them, since a vocabulary takes longer
-to convert than all else together.
+The file is mapped and read once from start to end. Every count and length is compared with the
+remaining bytes before it is used. Values are converted on first access, because converting a
+vocabulary takes longer than everything else together.
 
 Source: the GGUF specification (`docs/gguf.md` of the ggml project), versions 2 and 3.
 """
@@ -26,7 +26,7 @@ from weights.formats.gguf_names import ARCHITECTURES
 FORM = "GGUF"
 _VERSIONS = (2, 3)
 _MAX_DIMS = 4
-# A sparse file has any length for nothing, so counts have bounds besides what fits the file.
+# A sparse file can be of any length at no cost, so counts have absolute limits too.
 _MAX_PAIRS = 1 << 14
 _MAX_TENSORS = 1 << 16
 _MAX_TEXTS = 1 << 21  # in all arrays of the file; the largest vocabularies have 2^18 tokens, and merges
@@ -35,7 +35,7 @@ _MAX_NAME = 1 << 16  # bytes
 _MAX_BYTES = 128 << 20  # of the whole header
 _MAX_EXPERTS = 1 << 14
 _STRING, _ARRAY, _BOOL = 8, 9, 7
-# By the format's number of a value type: how struct and numpy call it, and its size.
+# The format's number of a value type -> its numpy code.
 _SCALARS = {
     0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", _BOOL: "u1",
     10: "<u8", 11: "<i8", 12: "<f8",
@@ -46,8 +46,8 @@ _SMALLEST_TENSOR = 8 + 4 + 8 + 4 + 8  # an empty name, one dimension, a type, an
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as the header lists it: dimensions in the file's order (fastest first), the number of
-    its type, and its offset from the start of the data."""
+    """A tensor in the header: its dimensions in the file's order (fastest first), the number of its
+    type (`kind`), and its offset from the start of the data."""
 
     name: str
     dims: tuple[int, ...]
@@ -57,7 +57,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """Metadata (converted on access), tensors, and where in the file the data starts."""
+    """Metadata (converted on access), tensors, and the offset of the data in the file."""
 
     values: LazyValues
     tensors: tuple[TensorInfo, ...]
@@ -65,7 +65,7 @@ class Header:
 
 
 class LazyValues(Mapping[str, Any]):
-    """Key-values of which each is converted on first access. Raises InputError where one cannot be."""
+    """Key-values, each converted on first access. Raises InputError if a value cannot be converted."""
 
     def __init__(self, path: Path, pending: Mapping[str, Callable[[], Any]]) -> None:
         self._path = path
@@ -73,7 +73,7 @@ class LazyValues(Mapping[str, Any]):
         self._values: dict[str, Any] = {}
 
     def plus(self, more: Mapping[str, Callable[[], Any]]) -> LazyValues:
-        """With further key-values."""
+        """These key-values with `more` added."""
         return LazyValues(self._path, {**self._pending, **more})
 
     def __getitem__(self, key: str) -> Any:
@@ -81,7 +81,7 @@ class LazyValues(Mapping[str, Any]):
             convert = self._pending[key]
             try:
                 self._values[key] = convert()
-            except ValueError as error:  # texts that are not UTF-8
+            except ValueError as error:  # strings that are not UTF-8
                 raise damaged(self._path, FORM, f"the value of {key!r}: {error}") from error
         return self._values[key]
 
@@ -105,11 +105,11 @@ class _Cursor:
     numbers_left: int = _MAX_NUMBERS
 
     def take(self, size: int, what: str) -> int:
-        """Move on by `size` bytes; where they start."""
+        """Move forward by `size` bytes; returns where they start."""
         start = self.at
         if size > len(self.data) - start:
             raise ValueError(
-                f"{what} at byte {start} takes {size} bytes, {len(self.data) - start} are left"
+                f"{what} at byte {start} takes {size} bytes, but only {len(self.data) - start} are left"
             )
         self.at = start + size
         if self.at > _MAX_BYTES:
@@ -121,12 +121,12 @@ class _Cursor:
         return int(struct.unpack_from(code, self.data, start)[0])
 
     def count(self, smallest: int, what: str, most: int | None = None) -> int:
-        """How many of things that take at least `smallest` bytes each, and `most` at most."""
+        """Read a count of items that take at least `smallest` bytes each; `most` is the limit."""
         number = self.number("<Q", what)
         if number * smallest > len(self.data) - self.at:
-            raise ValueError(f"{number} {what}, for which the file is too short")
+            raise ValueError(f"it claims {number} {what}, for which the file is too short")
         if most is not None and number > most:
-            raise ValueError(f"{number} {what}, more than the {most} that are read")
+            raise ValueError(f"it claims {number} {what}, more than the limit of {most}")
         return number
 
     def text(self, what: str) -> str:
@@ -149,8 +149,8 @@ def read_header(path: Path) -> Header:
     if version not in _VERSIONS:
         big = version & 0xFFFF == 0
         raise InputError(
-            f"{path} is GGUF {'for big-endian machines' if big else f'of version {version}'}; "
-            "little-endian files of versions 2 and 3 are read: convert the model again"
+            f"{path} is GGUF {'for big-endian machines' if big else f'of version {version}'}; only "
+            "little-endian files of versions 2 and 3 are supported: convert the model again"
         )
     num_tensors = cursor.count(_SMALLEST_TENSOR, "tensors", _MAX_TENSORS)
     num_pairs = cursor.count(_SMALLEST_PAIR, "key-values", _MAX_PAIRS)
@@ -170,12 +170,12 @@ def read_header(path: Path) -> Header:
         names.add(tensors[-1].name)
     alignment = values.get("general.alignment", 32)
     if type(alignment) is not int or not 1 <= alignment <= 1 << 30 or alignment & (alignment - 1):
-        raise ValueError(f"an alignment of {alignment!r}; it must be a power of two")
+        raise ValueError(f"it has an alignment of {alignment!r}; it must be a power of two")
     return Header(values, tuple(tensors), -(-cursor.at // alignment) * alignment)
 
 
 def architecture_of(header: Header, path: Path) -> str:
-    """The architecture of a model that is of one of `ARCHITECTURES`. Raises InputError."""
+    """The architecture of the model. Raises InputError if it is not in `ARCHITECTURES`."""
     architecture = header.values.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise InputError(
@@ -188,15 +188,16 @@ def architecture_of(header: Header, path: Path) -> str:
 def num_experts_of(
     header: Header, path: Path, architecture: str, name: str, shape: tuple[int, ...]
 ) -> int:
-    """How many experts the tensor `name` stacks: as many as the metadata say. Raises InputError."""
+    """How many experts the tensor `name` stacks, from the metadata. Raises InputError if its shape does
+    not agree."""
     key = f"{architecture}.expert_count"
     count = header.values.get(key)
     if type(count) is not int or not 1 <= count <= _MAX_EXPERTS:
         raise InputError(f"{path}: {key} must be from 1 to {_MAX_EXPERTS}, not {str(count)[:100]}")
     if len(shape) != 3 or shape[0] != count:
         raise InputError(
-            f"{path}: {name!r} has shape {shape}; it must be the matrices of {count} experts, as "
-            f"{key} says"
+            f"{path}: {name!r} has shape {shape}; it must be the matrices of {count} experts, because "
+            f"of {key}"
         )
     return count
 
@@ -208,12 +209,12 @@ def _tensor(cursor: _Cursor) -> TensorInfo:
         raise ValueError(f"the tensor {name!r} has {num_dims} dimensions; 1 to {_MAX_DIMS} are allowed")
     dims = tuple(cursor.number("<Q", f"the shape of {name!r}") for _ in range(num_dims))
     if math.prod(dims) >= 1 << 56:
-        raise ValueError(f"the tensor {name!r} has shape {dims}")
+        raise ValueError(f"the tensor {name!r} has shape {dims}, larger than any weight")
     return TensorInfo(name, dims, cursor.number("<I", "a type"), cursor.number("<Q", "an offset"))
 
 
 def _value(cursor: _Cursor, kind: int, key: str) -> Callable[[], Any]:
-    """Pass over a value; how to convert it."""
+    """Skip a value; returns a function that converts it."""
     data = cursor.data
     if kind == _ARRAY:
         return _array(cursor, key)
@@ -242,7 +243,7 @@ def _array(cursor: _Cursor, key: str) -> Callable[[], list[Any]]:
     count = cursor.count(8, f"texts of {key!r}", cursor.texts_left)
     cursor.texts_left -= count
     start, at, end = cursor.at, cursor.at, len(data)
-    # The one loop that a vocabulary goes through: without a call per text but for unpacking.
+    # The only loop over a whole vocabulary: unpacking is its only call per string.
     unpack, starts = struct.Struct("<Q").unpack_from, []
     for _ in range(count):
         if at + 8 > end:
@@ -263,5 +264,5 @@ def _array(cursor: _Cursor, key: str) -> Callable[[], list[Any]]:
 def _code(kind: int, key: str) -> str:
     if kind not in _SCALARS:
         what = "an array of arrays" if kind == _ARRAY else f"of type {kind}"
-        raise ValueError(f"the value of {key!r} is {what}, which is not read")
+        raise ValueError(f"the value of {key!r} is {what}, which is not supported")
     return _SCALARS[kind]

@@ -1,12 +1,12 @@
-"""GGUF files (the format of llama.cpp): lazy, mapped, dequantized as slices are read, or, where
-products take them so, quantized as they are (weights.formats.gguf_blocks).
+"""GGUF files (the format of llama.cpp), memory-mapped and lazy. A slice is dequantized when it is read,
+or, if the kernels support its block format, read still quantized (weights.formats.gguf_blocks).
 
-The header is read by weights.formats.gguf_header; what the block formats mean is the `gguf` package's
-knowledge: any quantization that it can dequantize is read. What llama.cpp's converter changes is
-undone: dimensions are stored in reverse, experts are stacked, the rows of some architectures' query and
-key projections are reordered for interleaved rotary embeddings, and Gemma's norms have 1 added
-(`weights.formats.gguf_names`). Tensors that are settings, not weights, become values of `config`, under
-their names: the factors by which rotary frequencies are divided.
+weights.formats.gguf_header reads the header. The `gguf` package decodes the block formats: any
+quantization that it can dequantize is supported. Changes by llama.cpp's converter are undone: it
+reverses dimensions, stacks experts, reorders the rows of some architectures' query and key projections
+for interleaved rotary embeddings, and adds 1 to Gemma's norms (`weights.formats.gguf_names`). Tensors
+that are settings, not weights, become values of `config`, under their names: the factors by which
+rotary frequencies are divided.
 
 A model may be split into several files (weights.formats.gguf_split).
 
@@ -52,12 +52,13 @@ from weights.names import Piece
 from weights.schemes import GGUF_SCHEMES
 from weights.views import present
 
-_MAX_FACTORS = 1 << 12  # half of a head's size; what is longer cannot be rotary factors
-_PLAIN = ("F64", "F32", "F16", "BF16")  # numbers as they are; everything else comes in blocks
+_MAX_FACTORS = 1 << 12  # there is a factor for each pair of a head: more are not believed
+_PLAIN = ("F64", "F32", "F16", "BF16")  # plain numbers; all other types are stored in blocks
 
 
 def open_gguf(source: Source) -> Checkpoint:
-    """Open a GGUF model of one of `ARCHITECTURES`, in one file or in several. Raises InputError."""
+    """Open a GGUF model of one of `gguf_names.ARCHITECTURES`, in one file or several. Raises
+    InputError."""
     path = source.path
     try:
         headers = read_parts(source.files)
@@ -76,7 +77,9 @@ def open_gguf(source: Source) -> Checkpoint:
                 num_experts = num_experts_of(header, path, architecture, name, stored[name].shape)
             pieces = translate_gguf(name, naming, num_experts)
             if not pieces:
-                raise InputError(f"{path} holds a tensor {name!r} that Yoke does not know")
+                raise InputError(
+                    f"{path} holds a tensor {name!r} that Yoke does not know for this architecture"
+                )
             return pieces
 
         def heads() -> tuple[int, int]:
@@ -90,7 +93,7 @@ def open_gguf(source: Source) -> Checkpoint:
 
 
 def _factors(path: Path, name: str, entry: Entry) -> Callable[[], list[float]]:
-    """How to read the factors of rotary frequencies."""
+    """A function that reads the factors of rotary frequencies. Raises InputError for a wrong shape."""
     if len(entry.shape) != 1 or entry.shape[0] > _MAX_FACTORS:
         raise InputError(f"{path}: {name!r} has shape {entry.shape}; it must be a list of factors")
 
@@ -125,7 +128,7 @@ def _stored_entries(path: Path, header: Header) -> dict[str, Entry]:
 
 
 def _checked(path: Path, header: Header) -> dict[str, Entry]:
-    """The same. Raises InputError or one of files.DAMAGE."""
+    """As `_stored_entries`, but without `file`. Raises InputError or one of files.DAMAGE."""
     size, data = path.stat().st_size, map_file(path)
     entries, ranges = {}, []
     for info in header.tensors:
@@ -150,21 +153,21 @@ def _checked(path: Path, header: Header) -> dict[str, Entry]:
 
 
 def _kind(path: Path, info: TensorInfo) -> GGMLQuantizationType:
-    """The type of a tensor, if it can be read. Raises InputError."""
+    """The type of a tensor. Raises InputError if it cannot be read."""
     known = info.kind in GGMLQuantizationType._value2member_map_
     kind = GGMLQuantizationType(info.kind) if known else None
     if kind is None or not _readable(kind):
         raise InputError(
             f"{path}: {info.name!r} is stored as {kind.name if kind else f'type {info.kind}'}, which "
-            "the installed gguf package cannot dequantize; use another quantization of the model, or a "
-            "newer package"
+            "the installed gguf package cannot dequantize; use another quantization of the model, or "
+            "install a newer gguf package"
         )
     return kind
 
 
 @functools.cache
 def _readable(kind: GGMLQuantizationType) -> bool:
-    """Whether the package can dequantize a type: found by trying one block of zeros."""
+    """Whether the gguf package can dequantize a type: one block of zeros is tried."""
     if kind.name in _PLAIN:
         return True
     if kind not in GGML_QUANT_SIZES:
@@ -177,7 +180,7 @@ def _readable(kind: GGMLQuantizationType) -> bool:
 
 
 def _dequantize(stored: Bytes, kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
-    with np.errstate(all="ignore"):  # a scale may be infinite; that is the file's affair
+    with np.errstate(all="ignore"):  # a stored scale may be infinite: no warning about it
         return dequantize(np.ascontiguousarray(stored), kind)
 
 
@@ -193,7 +196,7 @@ def _blocks_entry(name: str, data: Bytes, kind: GGMLQuantizationType, shape: tup
         check_slices(name, shape, slices)
         sizes = [part.stop - part.start for part in slices]
         if 0 in sizes:
-            return torch.empty(sizes)  # the package does not take empty arrays
+            return torch.empty(sizes)  # the gguf package does not accept empty arrays
         columns = slices[-1]
         first, last = columns.start // block, -(-columns.stop // block)
         values = _dequantize(stored(slices, first, last), kind)

@@ -1,11 +1,12 @@
-"""What GGUF's architectures call their tensors, and what llama.cpp's converter does to them. Pure; free
-of torch.
+"""The tensor names of GGUF's architectures, and what llama.cpp's converter does to the tensors. Pure;
+free of torch.
 
-Names are those of the `gguf` package's `constants.py` and `tensor_mapping.py`. What is done to values
-and rows: `modify_tensors` of the architectures' classes in llama.cpp's `convert_hf_to_gguf.py`. Its
-class for Llama reorders the rows of query and key projections for rotary embeddings over neighbors
-(`undo_permute`); Granite's and SmolLM3's classes are derived from it, and Mistral and Mixtral are
-written as "llama", while the others' embeddings rotate halves and their rows stay as they are.
+Sources: the names are those of the `gguf` package's `constants.py` and `tensor_mapping.py`. The changes
+to values and rows are those of `modify_tensors`, in the architectures' classes of llama.cpp's
+`convert_hf_to_gguf.py`. Its class for Llama reorders the rows of query and key projections for rotary
+embeddings that rotate neighbors (`undo_permute`). Granite's and SmolLM3's classes are derived from it,
+and Mistral and Mixtral are written as "llama". For the other architectures the rotary embeddings rotate
+halves, and the rows stay in order.
 
 What is not here: GPT-J. The package has its names, llama.cpp has neither converter nor graph for it.
 """
@@ -20,7 +21,7 @@ from typing import Any
 from base.errors import InputError
 from weights.names import GATE_UP, QKV, ROTATED, Parts, Piece
 
-# No weights but settings of the rotary embeddings, which are stored as tensors all the same.
+# Settings of the rotary embeddings that are stored as tensors. They are not weights.
 FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _SHARED = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -48,15 +49,15 @@ _GEMMA = _LAYER | {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-# Falcon with two norms: the MLP's is the one that smaller Falcons share (`ln_mlp` is ATTN_NORM).
+# Falcon with two norms: `attn_norm`, the only norm of smaller Falcons, is the MLP's (`ln_mlp`).
 _TWO_NORMS = _LAYER | {"attn_norm": "mlp_layernorm", "attn_norm_2": "input_layernorm"}
 _EXPERTS = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
 
 
 @dataclass(frozen=True)
 class Naming:
-    """Of one architecture: the names within a layer, those that are fused, whether the rows of query
-    and key are interleaved, and whether norms are stored with 1 added (Gemma's)."""
+    """For one architecture: the names within a layer, the fused names, whether the rows of query and
+    key are interleaved, and whether norms are stored with 1 added (Gemma)."""
 
     names: Mapping[str, str] = field(default_factory=lambda: _LAYER)
     fused: Mapping[str, Parts] = field(default_factory=dict)
@@ -74,22 +75,22 @@ _NAMINGS = {
     "phi3": Naming(fused={"attn_qkv": QKV, "ffn_up": GATE_UP}),
     "gemma2": Naming(_GEMMA, plus_one=True),
     "gemma3": Naming(_GEMMA, plus_one=True),
-    # Rows of the fused projection are in the order of queries, keys, values, whatever Falcon's was.
+    # The converter has ordered the rows of the fused projection as queries, keys, values.
     "falcon": Naming(fused={"attn_qkv": QKV}),
 }
 ARCHITECTURES = tuple(_NAMINGS)
 
 
 def naming_of(architecture: str, stored: Collection[str]) -> Naming:
-    """How a file of this architecture that holds tensors of these names is to be understood."""
+    """The naming of a file of this architecture that stores tensors of these names."""
     if architecture == "falcon" and "blk.0.attn_norm_2.weight" in stored:
         return Naming(_TWO_NORMS, {"attn_qkv": QKV})
     return _NAMINGS[architecture]
 
 
 def translate_gguf(stored: str, naming: Naming, num_experts: int = 0) -> tuple[Piece, ...]:
-    """The canonical tensors in the stored one of this name, as `weights.names.translate`; none at all
-    for a name that the architecture does not have. `num_experts`: of a tensor that stacks experts."""
+    """The canonical tensors in the stored tensor of this name, as `weights.names.translate`; () for a
+    name that the architecture does not have. `num_experts`: how many experts the tensor stacks."""
     if stored in _SHARED:
         name = _SHARED[stored]
         return (Piece(name, plus_one=naming.plus_one and "norm" in name),)
@@ -104,7 +105,7 @@ def translate_gguf(stored: str, naming: Naming, num_experts: int = 0) -> tuple[P
         if name not in _EXPERTS:
             return ()
         inner = f"{_EXPERTS[name]}.{kind}"
-        if expert is not None:  # older files: each expert's by itself
+        if expert is not None:  # older files: a tensor per expert
             return (Piece(f"{prefix}.mlp.experts.{int(expert)}.{inner}"),)
         return tuple(Piece(f"{prefix}.mlp.experts.{i}.{inner}", expert=i) for i in range(num_experts))
     if name in naming.fused:
@@ -122,14 +123,14 @@ def translate_gguf(stored: str, naming: Naming, num_experts: int = 0) -> tuple[P
 
 
 def same_for_all_layers(config: Mapping[str, Any], key: str, source: object) -> Any:
-    """The value of a key that may have an entry for each layer; None where it is missing. Raises
-    InputError where the layers differ."""
+    """The value of a key that may have an entry for each layer; None if it is missing. Raises
+    InputError if the layers differ."""
     value = config.get(key)
     if not isinstance(value, list):
         return value
     if not value or any(entry != value[0] for entry in value):
         raise InputError(
-            f"{source}: {key} is {str(value)[:100]}; only models are supported whose layers are all "
-            "of one size"
+            f"{source}: {key} is {str(value)[:100]}; only models whose layers all have the same size "
+            "are supported"
         )
     return value[0]

@@ -1,8 +1,8 @@
-"""Meta's releases: `consolidated.NN.pth` with `params.json`, N model-parallel parts as whole tensors.
+"""Meta's releases: `consolidated.NN.pth` with `params.json`; model-parallel parts as whole tensors.
 
-Each file holds the part of one rank: some rows of what is column-parallel, some columns of what is
-row-parallel, and a copy of each norm. A slice of a whole tensor reads the files that it meets and no
-other. Llama 1 and 2 split the embedding by columns, Llama 3 by rows; the shapes tell.
+Each file holds the part of one rank: some rows of each column-parallel weight, some columns of each
+row-parallel weight, and a copy of each norm. A slice of a whole tensor reads only the files that it
+overlaps. Llama 1 and 2 split the embedding by columns, Llama 3 by rows; the shapes show which.
 
 Source: the ParallelEmbedding, ColumnParallelLinear and RowParallelLinear of Meta's `model.py`.
 """
@@ -37,7 +37,7 @@ def open_meta(source: Source) -> Checkpoint:
         missing = next(i for i in range(len(files)) if i not in numbers)
         raise InputError(
             f"{folder} has {len(files)} files consolidated.NN.pth, but consolidated.{missing:02}.pth "
-            "is missing; all parts of the model must be there"
+            "is missing; copy all parts of the model into the folder"
         )
     params = read_json(folder / "params.json")
     dim = count(params, "dim", folder / "params.json")
@@ -47,7 +47,7 @@ def open_meta(source: Source) -> Checkpoint:
         if odd:
             raise InputError(
                 f"{file} and {files[0].name} do not hold the same tensors: only one has {odd[0]!r}; "
-                "they are not parts of one model"
+                "they are not parts of one model: download it again"
             )
     stored = {name: _joined(folder, name, [part[name] for part in parts], dim) for name in parts[0]}
     _check_heads(folder, params, stored)
@@ -55,7 +55,7 @@ def open_meta(source: Source) -> Checkpoint:
 
 
 def _joined(folder: Path, name: str, parts: list[Entry], dim: int) -> Entry:
-    """The whole tensor of its parts. Raises InputError where they do not go together."""
+    """The whole tensor from its parts. Raises InputError if the parts do not fit together."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -65,7 +65,7 @@ def _joined(folder: Path, name: str, parts: list[Entry], dim: int) -> Entry:
         shapes = [(part.shape, part.stored_as) for part in parts]
         raise InputError(
             f"{folder}: {name!r} has the shapes {str(shapes)[:200]} in the {len(parts)} files; "
-            f"parts of one model have equal shapes of {rank} dimensions"
+            f"the parts must have equal shapes of {rank} dimensions: download the model again"
         )
     if rank == 1:
         return replicated(folder, name, parts)
@@ -80,16 +80,18 @@ def _joined(folder: Path, name: str, parts: list[Entry], dim: int) -> Entry:
             return concat(parts, 1)
         raise InputError(
             f"{folder}: {name!r} has {first.shape[1]} columns in each of {len(parts)} files, which is "
-            f"neither dim={dim} of params.json nor a part of it"
+            f"neither dim={dim} of params.json nor a part of it; the files and params.json must belong "
+            "to one model"
         )
     raise InputError(
-        f"{folder} holds a tensor {name!r}, and how it is split over {len(parts)} files is not known"
+        f"{folder} holds a tensor {name!r} of which Yoke does not know how it is split over "
+        f"{len(parts)} files"
     )
 
 
 def _check_heads(folder: Path, params: Mapping[str, Any], stored: Mapping[str, Entry]) -> None:
-    """Raise InputError unless query and key rows go with the heads that params.json declares: rows are
-    put in order head by head, and a wrong number of heads would mix them up quietly."""
+    """Raise InputError unless query and key rows fit the heads that params.json declares: rows are
+    reordered head by head, and a wrong number of heads would silently reorder them wrongly."""
     source = folder / "params.json"
     num_heads = count(params, "n_heads", source)
     num_kv = count(params, "n_kv_heads", source, num_heads)
@@ -102,6 +104,6 @@ def _check_heads(folder: Path, params: Mapping[str, Any], stored: Mapping[str, E
         entry = stored.get(name)
         if entry is not None and entry.shape[:1] != (heads * head_dim,):
             raise InputError(
-                f"{folder}: {name!r} has shape {entry.shape}, params.json asks for {heads} heads of "
+                f"{folder}: {name!r} has shape {entry.shape}, params.json declares {heads} heads of "
                 f"{head_dim} rows; the files and params.json are of different models"
             )

@@ -1,7 +1,7 @@
-"""Meta's `params.json` in the terms of Hugging Face's `config.json`. Pure; free of torch.
+"""Convert Meta's `params.json` to the keys of Hugging Face's `config.json`. Pure; free of torch.
 
-Two things are not in the file. The MLP's width and, where it says -1, the size of the vocabulary come
-from the shapes of the weights; the length that a model was trained for is told by its generation.
+Some values are not in the file. The MLP's width and, if `vocab_size` is -1, the size of the vocabulary
+come from the shapes of the weights. The trained length follows from the model's generation.
 
 Source: `ModelArgs` of Meta's llama and llama3 repositories; the lengths and the scaling of long
 contexts as in the published configs of the same models.
@@ -22,13 +22,15 @@ EMBEDDING, GATE = "tok_embeddings.weight", "layers.0.feed_forward.w1.weight"
 def hf_config(
     params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], source: Path
 ) -> dict[str, Any]:
-    """`config.json` for the model of `params`, whose whole tensors have the stored names and `shapes`.
-    Raises InputError."""
+    """The `config.json` of the model of `params`. `shapes` maps the stored names of its tensors to the
+    shapes of the whole (unsplit) tensors; `source` is the path of params.json. Raises InputError."""
     if params.get("moe") is not None:
         raise InputError(f"{source} describes a mixture of experts ('moe'), which is not supported")
     for name in (EMBEDDING, GATE):
         if len(shapes.get(name, ())) != 2:
-            raise InputError(f"{source}: the files beside it hold no matrix {name!r}; is one missing?")
+            raise InputError(
+                f"{source}: the files beside it hold no matrix {name!r}; check that none is missing"
+            )
     num_heads = count(params, "n_heads", source)
     dim = count(params, "dim", source)
     vocab_size = params.get("vocab_size")
@@ -54,7 +56,7 @@ def hf_config(
     if params.get("use_scaled_rope"):
         config["rope_scaling"] = {
             "rope_type": "llama3",
-            # 8 in Llama 3.1; its small successors (1B, 3B) stretch further and do not say so.
+            # 8 in Llama 3.1; its small successors (1B, 3B) use 32, which their params.json omits.
             "factor": number(params, "rope_scaling_factor", source, 32.0 if dim < 4096 else 8.0),
             "low_freq_factor": 1.0,
             "high_freq_factor": number(params, "rope_high_freq_factor", source, 4.0),
@@ -70,11 +72,11 @@ def _trained_length(params: Mapping[str, Any], vocab_size: int, theta: float, ep
         return 8192  # Llama 3
     if theta >= 1e6:
         return 16384  # Code Llama
-    return 2048 if eps == 1e-6 else 4096  # Llama 1, Llama 2: nothing else tells them apart
+    return 2048 if eps == 1e-6 else 4096  # Llama 1, Llama 2: they differ in nothing else
 
 
 def count(params: Mapping[str, Any], key: str, source: Path, default: int | None = None) -> int:
-    """A positive integer of `params`. Raises InputError."""
+    """The positive integer `params[key]`, or `default`. Raises InputError."""
     value = params.get(key)
     value = default if value is None else value
     if type(value) is not int or not 1 <= value < 1 << 32:
@@ -83,7 +85,7 @@ def count(params: Mapping[str, Any], key: str, source: Path, default: int | None
 
 
 def number(params: Mapping[str, Any], key: str, source: Path, default: float) -> float:
-    """A positive number of `params`. Raises InputError."""
+    """The positive finite number `params[key]`, or `default`. Raises InputError."""
     value = params.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:

@@ -1,12 +1,12 @@
-"""PyTorch's own files (`.pth`, `.bin`, `.pt`), as zip archives, mapped; nothing in them is executed.
+"""PyTorch's own files (`.pth`, `.bin`, `.pt`): zip archives, memory-mapped; no code in them is run.
 
-Since torch 1.6 such a file is a zip archive of uncompressed records: `data.pkl` says which tensors
-there are, `data/<key>` holds a storage's bytes. The archive is checked against the file before it is
-believed, the pickle is interpreted by weights.formats.pickle_program, and the tensors are read from the
-mapped file, slice by slice.
+Since torch 1.6 such a file is a zip archive of uncompressed records: `data.pkl` describes the tensors,
+`data/<key>` holds a storage's bytes. First the archive is checked against the file. Then
+weights.formats.pickle_program interprets the pickle, and tensors are read from the mapped file, slice
+by slice.
 
-What is not here: files from before that (one pickle after another), TorchScript, big-endian files.
-Each is refused by name.
+What is not here: older files (several pickles in a row), TorchScript, big-endian files. Each has an
+error message of its own.
 
 Source: `torch/serialization.py`, and the description of zip archives (PKWARE's APPNOTE).
 """
@@ -27,18 +27,18 @@ from weights.locate import Source
 from weights.mapped import check_shape, item_size, map_file, plain_entry
 
 _FORM = "a PyTorch file"
-_PROGRAM_LIMIT = 16 << 20  # bytes; 200 per tensor are usual
+_PROGRAM_LIMIT = 16 << 20  # bytes; usual are 200 per tensor
 _WRAPPERS = ("state_dict", "model", "module")  # keys under which trainers put the weights
 _LOCAL_HEADER = 30
 
 
 def open_pickle(source: Source) -> Checkpoint:
-    """Open files of PyTorch with the `config.json` beside them. Raises InputError."""
+    """Open PyTorch files with the `config.json` beside them. Raises InputError."""
     return assemble(source, *gather(source, stored_entries))
 
 
 def stored_entries(file: Path) -> dict[str, Entry]:
-    """The tensors of one file, under the names that it gives them. Raises InputError."""
+    """The tensors of one file, by stored name. Raises InputError."""
     size = regular_file(file, _FORM)
     try:
         with file.open("rb") as opened:
@@ -48,7 +48,7 @@ def stored_entries(file: Path) -> dict[str, Entry]:
         records = _records(file, size)
         prefix, (offset, length) = _program(records)
         if length > _PROGRAM_LIMIT:
-            raise ValueError(f"a pickle of {length} bytes")
+            raise ValueError(f"its pickle has {length} bytes, more than any checkpoint needs")
         data = map_file(file)
         order, _ = records.get(prefix + "byteorder", (0, 0))
         if order and data[order : order + 3].tobytes() == b"big":
@@ -60,8 +60,8 @@ def stored_entries(file: Path) -> dict[str, Entry]:
         }
     except CodeError as error:
         raise InputError(
-            f"{file} is more than weights: {error}. It was not executed, and will not be: get the "
-            "model as safetensors"
+            f"{file} contains code, not only weights: {error}. Yoke does not execute it: get the model "
+            "as safetensors"
         ) from error
     except InputError:
         raise
@@ -75,12 +75,13 @@ def _not_an_archive(file: Path, start: bytes) -> InputError:
             f"{file} is a pickle from before torch 1.6, which cannot be read in parts; {LEGACY_HINT}"
         )
     if start.startswith(b"vers"):
-        return InputError(f"{file} is a pointer of Git LFS and not the file itself; run: git lfs pull")
+        return InputError(f"{file} is a Git LFS pointer, not the file itself; run: git lfs pull")
     return damaged(file, _FORM, f"it starts with {start!r}, not with PK")
 
 
 def _records(file: Path, size: int) -> dict[str, tuple[int, int]]:
-    """Offset and length of each record. Raises an Exception for an archive that is not plainly one."""
+    """Offset and length of each record. Raises an Exception if the archive is damaged, inconsistent,
+    compressed or encrypted."""
     records: dict[str, tuple[int, int]] = {}
     ranges = []
     with zipfile.ZipFile(file) as archive, file.open("rb") as opened:
@@ -91,7 +92,7 @@ def _records(file: Path, size: int) -> dict[str, tuple[int, int]]:
                 raise ValueError(f"the record {info.filename!r} is compressed; torch never does that")
             if info.flag_bits & 1:
                 raise ValueError(f"the record {info.filename!r} is encrypted")
-            # The record follows a header of its own, whose length only that header tells.
+            # The record follows a local header, and only that header has its own length.
             opened.seek(info.header_offset)
             header = opened.read(_LOCAL_HEADER)
             if len(header) < _LOCAL_HEADER or header[:4] != b"PK\x03\x04":
@@ -112,7 +113,7 @@ def _program(records: dict[str, tuple[int, int]]) -> tuple[str, tuple[int, int]]
     """The archive's top folder, and where its `data.pkl` lies."""
     found = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(found) != 1:
-        raise ValueError(f"an archive with {len(found)} files data.pkl")
+        raise ValueError(f"its archive has {len(found)} files data.pkl, not one")
     prefix = found[0].removesuffix("data.pkl")
     if prefix + "constants.pkl" in records:
         raise CodeError("it is a TorchScript program")
@@ -120,7 +121,7 @@ def _program(records: dict[str, tuple[int, int]]) -> tuple[str, tuple[int, int]]
 
 
 def _state_dict(described: Any) -> dict[str, StoredTensor]:
-    """Names and tensors, taken out of the dict that some trainers put around them."""
+    """The tensors by name, without the dicts that some trainers wrap around them."""
     for key in _WRAPPERS:
         if isinstance(described, dict) and isinstance(described.get(key), dict):
             described = described[key]
@@ -140,9 +141,9 @@ def _entry(
     held = storage.count * (1 if storage.dtype is None else size)
     offset, length = records[f"{prefix}data/{storage.key}"]
     if held > length:
-        raise ValueError(f"{name!r} wants {held} bytes of a record of {length}")
+        raise ValueError(f"{name!r} needs {held} bytes of a record of {length}")
     if type(tensor.shape) is not tuple or type(tensor.strides) is not tuple:
-        raise ValueError(f"{name!r} has no shape")
+        raise ValueError(f"{name!r} has no valid shape and strides")
     shape, strides, start = check_shape(tensor.shape), tensor.strides, tensor.offset
     whole = all(type(number) is int for number in (start, *strides))
     if not whole or len(strides) != len(shape) or start < 0 or start * size > held:

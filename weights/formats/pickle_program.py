@@ -1,12 +1,12 @@
-"""What the pickle inside a PyTorch file describes, found without running it.
+"""Find out what the pickle inside a PyTorch file describes, without running it.
 
-A pickle is a program for a small stack machine. This one is interpreted here, over the operations
-that `pickletools` lists: containers, texts and numbers are built, the handful of functions that make up
-a tensor become descriptions of tensors, and a request for any other function is refused by its name.
-Nothing is imported, nothing is called, no size that the program claims is allocated.
+A pickle is a program for a small stack machine. It is interpreted here, from the operations that
+`pickletools` lists: containers, strings and numbers are built; calls of the few functions that rebuild
+tensors become descriptions of tensors; any other function is rejected by its name. Nothing is imported
+or called, and no size that the program claims is allocated.
 
-`torch.load(weights_only=True)` does not run foreign code either, but it does call some harmless
-functions with the file's arguments: a `bytearray(3 * 10**9)` in a file of 1 KB costs 3 GB there.
+`torch.load(weights_only=True)` does not run foreign code either, but it calls some harmless functions
+with the file's arguments: a `bytearray(3 * 10**9)` in a file of 1 KB costs 3 GB there.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ LEGACY_HINT = (
 
 
 class CodeError(ValueError):
-    """The pickle asks for a function that a checkpoint has no use for."""
+    """The pickle refers to a function or an operation that no checkpoint needs."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes in the archive: the record `data/<key>`, `count` elements of `dtype` (None: bytes)."""
+    """A record `data/<key>` of the archive: `count` elements of `dtype` (None: bytes)."""
 
     key: str
     dtype: str | None
@@ -47,12 +47,12 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class _Name:
-    """A function or class that the program names."""
+    """A function or class that the program refers to, by its full name."""
 
     full: str
 
 
-OPERATION_LIMIT = 500_000  # of a program; a tensor takes about 30, and a file has some hundreds of them
+OPERATION_LIMIT = 500_000  # of a program; a tensor takes about 30, and a file has some hundred tensors
 _STORAGES = {
     "torch.DoubleStorage": "F64",
     "torch.FloatStorage": "F32",
@@ -84,8 +84,8 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def read_program(program: bytes) -> Any:
-    """What the pickle describes: dicts, lists, tuples, texts, numbers, StoredTensor. Raises CodeError
-    for a function that has no place in a checkpoint, and another Exception for a damaged program."""
+    """What the pickle describes: dicts, lists, tuples, strings, numbers, StoredTensor. Raises CodeError
+    for a function that no checkpoint needs, and another Exception for a damaged program."""
     stacks: list[list[Any]] = [[]]
     memo: dict[int, Any] = {}
     for number, (operation, argument, _) in enumerate(pickletools.genops(program)):
@@ -99,8 +99,8 @@ def read_program(program: bytes) -> Any:
 
 
 def _step(name: str, argument: Any, stacks: list[list[Any]], memo: dict[int, Any]) -> None:
-    """One operation. A mark begins a stack of its own above the others, so that what lies since the
-    mark is at hand: to search for marks would take the square of a program's length."""
+    """Interpret one operation. A mark starts a new stack above the others, so the items since the mark
+    are found at once: searching for marks would take quadratic time."""
     if name in ("PROTO", "FRAME"):
         return
     if name == "MARK":
@@ -137,7 +137,7 @@ def _step(name: str, argument: Any, stacks: list[list[Any]], memo: dict[int, Any
         function, arguments = _top(stack, 2)
         stack.append(_reduce(_typed(function, _Name).full, _typed(arguments, tuple)))
     elif name == "BUILD":
-        stack.pop()  # attributes of a state dict (its "_metadata"): of no use here
+        stack.pop()  # attributes of a state dict (its "_metadata"), not needed here
         _typed(stack[-1], dict)
     else:
         raise CodeError(f"its pickle uses {name}, which no checkpoint needs")
@@ -145,14 +145,14 @@ def _step(name: str, argument: Any, stacks: list[list[Any]], memo: dict[int, Any
 
 def _since_mark(stacks: list[list[Any]]) -> list[Any]:
     if len(stacks) == 1:
-        raise ValueError("its pickle looks for a mark that it has not made")
+        raise ValueError("its pickle refers to a mark that it did not set")
     return stacks.pop()
 
 
 def _top(stack: list[Any], number: int) -> list[Any]:
     items = stack[-number:]
     if len(items) < number:
-        raise ValueError("its pickle takes more than it has put")
+        raise ValueError("its pickle pops more items than it pushed")
     del stack[-number:]
     return items
 
@@ -165,7 +165,7 @@ def _typed(value: Any, kind: type[Any]) -> Any:
 
 def _set_items(target: dict[Any, Any], items: list[Any]) -> None:
     for key, value in zip(items[::2], items[1::2], strict=True):
-        # Texts and integers only: the hash of nested tuples can take forever.
+        # Strings and integers only: hashing nested tuples can take exponential time.
         if type(key) not in (str, int):
             raise ValueError(f"its pickle has a key of type {type(key).__name__}")
         if key in target:
@@ -183,7 +183,7 @@ def _storage(saved: Any) -> Storage:
     tag, kind, key, _, count = _typed(saved, tuple)
     name = _typed(kind, _Name).full
     if tag != "storage" or (name not in _STORAGES and name not in _UNTYPED):
-        raise ValueError("its pickle refers to something that is no storage")
+        raise ValueError("its pickle refers to an object that is not a storage")
     if type(count) is not int or not 0 <= count < 1 << 60:
         raise ValueError("its pickle has a storage of impossible size")
     return Storage(_typed(key, str), _STORAGES.get(name), count)

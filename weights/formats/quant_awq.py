@@ -1,6 +1,6 @@
-"""AWQ's files (version "gemm"): qweight int32 [k, n / 8], qzeros int32 [groups, n / 8], scales
-[groups, n]. Of the eight 4-bit numbers of an int32 the i-th, from the lowest bits on, is column
-_ORDER[i] of its eight.
+"""The layout of AWQ (version "gemm"): qweight int32 [k, n / 8], qzeros int32 [groups, n / 8], scales
+[groups, n]. Each int32 holds eight 4-bit numbers; number i, counted from the lowest bits, belongs to
+column _ORDER[i] of the eight.
 
 Source: `WQLinear_GEMM.from_linear` of AutoAWQ.
 """
@@ -52,7 +52,7 @@ def open_stored(module: Module) -> Stored:
 
 
 def _in_order(numbers: Tensor) -> Tensor:
-    """int32 [m, n / 8] -> uint8 [m, n]."""
+    """Unpack int32 [m, n / 8] into uint8 [m, n], in the order of the columns."""
     places = sorted(range(8), key=_ORDER.__getitem__)
     eights = unpack(numbers, 4).unflatten(-1, (numbers.shape[1], 8))
     return eights[..., torch.tensor(places)].flatten(-2)

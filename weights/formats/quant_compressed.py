@@ -1,9 +1,9 @@
-"""The files of compressed-tensors (llm-compressor). "pack-quantized": weight_packed int32
+"""The layout of compressed-tensors (llm-compressor). "pack-quantized": weight_packed int32
 [n, k * bits / 32], the lowest bits first, weight_shape [2], weight_scale [n, groups], with zero points
 weight_zero_point int32 [n * bits / 32, groups], and with act-order weight_g_idx [k]. "int-quantized":
-weight int8 [n, k], weight_scale [n, groups] (or one of all), weight_zero_point int8.
+weight int8 [n, k], weight_scale [n, groups] (or one scale for all), weight_zero_point int8.
 
-Packed numbers are stored with half the range added. What belongs to activations is left out.
+Packed numbers are stored with half the range added. Scales of activations are ignored.
 
 Source: `pack_to_int32` and the compressors `pack_quantized`, `naive_quantized` of the library
 compressed-tensors.
@@ -48,7 +48,10 @@ def _packed(module: Module) -> Stored:
     k = dims[1]
     bits = next((b for b in (4, 8) if width * 32 == k * b), 0)
     if dims[0] != n or not bits:
-        raise module.error(f"{module.name}.weight_packed is {n} x {width}, of a weight of {dims}")
+        raise module.error(
+            f"{module.name}.weight_packed has shape [{n}, {width}], which is not that of a weight of "
+            f"{dims}"
+        )
     scales = _scales(module, n)
     groups = scales.shape[1]
     zeros = module.parts.get("weight_zero_point")
@@ -95,7 +98,10 @@ def _plain_integers(module: Module) -> Stored:
     if zeros is not None:
         zeros = _by_row(module.part("weight_zero_point", ("I8",)), module, "weight_zero_point", n)
         if zeros.shape != scales.shape:
-            raise module.error(f"{module.name} has zero points {zeros.shape}, scales {scales.shape}")
+            raise module.error(
+                f"{module.name} has zero points of shape {zeros.shape} and scales of shape "
+                f"{scales.shape}"
+            )
     size = scheme.group_size or k
 
     def read(rows: slice, columns: slice) -> QuantWeight:
@@ -104,7 +110,7 @@ def _plain_integers(module: Module) -> Stored:
         if zeros is not None:
             zero = part_of(zeros, rows, some).to(torch.int16)
             if not scheme.symmetric:
-                zero = zero + 128  # as in the other format
+                zero = zero + 128  # as in pack-quantized
             zero = checked_zeros(module, scheme, zero, 0 if scheme.symmetric else 128)
         scale, offset = scales_of(module, scheme, part_of(scales, rows, some), zero)
         data = part_of(numbers, rows, columns).contiguous()
@@ -119,7 +125,7 @@ def _scales(module: Module, n: int) -> Entry:
 
 
 def _by_row(entry: Entry, module: Module, end: str, n: int) -> Entry:
-    """An entry [n, groups] of what may also be one number for all rows, or one a row."""
+    """`entry` as [n, groups]; it may also be stored as one number for all rows, or one per row."""
     if len(entry.shape) == 2 and entry.shape[0] == n and entry.shape[1]:
         return entry
     if entry.shape not in ((), (1,), (n,)):

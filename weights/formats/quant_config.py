@@ -1,12 +1,13 @@
-"""What `quantization_config` of a Hugging Face `config.json` says. Free of torch.
+"""The `quantization_config` of a Hugging Face `config.json`. Free of torch.
 
-Three methods are read: "compressed-tensors" (pack-quantized, int-quantized, or both), "gptq" and "awq".
-Patterns ("re:...") are not run: they come with the file. Which modules are quantized is told by the
-tensors, and those must have one of the schemes that the config declares. Before config.json had the
-key, the libraries wrote a file of their own beside it, which is read where config.json says nothing.
+Three methods are supported: "compressed-tensors" (pack-quantized, int-quantized, or both), "gptq" and
+"awq". Patterns ("re:...") are not evaluated: they come with the file and are not trusted. The stored
+tensors show which modules are quantized, and these must have one of the schemes that the config
+declares. Before config.json had the key, the libraries wrote a file of their own beside it; that file
+is read if config.json has no such key.
 
-What is not here: how activations and the KV cache were quantized. They stay as they are, which is more
-exact; the scales that files have for a cache are known by their names.
+What is not here: how activations and the KV cache were quantized. They are not quantized here, which is
+more exact; the cache scales in the files are recognized by their names.
 
 Source: `QuantizationConfig` of the compressed-tensors library; the `quantize_config.json` of AutoGPTQ
 and GPTQModel; AutoAWQ's `AwqConfig`.
@@ -30,7 +31,7 @@ MIXED = "mixed-precision"  # each group of modules has one of FORMATS
 _MAX_GROUP = 1 << 16
 _MAX_GROUPS_OF_MODULES = 64
 _KEYS = ("quantization_config", "compression_config")
-MARKS = (".qweight", ".weight_packed")  # no plain weight is called so
+MARKS = (".qweight", ".weight_packed")  # ends of names that no plain weight has
 _BESIDE = ("quantize_config.json", "quant_config.json")  # AutoGPTQ's, AutoAWQ's
 _OF_AWQ = {"w_bit", "q_group_size", "zero_point"}  # keys that no file of GPTQ has
 _CACHE_SCALE = re.compile(
@@ -42,10 +43,10 @@ _WAY_OUT = "take the model unquantized, or quantized in one of these ways"
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """`method` of METHODS; `format` of FORMATS, or MIXED, for compressed-tensors. A module has one
-    of `schemes`, unless `ignored` names it. `reordered`: columns were quantized in another order than
-    they are stored in (act-order). `minus_one`: zero points are stored less 1. `source` is for
-    messages."""
+    """`method` is one of METHODS; `format` is one of FORMATS, or MIXED, for compressed-tensors, else
+    "". A module has one of `schemes`, unless it is in `ignored`. `reordered`: columns were quantized in
+    another order than they are stored in (act-order). `minus_one`: zero points are stored minus 1.
+    `source` is for messages."""
 
     source: str
     method: str
@@ -56,8 +57,8 @@ class QuantConfig:
     minus_one: bool = False
 
     def fitting(self, bits: int, groups: int, k: int, has_zeros: bool) -> Scheme | None:
-        """The declared scheme of a module whose rows of `k` have so many `groups`; None if there is
-        none."""
+        """The declared scheme of a module whose rows of `k` numbers have `groups` groups; None if no
+        scheme fits."""
         fitting = [
             scheme
             for scheme in self.schemes
@@ -66,25 +67,26 @@ class QuantConfig:
             and k % MIN_GROUP == 0
             and (has_zeros or scheme.symmetric)
         ]
-        # Zero points may all be in the middle.
+        # Prefer the asymmetric scheme: it also holds for zero points that are all in the middle.
         return min(fitting, key=lambda scheme: scheme.symmetric, default=None)
 
     def bits_of(self, zeros: tuple[int, ...], n: int) -> int:
-        """The bits of one of GPTQ's modules with `n` outputs, of which zero points of this shape are
-        stored, where the schemes have several."""
+        """The bits of a GPTQ module with `n` outputs, by the shape of its stored zero points; if no
+        scheme has these bits, those of the first scheme."""
         stored = zeros[-1] * 32 // n if zeros and n else 0
         known = [scheme.bits for scheme in self.schemes]
         return stored if stored in known else known[0]
 
     @property
     def named(self) -> str:
-        """For messages: what is declared."""
+        """The declared method and schemes, for messages."""
         form = f" ({self.format})" if self.format else ""
         return f"{self.method}{form}, {' or '.join(scheme.name for scheme in self.schemes)}"
 
 
 def read_quant_config(config: Mapping[str, Any], source: str) -> QuantConfig | None:
-    """What a config declares, None if that is nothing. `source` is the file. Raises InputError."""
+    """The quantization that a config declares, or None. `source` is the config's file. Raises
+    InputError if it is not supported."""
     found = _declared(config)
     if found is None:
         return None
@@ -99,7 +101,7 @@ def read_quant_config(config: Mapping[str, Any], source: str) -> QuantConfig | N
     if method == "awq":
         return _awq(found, where)
     raise InputError(
-        f"{where} has quant_method {str(method)[:100]!r}, which is not read; read are "
+        f"{where} has quant_method {str(method)[:100]!r}, which is not supported; supported are "
         f"{', '.join(METHODS)}: {_WAY_OUT}"
     )
 
@@ -111,8 +113,8 @@ def _declared(config: Mapping[str, Any]) -> Any:
 def with_file_beside(
     config: Mapping[str, Any], folder: Path, names: Iterable[str]
 ) -> tuple[Mapping[str, Any], str]:
-    """A config with the `quantization_config` of weights of these `names`: its own, or else that of the
-    file that quantizing libraries put beside it. And the file that says it. Raises InputError."""
+    """`config` with the `quantization_config` for weights of these `names`, and the file that declares
+    it: config.json, or else the file that quantization libraries wrote beside it. Raises InputError."""
     if _declared(config) is None and any(name.endswith(MARKS) for name in names):
         for file in (folder / name for name in _BESIDE):
             if file.is_file():
@@ -123,13 +125,13 @@ def with_file_beside(
 
 
 def is_cache_scale(name: str) -> bool:
-    """Whether a stored tensor is a scale for a quantized KV cache (or for attention upon it)."""
+    """Whether a stored tensor is a scale of a quantized KV cache, or of attention with one."""
     return _CACHE_SCALE.fullmatch(name) is not None
 
 
 def _compressed(found: Mapping[str, Any], where: str) -> QuantConfig | None:
     if found.get("kv_cache_scheme") is not None and not found.get("config_groups"):
-        return None  # the cache alone: the weights are plain
+        return None  # only the cache is quantized; the weights are plain
     form = _format(found.get("format"), (*FORMATS, MIXED), where)
     groups = found.get("config_groups")
     if not isinstance(groups, Mapping) or not 1 <= len(groups) <= _MAX_GROUPS_OF_MODULES:
@@ -139,10 +141,10 @@ def _compressed(found: Mapping[str, Any], where: str) -> QuantConfig | None:
         weights = group.get("weights") if isinstance(group, Mapping) else None
         at = f"{where}.config_groups.{name[:40]}.weights"
         if not isinstance(weights, Mapping):
-            raise InputError(f"{at} must be an object: how weights are quantized")
+            raise InputError(f"{at} must be an object that says how weights are quantized")
         if weights.get("type", "int") != "int":
             raise InputError(
-                f"{at} has type {str(weights['type'])[:40]!r}; only integers are read: {_WAY_OUT}"
+                f"{at} has type {str(weights['type'])[:40]!r}; only int is supported: {_WAY_OUT}"
             )
         strategy = weights.get("strategy")
         own = form
@@ -151,7 +153,7 @@ def _compressed(found: Mapping[str, Any], where: str) -> QuantConfig | None:
         whole_rows = strategy in ("channel", "tensor") or weights.get("group_size") == -1
         if strategy not in ("channel", "tensor", "group", None):
             raise InputError(
-                f"{at} has strategy {str(strategy)[:40]!r}; read are channel, tensor and group"
+                f"{at} has strategy {str(strategy)[:40]!r}; supported are channel, tensor and group"
             )
         bits = _bits(weights.get("num_bits"), (8,) if own == "int-quantized" else (4, 8), at)
         size = 0 if whole_rows else _group(weights.get("group_size"), at)
@@ -164,7 +166,7 @@ def _compressed(found: Mapping[str, Any], where: str) -> QuantConfig | None:
 def _format(form: Any, allowed: tuple[str, ...], where: str) -> str:
     if not isinstance(form, str) or form not in allowed:
         raise InputError(
-            f"{where} has format {str(form)[:100]!r}, which is not read; read are "
+            f"{where} has format {str(form)[:100]!r}, which is not supported; supported are "
             f"{', '.join(allowed)}: {_WAY_OUT}"
         )
     return form
@@ -174,8 +176,8 @@ def _gptq(found: Mapping[str, Any], where: str) -> QuantConfig:
     form = found.get("checkpoint_format", "gptq")
     if form not in ("gptq", "gptq_v2"):
         raise InputError(
-            f"{where} has checkpoint_format {str(form)[:100]!r}, which is not read; read are gptq and "
-            f"gptq_v2: {_WAY_OUT}"
+            f"{where} has checkpoint_format {str(form)[:100]!r}, which is not supported; supported are "
+            f"gptq and gptq_v2: {_WAY_OUT}"
         )
     declared = [(found, where), *_exceptions(found, where)]
     schemes = tuple(dict.fromkeys(_gptq_scheme(each, at) for each, at in declared))
@@ -189,23 +191,23 @@ def _gptq_scheme(found: Mapping[str, Any], where: str) -> Scheme:
 
 
 def _exceptions(found: Mapping[str, Any], where: str) -> list[tuple[Mapping[str, Any], str]]:
-    """The settings that GPTQModel's `dynamic` gives modules of some pattern, each with the place where
-    they stand. "-:PATTERN" leaves modules out: their tensors tell which."""
+    """The settings of GPTQModel's `dynamic` for modules that match a pattern, each with its place in
+    the config, for messages. "-:PATTERN" excludes modules; their tensors show which."""
     dynamic = found.get("dynamic") or {}
     if not isinstance(dynamic, Mapping):
-        raise InputError(f"{where} has dynamic that is not an object")
+        raise InputError(f"{where} has dynamic that is not an object; download it again")
     exceptions: list[tuple[Mapping[str, Any], str]] = []
     for pattern, settings in dynamic.items():
         if pattern.startswith("-:"):
             continue
         at = f"{where}.dynamic[{pattern[:60]!r}]"
         if not isinstance(settings, Mapping):
-            raise InputError(f"{at} must be an object: other settings for some modules")
+            raise InputError(f"{at} must be an object of settings for some modules")
         for key in ("format", "checkpoint_format", "quant_method", "method", "pack_dtype"):
             if key in settings and settings[key] != found.get(key):
                 raise InputError(
-                    f"{at} has {key} {str(settings[key])[:40]!r}, another than the model, which is not "
-                    f"read: {_WAY_OUT}"
+                    f"{at} has {key} {str(settings[key])[:40]!r}, which differs from the model's; that "
+                    f"is not supported: {_WAY_OUT}"
                 )
         exceptions.append(({**found, **settings}, at))
     return exceptions
@@ -214,9 +216,11 @@ def _exceptions(found: Mapping[str, Any], where: str) -> list[tuple[Mapping[str,
 def _awq(found: Mapping[str, Any], where: str) -> QuantConfig:
     version = found.get("version", "gemm")
     if not isinstance(version, str) or version.lower() != "gemm":
-        raise InputError(f"{where} has version {str(version)[:40]!r}; read is gemm: {_WAY_OUT}")
+        raise InputError(
+            f"{where} has version {str(version)[:40]!r}; only gemm is supported: {_WAY_OUT}"
+        )
     if not _flag(found, "zero_point", True, where):
-        raise InputError(f"{where} has zero_point false, which is not read: {_WAY_OUT}")
+        raise InputError(f"{where} has zero_point false, which is not supported: {_WAY_OUT}")
     bits = _bits(found.get("bits", found.get("w_bit")), (4,), where)
     size = found.get("group_size", found.get("q_group_size"))
     scheme = Scheme(bits, 0 if size == -1 else _group(size, where), symmetric=False)
@@ -226,7 +230,7 @@ def _awq(found: Mapping[str, Any], where: str) -> QuantConfig:
 def _bits(value: Any, allowed: tuple[int, ...], where: str) -> int:
     if type(value) is not int or value not in allowed:
         raise InputError(
-            f"{where} has {str(value)[:40]} bits; read are {' and '.join(map(str, allowed))}: "
+            f"{where} has {str(value)[:40]} bits; supported are {' and '.join(map(str, allowed))}: "
             + _WAY_OUT
         )
     return value
@@ -235,7 +239,7 @@ def _bits(value: Any, allowed: tuple[int, ...], where: str) -> int:
 def _group(value: Any, where: str) -> int:
     if type(value) is not int or not MIN_GROUP <= value <= _MAX_GROUP or value % MIN_GROUP:
         raise InputError(
-            f"{where} has group_size {str(value)[:40]}; read are multiples of {MIN_GROUP}, and -1 "
+            f"{where} has group_size {str(value)[:40]}; supported are multiples of {MIN_GROUP}, and -1 "
             f"(whole rows): {_WAY_OUT}"
         )
     return value

@@ -1,8 +1,8 @@
-"""GPTQ's files: qweight int32 [k * bits / 32, n], the lowest bits first down the rows; qzeros int32
-[groups, n * bits / 32]; scales [groups, n]; g_idx int32 [k], the group of each column.
+"""The layout of GPTQ: qweight int32 [k * bits / 32, n], packed along the rows, the lowest bits first;
+qzeros int32 [groups, n * bits / 32]; scales [groups, n]; g_idx int32 [k], the group of each column.
 
-Zero points are stored less 1, modulo the range, but in files of the format gptq_v2. With act-order
-g_idx is not in order. The integers lie in the order that weights.quant has; a transposition is all.
+Zero points are stored minus 1, modulo the range, except in the format gptq_v2. With act-order, g_idx is
+not in order. The integers are in the order of weights.quant, so only a transposition is needed.
 
 Source: `QuantLinear.pack` of AutoGPTQ's qlinear_cuda_old.py, and GPTQModel's conversion between its
 formats.

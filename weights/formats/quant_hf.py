@@ -1,12 +1,12 @@
-"""Hugging Face checkpoints whose weights are quantized: the stored tensors of a module as one weight.
+"""Hugging Face checkpoints with quantized weights: the stored tensors of a module become one weight.
 
-`config.json` says how (weights.formats.quant_config), a module for each way says where the bits lie
-(weights.formats.quant_compressed, quant_gptq, quant_awq). A module `x` becomes the entry `x.weight`,
-which is read quantized or dequantized; what is stored plainly stays as it is. Config and tensors must
-agree.
+`config.json` declares the method (weights.formats.quant_config), and one reader per method knows its
+layout (weights.formats.quant_compressed, quant_gptq, quant_awq). A module `x` becomes the entry
+`x.weight`, which can be read quantized or dequantized; plain tensors stay as they are. Config and
+tensors must agree.
 
-Where columns were quantized in another order than they are stored in (act-order), groups lie all over
-the row: such weights are only dequantized.
+If columns were quantized in another order than they are stored in (act-order), the columns of a group
+are scattered over the row: such weights can only be dequantized.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _WAYS = {
 def with_quantized(
     stored: Mapping[str, Entry], config: Mapping[str, Any], source: str, absent: Mapping[str, str]
 ) -> Mapping[str, Entry]:
-    """`stored` with one entry for the tensors of each quantized module. `source` is the config's file;
-    `absent` has the reasons why other tensors are not stored. Raises InputError."""
+    """`stored` with one entry in place of the tensors of each quantized module. `source` is the file of
+    the config; `absent` maps tensors that are missing to the reasons. Raises InputError."""
     declared = read_quant_config(config, source)
     if declared is None:
         odd = next((name for name in stored if name.endswith(MARKS)), None)
         if odd is not None:
             raise InputError(
-                f"{source} has no quantization_config, but the weights are quantized ({odd!r}); take "
+                f"{source} has no quantization_config, but the weights are quantized ({odd!r}); use "
                 "the config.json that belongs to them"
             )
         return stored
@@ -57,7 +57,7 @@ def with_quantized(
         weight = plain.pop(f"{name}.weight", None)
         module = Module(name, parts, declared, absent)
         if name in declared.ignored:
-            raise module.error(f"{name} is stored quantized, although the config leaves it out")
+            raise module.error(f"{name} is stored quantized, although the config excludes it")
         packed = "weight_packed" in parts or declared.format not in ("int-quantized", MIXED)
         if weight is not None and packed:
             raise module.error(f"{name} is stored twice, quantized and as {name}.weight")
@@ -68,12 +68,12 @@ def with_quantized(
 
 
 def _entry(module: Module, stored: Stored) -> Entry:
-    """The weight of a module, whose parts may lie in several files."""
+    """The weight of a module. Its parts may be in several files; `file` is that of the first."""
     n, k = stored.shape
     unit = stored.scheme.group_size or MIN_GROUP
 
     def covering(rows: slice, columns: slice) -> tuple[QuantWeight, int, int]:
-        """What holds these rows and columns, and how many of both come before them."""
+        """A weight that contains these rows and columns, and the offsets of both in it."""
         top, left = rows.start // stored.row_unit * stored.row_unit, columns.start // unit * unit
         bottom = min(-(-rows.stop // stored.row_unit) * stored.row_unit, n)
         right = min(-(-columns.stop // unit) * unit, k)

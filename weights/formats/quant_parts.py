@@ -1,6 +1,7 @@
-"""What readers of quantized modules share: a module's stored tensors, checked, and what they make.
+"""Shared code of the readers of quantized modules: checks of a module's stored tensors, and their
+conversion.
 
-Used by the modules for each way of storing (weights.formats.quant_compressed, quant_gptq, quant_awq).
+The readers of each layout use it (weights.formats.quant_compressed, quant_gptq, quant_awq).
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from weights.formats.quant_config import QuantConfig
 from weights.quant import QuantWeight
 from weights.schemes import Scheme
 
-HALVES = ("F16", "BF16", "F32")  # in which scales are stored
+HALVES = ("F16", "BF16", "F32")  # the dtypes of stored scales
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A quantized matrix in a file. `read(rows, columns)` takes rows from and to multiples of
-    `row_unit` (or the end), and whole groups of columns, of MIN_GROUP where a row is one. `order()`
-    gives the group of each column, int64 [k], where groups are not in order."""
+    """A quantized matrix in a file. For `read(rows, columns)`, rows must start and end at multiples of
+    `row_unit` (or the end), and columns must be whole groups (multiples of MIN_GROUP if a row is one
+    group). `order()` returns the group of each column, int64 [k]; it is None if groups are in order."""
 
     shape: tuple[int, int]
     scheme: Scheme
@@ -35,8 +36,8 @@ class Stored:
 
 @dataclass(frozen=True)
 class Module:
-    """The stored tensors of one module by the ends of their names, what the config says, and why
-    others are not stored, by their names."""
+    """One quantized module. `parts`: its stored tensors, by the last component of their names;
+    `config`: how it is quantized; `absent`: tensor names that are missing, with the reason."""
 
     name: str
     parts: Mapping[str, Entry]
@@ -44,7 +45,8 @@ class Module:
     absent: Mapping[str, str] = field(default_factory=dict)
 
     def part(self, end: str, dtypes: tuple[str, ...], shape: tuple[int, ...] | None = None) -> Entry:
-        """One of the tensors. Raises InputError where it is missing or not what it must be."""
+        """The tensor with this last component. Raises InputError if it is missing, or if its dtype or
+        shape is wrong."""
         entry = self.parts.get(end)
         if entry is None:
             reason = self.absent.get(f"{self.name}.{end}")
@@ -58,14 +60,15 @@ class Module:
         return entry
 
     def matrix(self, end: str, dtypes: tuple[str, ...]) -> tuple[Entry, int, int]:
-        """One of the tensors, which must have two dimensions, and these."""
+        """A tensor that must be a matrix, with its rows and columns. Raises InputError."""
         entry = self.part(end, dtypes)
         if len(entry.shape) != 2 or 0 in entry.shape:
             raise self.error(f"{self.name}.{end} has shape {list(entry.shape)}, and must be a matrix")
         return entry, entry.shape[0], entry.shape[1]
 
     def scheme(self, bits: int, groups: int, k: int, has_zeros: bool = True) -> Scheme:
-        """The declared scheme that tensors of so many `groups` a row have. Raises InputError."""
+        """The declared scheme that fits rows of `k` numbers in `groups` groups. Raises InputError if
+        there is none."""
         found = self.config.fitting(bits, groups, k, has_zeros)
         if found is None:
             raise self.error(
@@ -76,24 +79,24 @@ class Module:
 
     def error(self, what: str) -> InputError:
         return InputError(
-            f"{self.config.source} says {self.config.named}, but {what}; the two must be of one model: "
-            "download both again"
+            f"{self.config.source} says {self.config.named}, but {what}; the config and the weights "
+            "must belong to one model: download both again"
         )
 
 
 def part_of(entry: Entry, *slices: slice) -> Tensor:
-    """A part of a stored tensor, maybe a view of the file."""
+    """A part of a stored tensor; it may be a view of the file."""
     return (entry.peek or entry.read)(slices)
 
 
 def scales_of(
     module: Module, scheme: Scheme, scale: Tensor, zero: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales [n, groups] as weights.quant has them, and offsets for zero points: -zero * scale.
+    """Scales [n, groups] in the dtype of weights.quant, and offsets for zero points: -zero * scale.
 
-    A row's one scale is kept in float32. Those of groups are float16 if they are stored in 16 bits: of
-    a bfloat16 below 2 ** -17 the last bits are lost, far below any weight. Raises InputError for
-    numbers that are not finite.
+    Scales of whole rows are float32. Scales of groups are float16 if they are stored in 16 bits; a
+    bfloat16 below 2 ** -17 then loses its last bits, which is far below any weight. Raises InputError
+    if a number is not finite.
     """
     small = scheme.group_size and scale.dtype != torch.float32
     fine = scale.to(torch.float16 if small else torch.float32)
@@ -105,7 +108,7 @@ def scales_of(
 
 
 def unpack(numbers: Tensor, bits: int) -> Tensor:
-    """int32 [..., n] -> uint8 [..., n * 32 / bits]: the numbers in each, the lowest bits first."""
+    """Unpack int32 [..., n] into uint8 [..., n * 32 / bits], the lowest bits first."""
     octets = numbers.contiguous().view(torch.uint8)
     if bits == 8:
         return octets
@@ -113,14 +116,14 @@ def unpack(numbers: Tensor, bits: int) -> Tensor:
 
 
 def data_of(octets: Tensor, bits: int) -> Tensor:
-    """uint8 [n, k * bits / 8] of numbers from 0 on -> `QuantWeight.data`: 8 bits become signed, 128
-    lower."""
+    """Convert unsigned numbers, uint8 [n, k * bits / 8], to `QuantWeight.data`: from 8-bit numbers, 128
+    is subtracted to make them signed."""
     return (octets ^ 128).view(torch.int8) if bits == 8 else octets
 
 
 def checked_zeros(module: Module, scheme: Scheme, zero: Tensor, middle: int) -> Tensor | None:
-    """`zero` less what is subtracted of the integers anyway, or None for a symmetric scheme, where it
-    must be the `middle`."""
+    """`zero`, int16, minus the 128 that `data_of` subtracts from 8-bit numbers. None for a symmetric
+    scheme; raises InputError if its zero points are not all the `middle`."""
     if scheme.symmetric:
         if not bool((zero == middle).all()):
             raise module.error(f"{module.name} has zero points that are not in the middle")
@@ -129,7 +132,8 @@ def checked_zeros(module: Module, scheme: Scheme, zero: Tensor, middle: int) -> 
 
 
 def group_of_columns(module: Module, end: str, groups: int) -> Callable[[], Tensor]:
-    """How to read the group of each column, int64 [k]; that raises InputError for what is no group."""
+    """A function that reads the group of each column, int64 [k]. The function raises InputError if a
+    group is out of range."""
 
     def read() -> Tensor:
         entry = module.parts[end]

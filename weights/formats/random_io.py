@@ -1,8 +1,8 @@
 """A checkpoint of random weights, of any shape, without a file.
 
-For a look at speed and memory where no weights are at hand. Each number is a hash of the tensor's
-name, its position and the seed, so a rank makes its own slices alone, and every world size sees the
-same model.
+It serves to measure speed and memory without real weights. Each number is a hash of the tensor's name,
+its position and the seed. So each rank computes only its own slices, and every world size has the same
+model.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
 
-BLOCK = 1 << 16  # elements hashed at a time: the intermediate steps stay in the cache
+BLOCK = 1 << 16  # elements hashed at a time: intermediate results stay in the cache
 SCALE = 0.02  # the standard deviation at which the Llama family is initialized
 
 
 def random_checkpoint(shapes: Mapping[str, tuple[int, ...]], seed: int) -> Checkpoint:
-    """Weights uniform with mean 0 and standard deviation 0.02; vectors (norms) are ones."""
+    """A checkpoint with float32 weights: uniform with mean 0 and standard deviation 0.02; vectors
+    (norms) are ones."""
     entries = {name: _entry(name, shape, seed) for name, shape in shapes.items()}
     return Checkpoint(Path("random"), "random", entries)
 
@@ -50,8 +51,8 @@ def _entry(name: str, shape: tuple[int, ...], seed: int) -> Entry:
 
 
 def _hash_(x: Tensor, spare: Tensor) -> Tensor:
-    """A 32-bit integer finaliser (multiply and xor-shift), elementwise and wrapping, in place: fresh
-    memory for each step would take longer than the step. `spare`: as large as x."""
+    """A 32-bit integer finalizer (multiply and xor-shift), elementwise and wrapping, in place:
+    allocating memory for each step would take longer than the step. `spare`: as large as x."""
     for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, 1)):
         torch.bitwise_right_shift(x, shift, out=spare)
         spare &= 0xFFFFFFFF >> shift

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, checked as far as it can be without its tensors. Free of torch.
+"""The header of a safetensors file, with the checks that need no tensors. Free of torch.
 
 A file is eight bytes of length, a JSON header of that length, and the tensors' bytes.
 
@@ -19,13 +19,13 @@ FORM = "safetensors"
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int, int]:
-    """What the header gives each tensor, by name; where the tensors' bytes start; and the file's size.
-    Raises InputError or one of files.DAMAGE."""
+    """The header's entry of each tensor, by name; the offset of the tensors' bytes; and the file's
+    size in bytes. Raises InputError or one of files.DAMAGE."""
     size = regular_file(file, FORM)
     with file.open("rb") as opened:
         length = struct.unpack("<Q", opened.read(8))[0] if size >= 8 else size
         if length > min(size - 8, HEADER_LIMIT):
-            raise ValueError(f"a header of {length} bytes in a file of {size}")
+            raise ValueError(f"its header has {length} bytes in a file of {size}")
         header = parse_json(opened.read(length), unique=True)
     if not isinstance(header, dict):
         raise ValueError(f"its header is of type {type(header).__name__}")

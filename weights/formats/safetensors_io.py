@@ -1,7 +1,7 @@
 """Safetensors, as one file or as Hugging Face's sharded folder with an index.
 
-The header (weights.formats.safetensors_header) is checked here against the file before anything is
-mapped: lengths, dtypes, shapes, offsets, overlaps.
+The header (weights.formats.safetensors_header) is checked against the file before an entry is made:
+lengths, dtypes, shapes, offsets, overlaps.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from weights.names import as_stored, translate
 
 
 def open_safetensors(source: Source, translated: bool = True) -> Checkpoint:
-    """Open `.safetensors` files with the `config.json` beside them. Without `translated`, the entries
-    have the names and the order of rows that the files store. Raises InputError."""
+    """Open `.safetensors` files with the `config.json` beside them. Without `translated`, entries keep
+    the stored names and the stored order of rows. Raises InputError."""
     stored, absent = gather(source, stored_entries)
     return assemble(source, stored, absent, translate if translated else as_stored)
 
 
 def stored_entries(file: Path) -> dict[str, Entry]:
-    """The tensors of one file, under the names that it gives them. Raises InputError."""
+    """The tensors of one file, by stored name. Raises InputError."""
     try:
         header, data_start, size = read_header(file)
         data = map_file(file)
@@ -53,7 +53,8 @@ def stored_entries(file: Path) -> dict[str, Entry]:
 
 
 def _described(name: str, about: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """dtype, shape and byte range that the header gives a tensor. Raises ValueError."""
+    """The dtype, the shape and the byte range (start, stop) of a tensor in the header. Raises
+    ValueError."""
     if not isinstance(about, dict):
         raise ValueError(f"{name!r} is described by {type(about).__name__}, not by an object")
     dtype, shape, offsets = (about.get(key) for key in ("dtype", "shape", "data_offsets"))

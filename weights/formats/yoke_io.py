@@ -1,12 +1,12 @@
-"""Reading Yoke's own form: whole tensors over one safetensors file per rank.
+"""Read Yoke's own form: whole tensors from one safetensors file per rank.
 
-`weights.formats.yoke_manifest` describes the form. Any slice can be read, whatever the number of ranks
-that read it: only the files that hold it are touched. KV heads that several ranks hold are read from
-the lowest of them, or from the file of the rank that is given as `prefer`. A rank that loads at the
-world size of the files thereby reads its own part from its own file.
+`weights.formats.yoke_manifest` describes the form. Any number of ranks can read any slice, and only the
+files that hold it are read. KV heads that several ranks hold are read from the lowest of them, or from
+the file of the rank `prefer`. So a rank that loads at the world size of the files reads its own part
+from its own file.
 
-What is not here: checking the data against the manifest's digests, which would read it all
-(`python -m tp.reshard --verify`).
+What is not here: checking the data against the manifest's digests, which would read all of it
+(`reshard.verify`).
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ from weights.writer import DTYPES, header_of
 
 @dataclass(frozen=True)
 class YokeFolder:
-    """A checked folder: its manifest, and the ranks' files, opened when they are first needed."""
+    """A checked folder: its manifest, and the ranks' files, each opened on first use."""
 
     path: Path
     manifest: Manifest
     _opened: dict[int, dict[str, Entry]] = field(default_factory=dict, compare=False)
 
     def part(self, tensor: StoredTensor, rank: int) -> Tensor:
-        """What the file of `rank` holds of `tensor`, as it is stored: a view of the mapped file."""
-        if rank not in self._opened:  # two threads may both open it, which does no harm
+        """The part of `tensor` in the file of `rank`, as it is stored: a view of the mapped file."""
+        if rank not in self._opened:  # two threads may both open it, which is harmless
             self._opened[rank] = stored_entries(self.path / rank_file(rank, self.manifest.world_size))
         entry = self._opened[rank][tensor.name]
         return (entry.peek or entry.read)(tuple(slice(0, size) for size in entry.shape))
 
     def peek(self, tensor: StoredTensor, parts: tuple[Part, ...], slices: Slices) -> Tensor:
-        """A part of a tensor as it is stored, from the first of `parts` that has each piece: a view
-        where one file has all of it. Slices are in elements, and of whole blocks."""
+        """A part of a tensor as it is stored; each piece comes from the first of `parts` that has it.
+        The result is a view if one file has all of it. Slices are in elements, and of whole blocks."""
         if not tensor.shape:
             return self.part(tensor, parts[0].rank)
         along, found = tensor.along, []
@@ -77,8 +77,9 @@ def _in_bytes(part: slice, blocks: Blocks) -> slice:
 def open_yoke(folder: Path, prefer: int | None = None) -> Checkpoint:
     """Open a folder in Yoke's form. Raises InputError unless manifest and files agree.
 
-    The checkpoint's `format` is that of what the folder was made from, since it tells how `config` is
-    to be read. A `config.json` in the folder counts before the manifest's copy: it is what people edit.
+    The checkpoint's `format` is that of the source checkpoint, because it says how to read `config`. A
+    `config.json` in the folder takes precedence over the manifest's copy: it is the one people edit.
+    `prefer`: the rank whose file is read first.
     """
     opened = open_folder(folder)
     manifest = opened.manifest
@@ -97,7 +98,7 @@ def open_yoke(folder: Path, prefer: int | None = None) -> Checkpoint:
 
 
 def open_folder(folder: Path) -> YokeFolder:
-    """The manifest, and what the files' headers say, checked. Raises InputError."""
+    """Read the manifest and check the headers of the files against it. Raises InputError."""
     manifest = read_manifest(folder)
     for rank, size in enumerate(manifest.file_bytes):
         _check_file(folder / rank_file(rank, manifest.world_size), manifest, rank, size)
@@ -105,7 +106,8 @@ def open_folder(folder: Path) -> YokeFolder:
 
 
 def _check_file(file: Path, manifest: Manifest, rank: int, size: int) -> None:
-    """A file must hold exactly the parts of its rank, in the places where the writer puts them."""
+    """Raise InputError unless a file holds exactly the parts of its rank, at the offsets of the
+    writer."""
     wanted = header_of(file_contents(manifest.tensors, rank, manifest.world_size))
     ends = [item["data_offsets"][1] for name, item in wanted.items() if name != "__metadata__"]
     if not file.exists():
@@ -116,8 +118,8 @@ def _check_file(file: Path, manifest: Manifest, rank: int, size: int) -> None:
             (length,) = struct.unpack("<Q", opened.read(8).ljust(8, b"\0"))
             if actual != size or 8 + length + max(ends, default=0) != size:
                 raise InputError(
-                    f"{file} has {actual} bytes, a header of {length} among them; yoke.json says "
-                    f"{size}, with {max(ends, default=0)} of data: copy it again"
+                    f"{file} has {actual} bytes, including a header of {length}; yoke.json says "
+                    f"{size}, including {max(ends, default=0)} of data: copy the file again"
                 )
             header: Any = parse_json(opened.read(length), unique=True)
     except InputError:
@@ -125,21 +127,27 @@ def _check_file(file: Path, manifest: Manifest, rank: int, size: int) -> None:
     except (OSError, ValueError) as error:
         raise damaged(file, "safetensors", error) from error
     if not isinstance(header, dict):
-        raise InputError(f"{file} cannot be read as safetensors: its header is no object")
+        raise InputError(
+            f"{file} cannot be read as safetensors: its header is not an object: copy it again"
+        )
     if header.get("__metadata__") != wanted["__metadata__"]:
-        raise InputError(f"{file} says that it is {header.get('__metadata__')}: copy it again")
+        raise InputError(
+            f"{file} has the metadata {header.get('__metadata__')}, not that of its rank: copy it again"
+        )
     if header != wanted:
         name = next(
             name for name in [*wanted, *header] if header.get(name) != wanted.get(name)
         )  # the first one that differs
         raise InputError(
             f"{file} and yoke.json disagree on {name!r}: the file says {header.get(name, 'nothing')}, "
-            f"the manifest {wanted.get(name, 'nothing')}; both must come from one run"
+            f"the manifest {wanted.get(name, 'nothing')}; both must come from one run: copy the folder "
+            "again"
         )
 
 
 def cover(parts: tuple[Part, ...], start: int, stop: int) -> Iterator[tuple[Part, int, int]]:
-    """Which parts to read for `[start, stop)`: from each position on the first part that has it."""
+    """The parts to read for `[start, stop)`, each with its range: at each position, the first part
+    that has it, up to that part's end."""
     while start < stop:
         part = next(part for part in parts if part.start <= start < part.stop)
         yield part, start, min(stop, part.stop)
@@ -186,8 +194,8 @@ def _entry(folder: YokeFolder, tensor: StoredTensor, prefer: int | None) -> Entr
 
 
 def dequantize(raw: Tensor, blocks: Blocks) -> Tensor:
-    """Blocks along the last dimension, uint8 [..., bytes], as float32 [..., elements]."""
-    from gguf import GGMLQuantizationType  # only quantized weights need the package
+    """Dequantize blocks along the last dimension, uint8 [..., bytes], to float32 [..., elements]."""
+    from gguf import GGMLQuantizationType  # imported only for quantized weights
     from gguf.quants import dequantize
 
     values = dequantize(raw.contiguous().numpy(), GGMLQuantizationType[blocks.format])
@@ -195,14 +203,14 @@ def dequantize(raw: Tensor, blocks: Blocks) -> Tensor:
 
 
 def unequal_replicas(folder: YokeFolder, tensor: StoredTensor) -> tuple[int, int] | None:
-    """Two ranks whose copies of the same elements differ in some byte; None if all agree."""
+    """Two ranks whose copies of the same elements differ in at least one byte; None if all agree."""
     for part in tensor.parts[1:]:
         for first, start, stop in cover(tensor.parts, part.start, part.stop):
             if first.rank == part.rank:
                 continue
             slices = tensor.slices(start, stop)
             ours, theirs = (folder.peek(tensor, (one,), slices) for one in (part, first))
-            # As bytes: a NaN is not equal to itself.
+            # Compared as bytes: as floats, a NaN is not equal to itself.
             if not torch.equal(_bytes(ours), _bytes(theirs)):
                 return first.rank, part.rank
     return None

@@ -1,9 +1,9 @@
-"""`yoke.json`: what a folder in Yoke's own form holds, and who of the ranks holds which part of it.
+"""`yoke.json`: what a folder in Yoke's own form holds, and which rank holds which part of it.
 
-The form is one safetensors file per rank and this manifest. It tells for each weight its full shape,
-how it is divided and where the parts lie, so that nothing has to be derived when it is read: not the
-model's family, not the table by which it was divided. All of it is checked before it is believed; a
-manifest may have been damaged, edited or made by somebody else.
+The form is one safetensors file per rank and this manifest. For each weight, the manifest gives the
+full shape, how the weight is sharded and which rank holds which part. So a reader needs neither the
+model's family nor the table by which it was sharded. All of it is validated before use; a manifest may
+be damaged, edited or made by somebody else.
 
     {"format": "yoke", "version": 1, "world_size": 16, "num_heads": 64, "num_kv_heads": 8,
      "head_dim": 128, "source_format": "safetensors", "digest": "sha256", "config": {...},
@@ -13,11 +13,11 @@ manifest may have been damaged, edited or made by somebody else.
                   "parts": [[rank, start, stop, digest], ...]}, ...]}
 
 `parts` are in elements along `dim`. With `dim` null every part is the whole tensor: one for each rank,
-or rank 0's alone where `axis` is "first" (the loader gives the others zeros). Parts of axis "kv" may
-overlap: a KV head lies with every rank that needs it. `blocks` tells of a quantized tensor, which is
+or only rank 0's if `axis` is "first" (the loader gives the other ranks zeros). Parts of axis "kv" may
+overlap: every rank that needs a KV head holds it. `blocks` describes a quantized tensor, which is
 stored as bytes along its last dimension: {"format": "Q4_0", "elements": 32, "bytes": 18}.
 
-What is not here: reading tensors (`weights.formats.yoke_io`), and deciding who holds what
+What is not here: reading tensors (`weights.formats.yoke_io`), and deciding which rank holds what
 (`reshard.plan`).
 """
 
@@ -44,7 +44,7 @@ _MAX_DIM = 1 << 40
 
 @dataclass(frozen=True)
 class Part:
-    """Elements `[start, stop)` along the dimension that is divided, held by `rank`."""
+    """Elements `[start, stop)` along the sharded dimension, held by `rank`."""
 
     rank: int
     start: int
@@ -54,7 +54,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a quantized tensor is stored: `elements` of the last dimension in `bytes` together."""
+    """How a quantized tensor is stored: blocks of `elements` numbers of the last dimension, of `bytes`
+    bytes each."""
 
     format: str
     elements: int
@@ -63,7 +64,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One weight: what it is called, its full shape in elements, and its parts in order of rank."""
+    """One weight: its names, its full shape in elements, and its parts in order of rank."""
 
     name: str
     stored_name: str
@@ -80,18 +81,18 @@ class StoredTensor:
 
     @property
     def extent(self) -> int:
-        """The size of the dimension that is divided; 1 for a scalar."""
+        """The size of the sharded dimension; 1 for a scalar."""
         return self.shape[self.along] if self.shape else 1
 
     def slices(self, start: int, stop: int) -> Slices:
-        """A part of the full tensor, in elements."""
+        """The slices of the part [start, stop) of the full tensor, in elements."""
         slices = [slice(0, size) for size in self.shape]
         if slices:
             slices[self.along] = slice(start, stop)
         return tuple(slices)
 
     def part_shape(self, part: Part) -> tuple[int, ...]:
-        """The shape that a part has in its file."""
+        """The shape of a part in its file."""
         shape = list(self.shape)
         if shape:
             shape[self.along] = part.stop - part.start
@@ -102,8 +103,8 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A folder in Yoke's form. `config` and `source_format` are those of the checkpoint that it was
-    made from; `file_bytes` are the sizes of the ranks' files."""
+    """A folder in Yoke's form. `config` and `source_format` are those of the source checkpoint;
+    `file_bytes` are the sizes of the ranks' files."""
 
     world_size: int
     num_heads: int
@@ -120,7 +121,7 @@ def rank_file(rank: int, world_size: int) -> str:
 
 
 def file_contents(tensors: tuple[StoredTensor, ...], rank: int, world_size: int) -> Tensors:
-    """What the file of a rank holds, in the order of the tensors."""
+    """The contents of a rank's file, in the order of the tensors."""
     shapes = {
         tensor.name: (tensor.dtype, tensor.part_shape(part))
         for tensor in tensors
@@ -131,7 +132,8 @@ def file_contents(tensors: tuple[StoredTensor, ...], rank: int, world_size: int)
 
 
 def to_json(manifest: Manifest) -> str:
-    """The text of `yoke.json`, one tensor a line."""
+    """The text of `yoke.json`, one tensor per line. Raises InputError if the config has a value that
+    JSON cannot represent."""
     ranks = manifest.world_size
     head: dict[str, Any] = {"format": "yoke", "version": VERSION, "world_size": ranks}
     head |= {key: getattr(manifest, key) for key in ("num_heads", "num_kv_heads", "head_dim")}
@@ -145,10 +147,12 @@ def to_json(manifest: Manifest) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """GGUF's metadata may have numbers and arrays of numpy's."""
+    """Convert numpy numbers and arrays, which GGUF's metadata may contain."""
     if hasattr(value, "tolist"):
         return value.tolist()
-    raise InputError(f"the model's configuration holds a {type(value).__name__}, which JSON has not")
+    raise InputError(
+        f"the model's configuration holds a {type(value).__name__}, which JSON cannot represent"
+    )
 
 
 def _tensor_object(tensor: StoredTensor) -> dict[str, Any]:
@@ -165,7 +169,7 @@ def _tensor_object(tensor: StoredTensor) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check `yoke.json`. Raises InputError for what cannot be true of a model's weights."""
+    """Read and check `yoke.json`. Raises InputError if it is not valid."""
     file = folder / MANIFEST
     try:
         return _manifest(read_json(file, unique=True))
@@ -174,14 +178,14 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 class _Wrong(Exception):
-    """What is wrong with a manifest, to be told with the file's name."""
+    """An error in a manifest; the caller adds the file's name."""
 
 
 def _manifest(head: dict[str, Any]) -> Manifest:
     if head.get("format") != "yoke":
         raise _Wrong(f"format is {head.get('format')!r}, it must be 'yoke'")
     if type(head.get("version")) is not int or head["version"] != VERSION:
-        raise _Wrong(f"version is {head.get('version')!r}, this Yoke reads {VERSION}")
+        raise _Wrong(f"version is {head.get('version')!r}, but this version of Yoke reads {VERSION}")
     if head.get("digest") != DIGEST:
         raise _Wrong(f"digest is {head.get('digest')!r}, it must be {DIGEST!r}")
     ranks = _integer(head, "world_size", 1, MAX_RANKS)
@@ -192,11 +196,11 @@ def _manifest(head: dict[str, Any]) -> Manifest:
         raise _Wrong(f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv}")
     files = _list(head, "files")
     if len(files) != ranks:
-        raise _Wrong(f"{len(files)} files for a world_size of {ranks}: each rank has one")
+        raise _Wrong(f"{len(files)} files for a world_size of {ranks}: each rank must have one file")
     sizes = []
     for rank, item in enumerate(files):
         named, wanted = _object(item, f"files[{rank}]"), rank_file(rank, ranks)
-        # Also refuses every name that leads out of the folder.
+        # This also rejects every path that leads out of the folder.
         if named.get("name") != wanted:
             raise _Wrong(f"files[{rank}] is named {named.get('name')!r}, it must be {wanted!r}")
         sizes.append(_integer(named, "bytes", 8, 1 << 60))
@@ -211,7 +215,7 @@ def _manifest(head: dict[str, Any]) -> Manifest:
         wanted_extent = {"q": num_heads * head_dim, "kv": num_kv * head_dim}.get(tensor.axis)
         if tensor.dim is not None and wanted_extent not in (None, tensor.extent):
             raise _Wrong(
-                f"{tensor.name} has {tensor.extent} elements along its heads, and {num_heads} query "
+                f"{tensor.name} has {tensor.extent} elements along its heads, but {num_heads} query "
                 f"and {num_kv} KV heads of {head_dim} make {wanted_extent}"
             )
     return Manifest(
@@ -231,7 +235,7 @@ def _tensor(item: dict[str, Any], ranks: int) -> StoredTensor:
     try:
         dtype = _text(item, "dtype")
         if dtype not in DTYPES:
-            raise _Wrong(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+            raise _Wrong(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         sizes = _list(item, "shape")
         if not all(type(size) is int and 0 < size <= _MAX_DIM for size in sizes) or len(sizes) > 8:
             raise _Wrong(f"shape {sizes} is not a shape of a weight")
@@ -240,7 +244,7 @@ def _tensor(item: dict[str, Any], ranks: int) -> StoredTensor:
         dim = None if item.get("dim") is None else _integer(item, "dim", 0, len(sizes) - 1)
         axis = item.get("axis")
         if not isinstance(axis, str) or (dim is not None and not axis):
-            raise _Wrong(f"axis {axis!r} does not say along what it is divided")
+            raise _Wrong(f"axis {axis!r} must be the name of the axis along which it is sharded")
         blocks = None if item.get("blocks") is None else _blocks(item, dtype, sizes)
         parts = tuple(_part(part, ranks) for part in _list(item, "parts"))
         tensor = StoredTensor(
@@ -260,15 +264,15 @@ def _blocks(item: dict[str, Any], dtype: str, shape: list[int]) -> Blocks:
         _integer(given, "bytes", 1, 1 << 20),
     )
     if block_sizes(blocks.format) != (blocks.elements, blocks.bytes):
-        raise _Wrong(f"there are no blocks {vars(blocks)}")
+        raise _Wrong(f"there is no GGUF block format {vars(blocks)}")
     if dtype != "U8" or not shape or shape[-1] % blocks.elements:
         raise _Wrong(f"{dtype} of shape {shape} cannot be stored as blocks of {blocks.elements}")
     return blocks
 
 
 def block_sizes(kind: str) -> tuple[int, int] | None:
-    """Elements and bytes of a GGUF block format; None for a name that is none."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # only quantized weights need the package
+    """Elements and bytes of a block of a GGUF block format; None for an unknown name."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # imported only for quantized weights
 
     if kind not in GGMLQuantizationType.__members__:
         return None
@@ -281,34 +285,34 @@ def _part(given: Any, ranks: int) -> Part:
         raise _Wrong(f"part {given!r} is not [rank, start, stop, digest]")
     rank, start, stop, digest = given
     if not all(type(number) is int for number in (rank, start, stop)) or not 0 <= rank < ranks:
-        raise _Wrong(f"part {given!r} does not name a rank of {ranks} and its elements")
+        raise _Wrong(f"part {given!r} does not name one of {ranks} ranks and its elements")
     if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
         raise _Wrong(f"part {given!r} has no {DIGEST} digest")
     return Part(rank, start, stop, digest)
 
 
 def _check_parts(tensor: StoredTensor, ranks: int) -> None:
-    """The parts must make up the tensor: without gaps, and overlapping only where heads are shared."""
+    """Raise _Wrong unless the parts cover the tensor without gaps, and overlap only along axis "kv"."""
     held, extent = [part.rank for part in tensor.parts], tensor.extent
     if held != sorted(set(held)):
-        raise _Wrong(f"its parts belong to ranks {held[:20]}: each at most once, in order")
+        raise _Wrong(f"its parts belong to ranks {held[:20]}: each rank may occur once, in order")
     if tensor.dim is None:
         wanted = [0] if tensor.axis == "first" else list(range(ranks))
         if held != wanted or any((part.start, part.stop) != (0, extent) for part in tensor.parts):
-            raise _Wrong(f"it is not divided: ranks {wanted[:20]} hold the whole of it")
+            raise _Wrong(f"it is not sharded: ranks {wanted[:20]} must each hold the whole tensor")
         return
     reached = 0
     for part in sorted(tensor.parts, key=lambda part: (part.start, part.stop)):
         if not 0 <= part.start < part.stop <= extent:
-            raise _Wrong(f"elements {part.start}..{part.stop} of {extent} are no part of it")
+            raise _Wrong(f"elements {part.start}..{part.stop} of {extent} are not a part of it")
         if part.start > reached or (part.start < reached and tensor.axis != "kv"):
-            raise _Wrong(f"its parts do not tile it: one starts at {part.start}, not at {reached}")
+            raise _Wrong(f"its parts do not cover it: one starts at {part.start}, not at {reached}")
         reached = max(reached, part.stop)
         unit = tensor.blocks.elements if tensor.blocks and tensor.along == len(tensor.shape) - 1 else 1
         if part.start % unit or part.stop % unit:
             raise _Wrong(f"elements {part.start}..{part.stop} cut a block of {unit}")
     if reached != extent:
-        raise _Wrong(f"its parts do not tile it: they end at {reached}, not at {extent}")
+        raise _Wrong(f"its parts do not cover it: they end at {reached}, not at {extent}")
 
 
 def _object(value: Any, what: str) -> dict[str, Any]:
@@ -326,7 +330,7 @@ def _list(item: dict[str, Any], key: str) -> list[Any]:
 def _text(item: dict[str, Any], key: str) -> str:
     value = item.get(key)
     if not isinstance(value, str) or not value or value == "__metadata__":
-        raise _Wrong(f"{key} must be a text, not {str(value)[:80]!r}")
+        raise _Wrong(f"{key} must be a string, not {str(value)[:80]!r}")
     return value
 
 
