@@ -9,13 +9,13 @@ namespace {
 
 bool better(const Candidate& a, const Candidate& b) { return a.before(b); }
 
-// The best `k` of one row, in no order; fewer where the row is shorter.
+// The best `k` entries of one row, unordered; fewer if the row is shorter.
 void best_of_row(const float* values, std::size_t columns, std::size_t k, std::int64_t offset,
                  std::vector<Candidate>& heap) {
-  heap.clear();  // the worst of the best is on top
+  heap.clear();  // the worst kept entry is on top
   for (std::size_t column = 0; column < columns; ++column) {
     const float value = values[column];
-    // Most are below the worst that is kept: one comparison each (false for NaN, which goes on).
+    // Most entries are below the worst kept one, at one comparison each (false for NaN, which goes on).
     if (heap.size() == k && value <= heap.front().value) continue;
     const Candidate next{value, offset + static_cast<std::int64_t>(column)};
     if (heap.size() == k) {
@@ -48,7 +48,7 @@ void best_candidates(const Collectives& c, const float* values, std::size_t rows
                      std::int64_t offset, Candidate* best) {
   const Candidate none{-std::numeric_limits<float>::infinity(), kNoIndex};
   std::vector<Candidate> mine(rows * k, none);
-  const std::size_t grain = 1 + 16384 / (columns + 1);  // rows that are worth a thread
+  const std::size_t grain = 1 + 16384 / (columns + 1);  // the fewest rows that are worth a thread
   c.parallel_for(rows, grain, [&](std::size_t begin, std::size_t end) {
     std::vector<Candidate> heap;
     heap.reserve(k);

@@ -12,10 +12,10 @@ namespace yoke {
 namespace {
 
 constexpr std::size_t kPage = 4096;
-constexpr int kSpins = 16;               // pauses between two looks at the clock
-constexpr double kAwakeSeconds = 2e-4;   // longer than ranks on cores of their own are apart; then sleep
-constexpr double kSleepSeconds = 0.05;   // a lost wake-up would cost at most this
-constexpr double kLookSeconds = 0.2;     // how often a waiting rank looks whether its peer lives
+constexpr int kSpins = 16;               // pauses between two reads of the clock
+constexpr double kAwakeSeconds = 2e-4;   // spin time before sleeping: ranks on separate cores are closer
+constexpr double kSleepSeconds = 0.05;   // the most that a lost wake-up could cost
+constexpr double kLookSeconds = 0.2;     // how often a waiting rank checks whether its peer is alive
 
 double now() {
   timespec t{};
@@ -33,7 +33,7 @@ inline void pause_cpu() {
 
 std::size_t round_up(std::size_t n, std::size_t unit) { return (n + unit - 1) / unit * unit; }
 
-// True when `seen` is at or past `wanted`; the counters wrap after 2^32 steps.
+// Whether `seen` is at or past `wanted`; the counters wrap after 2^32 steps.
 bool reached(std::uint32_t seen, std::uint32_t wanted) {
   return static_cast<std::int32_t>(seen - wanted) >= 0;
 }
@@ -128,7 +128,7 @@ void Channel::await(int peer, const char* op_name) {
     if (reached(seen, step_)) return;
     if (time > look) {
       look = time + kLookSeconds;
-      // It may have published and then died: look at its step once more after it is known dead.
+      // The peer may have published and then died: check its step again once it is known to be dead.
       if (!is_alive_(peer) && !reached(theirs.step.load(std::memory_order_acquire), step_)) {
         fail_peer(peer, op_name, ", which has died", "");
       }
@@ -145,8 +145,8 @@ void Channel::await(int peer, const char* op_name) {
       }
       continue;
     }
-    // Announce the sleep, then look again: the publisher stores its step and then reads `sleepers`,
-    // both sequentially consistent, so one of the two sees the other.
+    // Announce the sleep, then check again. The publisher stores its step and then reads `sleepers`; all
+    // these accesses are sequentially consistent, so one of the two sees the other.
     theirs.sleepers.fetch_add(1, std::memory_order_seq_cst);
     seen = theirs.step.load(std::memory_order_seq_cst);
     if (!reached(seen, step_)) futex_wait(theirs.step, seen, kSleepSeconds);

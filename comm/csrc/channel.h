@@ -1,5 +1,5 @@
-// The step protocol of one shared-memory group, on memory that somebody else has mapped. No torch, no
-// files, no processes: ranks may be threads, which is how the sanitizers see it.
+// The step protocol of one shared-memory group, on memory that the caller has mapped. It uses no torch,
+// files or processes: ranks may be threads, and the sanitizers run them as such.
 //
 // What a step is. Every collective is a sequence of steps, and every rank takes part in every step:
 //   1. begin(): fill my buffer number (step & 1);
@@ -10,12 +10,10 @@
 // which it begins only after it saw every peer publish k+1, and a peer publishes k+1 only after it has
 // finished reading step k.
 //
-// Waiting: spin with pauses for some 200 us, or not at all where the peer was last seen on this very core,
-// then sleep on a futex in the shared memory. Nobody yields: where something else wants the core too, that
-// costs a slice of the scheduler's at every step. Every wait has a deadline, and looks whether the peer
-// lives.
-// A group in which anything has failed is broken for good: ranks that are out of step would read each
-// other's old numbers.
+// Waiting: spin with pauses for some 200 us, then sleep on a futex in the shared memory. If the peer last
+// published on this very core, sleep at once. There is no sched_yield: where another process wants the core,
+// it costs a scheduler slice at every step. Every wait has a deadline and checks whether the peer is alive.
+// After any failure the group is broken for good: ranks that are out of step would read each other's old data.
 #pragma once
 
 #include <atomic>
@@ -39,30 +37,30 @@ struct PeerError : std::runtime_error {
 enum Op : std::uint32_t { kAllReduce = 1, kAllGather, kBroadcast, kBarrier, kReduceScatter, kAddNorm, kCandidates };
 const char* name_of(std::uint32_t op);
 
-// What a rank says of its contribution to a step; peers compare it with their own.
+// A rank's description of its call in a step; peers compare it with their own.
 struct StepDescription {
   std::uint32_t op;
   std::uint32_t dtype;
   std::uint64_t size;      // of the whole message
-  std::uint64_t argument;  // of the operator: a root, an algorithm
+  std::uint64_t argument;  // the operator's: a root, or an algorithm
 };
 
-// One rank's control block. `step` is written by its owner alone and is also the futex word.
+// One rank's control block. Only its owner writes `step`, which is also the futex word.
 struct alignas(kLine) Control {
   std::atomic<std::uint32_t> step;
   std::atomic<std::uint32_t> sleepers;  // peers that sleep on `step`
   std::atomic<std::int32_t> pid;
-  std::atomic<std::int32_t> core;       // where it last published a step, and 1; 0 at first
+  std::atomic<std::int32_t> core;       // cpu number + 1 where it last published; 0 before the first step
   StepDescription description[2];  // by step parity: a peer may be one step ahead of its reader
 };
 
 class Channel {
  public:
-  // The bytes that a group needs, all zero at first, and aligned to a page.
+  // The bytes that a group needs. They must be zero at first and aligned to a page.
   static std::size_t control_bytes(int world);
   static std::size_t total_bytes(int world, std::size_t slot_bytes);
 
-  // `is_alive(peer)` is asked now and then while waiting. Throws std::invalid_argument.
+  // A wait calls `is_alive(peer)` from time to time. Throws std::invalid_argument.
   Channel(std::byte* base, int rank, int world, std::size_t slot_bytes, std::function<bool(int)> is_alive);
 
   int rank() const { return rank_; }
@@ -71,13 +69,14 @@ class Channel {
   double timeout() const { return timeout_s_; }
   void set_timeout(double seconds) { timeout_s_ = seconds; }
 
-  // My buffer for the next step, of slot_bytes(). Throws PeerError if the group is broken.
+  // This rank's buffer for the next step, of slot_bytes(). Throws PeerError if the group is broken.
   std::byte* begin();
-  // Publishes it and waits for every peer. Throws PeerError, std::runtime_error; then it is broken.
+  // Publishes that buffer and waits for every peer. Throws PeerError for a late or dead peer, and
+  // std::runtime_error if a peer calls something else; then the group is broken.
   void commit(const char* op_name, const StepDescription& description);
-  // A rank's buffer of the step that was committed last.
+  // A rank's buffer of the last committed step.
   const std::byte* slot_of(int rank) const { return slot(rank, step_); }
-  // Where a rank's two buffers lie: their owner touches them first.
+  // A rank's two buffers. Their owner must touch them first, so that they are on its memory node.
   std::byte* buffers_of(int rank) const { return slot(rank, 0); }
   void set_pid(std::int32_t pid) { control(rank_).pid.store(pid, std::memory_order_relaxed); }
 

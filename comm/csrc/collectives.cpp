@@ -10,7 +10,7 @@
 namespace yoke {
 namespace {
 
-constexpr std::size_t kThreadGrain = 32 * 1024;  // bytes: less is not worth another thread
+constexpr std::size_t kThreadGrain = 32 * 1024;  // bytes; fewer are not worth another thread
 
 double now() {
   timespec t{};
@@ -29,8 +29,8 @@ struct Sources {
   }
 };
 
-// How a chunk is divided: `part` units for each rank; the last chunk, and its last parts, may be short.
-// A unit is an element, or a row.
+// How a message is divided: into chunks of `part` units for each rank. The last chunk and its last parts may
+// be shorter. A unit is an element or a row.
 struct Cut {
   std::size_t total;  // units
   std::size_t part;   // units of a rank in a chunk
@@ -46,9 +46,9 @@ struct Cut {
   }
 };
 
-// The pipeline of the large reductions. `unit` is the size of a unit in bytes. `reduce(sources, begin,
-// size, result)` sums `size` units that start at `begin` of the whole into `result`, for the peers, and
-// takes them to the output; `finish(begin, size, result)` takes a part that a peer has summed there.
+// The pipeline of the large reductions. `unit` is the size of a unit in bytes. `reduce(sources, begin, size,
+// result)` sums `size` units from unit `begin` of the message on, into `result` for the peers and into the
+// output. `finish(begin, size, result)` copies a part that a peer has summed to the output.
 template <typename Reduce, typename Finish>
 void reduce_in_parts(const Collectives& c, const char* name, const StepDescription& description, const void* in,
                      std::size_t unit, const Cut& cut, const Reduce& reduce, const Finish& finish) {
@@ -60,7 +60,7 @@ void reduce_in_parts(const Collectives& c, const char* name, const StepDescripti
   const std::size_t chunks = cut.num_chunks();
   for (std::size_t i = 0; i < chunks + 2; ++i) {
     std::byte* const slot = i <= chunks ? channel.begin() : nullptr;
-    // All three for the same range of a part, so that one start of the threads serves them.
+    // All three stages run for the same range of a part, so that one start of the threads serves them.
     c.parallel_for(cut.part, grain, [&](std::size_t begin, std::size_t end) {
       const auto clip = [&](std::size_t chunk, int rank) {
         return std::min(end, std::max(begin, cut.size(chunk, rank))) - begin;
@@ -97,14 +97,14 @@ void reduce_in_parts(const Collectives& c, const char* name, const StepDescripti
   }
 }
 
-// Units of a part: a slot holds a part for every rank, and this rank's result.
+// The units in a part: a slot holds a part for every rank, and this rank's result.
 std::size_t part_units(const Collectives& c, std::size_t unit) {
   const std::size_t units = c.channel.slot_bytes() / (static_cast<std::size_t>(c.channel.world()) + 1) / unit;
   const std::size_t line = std::max<std::size_t>(1, 64 / unit);  // parts start at cache lines
   return units >= line ? units / line * line : units;
 }
 
-// Contributions of at most a slot, one after the other: copies in piece i while it takes out piece i-1.
+// Exchanges a message in pieces of at most a slot: copies piece i in while it copies piece i-1 out.
 template <typename TakeOut>
 void exchange(const Collectives& c, const char* name, const StepDescription& description, const void* in,
               std::size_t bytes, bool contributes, const TakeOut& take_out) {
@@ -192,7 +192,7 @@ void reduce_scatter(const Collectives& c, const void* in, void* out, std::size_t
   Channel& channel = c.channel;
   const int me = channel.rank(), world = channel.world();
   const std::size_t unit = size_of(dtype);
-  // A slot holds a piece of every rank's part.
+  // A slot holds one piece of every rank's part.
   const std::size_t piece = std::max<std::size_t>(1, channel.slot_bytes() / static_cast<std::size_t>(world) / unit);
   const std::size_t pieces = std::max<std::size_t>(1, (count + piece - 1) / piece);
   const std::size_t grain = std::max<std::size_t>(1, kThreadGrain / unit);
@@ -254,7 +254,7 @@ void all_reduce_add_rms_norm(const Collectives& c, const void* x, const void* re
   const AddSumFunction add_sum = c.kernels->add_sum[type];
   const CopyFunction copy = c.kernels->copy[type];
   const NormFunction norm = c.kernels->rms_norm[type];
-  // Row by row, so that what the norm reads is still in the first cache. `shared` may be null.
+  // Row by row, so that the norm reads from the L1 cache. `shared` may be null.
   const auto sum_rows = [&](Sources sources, std::size_t at, std::size_t size, std::byte* shared) {
     for (std::size_t i = at * row; i < (at + size) * row; i += row) {
       const float squares =
@@ -288,7 +288,7 @@ void all_reduce_add_rms_norm(const Collectives& c, const void* x, const void* re
     return;
   }
   const std::size_t part = channel.slot_bytes() / (static_cast<std::size_t>(world) + 1) / row;
-  if (part == 0) {  // a row alone is too long for a part: element by element, then norm
+  if (part == 0) {  // a row is longer than a part: reduce by elements, then normalize the rows
     const Cut cut{rows * width, part_units(c, unit), world};
     reduce_in_parts(
         c, "all_reduce_add_rms_norm", description(1), x, unit, cut,
@@ -315,8 +315,8 @@ std::size_t measure_switch_point(const Collectives& c) {
   const std::size_t slot = channel.slot_bytes();
   std::vector<float> in(slot / sizeof(float)), out(slot / sizeof(float));
   const double start = now();
-  // From the largest message that one step can take downwards, to the first where it wins: other work
-  // on the machine can spoil a single measurement, and one step is never far behind.
+  // Goes down from the largest message that fits one step to the first size where one step wins: other work
+  // on the machine can disturb a single measurement, and one step is never much slower.
   for (std::size_t bytes = slot; bytes > kLeast; bytes /= 2) {
     const std::size_t count = bytes / sizeof(float);
     double seconds[3] = {1e9, 1e9, 0.0};  // one step, in parts, and since the start
@@ -328,7 +328,7 @@ std::size_t measure_switch_point(const Collectives& c) {
       }
     }
     seconds[2] = now() - start;
-    // Each rank has its own times; the slowest's are everybody's.
+    // Each rank measured its own times; all ranks use the slowest rank's.
     std::vector<double> everyones(3 * static_cast<std::size_t>(channel.world()));
     all_gather(c, seconds, everyones.data(), sizeof seconds, DType::kBytes);
     for (std::size_t i = 0; i < everyones.size(); ++i) seconds[i % 3] = std::max(seconds[i % 3], everyones[i]);

@@ -22,9 +22,9 @@ namespace {
 constexpr std::size_t kPage = 4096;
 constexpr std::uint64_t kMagic = 0x59'4f'4b'45'53'48'4d'32;  // "YOKESHM2": the layout of this file
 
-// The first page. What follows is the group's.
+// The first page. The group's own memory follows.
 struct Header {
-  std::atomic<std::uint64_t> magic;  // stored last: ready to be joined
+  std::atomic<std::uint64_t> magic;  // stored last: then the segment can be joined
   std::uint64_t world;
   std::uint64_t total_bytes;
   std::atomic<std::uint32_t> attached;
@@ -91,7 +91,7 @@ void Segment::release() {
   owns_name_ = false;
   if (mapping_ != nullptr && is_mine()) munmap(mapping_, total_bytes_);
   mapping_ = nullptr;
-  if (fd_ >= 0) close(fd_);  // and with it, this process's locks
+  if (fd_ >= 0) close(fd_);  // this also releases the process's locks
   fd_ = -1;
 }
 
@@ -132,7 +132,7 @@ void Segment::create() {
   const int flags = O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC | O_NOFOLLOW;
   fd_ = open(path().c_str(), flags, 0600);
   if (fd_ < 0 && errno == EEXIST) {
-    // Left by a run that was killed while it gathered, if nobody holds rank 0's place.
+    // If nobody holds rank 0's lock, the file is left over from a run that was killed while joining.
     fd_ = open(path().c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW);
     if (fd_ >= 0 && is_locked(0)) {
       throw std::runtime_error(path() + " is in use: another run has the same session token");
@@ -143,8 +143,8 @@ void Segment::create() {
   }
   if (fd_ < 0) fail("cannot create " + path());
   owns_name_ = true;
-  lock_own();  // before it has a size: whoever finds it unlocked knows that it is nobody's
-  // 0600 whatever the umask: the segment carries the model's activations.
+  lock_own();  // before it has a size: so a file that is found unlocked has no owner
+  // 0600 whatever the umask is: the segment holds the model's activations.
   if (fchmod(fd_, 0600) != 0 || ftruncate(fd_, static_cast<off_t>(total_bytes_)) != 0) fail("cannot size " + path());
   map();
   Header* header = header_of(mapping_);
@@ -153,8 +153,9 @@ void Segment::create() {
   header->magic.store(kMagic, std::memory_order_release);
 }
 
-// Opens the file if rank 0 has it ready, else tells in `obstacle` what is in the way. Rank 0 may be about
-// to replace it, whatever it is: a file whose rank 0 is gone, a link, another user's file.
+// Opens the file if rank 0 has prepared it; else returns false and describes the reason in `obstacle`. None
+// of these reasons is final, as rank 0 may be about to replace the file: one whose rank 0 is gone, a link,
+// another user's file.
 bool Segment::try_open(std::string& obstacle) {
   obstacle.clear();
   fd_ = open(path().c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW);
@@ -245,8 +246,8 @@ void Segment::join(double deadline) {
   if (header->attached.load(std::memory_order_relaxed) > static_cast<std::uint32_t>(world_)) {
     throw std::runtime_error(path() + " has a header that somebody has overwritten");
   }
-  // All have mapped it. Whoever sees that first removes the name, so that no rank returns before it
-  // is gone; the others find nothing to remove.
+  // All ranks have mapped it. Each rank removes the name here, so that none returns while it exists; all
+  // but the first find nothing to remove.
   unlink(path().c_str());
   owns_name_ = false;
 }

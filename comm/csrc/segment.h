@@ -1,9 +1,9 @@
-// The shared memory of one group: a file in /dev/shm whose name is gone before anybody uses it.
+// The shared memory of one group: a file in /dev/shm whose name is removed before anybody uses it.
 //
-// Every rank allocates its own part, so its pages come from the memory node that the rank is bound to
-// and a full /dev/shm is an error while joining, not a SIGBUS later. Every rank holds a lock on its
-// byte of the file; the kernel drops it when the process dies, however it dies, and the peers see that
-// (a pid would still be there while nobody has reaped it, and may be another process's).
+// Every rank allocates its own part. So its pages come from the memory node that the rank is bound to,
+// and a full /dev/shm is an error while joining, not a SIGBUS later. Every rank locks one byte of the
+// file. The kernel releases the lock however the process dies, and the peers see that. (A pid would
+// still exist until the process is reaped, and could be another process's.)
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@
 
 namespace yoke {
 
-// /dev/shm is too small: the message says what is there, what is needed and how to get it.
+// /dev/shm is too small: the message says how much is free, how much is needed and how to get it.
 struct SpaceError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -20,8 +20,8 @@ struct SpaceError : std::runtime_error {
 class Segment {
  public:
   // Creates (rank 0) or opens /dev/shm/<name>, and returns when all ranks have mapped it and its name
-  // is gone. `shared_bytes` at the start are rank 0's to allocate, then `own_bytes` for each rank. All
-  // of it reads as zero. Throws std::invalid_argument, std::runtime_error, SpaceError, PeerError.
+  // is removed. It starts with `shared_bytes`, which rank 0 allocates; `own_bytes` for each rank follow.
+  // All bytes are zero. Throws std::invalid_argument, std::runtime_error, SpaceError, PeerError.
   Segment(std::string name, int rank, int world, std::size_t shared_bytes, std::size_t own_bytes, double timeout_s);
   ~Segment();
   Segment(const Segment&) = delete;
@@ -29,7 +29,7 @@ class Segment {
 
   std::byte* base() const;
   bool is_alive(int rank) const;
-  // A child of this process has neither the mapping nor the locks.
+  // False in a forked child, which has neither the mapping nor the locks.
   bool is_mine() const;
 
  private:
@@ -53,7 +53,7 @@ class Segment {
   int fd_ = -1;
   std::byte* mapping_ = nullptr;
   bool owns_name_ = false;
-  int generation_;  // of forks, when this was made
+  int generation_;  // the number of forks before this was constructed
 };
 
 }  // namespace yoke

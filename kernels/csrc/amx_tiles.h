@@ -1,5 +1,5 @@
-// AMX: what products in tiles share, those with quantized weights and those with bfloat16: blocks for the caches, and
-// where the rows of x lie.
+// AMX: shared by the tile matmuls with quantized and with bfloat16 weights: the sizes of cache blocks, and the packed
+// layout of x.
 #pragma once
 
 #include "quant_tiles.h"
@@ -7,26 +7,26 @@
 namespace yoke::kernels::isa_amx {
 namespace {
 
-constexpr std::int64_t kSums = kTileRows * kTileRows;    // of a tile
+constexpr std::int64_t kSums = kTileRows * kTileRows;    // in a tile
 constexpr std::int64_t kLine = 64, kTile = 16 * kLine;   // bytes
-constexpr std::int64_t kFewRows = 64;                    // of x, up to which products with bf16 take w by once
-constexpr std::int64_t kPiece = 16;                      // steps: a panel of w is 32 KiB of the first cache's 48
-constexpr std::int64_t kBlock = 512;                     // rows of x: a piece is 512 KiB of the second's 2 MiB
-constexpr std::int64_t kWaiting = 1 << 20;               // sums that wait for the next piece: 4 MiB
+constexpr std::int64_t kFewRows = 64;                    // up to so many rows of x, bf16 matmuls read w only once
+constexpr std::int64_t kPiece = 16;                      // steps: a panel of w is 32 KiB of the 48 KiB L1 cache
+constexpr std::int64_t kBlock = 512;                     // rows of x: a piece is 512 KiB of the 2 MiB L2 cache
+constexpr std::int64_t kWaiting = 1 << 20;               // sums kept for the next piece of k: 4 MiB
 
 struct alignas(64) TileConfig {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
   std::uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 
-  // All but the two of weights, 6 and 7, with so many rows.
+  // All tiles but 6 and 7, the weights', have `rows` rows; tiles 6 and 7 have 16.
   [[maybe_unused]] static constexpr TileConfig of(std::uint8_t rows) {
     TileConfig config;
     for (int i = 0; i < 6; ++i) config.rows[i] = rows;
     return config;
   }
 };
-// In memory for good: compilers do not see that the instruction reads all of it.
+// A global constant, because compilers do not see that the instruction reads all of it.
 const TileConfig kConfig;
 
 inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
@@ -42,8 +42,8 @@ inline std::int64_t steps_of(const QuantArgs& a) {
   return parts(a.k, T::kNumbers);
 }
 
-// Where the tiles of a panel of m rows of x lie from `step` of `steps` on, the first of a piece: as
-// [piece][panel][step][2], so that what is used together lies together.
+// The offset of a panel of x's tiles (x has m rows) from `step` on, which is the first step of a piece. The layout is
+// [piece][panel][step][2], so that data that is used together is stored together.
 inline std::int64_t place(std::int64_t m, std::int64_t steps, std::int64_t panel, std::int64_t step) {
   return (step * parts(m, kPanelRows) + panel * least(kPiece, steps - step)) * 2 * kTile;
 }
@@ -53,7 +53,7 @@ inline std::int64_t place(const QuantArgs& a, std::int64_t panel, std::int64_t s
   return place(a.m, steps_of<T>(a), panel, step);
 }
 
-// The first tiles are sums: [B of x][2 of w].
+// Tiles 0 to 3 are sums: [B of x][2 of w].
 template <int B>
 inline void clear() {
   _tile_zero(0);
@@ -76,16 +76,16 @@ inline void keep(float* sums) {
 
 }  // namespace
 
-// What a thread needs while it multiplies, kept, so that it is in the caches already.
+// A thread's buffers for a matmul. They are kept between calls, so that they are in the caches already.
 struct Scratch {
   alignas(4096) float sums[kWaiting + 4 * kSums];  // or int32
-  alignas(4096) std::uint8_t w[kPiece * 2 * kTile];  // a piece of a panel, where tiles are made
+  alignas(4096) std::uint8_t w[kPiece * 2 * kTile];  // a piece of a panel of w, dequantized into tiles
 };
 
-// This thread's.
+// The calling thread's buffers.
 Scratch& scratch();
 
-// Of weights of bf16: see packed_amx.cpp. Tiles are configured.
+// The linear with bf16 weights: see packed_amx.cpp. The caller has configured the tiles.
 void linear_packed(const QuantArgs& a, std::int64_t first, std::int64_t last);
 
 }  // namespace yoke::kernels::isa_amx

@@ -1,6 +1,6 @@
-// The loops, written once and compiled per instruction set, each in a namespace of its own (YOKE_ISA): the
-// compiler vectorizes them for the flags of the file. No function of the standard library is instantiated
-// here, or the linker would keep the copy of whichever instruction set came first.
+// The loops, written once and compiled per instruction set, each in its own namespace (YOKE_ISA). The compiler
+// vectorizes them for the flags of the file. No standard library function may be instantiated here: the linker
+// would keep only one copy, of whichever instruction set comes first.
 #pragma once
 
 #include <math.h>
@@ -22,7 +22,7 @@ inline float to_float(bf16 x) {
 
 inline void store(float x, float* to) { *to = x; }
 
-// To the nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even; a NaN stays a NaN.
 inline void store(float x, bf16* to) {
   std::uint32_t bits;
   memcpy(&bits, &x, sizeof bits);

@@ -1,5 +1,5 @@
-// A register of floats, in the compiler's own vectors: written once, compiled per instruction set (YOKE_ISA).
-// Wider ones than the machine has would live in memory. No function of the standard library is instantiated
+// A register of floats as a compiler vector type: written once, compiled per instruction set (YOKE_ISA). A vector
+// wider than the machine's registers would be kept in memory. No standard library function may be instantiated
 // here: see impl.h.
 #pragma once
 
@@ -46,7 +46,7 @@ inline float to_float(float x) { return x; }
 inline float to_float(int8_t x) { return x; }
 inline float to_float(brain x) { return as<float>(static_cast<uint32_t>(x.bits) << 16); }
 
-// The exponent is moved by a product, which is right for numbers below the normal ones too.
+// The multiplication moves the exponent, which is also right for subnormal numbers.
 inline float to_float(half x) {
   const uint32_t rest = x.bits & 0x7fffu;
   const float value = as<float>(rest << 13) * 0x1p112f;
@@ -54,7 +54,7 @@ inline float to_float(half x) {
   return as<float>(bits | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
 }
 
-// To the nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even; a NaN stays a NaN.
 inline void store(float x, float* to) { *to = x; }
 
 inline void store(float x, brain* to) {
@@ -66,7 +66,7 @@ inline void store(float x, brain* to) {
 inline void store(float x, half* to) {
   const uint32_t bits = as<uint32_t>(x), rest = bits & 0x7fffffffu;
   const uint32_t normal = (rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13;
-  const uint32_t small = as<uint32_t>(as<float>(rest) + 0.5f) - 0x3f000000u;  // added, so rounded, in units of 2^-24
+  const uint32_t small = as<uint32_t>(as<float>(rest) + 0.5f) - 0x3f000000u;  // the addition rounds to units of 2^-24
   uint32_t found = rest < 0x38800000u ? small : normal;
   found = rest >= 0x477ff000u ? 0x7c00u : found;  // from 65520 on
   found = rest > 0x7f800000u ? 0x7e00u : found;
@@ -83,7 +83,7 @@ inline Lanes load(const float* from) {
   return x;
 }
 
-// With the instructions for it: compilers make single numbers of a conversion between vectors.
+// With intrinsics, because compilers convert such vectors number by number.
 
 inline Lanes load(const brain* from) {
   Ints x;
@@ -122,7 +122,7 @@ inline Lanes load(const half* from) {
 }
 
 template <class T>
-inline Lanes load(const T* from, int64_t count) {  // and zeros
+inline Lanes load(const T* from, int64_t count) {  // the other lanes are zeros
   T some[kLanes] = {};
   memcpy(some, from, sizeof(T) * static_cast<size_t>(count));
   return load(some);
@@ -156,9 +156,9 @@ inline void store(Lanes x, half* to) {
 #endif
 }
 
-inline Lanes larger(Lanes a, Lanes b) {  // b where either is a NaN
+inline Lanes larger(Lanes a, Lanes b) {  // b if either is a NaN
 #if defined(__AVX512F__)
-  return (Lanes)_mm512_max_ps((__m512)a, (__m512)b);  // compilers compare and choose
+  return (Lanes)_mm512_max_ps((__m512)a, (__m512)b);  // compilers would compare and blend
 #else
   return a > b ? a : b;
 #endif
@@ -166,7 +166,7 @@ inline Lanes larger(Lanes a, Lanes b) {  // b where either is a NaN
 
 typedef float Four __attribute__((vector_size(16)));
 
-inline Four four(Lanes x) {  // sums of every fourth
+inline Four four(Lanes x) {  // number i is the sum of lanes i, i + 4, i + 8, ...
 #if defined(__AVX512F__)
   typedef float Eight __attribute__((vector_size(32)));
   const Eight eight = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
@@ -179,7 +179,7 @@ inline Four four(Lanes x) {  // sums of every fourth
 #endif
 }
 
-// The sums of four: less work than one by one.
+// The sums of four registers at once, which is less work than one by one.
 inline Four sums(const Lanes (&x)[4]) {
   const Four a = four(x[0]), b = four(x[1]), c = four(x[2]), d = four(x[3]);
   const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
@@ -198,9 +198,9 @@ inline float largest_of(Lanes x) {
   return found;
 }
 
-// x <= 0 in two parts, a whole number and a rest of half a unit at most; below -127, and for a NaN, -127.
-// Rounding by adding 1.5 * 2^23 leaves the whole number in the low bits, from where it goes to the exponent:
-// of 2^rest, which makes 2^x, and exactly 0 from -127 down.
+// Splits x into an integer and a rest of at most 1/2; x below -127, or NaN, counts as -127. Adding 1.5 * 2^23 rounds
+// and leaves the integer in the low bits. `of` adds it to the exponent of 2^rest, which gives 2^x: exactly 0 from -127
+// down.
 struct Power {
   Lanes shifted, rest;
 
@@ -212,8 +212,8 @@ struct Power {
   Lanes of(Lanes power_of_rest) const { return as<Lanes>(as<Ints>(power_of_rest) + (as<Ints>(shifted) << 23)); }
 };
 
-// 2^x for x < 127, to within 2 units in the last place; exactly 0 from -127 down, and for a NaN. Coefficients:
-// Cephes' exp2f (Moshier).
+// 2^x for x < 127, with an error of at most 2 units in the last place; exactly 0 from -127 down and for a NaN.
+// Coefficients: Cephes' exp2f (Moshier).
 inline Lanes exp2(Lanes x) {
   const Power power(x);
   const Lanes r = power.rest;
@@ -225,8 +225,8 @@ inline Lanes exp2(Lanes x) {
   return power.of(p * r + 1.0f);
 }
 
-// The same to within 2^-18 of it, and exactly 1 for 0: for what is rounded to bfloat16 (2^-9). Coefficients: the
-// least largest relative error of polynomials that are 1 at 0, by reweighted least squares.
+// 2^x with a relative error of at most 2^-18, and exactly 1 at 0, for results that are rounded to bfloat16 (2^-9).
+// Coefficients: minimize the largest relative error among polynomials that are 1 at 0, by reweighted least squares.
 inline Lanes rough_exp2(Lanes x) {
   const Power power(x);
   const Lanes r = power.rest;
@@ -238,7 +238,8 @@ inline Lanes rough_exp2(Lanes x) {
 
 constexpr float kLog2E = 1.44269504f;
 
-// e^x for x <= 0: differences of scores are exact where scores times log2(e) would be rounded.
+// e^x for x <= 0. The caller subtracts scores before they are multiplied by log2(e): differences are exact, products
+// would be rounded.
 inline Lanes exp(Lanes x) { return exp2(x * kLog2E); }
 
 inline Lanes tanh(Lanes x) {
@@ -247,7 +248,7 @@ inline Lanes tanh(Lanes x) {
   return 1.0f - 2.0f / (exp2(x * (2 * kLog2E)) + 1.0f);
 }
 
-// Rows to columns; with 16 of them in four rounds that exchange halves, quarters and so on.
+// Transposes kLanes rows; 16 rows take four rounds that exchange halves, quarters, eighths and single numbers.
 inline void transpose(Ints (&x)[kLanes]) {
 #if defined(__AVX512F__)
   for (int i = 0; i < 8; ++i) {

@@ -1,5 +1,5 @@
-// Products with quantized weights over the compiler's vectors, compiled per instruction set: lanes are rows of w, each
-// number of x is multiplied with all of them. Sums of a step are scaled and added to the row's.
+// Linears with packed weights in the compiler's vectors, compiled per instruction set. Lanes are rows of w, and each
+// number of x is multiplied by all lanes. The sums of a step are scaled and added to the row's total.
 #pragma once
 
 #include "lanes.h"
@@ -8,7 +8,7 @@
 namespace yoke::kernels::YOKE_ISA {
 namespace {
 
-// The next kLanes numbers of either type.
+// The kLanes scales or offsets from number `at` on, as floats.
 inline Lanes scales(const QuantArgs& a, const void* from, int64_t at) {
   if (a.half) return load(static_cast<const half*>(from) + at);
   return load(static_cast<const float*>(from) + at);
@@ -18,7 +18,7 @@ struct Pair {
   Lanes even, odd;
 };
 
-// Pair `pair` of rows `row` to row + kLanes of a tile, as whole numbers.
+// Pair `pair` of rows [row, row + kLanes) of a tile, as unscaled numbers.
 template <Format F>
 inline Pair numbers(const uint8_t* tile, int64_t pair, int64_t row, Ints zero) {
   Ints lanes;

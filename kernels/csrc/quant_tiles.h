@@ -1,13 +1,13 @@
-// AVX-512: what products with quantized weights share, and tiles of bf16, [16 pairs][16 rows][2], made of them.
+// AVX-512: shared by linears with packed weights, and the dequantization into bf16 tiles [16 pairs][16 rows][2].
 // Compiled per instruction set (YOKE_ISA).
 //
-// A permutation of words looks 32 numbers up in a table of 16 for one instruction, and takes the low bits of an index
-// alone, so nibbles need to be shifted but not masked: the table is there twice, for either value of the fifth bit.
+// One permutation of 16-bit words looks 32 numbers up in a table. It uses only the low five bits of an index, so
+// nibbles must be shifted but not masked: the table of 16 is stored twice, once for each value of the fifth bit.
 #pragma once
 
 #include <immintrin.h>
 
-// GCC 12 takes its own undefined registers, which no instruction reads, for ours.
+// GCC 12 warns of its intrinsics' own undefined registers, which no instruction reads.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
 #include "lanes.h"
@@ -16,8 +16,7 @@
 namespace yoke::kernels::YOKE_ISA {
 namespace {
 
-// What is a thread's own, looked up here: compilers would do it again where it is used, in loops, and a call leaves no
-// vector in a register.
+// Looks a thread_local up once. Otherwise compilers repeat that in loops, and the call spills all vector registers.
 template <class T>
 inline T& this_threads(T& own) {
   T* found = &own;
@@ -27,7 +26,7 @@ inline T& this_threads(T& own) {
 
 inline __m512i line(const void* from) { return _mm512_loadu_si512(from); }
 
-// What nibbles mean as whole numbers: bf16 of them less 8, or with offsets of them.
+// The table from nibbles q to bf16 integers: q - 8, or q if there are offsets.
 [[maybe_unused]] inline __m512i nibbles_bf16(bool offset) {
   alignas(64) static constexpr std::uint16_t symmetric[32] = {
       0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
@@ -51,7 +50,7 @@ inline __m512 scales(const QuantArgs& a, const void* from, std::int64_t at) {
   return _mm512_loadu_ps(static_cast<const float*>(from) + at);
 }
 
-// The sums of 16 rows of w from n on, with the bias, rounded, to a row of y.
+// Adds the bias to the sums of 16 rows of w from n on, rounds them, and writes them to row m of y.
 inline void finish(const QuantArgs& a, std::int64_t m, std::int64_t n, __m512 sums) {
   if (n >= a.n) return;
   const std::int64_t count = a.n - n < kTileRows ? a.n - n : kTileRows;
@@ -64,7 +63,7 @@ inline void finish(const QuantArgs& a, std::int64_t m, std::int64_t n, __m512 su
   memcpy(a.y + m * a.n + n, y, sizeof(bf16) * static_cast<std::size_t>(count));
 }
 
-// What a step adds for M rows of x: its sums, scaled, and the offset for each number of x. `at`: the first scale.
+// Adds a step's sums of M rows of x to the totals: scaled, plus the offset times the sum of x. `at`: the first scale.
 template <int M>
 inline void add(const QuantArgs& a, std::int64_t at, const float* x_sums, const __m512 (&sums)[M], __m512 (&totals)[M]) {
   const __m512 scale = scales(a, a.scale, at);
@@ -76,10 +75,10 @@ inline void add(const QuantArgs& a, std::int64_t at, const float* x_sums, const 
 
 #if defined(__AVX512BF16__)
 
-// Two registers of floats, rounded, in the order of memory.
+// Two registers of floats, rounded to bf16, in memory order.
 inline __m512i rounded(__m512 first, __m512 second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
 
-// A tile's whole numbers.
+// The integers of an int4 tile, as bf16.
 [[maybe_unused]] inline void expand_i4(const std::uint8_t* from, __m512i table, bf16* to) {
   for (int i = 0; i < 4; ++i, from += 64) {
     const __m512i v = line(from);
@@ -95,7 +94,7 @@ inline __m512i rounded(__m512 first, __m512 second) { return (__m512i)_mm512_cvt
   }
 }
 
-// Scale and offset applied: lanes are rows.
+// Applies scale and offset to an int4 tile; lanes are rows.
 inline void dequantize_i4(const std::uint8_t* from, __m512 scale, __m512 offset, bf16* to) {
   const __m512 table = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
@@ -111,7 +110,7 @@ inline void dequantize_i4(const std::uint8_t* from, __m512 scale, __m512 offset,
   }
 }
 
-// Lanes are 8 rows by the two of a pair.
+// The same for int8; lanes are 8 rows by the two numbers of a pair.
 inline void dequantize_i8(const std::uint8_t* from, __m512 scale, __m512 offset, bf16* to) {
   const __m512i low = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
   const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
