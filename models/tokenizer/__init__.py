@@ -1,1 +1,1 @@
-"""Text to tokens and back, from every kind of file that tokenizers come in."""
+"""Text to tokens and back, for every kind of tokenizer file that is supported."""

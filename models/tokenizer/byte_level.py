@@ -1,8 +1,8 @@
-"""BPE over bytes: the alphabet that GPT-2 gave them, pre-tokenizers by the name that GGUF files carry,
-and Meta's tiktoken files (Llama 3).
+"""Byte-level BPE: GPT-2's alphabet for bytes, pre-tokenizers by their names in GGUF files, and Meta's
+tiktoken files (Llama 3).
 
-Sources: `bytes_to_unicode` of OpenAI's gpt-2; the `tokenizer.json` of the models named below, and the
-names that llama.cpp gives them in `llama-vocab.cpp`; `tokenizer.py` of Meta's llama-models.
+Sources: `bytes_to_unicode` of OpenAI's gpt-2; the `tokenizer.json` of the models named below, and
+llama.cpp's names for them in `llama-vocab.cpp`; `tokenizer.py` of Meta's llama-models.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BLANKS = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _cl100k(digits: str, letters: str = r"\p{L}") -> str:
-    """Contractions, words with what precedes them, digits, runs of other signs, blanks."""
+    """Contractions, words with one preceding character, digits, runs of other characters, blanks."""
     return (
         rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[{letters}]+|{digits}"
         rf"| ?[^\s{letters}\p{{N}}]+[\r\n]*{_BLANKS}"
@@ -38,7 +38,7 @@ def _cl100k(digits: str, letters: str = r"\p{L}") -> str:
 
 
 def _o200k(digits: str, ending: str) -> str:
-    """The same with words cut where lower case turns to upper case."""
+    """As `_cl100k`, but words are also cut where lower case changes to upper case."""
     upper, lower = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
     first = r"[^\r\n\p{L}\p{N}]?"
     return (
@@ -49,10 +49,11 @@ def _o200k(digits: str, ending: str) -> str:
 
 @dataclass(frozen=True)
 class Splitting:
-    """How a family cuts a text into words before BPE.
+    """How a family splits a text into words before BPE.
 
-    `nfc`: the text is composed first. `whole_words`: a word that is a token is taken as it is,
-    whatever its merges. `first_token`: whether a text begins with one, where a file does not say.
+    `nfc`: the text is first normalized to NFC. `whole_words`: a word that is a token becomes that
+    token, whatever its merges. `first_token`: whether a text gets a first token (BOS) if the file does
+    not say.
     """
 
     steps: Callable[[], list[PreTokenizer]]
@@ -66,7 +67,7 @@ def _byte_level(use_regex: bool) -> PreTokenizer:
 
 
 def _regex(*patterns: str) -> Callable[[], list[PreTokenizer]]:
-    """Cut by one pattern after another, then to bytes."""
+    """Steps that split by one pattern after another, then map to bytes."""
     return lambda: [
         *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns),
         _byte_level(use_regex=False),
@@ -78,7 +79,7 @@ def _digits() -> list[PreTokenizer]:
 
 
 def _falcon() -> list[PreTokenizer]:
-    # In this order its digits are looked for among the letters that stand for bytes, as in the model.
+    # In this order, digits are searched in the letters that stand for bytes, as in the model.
     return [
         pre_tokenizers.Punctuation("contiguous"),
         _byte_level(use_regex=True),
@@ -94,9 +95,9 @@ _PLAIN = Splitting(lambda: [_byte_level(use_regex=True)])
 _STARCODER = Splitting(_digits)
 
 # By the name in `tokenizer.ggml.pre`. Where these differ from llama.cpp or from transformers' reading
-# of GGUF (neither composes Qwen's and Command R's text), they follow the models' own tokenizer.json.
+# of GGUF (neither applies NFC for Qwen and Command R), they follow the models' own tokenizer.json.
 SPLITTINGS = {
-    # What llama.cpp does where it knows no better; transformers takes GPT-2's pattern there.
+    # llama.cpp's fallback for files without a name; transformers uses GPT-2's pattern there.
     "default": Splitting(_regex(r"[\p{P}$+<=>^~|]+", _GPT_2, r"\p{N}+", "[0-9][0-9][0-9]")),
     "gpt-2": _PLAIN,
     "phi-2": _PLAIN,
@@ -121,8 +122,8 @@ SPLITTINGS = {
 def build_bytes(
     vocab: dict[str, int], merges: list[tuple[str, str]], splitting: Splitting
 ) -> Tokenizer:
-    """The pipeline of a vocabulary that is spelled in GPT-2's alphabet. Raises whatever the library
-    raises for a vocabulary that it cannot use."""
+    """The pipeline of a vocabulary that is spelled in GPT-2's alphabet. Raises the library's own errors
+    for a vocabulary that it cannot use."""
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=splitting.whole_words))
     if splitting.nfc:
         composed: Normalizer = normalizers.NFC()
@@ -133,7 +134,7 @@ def build_bytes(
 
 
 # Meta's names of the 256 tokens after the vocabulary, as of Llama 3.1; the others are reserved.
-# (Llama 3 calls those that it does not use reserved, too; the numbers are the same.)
+# (Llama 3 names those that it does not use as reserved too; the ids are the same.)
 _META_SPECIAL = {
     0: "<|begin_of_text|>",
     1: "<|end_of_text|>",
@@ -148,7 +149,7 @@ _META_COUNT, META_FIRST, META_STOP = 256, 0, (1, 8, 9)
 
 
 def meta_special(base: int) -> dict[int, AddedToken]:
-    """The special tokens of Llama 3 behind a vocabulary of `base` tokens."""
+    """The special tokens of Llama 3 by id, after a vocabulary of `base` tokens."""
     reserved = iter(range(_META_COUNT))
     names = [
         _META_SPECIAL.get(i) or f"<|reserved_special_token_{next(reserved)}|>"
@@ -158,7 +159,8 @@ def meta_special(base: int) -> dict[int, AddedToken]:
 
 
 def is_tiktoken(path: Path) -> bool:
-    """Whether a file begins like tiktoken's: base64 of a token, a space, its rank."""
+    """Whether a file begins like tiktoken's: base64 of a token, a space, its rank. Raises InputError
+    for a file that cannot be read."""
     regular_file(path, "a tokenizer")
     try:
         with path.open("rb") as opened:
@@ -175,7 +177,7 @@ def is_tiktoken(path: Path) -> bool:
 
 
 def read_tiktoken(path: Path) -> dict[bytes, int]:
-    """Tokens and their ranks, which are their ids. Raises InputError."""
+    """Tokens and their ranks, which are their ids. Raises InputError for a damaged file."""
     size = regular_file(path, FORM)
     if size > HEADER_LIMIT:
         raise InputError(f"{path} has {size} bytes; no {FORM[2:]} is larger than {HEADER_LIMIT}")
@@ -195,8 +197,8 @@ def read_tiktoken(path: Path) -> dict[bytes, int]:
 
 
 def build_tiktoken(ranks: dict[bytes, int]) -> Tokenizer:
-    """The pipeline of Llama 3's vocabulary. tiktoken merges the neighbors whose union has the lowest
-    rank; here the unions are written out as pairs, in that order."""
+    """The pipeline of Llama 3's vocabulary. tiktoken merges the two neighbors whose union has the
+    lowest rank. Here the unions are written as a list of merges, in that order."""
     pairs = divisions(sorted(ranks, key=ranks.__getitem__), ranks)
     merges = [(spell(left), spell(right)) for left, right in pairs]
     return build_bytes({spell(token): rank for token, rank in ranks.items()}, merges, _LLAMA_3)
@@ -204,7 +206,8 @@ def build_tiktoken(ranks: dict[bytes, int]) -> Tokenizer:
 
 @functools.cache
 def _alphabet() -> list[str]:
-    """The letter of each byte: itself where it can be seen, else the next from U+0100 on."""
+    """The letter of each byte: the byte's own character if it is printable, else the next from U+0100
+    on."""
     seen = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
     others = iter(range(256))
     return [chr(byte) if byte in seen else chr(256 + next(others)) for byte in range(256)]

@@ -1,9 +1,11 @@
 """Text to tokens and back, for the tokenizer that comes with a checkpoint.
 
-The work is done by the `tokenizers` library. Each kind of file (a folder's tokenizer.json, a
-SentencePiece or tiktoken `tokenizer.model`, the metadata of a GGUF file) is turned into one of its
-pipelines by a module of its own; what is here makes a `TextCodec` of that, and turns a stream of
-tokens into text that never shows half a character. Chat templates: models/chat.py.
+The `tokenizers` library does the work. A separate module for each kind of file (a folder's
+tokenizer.json, a SentencePiece or tiktoken `tokenizer.model`, the metadata of a GGUF file) builds one
+of its pipelines. This module makes a `TextCodec` from a pipeline, and decodes a stream of tokens
+without ever showing half a character.
+
+What is not here: chat templates (models/chat.py).
 """
 
 from __future__ import annotations
@@ -25,18 +27,18 @@ Templates = dict[str, str | InputError]
 
 @dataclass(frozen=True)
 class TextCodec:
-    """A tokenizer and what a model's files say of its use.
+    """A tokenizer, and what a model's files say about its use.
 
-    `encode(text, whole)` gives token ids; `whole` adds the tokens that the model wants around a text
-    (a first one, mostly), which a chat template has already written. It raises InputError for what
-    is no Unicode text. `decode(tokens)` leaves out special tokens and ids beyond the vocabulary.
-    `stream()` gives a function that takes one id at a time and returns the text that has become
-    certain, never half a character; given None, it ends the text and returns what it held back. Its
-    pieces together are `decode` of the same tokens.
+    `encode(text, whole)` returns token ids. `whole` adds the tokens that the model expects around a
+    text (usually a first token), which a chat template has already written. It raises InputError for
+    a text that is not valid Unicode. `decode(tokens)` skips special tokens and ids beyond the
+    vocabulary. `stream()` returns a function that takes one id at a time and returns the text that has
+    become certain, never half a character. With None it ends the text and returns the rest. The
+    concatenated pieces equal `decode` of the same tokens.
 
-    `stop_tokens` end an answer. `chat_templates` by name ("default", "tool_use"), empty where there
-    are none, an InputError in the place of one that cannot be read: it matters to those who ask for it;
-    `special` is what they may call by name ("bos_token", ...). `longest()` is the length of the longest
+    `stop_tokens` end an answer. `chat_templates` are by name ("default", "tool_use"); a template that
+    cannot be read is an InputError, to be raised only when the template is used. `special` are the
+    tokens that templates may use by name ("bos_token", ...). `longest()` is the length of the longest
     token in characters.
     """
 
@@ -51,15 +53,16 @@ class TextCodec:
 
 @dataclass(frozen=True)
 class Ends:
-    """The ids that the model wants before and after a whole text."""
+    """The ids that the model expects before and after a whole text."""
 
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
 
 
 def named_templates(given: object, where: str) -> Templates:
-    """The chat templates that a model's settings hold: a text, an object of texts by name, or a list of
-    objects with "name" and "template". `where` names the settings in errors."""
+    """The chat templates in a model's settings: a string, an object of strings by name, or a list of
+    objects with "name" and "template". `where` names the settings in errors. An entry of another type
+    becomes an InputError in the result."""
     if given is None:
         return {}
     entries: list[tuple[object, object]]
@@ -85,9 +88,9 @@ def named_templates(given: object, where: str) -> Templates:
 def within_vocabulary(
     codec: TextCodec, vocab_size: int, tell: Callable[[str], None] = lambda line: None
 ) -> TextCodec:
-    """The codec for a model whose embedding has `vocab_size` rows: `encode` refuses a text with other
-    tokens, which tokenizers may have (added ones, mostly). Stop tokens that the model cannot make are
-    left out, of which it tells."""
+    """The codec for a model whose embedding has `vocab_size` rows. Tokenizers may have more tokens
+    (usually added ones): `encode` raises InputError for a text with such tokens. Stop tokens that the
+    model cannot generate are left out, which `tell` reports."""
 
     def encode(text: str, whole: bool) -> list[int]:
         tokens = codec.encode(text, whole)
@@ -95,7 +98,7 @@ def within_vocabulary(
         if largest >= vocab_size:
             raise InputError(
                 f"a token of the text has id {largest}, and the model has a vocabulary of {vocab_size} "
-                f"(ids 0 to {vocab_size - 1}): its tokenizer has tokens that the weights do not know; "
+                f"(ids 0 to {vocab_size - 1}): the tokenizer has tokens that are not in the weights; "
                 "leave them out of the text, or use the tokenizer that belongs to these weights"
             )
         return tokens
@@ -103,14 +106,14 @@ def within_vocabulary(
     stops = frozenset(token for token in codec.stop_tokens if token < vocab_size)
     if beyond := sorted(codec.stop_tokens - stops):
         ids = ", ".join(map(str, beyond))
-        rest = "" if stops else "; none is left, so answers go on to max_new_tokens"
+        rest = "" if stops else "; none is left, so answers continue to max_new_tokens"
         tell(f"stop tokens beyond the vocabulary of {vocab_size} are left out: {ids}{rest}")
     return replace(codec, encode=encode, stop_tokens=stops)
 
 
 def byte_codec(vocab_size: int) -> TextCodec:
-    """For random weights, which have no tokenizer: a byte is a token, and a token that is not a byte
-    is shown by its number."""
+    """A codec for random weights, which have no tokenizer: each byte is a token (modulo `vocab_size`).
+    Tokens that are not printable ASCII are shown as their number."""
 
     def show(token: int | None) -> str:
         if token is None:
@@ -133,8 +136,9 @@ def make_codec(
     special: Mapping[str, str] | None = None,
     doubled_space: bool = False,
 ) -> TextCodec:
-    """A codec of a pipeline. `ends` None: its own post-processor adds what belongs around a text.
-    `doubled_space` puts a space before a text that begins with one (see models/tokenizer/spm.py)."""
+    """A codec of a pipeline. `ends` None: the pipeline's own post-processor adds the tokens around a
+    text. `doubled_space` adds a space before a text that begins with one (see
+    models/tokenizer/spm.py)."""
     around = ends or Ends()
 
     def encode(text: str, whole: bool) -> list[int]:
@@ -144,7 +148,7 @@ def make_codec(
         tokens: list[int] = guarded(
             lambda: tokenizer.encode(text, add_special_tokens=whole and ends is None).ids,
             lambda why: InputError(
-                f"the tokenizer cannot take a text of {len(text)} characters ({why}); shorten it"
+                f"the tokenizer cannot take a text of {len(text)} characters ({why}); shorten the text"
             ),
         )
         return [*around.before, *tokens, *around.after] if whole else tokens
@@ -178,13 +182,13 @@ def _stream(
     byte_tokens: frozenset[int],
     is_silent: Callable[[int], bool],
 ) -> Callable[[int | None], str]:
-    """Text piece by piece: what is new is the difference of decoding a few tokens with and without the
-    last ones. The few begin where a piece began, as decoders treat the first token of a text unlike
-    others (they drop its space).
+    """Decodes piece by piece. A window of recent tokens is decoded with and without its last tokens;
+    the difference is the new text. The window begins where a piece began, because decoders treat the
+    first token of a text differently (they drop its space).
 
-    A piece waits while its text ends in U+FFFD, which may be half a character. It also waits through a
-    run of byte tokens (`<0xE4>`): the library's decoder shows such a run as characters if all of it is
-    UTF-8, and else as U+FFFD for each byte, so nothing of it is certain before it ends.
+    A piece is held back while its text ends in U+FFFD, which may be half a character. It is also held
+    back during a run of byte tokens (`<0xE4>`): the library decodes such a run to characters if all of
+    it is UTF-8, and else to one U+FFFD per byte, so nothing is certain before the run ends.
     """
     window: list[int] = []
     shown = 0  # tokens of the window whose text has been returned
@@ -214,7 +218,8 @@ def _stream(
 
 
 def _byte_tokens(tokenizer: Tokenizer, decode: Callable[[Sequence[int]], str]) -> frozenset[int]:
-    """The tokens that stand for one byte each, if the pipeline takes them as such: found by trying."""
+    """The tokens that stand for one byte each; none if a trial shows that the pipeline does not decode
+    them to bytes."""
     ids = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
     letter = ids[ord("A")]
     if letter is None or decode([letter]) != "A":
@@ -223,8 +228,8 @@ def _byte_tokens(tokenizer: Tokenizer, decode: Callable[[Sequence[int]], str]) -
 
 
 def _utf8(text: str) -> bytes:
-    """A text's bytes. Raises InputError for one that has none: half a surrogate pair, as Python reads
-    a byte of a command line that is not UTF-8."""
+    """A text's UTF-8 bytes. Raises InputError for a text with half of a surrogate pair, which Python
+    makes from command-line bytes that are not UTF-8."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:

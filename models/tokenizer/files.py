@@ -1,7 +1,7 @@
-"""A GGUF file's tokenizer as the files that Hugging Face's folders have: tokenizer.json and what
-belongs to it. `models.tokenizer.from_folder` reads them back as the same tokenizer, but for one thing
-that tokenizer.json cannot say: the space that SentencePiece puts before a text that begins with one (as
-in transformers).
+"""Writes a GGUF file's tokenizer as the files of a Hugging Face folder: tokenizer.json and its
+companions. `models.tokenizer.from_folder` reads them back as the same tokenizer, with one exception
+that tokenizer.json cannot express: SentencePiece adds a space even before a text that begins with one.
+The written tokenizer, like transformers, does not.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from models.tokenizer.from_gguf import gguf_pipeline
 
 
 def tokenizer_files(path: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
-    """The files, by name, for the tokenizer in the metadata `config` of the GGUF file at `path`. Raises
-    InputError."""
+    """The contents of the files, by name, for the tokenizer in the metadata `config` of the GGUF file
+    at `path`. Raises InputError for a tokenizer that is damaged or not supported."""
     found = gguf_pipeline(path, config)
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **found.special}
-    # One that cannot be read is left out: it is no use to anybody.
+    # Templates that cannot be read are left out.
     templates = {
         name: template for name, template in found.chat_templates.items() if isinstance(template, str)
     }
@@ -41,7 +41,7 @@ def tokenizer_files(path: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def _put_around(tokenizer: Tokenizer, ends: Ends) -> None:
-    """Let the pipeline itself add what the model wants around a text."""
+    """Make the pipeline itself add the tokens that the model expects around a text."""
     before, after = ([tokenizer.id_to_token(i) for i in side] for side in (ends.before, ends.after))
     if before or after:
         names = dict(zip([*before, *after], [*ends.before, *ends.after], strict=True))

@@ -1,11 +1,11 @@
-"""The tokenizer beside the weights: `tokenizer.json`, or else `tokenizer.model` (SentencePiece, or
-tiktoken as in Meta's Llama 3), or else `vocab.json` with `merges.txt`, with what Hugging Face's other
-files say of it.
+"""Reads the tokenizer in a model's folder: `tokenizer.json`, or else `tokenizer.model` (SentencePiece,
+or tiktoken as in Meta's Llama 3), or else `vocab.json` with `merges.txt`; and the settings for it in
+Hugging Face's other files.
 
-`tokenizer.json` is read as it is. (transformers 5 takes its vocabulary alone for the classes of some
-models, Llama among them, and builds the rest anew, which drops the space that a text begins with.)
+`tokenizer.json` is used unchanged. (For some models' classes, Llama's among them, transformers 5 uses
+only its vocabulary and rebuilds the rest, which drops the space that a text begins with.)
 
-What is not here: Mistral's tekken.json: refused with what to do.
+What is not here: Mistral's tekken.json, which is refused with advice.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ from weights.files import HEADER_LIMIT, damaged, read_json, regular_file
 from weights.texts import without_mark
 
 _NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-_TEMPLATE_LIMIT = 1 << 20  # bytes of a chat template; the longest known are some 20 KiB
+_TEMPLATE_LIMIT = 1 << 20  # bytes of a chat template; the longest known are about 20 KiB
 
 
 def folder_codec(folder: Path, config: Mapping[str, Any]) -> TextCodec:
-    """The codec of the files in `folder`; `config` is its config.json. Raises InputError."""
+    """The codec of the files in `folder`; `config` is its config.json. Raises InputError for a missing,
+    damaged or unsupported tokenizer."""
     settings = _optional_json(folder / "special_tokens_map.json")
     settings |= _optional_json(folder / "tokenizer_config.json")
     added = _added_tokens(folder, settings)
     special = {name: _content(settings[name], name, folder) for name in _NAMES if settings.get(name)}
     doubled_space = False
     stop: tuple[int, ...] = ()
-    ends: Ends | None = None  # as tokenizer.json says, whatever the settings say: as in transformers
+    ends: Ends | None = None  # tokenizer.json decides, not the settings, as in transformers
     if (file := folder / "tokenizer.json").exists():
         tokenizer = _from_json(file)
     elif (file := folder / "tokenizer.model").exists():
@@ -70,7 +71,7 @@ def folder_codec(folder: Path, config: Mapping[str, Any]) -> TextCodec:
             tokenizer = _built(file, lambda: build_spm(vocabulary))
             doubled_space = vocabulary.doubled_space
             special = _named_pieces(vocabulary) | special
-            # Llama's default. (transformers 5 says so and adds none.)
+            # Llama's default. (transformers 5 documents it, but adds no token.)
             settings = {"add_bos_token": not vocabulary.unigram, **settings}
     elif (file := folder / "vocab.json").exists():
         known = vocab_class(folder, settings, config)
@@ -80,8 +81,8 @@ def folder_codec(folder: Path, config: Mapping[str, Any]) -> TextCodec:
         special |= {name: token for name, token in known.special.items() if name not in settings}
     else:
         raise InputError(
-            f"{folder} holds neither tokenizer.json nor tokenizer.model nor vocab.json; copy the file "
-            "of the model there, or save its tokenizer anew with transformers"
+            f"{folder} holds neither tokenizer.json nor tokenizer.model nor vocab.json; copy the "
+            "model's file there, or save its tokenizer again with transformers"
         )
     _add(tokenizer, file, added, special, _further(settings, folder))
     if file.name != "tokenizer.json":
@@ -107,11 +108,11 @@ def _from_json(file: Path) -> Tokenizer:
 
 
 def _built(file: Path, build: Callable[[], Tokenizer]) -> Tokenizer:
-    """What `build` returns. Raises InputError for whatever it raises."""
+    """The tokenizer from `build`, tried once. Every exception becomes an InputError."""
 
     def tried() -> Tokenizer:
         tokenizer = build()
-        # tokenizer.json may carry the settings of a training run: they would cut off or fill up a text.
+        # tokenizer.json may hold settings of a training run, which would truncate or pad a text.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.decode(tokenizer.encode("a").ids)  # some damage shows only in use
@@ -129,12 +130,13 @@ def _check_meta(file: Path, base: int, special: int, vocab_size: object) -> None
     if vocab_size is not None and vocab_size != base + special:
         raise InputError(
             f"{file} holds {base} tokens, with Llama 3's {special} special ones {base + special}, but "
-            f"the model has {vocab_size}: it is not of Llama 3; give the model with a tokenizer.json"
+            f"the model has {vocab_size}: it is not of Llama 3; use a folder with a tokenizer.json"
         )
 
 
 def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """What tokenizer_config.json, or else added_tokens.json, adds to the vocabulary, by id."""
+    """The tokens that tokenizer_config.json, or else added_tokens.json, adds to the vocabulary, by id.
+    Raises InputError."""
     found = {}
     entries = settings.get("added_tokens_decoder")
     if entries is None:
@@ -159,7 +161,7 @@ def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, AddedT
 
 
 def _further(settings: Mapping[str, Any], folder: Path) -> list[str]:
-    """Special tokens without a name of their own."""
+    """The special tokens that have no name such as "bos_token"."""
     further: list[str] = []
     for key in ("additional_special_tokens", "extra_special_tokens"):
         values = settings.get(key) or []
@@ -171,7 +173,7 @@ def _further(settings: Mapping[str, Any], folder: Path) -> list[str]:
 
 
 def _content(value: Any, name: str, folder: Path) -> str:
-    """A token as tokenizer_config.json writes it: a text, or an object with one."""
+    """The text of a token in tokenizer_config.json, which writes a string or an object with one."""
     content = value.get("content") if isinstance(value, dict) else value
     if not isinstance(content, str) or not content:
         raise InputError(
@@ -187,8 +189,8 @@ def _add(
     special: Mapping[str, str],
     further: list[str],
 ) -> None:
-    """Add what the vocabulary lacks, and make special what has a name. Raises InputError where a token
-    would not get the id that it should have."""
+    """Add the tokens that the vocabulary lacks, and mark named tokens as special. Raises InputError if
+    a token does not get its declared id."""
     known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     new = [token for token in added.values() if token.content not in known]
     known |= {token.content: token for token in new}
@@ -207,18 +209,18 @@ def _add(
     for i, token in added.items():
         if tokenizer.token_to_id(token.content) != i:
             raise InputError(
-                f"{file}: {token.content!r} has id {tokenizer.token_to_id(token.content)}, and id {i} "
+                f"{file}: {token.content!r} has id {tokenizer.token_to_id(token.content)}, but id {i} "
                 "in tokenizer_config.json or added_tokens.json; the files are of different models"
             )
 
 
 def _renamed(vocabulary: SpmVocabulary, added: Mapping[int, AddedToken]) -> SpmVocabulary:
-    """The vocabulary with the names that tokenizer_config.json gives to its placeholders."""
+    """The vocabulary with its placeholders renamed as tokenizer_config.json says."""
     pieces, types = list(vocabulary.pieces), list(vocabulary.types)
     for i, token in added.items():
         if i < len(pieces) and pieces[i] != token.content:
             pieces[i] = token.content
-            types[i] = USER_DEFINED  # nothing is merged into it; _add makes it special if it is
+            types[i] = USER_DEFINED  # no merges produce it; `_add` marks it special if it is
     return replace(vocabulary, pieces=tuple(pieces), types=tuple(types))
 
 
@@ -248,8 +250,8 @@ def _ends(
 
 
 def _stop_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The declared ids that end an answer, without negative ones, which stand for no token; None where
-    nothing is declared. Raises InputError."""
+    """The declared ids that end an answer, without negative ones, which mean no token; None if nothing
+    is declared. Raises InputError for values that are not ids."""
     places = (_optional_json(folder / "generation_config.json"), config)
     for eos in (place.get("eos_token_id") for place in places):
         found = [i for i in (eos if isinstance(eos, list) else [eos]) if i is not None]
@@ -264,7 +266,7 @@ def _stop_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...] | N
 
 
 def _templates(folder: Path, settings: Mapping[str, Any]) -> Templates:
-    """Chat templates by name: those of tokenizer_config.json, unless there are files of them."""
+    """Chat templates by name: from template files if there are any, else from tokenizer_config.json."""
     found: Templates = {}
     if (file := folder / "chat_template.jinja").exists():
         found["default"] = _read_template(file)

@@ -1,9 +1,10 @@
-"""The tokenizer in a GGUF file's metadata: byte-level BPE ("gpt2") or SentencePiece's BPE ("llama").
+"""Reads the tokenizer in a GGUF file's metadata: byte-level BPE ("gpt2") or SentencePiece's BPE
+("llama").
 
 What is not here: WordPiece, Unigram and other kinds; pre-tokenizers that
 models/tokenizer/byte_level.py does not list. They are refused by name.
 
-Source: the GGUF specification's section on `tokenizer.ggml.*`; llama.cpp where a key is missing.
+Sources: the GGUF specification's section on `tokenizer.ggml.*`; llama.cpp for the defaults.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What `models.tokenizer.codec.make_codec` makes a codec of."""
+    """The arguments of `models.tokenizer.codec.make_codec`."""
 
     tokenizer: Tokenizer
     ends: Ends
@@ -39,7 +40,8 @@ class Pipeline:
 
 
 def gguf_codec(path: Path, config: Mapping[str, Any]) -> TextCodec:
-    """The codec of the metadata `config` of the file at `path`. Raises InputError."""
+    """The codec from the metadata `config` of the file at `path`. Raises InputError for a tokenizer
+    that is damaged or not supported."""
     found = gguf_pipeline(path, config)
     return make_codec(
         found.tokenizer,
@@ -52,7 +54,8 @@ def gguf_codec(path: Path, config: Mapping[str, Any]) -> TextCodec:
 
 
 def gguf_pipeline(path: Path, config: Mapping[str, Any]) -> Pipeline:
-    """The tokenizer in the metadata `config` of the file at `path`. Raises InputError."""
+    """The tokenizer pipeline from the metadata `config` of the file at `path`. Raises InputError as
+    `gguf_codec` does."""
     kind = config.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise InputError(
@@ -72,7 +75,7 @@ def gguf_pipeline(path: Path, config: Mapping[str, Any]) -> Pipeline:
         types = _numbers(config, "token_type", int, [NORMAL] * len(tokens))
         if len(types) != len(tokens):
             raise ValueError(f"{len(tokens)} tokens have {len(types)} types")
-        # llama.cpp's defaults, where SentencePiece has these ids and nothing else has any.
+        # llama.cpp's defaults: SentencePiece has these ids; other kinds have no defaults.
         defaults = {"bos": 1, "eos": 2, "unk": 0} if spm else {}
         ids = {
             name: _id(config, _SPECIAL.get(name, name), len(tokens), defaults.get(name))
@@ -91,7 +94,7 @@ def gguf_pipeline(path: Path, config: Mapping[str, Any]) -> Pipeline:
         templates = _templates(config, path)
     except InputError:
         raise
-    # The library raises plain exceptions for a vocabulary that it cannot use.
+    # The library raises bare Exceptions for a vocabulary that it cannot use.
     except Exception as error:
         raise InputError(
             f"{path}: the embedded tokenizer is damaged ({error}); download the model again"
@@ -109,7 +112,7 @@ def gguf_pipeline(path: Path, config: Mapping[str, Any]) -> Pipeline:
 def _byte_level(
     config: Mapping[str, Any], tokens: list[str], types: list[int], splitting: Splitting
 ) -> Tokenizer:
-    # `add_space_prefix` is not for this kind: llama.cpp heeds it for SentencePiece alone.
+    # `add_space_prefix` is ignored here: llama.cpp reads it only for SentencePiece.
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
@@ -119,8 +122,8 @@ def _byte_level(
         left, right = merge.split(" ", 1)
         merges.append((left, right))
     tokenizer = build_bytes(vocab, merges, splitting)
-    # As they are: transformers spells those beyond ASCII in GPT-2's alphabet and then finds them in no
-    # text, though the models' own tokenizer.json has them.
+    # Added tokens are used unchanged, as in the models' own tokenizer.json. (transformers spells those
+    # beyond ASCII in GPT-2's alphabet, and then never finds them in a text.)
     added = [
         AddedToken(token, special=kind == CONTROL, normalized=False)
         for token, kind in zip(tokens, types, strict=True)
@@ -142,8 +145,8 @@ def _spm_vocabulary(
         tuple(scores),
         tuple(types),
         byte_fallback="<0x00>" in tokens,
-        # What follows a special token inside a text gets no space, as in transformers; llama.cpp adds
-        # one. Templates of models that want it there write it.
+        # After a special token inside a text no space is added, as in transformers; llama.cpp adds one.
+        # The templates of models that need the space write it.
         dummy_prefix=_flag(config, "add_space_prefix", True),
         collapse=_flag(config, "remove_extra_whitespaces", False),
         unk=-1 if unk is None else unk,
@@ -173,7 +176,7 @@ def _flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
 
 
 def _id(config: Mapping[str, Any], name: str, count: int, default: int | None) -> int | None:
-    """A token's id; none where it is beyond the vocabulary: converters write -1 as 4294967295."""
+    """A token's id; None if it is beyond the vocabulary: converters write -1 as 4294967295."""
     value = _value(config, f"{name}_token_id", int, default)
     return value if value is not None and 0 <= value < count else None
 
@@ -181,7 +184,7 @@ def _id(config: Mapping[str, Any], name: str, count: int, default: int | None) -
 def _texts(config: Mapping[str, Any], name: str) -> list[str]:
     values = _value(config, name, list, None)
     if not values or not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{name} is missing, empty, or no list of texts")
+        raise ValueError(f"{name} is missing, empty, or not a list of strings")
     return values
 
 
@@ -190,5 +193,5 @@ def _numbers(
 ) -> list[_T]:
     values = _value(config, name, list, default)
     if values is None or not all(type(value) is kind for value in values):
-        raise ValueError(f"{name} is missing or no list of numbers")
+        raise ValueError(f"{name} is missing or not a list of numbers")
     return values

@@ -1,12 +1,13 @@
-"""What a tokenizer of unknown origin may cost: looked at before the library builds or uses it.
+"""Limits on the time and memory of an untrusted tokenizer, checked before the library builds or uses
+it.
 
-The library bounds nothing. Forty steps that each write two letters for one make a terabyte of the first
+The library has no limits. Forty steps that each write two letters for one make a terabyte of the first
 word; an added token takes eighty times its length in memory. So each step of a pipeline has a factor by
-which it can lengthen a text, and their product is limited; so are added tokens, and the ways in which
-pieces are put together. All is far above what tokenizers in use have. `guarded` turns a panic of the
-library, which is no Exception, into an InputError.
+which it can lengthen a text, and the product of the factors is limited. Added tokens are limited, and
+so are the ways to split pieces into other pieces. All limits are far above those of real tokenizers.
+`guarded` converts a panic of the library, which is not an Exception, into an error that callers handle.
 
-Not here: bad values, which the library itself refuses.
+What is not here: checks of invalid values, which the library itself refuses.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from typing import Any, TypeVar
 
 from base.errors import InputError
 
-_GROWTH = 64.0  # times that a pipeline may lengthen a text, beyond what Unicode's own forms do
-_AROUND = 4096  # tokens put around a text
+_GROWTH = 64.0  # factor by which a pipeline may lengthen a text, beyond Unicode normalization
+_AROUND = 4096  # tokens added around a text
 _ADDED = 4096  # characters of an added token
-_ADDED_ALL = 1 << 21  # and of all of them
-_WORK = 64  # characters compared for each of a vocabulary, to find which pieces make up others
+_ADDED_ALL = 1 << 21  # characters of all added tokens
+_WORK = 64  # characters compared per character of the vocabulary, to split pieces into others
 _WORD = 1000  # characters of a word that is matched in quadratic time
-# In a file that names its keys plainly these values can be read without reading its vocabulary.
+# If a file writes its keys without escapes, these values can be read without parsing its vocabulary.
 _PARTS = ("normalizer", "pre_tokenizer", "decoder", "post_processor", "added_tokens")
 _SCALARS = ("continuing_subword_prefix", "end_of_word_suffix", "max_input_chars_per_word")
 _KEY = re.compile(f'"({"|".join((*_PARTS, *_SCALARS))})"\\s*:\\s*')
 _HIDDEN = re.compile(r"\\u00(?:[2-6]|7[0-9a-eA-E])")  # a letter written as an escape
 _CHILDREN = ("normalizers", "pretokenizers", "decoders", "processors")
-# Unicode's forms lengthen what an earlier step wrote (a ligature becomes 18 letters): by this at most.
+# The most by which Unicode normalization lengthens an earlier step's output (a ligature: 18 letters).
 _FORMS = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Precompiled": 18, "Lowercase": 3, "Nmt": 1}
 _FORMS |= {"BertNormalizer": 18}
 _BYTES = {"ByteLevel": 3.0, "Metaspace": 2.0, "WordPiece": 2.0, "CTC": 2.0, "BPEDecoder": 2.0}
@@ -41,7 +42,8 @@ _R = TypeVar("_R")
 
 
 def guarded(call: Callable[[], _R], panic: Callable[[str], Exception]) -> _R:
-    """What `call` returns; a panic of the library as `panic` has it. Other exceptions pass."""
+    """The result of `call`. A panic of the library is raised as the exception that `panic` makes; other
+    exceptions pass."""
     try:
         return call()
     except Exception:
@@ -53,7 +55,7 @@ def guarded(call: Callable[[], _R], panic: Callable[[str], Exception]) -> _R:
 
 
 def check_json(text: str) -> None:
-    """Raise ValueError for a tokenizer.json that could take time or memory beyond all proportion."""
+    """Raise ValueError for a tokenizer.json that could take excessive time or memory."""
     try:
         values = _values(text)
     except RecursionError as error:
@@ -77,7 +79,7 @@ def check_json(text: str) -> None:
 
 
 def _values(text: str) -> list[tuple[str, Any]]:
-    """The values of the keys that matter, wherever they stand: a file may name one twice."""
+    """The values of the checked keys, anywhere in the file: a file may have a key twice."""
     if _HIDDEN.search(text):
         return list(_walk(json.loads(text)))
     decoder, found, end = json.JSONDecoder(), [], 0
@@ -99,10 +101,10 @@ def _walk(value: Any) -> Iterable[tuple[str, Any]]:
 
 
 def _growth(step: Any) -> float:
-    """How many times as long a text can become."""
+    """The factor by which a step, or a sequence of steps, can lengthen a text."""
     growth, fed = 1.0, False
     for part in _steps(step):
-        kind = str(part.get("type"))  # some may be left out: then the fields tell
+        kind = str(part.get("type"))  # may be missing: then the fields identify the step
         written = part.get("content") or part.get("prepend") or part.get("replacement") or ""
         length = len(written) if isinstance(written, str) else 1
         if "pattern" in part and "content" in part:
@@ -122,15 +124,15 @@ def _growth(step: Any) -> float:
 
 
 def charsmap_growth(charsmap: bytes) -> float:
-    """Of SentencePiece's compiled normalization: a trie, whose size comes first, and the texts that it
-    puts in the place of others, divided by zero bytes. 1 for what Unicode's forms do too."""
+    """The growth factor of SentencePiece's compiled normalization: the size of a trie, the trie, and
+    the replacement texts, separated by zero bytes. 1 if it is within Unicode normalization."""
     texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :]
     longest = max(map(len, texts.split(b"\0")))
     return longest / 48 if longest > 48 else 1.0
 
 
 def _steps(step: Any) -> Iterable[Mapping[str, Any]]:
-    """The steps of a pipeline in their order, those of sequences in their place."""
+    """The steps of a pipeline in order, with sequences flattened."""
     stack = [step]
     while stack:
         part = stack.pop()
@@ -141,7 +143,8 @@ def _steps(step: Any) -> Iterable[Mapping[str, Any]]:
 
 
 def _check_around(processor: Any) -> None:
-    """Tokens put around a text, by templates one after another."""
+    """Raise ValueError if a post-processor repeats a text or adds too many tokens around it. Templates
+    apply one after another."""
     copies, around = 1, 0
     for part in _steps(processor):
         special = part.get("special_tokens")
@@ -164,7 +167,7 @@ def _check_around(processor: Any) -> None:
 
 
 def check_added(contents: Iterable[Any]) -> None:
-    """Raise ValueError unless tokens can be added that have these texts."""
+    """Raise ValueError if added tokens with these texts are too long, each or in total."""
     lengths = [len(content) for content in contents if isinstance(content, str)]
     if max(lengths, default=0) > _ADDED:
         raise ValueError(f"an added token of {max(lengths)} characters; {_ADDED} is the most")
@@ -173,11 +176,11 @@ def check_added(contents: Iterable[Any]) -> None:
 
 
 def divisions(pieces: Iterable[_T], known: Mapping[_T, Any]) -> list[tuple[_T, _T]]:
-    """Every way to put each piece together from two, all of them known, in order. Raises ValueError
-    where that takes far longer than reading them."""
+    """Every split of each piece into two known pieces, in order. Raises ValueError if finding them
+    takes far longer than reading the pieces."""
     lengths = {len(piece) for piece in known}
     ordered = sorted(lengths)
-    # Where a piece of some length can be cut, so that both parts have a length that a piece has.
+    # For each length: the cuts where both parts have the length of some known piece.
     cuts = {size: [cut for cut in ordered if cut < size and size - cut in lengths] for size in lengths}
     budget = _WORK * sum(map(len, known)) + (1 << 20)
     found = []
@@ -194,11 +197,11 @@ def divisions(pieces: Iterable[_T], known: Mapping[_T, Any]) -> list[tuple[_T, _
 
 
 def check_length(length: int, longest: Callable[[], int], room: int) -> None:
-    """Raise InputError for a text of `length` characters that cannot fit `room` tokens, of which the
-    longest has `longest()`: to find its tokens would take time and memory for nothing."""
+    """Raise InputError for a text of `length` characters that cannot fit in `room` tokens of at most
+    `longest()` characters each: tokenizing it would only waste time and memory."""
     if length <= 1 << 20:
         return
-    # Composed, three characters and more may become one.
+    # NFC may compose three or more characters into one.
     most = max(1 << 20, 4 * room * longest())
     if length > most:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The tokenizer that comes with a checkpoint, whatever kind of file holds it."""
+"""Opens the tokenizer that comes with a checkpoint, for every kind of file that holds one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from weights.checkpoint import Checkpoint
 
 
 def load_codec(checkpoint: Checkpoint) -> TextCodec:
-    """The tokenizer of a checkpoint. Raises InputError."""
+    """The tokenizer of a checkpoint. Raises InputError if it is missing, damaged or not supported."""
     if checkpoint.format == "gguf":
         return gguf_codec(checkpoint.path, checkpoint.config)
     return folder_codec(checkpoint.folder, checkpoint.config)

@@ -1,10 +1,11 @@
-"""SentencePiece vocabularies: a `tokenizer.model`, or the same as a GGUF file holds it, as a pipeline
-of the `tokenizers` library.
+"""SentencePiece vocabularies, from a `tokenizer.model` or a GGUF file, as a pipeline of the
+`tokenizers` library.
 
-The file is a protobuf message, of which only the few fields that matter are read, by hand: neither
+The file is a protobuf message. Only the few fields that matter are read, with a parser here: so neither
 the sentencepiece nor the protobuf package is needed, and lengths are checked before they are used.
-BPE with byte fallback (Llama 1 and 2, Mistral, Gemma) and Unigram (T5) are built; word and character
-models are not.
+BPE with byte fallback (Llama 1 and 2, Mistral, Gemma) and Unigram (T5) are supported.
+
+What is not here: word and character models.
 
 Sources: `sentencepiece_model.proto` and `bpe_model.cc` of Google's sentencepiece.
 """
@@ -24,18 +25,18 @@ from models.tokenizer.limits import charsmap_growth, check_added, divisions
 from weights.files import DAMAGE, HEADER_LIMIT, damaged, regular_file
 
 FORM = "a SentencePiece model"
-SPACE = "\u2581"  # what a space is in the vocabulary
+SPACE = "\u2581"  # stands for a space in the vocabulary
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of pieces; GGUF has the same numbers
 _UNIGRAM, _BPE = 1, 2
 
 
 @dataclass(frozen=True)
 class SpmVocabulary:
-    """What a SentencePiece model says. The index of a piece is its id; -1 stands for no such token.
+    """The contents of a SentencePiece model. The index of a piece is its id; id -1 means no such token.
 
-    `dummy_prefix`: a text gets a space in front. `after_special`: so does what follows a special
-    token inside it (`legacy` in Hugging Face's terms). `collapse`: other spaces at the ends go, and
-    runs become one. `charsmap` is the compiled normalization, empty for none.
+    `dummy_prefix`: a space is added before a text. `after_special`: a space is also added after a
+    special token inside a text (Hugging Face's `legacy`). `collapse`: other spaces at the ends are
+    removed, and runs of spaces become one. `charsmap`: the compiled normalization, empty for none.
     """
 
     pieces: tuple[str, ...]
@@ -56,17 +57,17 @@ class SpmVocabulary:
     def doubled_space(self) -> bool:
         """Whether a text that begins with a space needs one more before it is encoded.
 
-        SentencePiece puts its space in front of every text; the library's Metaspace, and transformers
-        5 with it, leaves out that of a text which begins with one. The model was trained as
-        SentencePiece does it, and decoding takes one space away again.
+        SentencePiece adds a space before every text. The library's Metaspace, and so transformers 5,
+        adds none to a text that already begins with a space. The model was trained with SentencePiece's
+        behavior, and decoding removes one space again.
         """
         return self.dummy_prefix and not (self.after_special or self.unigram or self.collapse)
 
 
 def build_spm(vocabulary: SpmVocabulary) -> Tokenizer:
-    """The pipeline of a vocabulary, without its first and last token. Raises whatever the library
-    raises for a vocabulary that it cannot use."""
-    # Runs of spaces that the user defined are looked for in the text before its spaces become SPACE.
+    """The pipeline of a vocabulary, without first and last tokens. Raises ValueError, or the library's
+    own errors, for a vocabulary that cannot be used."""
+    # User-defined runs of spaces are matched before the text's spaces are replaced by SPACE.
     pieces = [
         piece.replace(SPACE, " ") if kind == USER_DEFINED else piece
         for piece, kind in zip(vocabulary.pieces, vocabulary.types, strict=True)
@@ -74,7 +75,7 @@ def build_spm(vocabulary: SpmVocabulary) -> Tokenizer:
     if len(set(pieces)) != len(pieces):
         raise ValueError("a piece occurs twice")
     if charsmap_growth(vocabulary.charsmap) > 1:
-        raise ValueError("its normalization writes too long a text for a character")
+        raise ValueError("its normalization replaces a character by too long a text")
     if not all(map(math.isfinite, vocabulary.scores)):
         raise ValueError("a score is not a finite number")
     unk = vocabulary.unk if 0 <= vocabulary.unk < len(pieces) else None
@@ -94,7 +95,7 @@ def build_spm(vocabulary: SpmVocabulary) -> Tokenizer:
     added = [
         AddedToken(piece, special=kind != USER_DEFINED, normalized=False)
         for piece, kind in zip(pieces, vocabulary.types, strict=True)
-        # SentencePiece finds no control token in a text; a chat template's are meant to be found.
+        # SentencePiece never matches control tokens in a text; those of a chat template must match.
         if kind in (CONTROL, USER_DEFINED, UNKNOWN) and piece
     ]
     check_added(token.content for token in added)
@@ -103,7 +104,8 @@ def build_spm(vocabulary: SpmVocabulary) -> Tokenizer:
 
 
 def _add_spaces(tokenizer: Tokenizer, vocabulary: SpmVocabulary) -> None:
-    """Spaces to SPACE with what is put in front, and back."""
+    """Add the steps that replace spaces by SPACE, with the added prefix, and the inverse for
+    decoding."""
     steps: list[normalizers.Normalizer] = []
     if vocabulary.charsmap:
         steps.append(normalizers.Precompiled(vocabulary.charsmap))
@@ -133,11 +135,11 @@ def _add_spaces(tokenizer: Tokenizer, vocabulary: SpmVocabulary) -> None:
 def _merges(
     pieces: list[str], scores: tuple[float, ...], types: tuple[int, ...]
 ) -> list[tuple[str, str]]:
-    """Every way to put a piece together from two others, best score first.
+    """Every split of a piece into two others, best score first.
 
-    SentencePiece merges the two neighbors whose union has the best score. So the pairs of one piece
-    are equals there; here one comes first, which decides only where they overlap (as in transformers).
-    Only normal pieces are made or merged: a byte token is never spelled out.
+    SentencePiece merges the two neighbors whose union has the best score. So all pairs that make the
+    same piece have equal priority there. Here they have an order, which matters only if they overlap
+    (as in transformers). Only normal pieces are merged or result from merges: byte tokens are not.
     """
     normal = {piece: i for i, piece in enumerate(pieces) if types[i] == NORMAL}
     order = sorted(normal.items(), key=lambda item: (-scores[item[1]], item[1]))
@@ -145,7 +147,7 @@ def _merges(
 
 
 def read_spm(path: Path) -> SpmVocabulary:
-    """Read a SentencePiece model. Raises InputError."""
+    """Read a SentencePiece model. Raises InputError if it is damaged or not supported."""
     size = regular_file(path, FORM)
     if size > HEADER_LIMIT:
         raise InputError(f"{path} has {size} bytes; no {FORM[2:]} is larger than {HEADER_LIMIT}")
@@ -197,7 +199,8 @@ def _parse(path: Path, content: bytes) -> SpmVocabulary:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Numbers and values of a protobuf message's fields. Raises ValueError where they do not fit."""
+    """The numbers and values of a protobuf message's fields. Raises ValueError for invalid lengths or
+    types."""
     at, end = 0, len(message)
     while at < end:
         key, at = _varint(message, at)
@@ -233,11 +236,11 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
 
 def _bytes(value: int | bytes) -> bytes:
     if not isinstance(value, bytes):
-        raise ValueError("a number where a text or a message belongs")
+        raise ValueError("a field holds a number instead of a string or a message")
     return value
 
 
 def _integer(value: int | bytes) -> int:
     if not isinstance(value, int):
-        raise ValueError("a text where a number belongs")
+        raise ValueError("a field holds a string instead of a number")
     return value - (1 << 64) if value >> 63 else value  # int32 is written as 64 bits

@@ -1,7 +1,8 @@
-"""Byte-level BPE as `vocab.json` and `merges.txt`, which say nothing of how a text is cut into words:
-that follows from the class that tokenizer_config.json names, as transformers has it.
+"""Byte-level BPE from `vocab.json` and `merges.txt`. These files do not say how a text is split into
+words: that follows from the class that tokenizer_config.json names, as in transformers.
 
-What is not here: classes that are not byte-level, and a guess where no class is known: refused by name.
+What is not here: classes that are not byte-level, and defaults for unknown classes: both are refused by
+name.
 
 Sources: transformers' tokenization_gpt2, _gpt_neox, _codegen, _qwen2, and its classes by model.
 """
@@ -25,7 +26,7 @@ _END = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class VocabClass:
-    """What a class says: how words are cut, and the special tokens that its settings need not name."""
+    """What a class defines: how words are split, and the special tokens that settings may omit."""
 
     splitting: Splitting
     special: Mapping[str, str]
@@ -44,7 +45,7 @@ _CLASSES = {
         SPLITTINGS["qwen2"], dict.fromkeys(("unk_token", "eos_token", "pad_token"), _END)
     ),
 }
-# Where no class is named: by the model_type in config.json.
+# If no class is named: by the model_type in config.json.
 _BY_MODEL = {
     **dict.fromkeys(("gpt2", "gptj", "gpt_neo", "phi", "opt", "starcoder2", "dbrx"), "GPT2Tokenizer"),
     **dict.fromkeys(("gpt_neox", "mpt", "olmo", "olmoe"), "GPTNeoXTokenizer"),
@@ -60,14 +61,14 @@ def vocab_class(folder: Path, settings: Mapping[str, Any], config: Mapping[str, 
         said = f"the class {str(name)[:100]!r}" if name else "no class"
         raise InputError(
             f"{folder} holds vocab.json and merges.txt, tokenizer_config.json names {said}: without "
-            f"a tokenizer.json only {', '.join(_CLASSES)} are known; save the tokenizer anew with "
-            "transformers"
+            f"a tokenizer.json only {', '.join(_CLASSES)} are supported; save the tokenizer again "
+            "with transformers"
         )
     return found
 
 
 def read_vocab(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The ids of vocab.json and the pairs of merges.txt. Raises InputError."""
+    """The ids of vocab.json and the pairs of merges.txt. Raises InputError for damaged files."""
     file = folder / "vocab.json"
     vocab = read_json(file, unique=True)
     if not all(type(i) is int and 0 <= i < 1 << 31 for i in vocab.values()):
@@ -98,7 +99,7 @@ def _read_merges(file: Path) -> list[tuple[str, str]]:
 def build_vocab(
     vocab: dict[str, int], merges: list[tuple[str, str]], splitting: Splitting, prefix_space: bool
 ) -> Tokenizer:
-    """The pipeline, without special tokens. Raises whatever the library raises for a vocabulary that it
+    """The pipeline, without special tokens. Raises the library's own errors for a vocabulary that it
     cannot use."""
     tokenizer = build_bytes(vocab, merges, splitting)
     if prefix_space:
