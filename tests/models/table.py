@@ -43,31 +43,31 @@ FIGURES = (
 )  # fmt: skip
 ABOUT = f"""# Families against transformers
 
-Made by `python -m tests.models.table`; the variants are those of `tests/models/families.py`, and the
-tests (`tests/models/test_families.py`) fail where this list is not theirs.
+`python -m tests.models.table` writes this file. The variants are those of `tests/models/families.py`;
+`tests/models/test_families.py` fails if this list differs from them.
 
 Each variant is a small random model with odd head counts, saved by transformers and read by Yoke in
-float32. The figures are the largest absolute logit, and the largest absolute differences of logits
-against transformers with each text by itself: over prompts of {", ".join(map(str, LENGTHS))} tokens
-in a padded batch, or the second alone, and {STEPS} tokens after each. *Whole graphs*: prompt and token
-step each pass `torch.compile(fullgraph=True)`, with the collectives of their block in the graph, and
-give the logits of the model as it is. Figures vary a little with processor and torch.
+float32. The figures are the largest absolute logit, and the largest absolute difference of a logit
+from transformers, which runs each text by itself. *Batch 3*: prompts of
+{", ".join(map(str, LENGTHS))} tokens in one padded batch; *batch 1*: the second prompt alone.
+{STEPS} tokens follow each. *Whole graphs*: prompt step and decode step each pass
+`torch.compile(fullgraph=True)`, with the collectives of their block in the graph, and give the logits
+of the uncompiled model. Figures vary a little with processor and torch.
 """
 
 
 DEFAULTS_ABOUT = """## Keys that config.json leaves out
 
-They have the default of the model's own class, as transformers has it: sizes, too, and what then does
-not fit the weights is refused when they are loaded. The tests compare `models/defaults.py` with
-transformers' classes, and this list with `models/defaults.py`. *none*: no such thing, or computed from
-other keys (`head_dim` from `hidden_size`). Of GGUF files, llama.cpp's defaults hold; they are in the
-same module.
+A missing key has the default of the model's own class in transformers. This includes sizes: a size
+that does not fit the weights is refused when they are loaded. The tests compare `models/defaults.py`
+with transformers' classes, and this list with `models/defaults.py`. *none*: not used, or computed from
+other keys (`head_dim` from `hidden_size`). GGUF files have llama.cpp's defaults; they are in the same
+module.
 
-A stretched context is as long as it was stretched: of linear and dynamic scaling
-`max_position_embeddings` times the factor, of yarn the original length times the factor (or
-`max_position_embeddings`, if that is more), of llama3 and longrope, and of Gemma 3,
-`max_position_embeddings` as it is. A key of the rotary settings that their kind does not read is
-refused.
+With rotary scaling the context length is the stretched one. Linear and dynamic scaling:
+`max_position_embeddings` times the factor. Yarn: the original length times the factor, or
+`max_position_embeddings` if that is more. Llama3, longrope and Gemma 3: `max_position_embeddings`
+unchanged. A key in the rotary settings that their kind of scaling does not read is refused.
 """
 
 
