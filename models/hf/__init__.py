@@ -1,1 +1,1 @@
-"""Models by the code of the transformers library, divided by our layers (engine=hf)."""
+"""Models that run with the code of the transformers library, sharded by Yoke's layers (engine=hf)."""

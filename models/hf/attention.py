@@ -1,13 +1,13 @@
-"""Attention of a transformers model over our static cache, for any split of the heads.
+"""Attention of a transformers model over Yoke's static cache, for any split of the heads.
 
-Three of that library's extension points are used, all three under the name `NAME`: the attention
-function (the model computes queries, keys and values, and calls it by name), the mask function (the
-model says which positions see each other, and we evaluate that at the positions of each row), and the
-cache (an object with `update`, which a model calls between the two). So sliding windows, soft caps
-and sinks are the model's own.
+It uses three extension points of the library. Two are registered under `NAME`: the attention function
+(the model computes queries, keys and values, and calls it by name) and the mask function (the model's
+rule says which positions attend to which, and `visible` evaluates it at the positions of each row). The
+third is the cache, an object with `update`, which a model calls between the two. So sliding windows,
+soft caps and sinks are the model's own.
 
-Shapes: B batch, T tokens of this call, S cache length, H query heads of this rank, K its KV heads, h
-head size.
+Shapes: B batch, T tokens of this call, S cache length, H query heads of this rank, K KV heads of this
+rank, h head width.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from tp.heads import Heads
 
 NAME = "yoke"
-# What models hand to every attention function, and what is either in the mask already or without
-# meaning when a model runs. Anything else that is set would change the result: it is refused.
+# Arguments that models pass to every attention function, and that are already in the mask or have no
+# effect in inference. Any other argument that is set could change the result, so it is refused.
 _IGNORED = {
     "dropout",
     "sliding_window",
@@ -47,11 +47,11 @@ _IGNORED = {
 
 @dataclass(frozen=True)
 class Split:
-    """How the heads of one attention module are divided.
+    """How the heads of one attention module are split over the ranks.
 
-    `whole`: its projections are gathered, so it computes queries, keys and values of all heads, of
-    which a rank keeps its own. `latent`: what it caches belongs to no head (DeepSeek's latent
-    attention, 2024), so every rank keeps all of it, and expands its own heads from that.
+    `whole`: its projections are gathered, so it computes queries, keys and values of all heads, and a
+    rank keeps its own. `latent`: what it caches is not per head (DeepSeek's latent attention, 2024), so
+    every rank keeps all of it, and expands its own heads from it.
     """
 
     heads: Heads
@@ -61,7 +61,8 @@ class Split:
     latent: bool
 
     def own(self, x: Tensor, kv: bool) -> Tensor:
-        """This rank's heads of x [B, heads, T, h]. Raises ValueError for another number of heads."""
+        """This rank's heads of x [B, heads, T, h]. Raises ValueError if x has an unexpected number of
+        heads."""
         if kv and self.latent:
             return x
         heads = self.heads
@@ -70,7 +71,7 @@ class Split:
         wanted = total if self.whole else stop - start
         if x.shape[1] != wanted:
             raise ValueError(
-                f"its attention computes {x.shape[1]} {'KV' if kv else 'query'} heads where "
+                f"its attention computes {x.shape[1]} {'KV' if kv else 'query'} heads, but "
                 f"{wanted} of {total} were planned"
             )
         return x[:, start:stop] if self.whole else x
@@ -79,7 +80,7 @@ class Split:
 class LayerCache(nn.Module):
     """Keys and values of one layer's KV heads, by position."""
 
-    # Buffers of `setup`: [B, K, S, h]; keys and values may differ in h.
+    # Buffers made by `setup`: [B, K, S, h]; keys and values may differ in h.
     k: Tensor
     v: Tensor
 
@@ -101,7 +102,8 @@ class LayerCache(nn.Module):
     def write(
         self, key: Tensor, value: Tensor, positions: Tensor, row: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Put [B, K, T, h] at `positions` [B, T]; the whole cache of these rows."""
+        """Write key and value [B, K, T, h] at `positions` [B, T]. Returns these rows' whole caches,
+        [B, K, S, h] each."""
         rows = torch.arange(positions.shape[0], device=positions.device) if row is None else row
         where = rows.unsqueeze(1)
         self.k[where, :, positions] = key.transpose(1, 2).to(self.k.dtype)
@@ -110,7 +112,7 @@ class LayerCache(nn.Module):
 
 
 class Probe:
-    """In the place of a LayerCache: keeps nothing, and notes the sizes that a model asks for."""
+    """Stands in for a LayerCache: stores nothing, and records the sizes that a model writes."""
 
     def __init__(self, split: Split, length: int) -> None:
         self.split = split
@@ -126,10 +128,10 @@ class Probe:
 
 
 class StepCache:
-    """The cache as a model sees it during one call, whose tokens stand at `positions`: int64 [B, T], in
-    the cache rows 0..B-1 or all in `row`: int64 [1]."""
+    """The cache that a model sees during one call. Its tokens are at `positions`, int64 [B, T], in the
+    cache rows 0..B-1, or all in `row`, int64 [1]."""
 
-    is_compileable = True  # no mask may be left out on the ground that a call begins at position 0
+    is_compileable = True  # so that the library never skips a mask because a call begins at position 0
 
     def __init__(
         self, positions: Tensor, layers: Sequence[LayerCache | Probe], row: Tensor | None = None
@@ -149,7 +151,7 @@ class StepCache:
         return self.layers[0].length, 0
 
     def get_query_offset(self, layer_idx: int = 0) -> Tensor:
-        """Not one offset: the positions themselves, for `visible`."""
+        """The positions themselves, for `visible`, where the library expects one offset."""
         return self.positions
 
 
@@ -162,9 +164,10 @@ def visible(
     use_vmap: bool = False,
     **_: Any,
 ) -> Tensor:
-    """The mask function: bool [B, 1, T, S], whether a query sees a cache entry.
+    """The mask function: bool [B, 1, T, S], whether a query attends to a cache entry.
 
-    `mask_function(row, head, query, key)` is the model's rule for indices that broadcast.
+    `mask_function(row, head, query, key)` is the model's rule, for indices that broadcast. Raises
+    ValueError if the mask depends on more than positions.
     """
     if use_vmap or attention_mask is not None:
         raise ValueError("its attention mask depends on more than positions")
@@ -192,12 +195,13 @@ def attend(
 ) -> tuple[Tensor, None]:
     """The attention function: query [B, heads, T, h], cache [B, K, S, h] -> ([B, T, H, h], None).
 
-    `softcap` bounds the scores, `s_aux` [H] are sinks: a score of each head that takes part in the
-    softmax and has no value.
+    `softcap` bounds the scores to softcap * tanh(score / softcap). `s_aux` [H] are sinks: one score per
+    head that takes part in the softmax and has no value. Raises ValueError for arguments that are not
+    supported.
     """
     unknown = [name for name, x in others.items() if x is not None and name not in _IGNORED]
     if unknown:
-        raise ValueError(f"its attention asks for {', '.join(unknown)}")
+        raise ValueError(f"its attention asks for {', '.join(unknown)}, which is not supported")
     split: Split = module.split  # type: ignore[assignment]
     query = split.own(query, kv=False)
     batch, _, length, _ = query.shape
@@ -205,7 +209,7 @@ def attend(
     for run in split.heads.runs:
         keys = key[:, run.kv_start : run.kv_stop]
         values = value[:, run.kv_start : run.kv_stop]
-        # As in CachedAttention: the query heads of a group become rows of their KV head's queries.
+        # As in CachedAttention: the query heads of a group become query rows of their KV head.
         count = run.kv_stop - run.kv_start
         group = (run.q_stop - run.q_start) // count
         rows = query[:, run.q_start : run.q_stop].reshape(batch, count, group * length, -1)
@@ -231,7 +235,8 @@ def _explicit(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Softmax attention written out, for what the fused operator cannot do. `sinks` [B, k, rows, 1]."""
+    """Softmax attention in separate operators, for soft caps and sinks, which the fused operator does
+    not support. `sinks` [B, k, rows, 1]."""
     scores = rows @ keys.transpose(2, 3) * (rows.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap

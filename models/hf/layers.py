@@ -1,8 +1,8 @@
-"""What stands in a transformers model where its plan divides a Linear: our layers and their collective.
+"""The layers that replace a Linear of a transformers model where its plan shards it, with their
+collectives.
 
-The styles "colwise", "colwise_gather_output" and the embeddings' need no class of their own:
-`tp.layers` has ColumnLinear, LMHead (this rank's rows, then the ranks' results side by side) and
-VocabEmbedding.
+The styles "colwise", "colwise_gather_output" and the embeddings' need no class here: `tp.layers` has
+ColumnLinear, LMHead (this rank's rows, then an all-gather over the ranks) and VocabEmbedding.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from tp.layers import RowLinear
 
 
 class SummedRowLinear(nn.Module):
-    """The styles "rowwise" and "rowwise_split_input": x W^T with this rank's columns, then the sum.
+    """The styles "rowwise" and "rowwise_split_input": x W^T with this rank's columns, then an
+    all-reduce.
 
-    [..., local] -> [..., out_features]; of a whole x [..., in_features], the columns from `start` on
-    are taken first. Which of the two comes in is fixed when the model is traced.
+    x [..., local] -> [..., out_features]. If x is unsharded, [..., in_features], this rank's columns,
+    from `start` on, are taken first. Which of the two shapes x has is fixed when the model is traced.
     """
 
     def __init__(self, linear: RowLinear, start: int, group: Group) -> None:
@@ -37,10 +38,10 @@ class SummedRowLinear(nn.Module):
 
 
 class Selected(nn.Module):
-    """The body of a model (everything below its head), handing on some tokens of a call.
+    """The body of a model (everything before its head), which returns only some tokens of a call.
 
-    The head and what a family does to its logits then see [1, M, D] and not the whole prompt.
-    `select`: int64 [M], indices into the B * T tokens; None hands on all.
+    The head, and what a family does to its logits, then get [1, M, D] and not the whole prompt.
+    `select`: int64 [M], indices into the B * T tokens; None returns all, [B, T, D].
     """
 
     def __init__(self, body: nn.Module) -> None:

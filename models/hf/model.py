@@ -1,9 +1,9 @@
-"""Any model of the transformers library that has a tensor-parallel plan, over the ranks.
+"""Tensor parallelism for any model of the transformers library that has a tensor-parallel plan.
 
-The model's own code runs, with our layers, collectives, cache and attention in the places that its
-plan names (`models.hf.plan`, `models.hf.attention`). It is built without memory, tried on shapes
-alone, given memory and filled with this rank's slices under the names that the checkpoint stores. Code
-that comes with a checkpoint is never run.
+The model's own code runs, with Yoke's layers, collectives, cache and attention in the places that its
+plan names (`models.hf.plan`, `models.hf.attention`). The model is built on the meta device, tried with
+shapes only, given memory, and filled with this rank's slices of the checkpoint. Code that comes with a
+checkpoint is never run.
 
 Only `engine=hf` imports this module: transformers is an optional package.
 """
@@ -39,7 +39,7 @@ AttentionMaskInterface.register(NAME, visible)
 
 
 class HfModel(nn.Module):
-    """This rank's part of a transformers model, with the interface of our own models."""
+    """This rank's part of a transformers model, with the interface of `models.decoder.Decoder`."""
 
     def __init__(self, inner: Any, ends: tuple[Any, Any], caches: list[LayerCache]) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class HfModel(nn.Module):
         self.caches = nn.ModuleList(caches)
 
     def setup(self, num_rows: int, cache_len: int) -> None:
-        """Allocate the KV caches of `num_rows` texts for positions 0..cache_len-1."""
+        """Allocate the KV caches of `num_rows` sequences for positions 0..cache_len-1."""
         like = next(self.inner.parameters())
         for cache in self.caches:
             assert isinstance(cache, LayerCache)
@@ -66,10 +66,9 @@ class HfModel(nn.Module):
     ) -> Tensor:
         """Logits of the `wanted` tokens: float32 [M, vocab_size].
 
-        tokens: int64 [B, T] at `positions`: int64 [B, T]; row i of the batch is cache row i, or `row`
-        (int64 [1]) that of all (B = 1). `wanted`: int64 [M], indices into the B * T tokens; None means
-        all, of which there is one a row (T = 1). What padding leaves in the cache is overwritten before
-        anything attends to it.
+        tokens, positions: int64 [B, T]. Sequence i uses cache row i or, with `row` (int64 [1]; B = 1),
+        that row. `wanted`: int64 [M], indices into the B * T tokens; None means all and requires T = 1.
+        The cache entries of padding are overwritten before anything attends to them.
         """
         cache = StepCache(positions, self.caches, row)  # type: ignore[arg-type]
         outputs = self.inner(
@@ -82,7 +81,7 @@ class HfModel(nn.Module):
         return outputs.logits.flatten(0, 1).float()
 
     def extend(self, tokens: Tensor, positions: Tensor, rows: Tensor, wanted: Tensor) -> Tensor:
-        """As `Decoder.extend`, but all tokens are of one row."""
+        """As `Decoder.extend`, but all tokens belong to one cache row."""
         return self(tokens.unsqueeze(0), positions.unsqueeze(0), wanted, rows[:1])
 
     def decode(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -90,13 +89,13 @@ class HfModel(nn.Module):
         return self(tokens.unsqueeze(1), positions.unsqueeze(1))
 
     def decode_greedy(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """As `Decoder.decode_greedy`; every rank has all logits."""
+        """As `Decoder.decode_greedy`, but every rank computes the argmax from all logits."""
         return ops.whole_argmax(self.decode(tokens, positions))
 
 
 def _max_length(config: Any) -> int | None:
-    """The trained length, or the stretched one, of a text model's configuration; None if it has none.
-    (Of rotary settings by type of layer it is in the file already.)"""
+    """The context length of a text model's configuration, after rotary scaling; None if it has none.
+    (Files with rotary settings per type of layer already hold the scaled length.)"""
     trained: int | None = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if trained is None or rope.get("rope_type") not in ("linear", "yarn"):
@@ -112,7 +111,8 @@ def _max_length(config: Any) -> int | None:
 
 
 def build_model(folder: Path, group: Group, dtype: torch.dtype) -> tuple[HfModel, dict[str, Weight]]:
-    """This rank's part on the meta device, and what to read for it. Raises InputError."""
+    """This rank's part on the meta device, and the weights to read for it, by stored name. Raises
+    InputError."""
     check_layers(folder)
     transformers.logging.set_verbosity_error()
     try:
@@ -121,7 +121,7 @@ def build_model(folder: Path, group: Group, dtype: torch.dtype) -> tuple[HfModel
             inner: Any = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=NAME, trust_remote_code=False
             )
-    except Exception as error:  # the library has no one exception for a config that is wrong
+    except Exception as error:  # the library has no single exception for an invalid config
         raise InputError(
             f"{folder}: transformers cannot build this model ({_reason(error)}); see its config.json"
         ) from error
@@ -135,15 +135,15 @@ def build_model(folder: Path, group: Group, dtype: torch.dtype) -> tuple[HfModel
         return HfModel(inner, ends, _try_shapes(inner, splits)), weights
     except InputError:
         raise
-    except Exception as error:  # whatever the model's code raises where a shape is not the whole one
+    except Exception as error:  # the model's code may raise anything if a sharded shape does not fit
         name = f"{type(inner).__name__} ({inner.config.model_type})"
-        raise InputError(f"{name} cannot be divided as its plan says: {_reason(error)}") from error
+        raise InputError(f"{name} cannot be sharded as its plan says: {_reason(error)}") from error
 
 
 @torch.no_grad()
 def _try_shapes(inner: Any, splits: dict[int, Split]) -> list[LayerCache]:
-    """Run a step on the meta device, which costs nothing, to see that the divided model holds together
-    and what each layer caches."""
+    """Run one step on the meta device, which costs nothing, to check that the shapes of the sharded
+    model fit and to find the sizes of each layer's cache."""
     tokens = torch.zeros(2, 3, dtype=torch.int64, device="meta")
     probes = [Probe(splits[layer], 3) for layer in range(len(splits))]
     inner(
@@ -160,7 +160,7 @@ def _try_shapes(inner: Any, splits: dict[int, Split]) -> list[LayerCache]:
 
 
 def _reason(error: Exception) -> str:
-    """What an exception of the library says, on one line."""
+    """The message of an exception of the library, on one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
@@ -178,9 +178,9 @@ def fill_model(
     progress: Callable[[int, int], None] = lambda done, total: None,
     device: torch.device | str = "cpu",
 ) -> HfModel:
-    """Give the results of `build_model` memory on `device` and this rank's slices of `checkpoint`. That
-    has the names that its files store. `progress` is called with the bytes filled so far and in all.
-    Raises InputError."""
+    """Give the model from `build_model` memory on `device` and fill it with this rank's slices of
+    `checkpoint`, whose entries have the names stored in its files. `progress` is called with the bytes
+    filled so far and in total. Raises InputError."""
     entries = _entries(checkpoint, weights, model.inner)
     embed, head = model.ends
     tied = head.weight is embed.weight
@@ -202,7 +202,7 @@ def fill_model(
             filled = target if dim is None else target.narrow(dim, 0, part.shape[dim])
             assert filled.shape == part.shape, (name, filled.shape, part.shape)
             filled.copy_(part)
-            if dim is not None:  # rows past the end of a table must not be noise
+            if dim is not None:  # zero the rows past the end of a table
                 target.narrow(dim, part.shape[dim], target.shape[dim] - part.shape[dim]).zero_()
             unreleased += part.nbytes
         done += target.nbytes
@@ -214,7 +214,7 @@ def fill_model(
 
 
 def _part(weight: Weight, entry: Entry, group: Group) -> Tensor | None:
-    """This rank's slice, None for what is rank 0's."""
+    """This rank's slice; None if only rank 0 holds the weight."""
     if weight.first and group.rank:
         return None
     slices = [slice(0, size) for size in weight.shape]
@@ -224,11 +224,11 @@ def _part(weight: Weight, entry: Entry, group: Group) -> Tensor | None:
 
 
 def _entries(checkpoint: Checkpoint, weights: dict[str, Weight], inner: Any) -> dict[str, Entry]:
-    """The checkpoint's entries under the names of the model's weights. Raises InputError unless they
-    are exactly these, in their shapes."""
+    """The checkpoint's entries under the names of the model's weights. Raises InputError unless names
+    and shapes are exactly the model's."""
     tied = set(getattr(inner, "_tied_weights_keys", None) or ())
     ignored = [*(inner._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
-    # Releases of the library have renamed modules; it knows what files called them.
+    # Releases of the library have renamed modules; it has a table of the names in older files.
     renamings = [
         change for change in get_model_conversion_mapping(inner) if isinstance(change, WeightRenaming)
     ]
@@ -252,21 +252,21 @@ def _entries(checkpoint: Checkpoint, weights: dict[str, Weight], inner: Any) -> 
             parts.append(f"holds {len(unused)} that it does not have, such as {min(unused)!r}")
         raise InputError(
             f"{checkpoint.path} {' and '.join(parts)}; engine=hf needs a checkpoint of exactly this "
-            "model: download it again, or save it anew with save_pretrained"
+            "model: download it again, or save it again with save_pretrained"
         )
     for name, weight in weights.items():
         if entries[name].shape != weight.shape:
             raise InputError(
                 f"{entries[name].file or checkpoint.path}: {name} has shape {entries[name].shape}, "
-                f"the model's configuration asks for {weight.shape}"
+                f"but the model's configuration asks for {weight.shape}"
             )
     return entries
 
 
 @torch.no_grad()
 def _compute_buffers(inner: Any) -> None:
-    """Buffers that no checkpoint holds (rotary frequencies), by the model's own initialization. Raises
-    InputError for one that this leaves alone."""
+    """Compute the buffers that no checkpoint holds (rotary frequencies) with the model's own
+    initialization. Raises InputError for a buffer that this does not set."""
     for prefix, module in inner.named_modules():
         buffers = {
             f"{prefix}.{name}": value
@@ -276,7 +276,10 @@ def _compute_buffers(inner: Any) -> None:
         marks = {}
         for name, value in buffers.items():
             if not value.is_floating_point() and value.dtype != torch.int64:
-                raise InputError(f"{type(inner).__name__}: cannot tell what its buffer {name} holds")
+                raise InputError(
+                    f"{type(inner).__name__}: its buffer {name} is neither floating-point nor "
+                    "int64; engine=hf cannot initialize it"
+                )
             floats = value.is_floating_point()
             marks[name] = float("nan") if floats else torch.iinfo(torch.int64).min
             value.fill_(marks[name])
@@ -285,4 +288,7 @@ def _compute_buffers(inner: Any) -> None:
         for name, value in buffers.items():
             left = value.isnan() if value.is_floating_point() else value == marks[name]
             if left.any():
-                raise InputError(f"{type(inner).__name__}: its buffer {name} is not computed")
+                raise InputError(
+                    f"{type(inner).__name__}: its initialization does not set the buffer {name}; "
+                    "engine=hf cannot run this model"
+                )

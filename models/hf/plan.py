@@ -1,10 +1,10 @@
-"""From a transformers model and its tensor-parallel plan to this rank's part of it.
+"""Turns a transformers model into this rank's part of it, by the model's tensor-parallel plan.
 
-A plan (`base_model_tp_plan`) maps names of modules to styles: "colwise" divides the outputs of a
-Linear, "rowwise" its inputs, and so on. Here each Linear that a plan names is replaced by one of our
-layers, in place, on the meta device; what to read from the checkpoint for it is noted. Heads are
-divided by `tp.heads` (whole heads, KV heads replicated where ranks share them) and MLP widths by
-`tp.shard`, which work for any number of ranks, where the library's own splits want multiples.
+A plan (`base_model_tp_plan`) maps names of modules to styles: "colwise" shards the outputs of a Linear,
+"rowwise" its inputs, and so on. Here each Linear that a plan names is replaced in place by one of
+Yoke's layers, on the meta device, and the weights to read for it are recorded. `tp.heads` splits heads
+(whole heads; KV heads are replicated where ranks share them) and `tp.shard` splits MLP widths. Both
+work for any number of ranks, while the library's own splits need multiples.
 
 What is not here: experts, and plans with styles that `_STYLES` does not list. They are refused.
 """
@@ -31,15 +31,17 @@ _WHOLE = ("replicated_with_grad_allreduce", "replicate", "mla_kv_a_proj", "local
 _GATHERED = ("colwise_gather_output", "colwise_rep")
 _SPLIT_INPUT = ("rowwise_split_input", "rowwise_rep")
 _STYLES = ("colwise", "rowwise", *_GATHERED, *_SPLIT_INPUT, *_WHOLE)
-_KEYS = ("k_proj", "qkv_proj", "query_key_value", "kv_b_proj")  # what makes a module attention
+# Children that mark a module as attention.
+_KEYS = ("k_proj", "qkv_proj", "query_key_value", "kv_b_proj")
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight of a checkpoint, full `shape`, and the tensor `kind` of `module` that its part fills.
+    """One weight of a checkpoint, of full `shape`, and the tensor `kind` of `module` that its part
+    fills.
 
-    The part is `[start, stop)` of dimension `dim`, or all (None); what the tensor holds beyond it is
-    zero. `first`: whole on rank 0 and zero on the others (a bias behind a sum over the ranks).
+    The part is `[start, stop)` of dimension `dim`, or all (None); the rest of the tensor is zero.
+    `first`: full on rank 0 and zero on the others (a bias that is added before a sum over the ranks).
     """
 
     module: nn.Module
@@ -53,7 +55,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class _Work:
-    """What the functions below share: the model, what it is called in messages, and the results."""
+    """The state that the functions below share: the model, its name in messages, and the results."""
 
     model: nn.Module
     name: str
@@ -65,14 +67,14 @@ class _Work:
     splits: dict[int, Split]
 
     def refuse(self, why: str) -> InputError:
-        return InputError(f"the tensor-parallel plan of {self.name} cannot be honored: {why}")
+        return InputError(f"the tensor-parallel plan of {self.name} cannot be applied: {why}")
 
 
 def divide(model: Any, group: Group) -> tuple[dict[str, Weight], dict[int, Split]]:
-    """Replace what the plan of `model` (on the meta device) divides, in place.
+    """Replace the modules that the plan of `model` (on the meta device) shards, in place.
 
-    Returns what to read, by stored name, and how the heads of each layer are split. Raises InputError
-    that names what cannot be honored.
+    Returns the weights to read, by stored name, and the split of the heads, by layer. Raises InputError
+    that names what cannot be applied.
     """
     text = model.config.get_text_config()
     name = f"{type(model).__name__} ({model.config.model_type})"
@@ -101,7 +103,7 @@ def divide(model: Any, group: Group) -> tuple[dict[str, Weight], dict[int, Split
     layers = set(range(text.num_hidden_layers))
     if work.splits.keys() != layers:
         missing = sorted(layers ^ work.splits.keys())
-        raise work.refuse(f"it does not divide the attention of layers {missing[:8]}")
+        raise work.refuse(f"it does not shard the attention of layers {missing[:8]}")
     return work.weights, work.splits
 
 
@@ -117,7 +119,7 @@ def _head_counts(name: str, text: Any) -> tuple[int, int]:
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:
-    """All weights as whole ones; one that is tied to another comes once."""
+    """All weights, unsharded; tied weights come once."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         passing = module._non_persistent_buffers_set
@@ -129,18 +131,18 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:
 
 
 def _divide_ends(work: _Work) -> set[str]:
-    """Embedding and head, by vocabulary: where they are plain tables. Returns their names."""
+    """Shard embedding and head by vocabulary, if they are plain tables. Returns their names."""
     model: Any = work.model
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None:
-        raise work.refuse("it has no head that makes logits")
+        raise work.refuse("the model has no head that makes logits")
     names = {id(module): name for name, module in work.model.named_modules()}
     embed_name, head_name = names[id(embed)], names[id(head)]
     tied = head.weight is embed.weight
     block = -(-embed.weight.shape[0] // work.group.size)
     plain = type(embed) is nn.Embedding and embed.max_norm is None
     if tied and type(head) is not nn.Linear:
-        plain = False  # both stay whole
+        plain = False  # both stay unsharded
     style = work.plan.get(head_name)
     if style is not None and style not in _GATHERED:
         raise work.refuse(f"style {style!r} of {head_name}")
@@ -156,7 +158,7 @@ def _divide_ends(work: _Work) -> set[str]:
 
 
 def _by_parent(work: _Work, done: set[str]) -> dict[str, dict[str, str]]:
-    """The plan, written out: parent's name -> child -> style. Raises InputError for unknown styles."""
+    """The expanded plan: parent's name -> child -> style. Raises InputError for unknown styles."""
     rules = [
         (re.compile(re.escape(key).replace(r"\*", r"\d+")), style) for key, style in work.plan.items()
     ]
@@ -166,14 +168,14 @@ def _by_parent(work: _Work, done: set[str]) -> dict[str, dict[str, str]]:
         for rule, style in rules:
             if rule.fullmatch(place):
                 if style not in _STYLES:
-                    raise work.refuse(f"style {style!r} of {place}; there are {', '.join(_STYLES)}")
+                    raise work.refuse(f"style {style!r} of {place}; supported: {', '.join(_STYLES)}")
                 parent, _, child = place.rpartition(".")
                 found.setdefault(parent, {})[child] = style
     return found
 
 
 def _divide_module(work: _Work, prefix: str, children: dict[str, str]) -> None:
-    """Replace the divided children of one module: an attention, or anything of one inner width."""
+    """Replace the sharded children of one module: an attention, or a module with one inner width."""
     children = {child: style for child, style in children.items() if style not in _WHOLE}
     if not children:
         return
@@ -188,7 +190,7 @@ def _divide_module(work: _Work, prefix: str, children: dict[str, str]) -> None:
         if (own := [child for child, other in children.items() if other == style])
     }
     if "colwise" in inner and inner["colwise"] != inner.get("rowwise"):
-        raise work.refuse(f"{prefix} divides outputs that nothing in it takes divided")
+        raise work.refuse(f"{prefix} has sharded outputs, but no sharded inputs of the same width")
     for child, style in children.items():
         name, linear = f"{prefix}.{child}", _linear(work, prefix, child)
         out_features, in_features = linear.weight.shape
@@ -208,11 +210,11 @@ def _divide_attention(
     work: _Work, prefix: str, parent: Any, layer: int, children: dict[str, str]
 ) -> None:
     if layer in work.splits:
-        raise work.refuse(f"layer {layer} has two attentions; {prefix} is the second")
+        raise work.refuse(f"layer {layer} has two attention modules; {prefix} is the second")
     whole = any(children.get(key) in _GATHERED for key in _KEYS)
     latent = "kv_b_proj" in children
-    # Latent attention expands to as many KV heads as there are query heads, and fused rows that are
-    # not gathered lie head by head. (Where they do not, trying the shapes finds it.)
+    # Latent attention expands to as many KV heads as query heads. Fused rows that are not gathered are
+    # ordered by head. (If they are not, trying the shapes finds it.)
     alike = latent or "query_key_value" in children
     kv_heads = work.num_heads if alike else work.num_kv_heads
     if children.get("qkv_proj") == "colwise":
@@ -241,7 +243,7 @@ def _divide_attention(
             raise work.refuse(f"style {style!r} of {name} beside gathered projections")
     for child, norm_heads in (("q_norm", work.num_heads), ("k_norm", kv_heads)):
         weight = getattr(getattr(parent, child, None), "weight", None)
-        # A norm with numbers of its own for each head, as Cohere's.
+        # A norm with separate weights for each head, as in Cohere's models.
         if weight is not None and weight.ndim == 2 and weight.shape[0] == norm_heads and not whole:
             bounds = (
                 (heads.kv_start, heads.kv_stop)
@@ -258,7 +260,7 @@ def _divide_attention(
 
 
 def _tell_counts(parent: Any, num_q: int, num_kv: int, split: Split) -> None:
-    """Some modules shape their heads by numbers that they keep: those become this rank's."""
+    """Set this rank's counts of heads in modules that keep counts and reshape by them."""
     heads = split.heads
     for name, total, own in (
         ("num_heads", num_q, heads.num_q),
@@ -269,7 +271,7 @@ def _tell_counts(parent: Any, num_q: int, num_kv: int, split: Split) -> None:
         if getattr(parent, name, None) == total:
             setattr(parent, name, own)
     if hasattr(parent, "num_key_value_groups"):
-        # Uneven groups have no such number: what still reads it must fail.
+        # Uneven groups have no single number: code that still reads it must fail.
         del parent.num_key_value_groups
         if len(heads.runs) == 1:
             parent.num_key_value_groups = heads.num_q // heads.num_kv
@@ -277,7 +279,9 @@ def _tell_counts(parent: Any, num_q: int, num_kv: int, split: Split) -> None:
 
 def _unit(work: _Work, name: str, size: int, count: int) -> int:
     if size % count:
-        raise work.refuse(f"the {size} numbers of {name} are not those of {count} heads")
+        raise work.refuse(
+            f"the {size} rows or columns of {name} are not a multiple of its {count} heads"
+        )
     return size // count
 
 
@@ -311,7 +315,7 @@ def _row(work: _Work, name: str, linear: Any, start: int, stop: int) -> None:
 
 
 def _bare(work: _Work, name: str, module: nn.Module, kind: str, start: int, stop: int) -> None:
-    """Keep the rows `[start, stop)` of a parameter that no Linear holds."""
+    """Keep the rows `[start, stop)` of a parameter that is not part of a Linear."""
     old = module._parameters[kind]
     assert old is not None
     module._parameters[kind] = nn.Parameter(old[start:stop], requires_grad=False)
@@ -325,13 +329,13 @@ def _put(
     holder: nn.Module,
     cuts: Mapping[str, tuple[int, int, int] | None],
 ) -> None:
-    """Set `new` in the place of the module `name`; `holder` in it has the parameters. A cut of None
-    is the bias behind a sum: rank 0's."""
+    """Replace the module `name` by `new`; `holder` inside it has the parameters. A cut of None means a
+    bias that only rank 0 adds, before the sum over the ranks."""
     old = work.model.get_submodule(name)
     for kind, cut in cuts.items():
         weight = work.weights.get(f"{name}.{kind}")
         if weight is None:
-            continue  # no bias, or tied to what was divided before
+            continue  # there is no bias, or the weight is tied to one that is already sharded
         shape = weight.shape
         work.weights[f"{name}.{kind}"] = (
             Weight(holder, kind, shape, first=True)
