@@ -1,4 +1,4 @@
-// Attention over a cache: what the loops of each instruction set take. Plain pointers and sizes, nothing of torch.
+// Attention over a cache: the arguments of each instruction set's loops. Plain pointers and sizes, no torch.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,9 @@ namespace yoke::kernels {
 enum class Type { f32, bf16, f16, i8 };
 
 // One token's attention: `group` query heads that share a KV head, over the cached positions [first, last).
-// q [group, h] with heads `q_stride` apart, out [group, h], both of `q_type`. Position t of the cache lies
-// (sources[t] * row_stride + t) * h behind k and v, of which k_scale and v_scale (int8) have one number per
-// position; without sources, at t * h. Scores are multiplied by `scale`; with a cap they become
+// q [group, h] with heads `q_stride` numbers apart, out [group, h], both of `q_type`. The cache is of `cache_type`.
+// Position t is at k and v + (sources[t] * row_stride + t) * h; without sources, at k and v + t * h. k_scale and
+// v_scale (int8 only) have one number per position. Scores are multiplied by `scale`; with a cap they become
 // cap * tanh(score / cap).
 struct TokenArgs {
   const void* q;
@@ -20,15 +20,15 @@ struct TokenArgs {
   const float* k_scale;
   const float* v_scale;
   const std::int32_t* sources;
-  float* scratch;  // of token_scratch
+  float* scratch;  // token_scratch(...) floats
   Type q_type, cache_type;
   std::int64_t q_stride, row_stride, first, last, group, h;
   float scale, cap;
 };
 
-// The same for `tokens` tokens of one row at ascending `positions`, which see each the last `window` positions
-// up to their own (0: all). Token i and head g of q lie i * token_stride + g * q_stride behind q, those of out
-// i * out_stride + g * h behind out.
+// The same for `tokens` tokens of one cache row at ascending `positions`. Each attends to the last `window` positions
+// up to its own (0: all). Head g of token i is at q + i * token_stride + g * q_stride, and at
+// out + i * out_stride + g * h.
 struct ChunkArgs {
   const void* q;
   void* out;
@@ -37,13 +37,13 @@ struct ChunkArgs {
   const float* k_scale;
   const float* v_scale;
   const std::int64_t* positions;
-  float* scratch;  // of chunk_scratch, on a border of 64 bytes
+  float* scratch;  // chunk_scratch(...) floats, aligned to 64 bytes
   Type q_type, cache_type;
   std::int64_t tokens, token_stride, q_stride, out_stride, group, h, window;
   float scale, cap;
 };
 
-// A key or value of `h` numbers on its way into the cache; for int8, `scale` becomes the largest / 127.
+// Writes a key or value of `h` numbers to the cache. For int8, `scale` is set to the largest absolute value / 127.
 struct WriteArgs {
   const void* from;
   void* to;
@@ -52,9 +52,9 @@ struct WriteArgs {
   std::int64_t h;
 };
 
-// `heads` heads of a token, [heads, h] of `type`, on their way from the product to where they attend: the first
-// 2 * half numbers of each are turned (rotary embedding), number i with number i + half, or interleaved number 2 i
-// with 2 i + 1, by the angles of which cos and sin [half] are given; the rest is copied.
+// Rotary embedding of `heads` heads of a token, [heads, h] of `type`, from `from` to `to`. The first 2 * half numbers
+// of each head are rotated: number i with number i + half or, if interleaved, number 2 i with 2 i + 1. cos and sin
+// [half] are those of the angles. The other numbers are copied.
 struct TurnArgs {
   const void* from;
   void* to;
@@ -65,11 +65,11 @@ struct TurnArgs {
   bool interleaved;
 };
 
-constexpr std::int64_t kKeyBlock = 256;  // positions that a chunk attends to at a time
+constexpr std::int64_t kKeyBlock = 256;  // positions in a block of keys, which a chunk processes at a time
 
 constexpr std::int64_t round_up(std::int64_t count, std::int64_t unit) { return (count + unit - 1) / unit * unit; }
 
-// In floats.
+// The scratch sizes, in floats.
 constexpr std::int64_t token_scratch(std::int64_t group, std::int64_t length, std::int64_t h) {
   return group * (2 * round_up(h, 16) + round_up(length, 16));
 }

@@ -1,8 +1,8 @@
-// AMX (Sapphire Rapids and later): products with weights of bfloat16 that lie packed, from five rows of x on.
+// AMX (Sapphire Rapids and later): linears with packed bfloat16 weights, from five rows of x on.
 //
-// A tile of w is a right-hand side as it lies in memory, so nothing is copied or made: few rows of x stay on the left
-// while panels of w pass by once, as fast as memory gives them; many rows go through the caches in blocks. See
-// kernels_amx.cpp for the idea, quant_amx.cpp for weights that have to be made first.
+// A packed tile of w can be loaded as a right-hand side directly, so nothing is copied or converted. With few rows of
+// x, the panels of w are read once, at the speed of memory; many rows are processed in cache blocks. See
+// kernels_amx.cpp for the idea, quant_amx.cpp for weights that must be dequantized first.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -13,10 +13,10 @@ namespace yoke::kernels {
 namespace isa_amx {
 namespace {
 
-// Few rows of x have sums that stay in the first cache beside what is read:
-constexpr std::int64_t kStreams = 4;   // for up to 32 of them so many panels are read in turn, else half as many,
-constexpr std::int64_t kTurn = 2;      // a page of each: so many steps
-constexpr std::int64_t kAhead = 3072;  // bytes of each between what is read and what is asked for
+// With few rows of x, the sums stay in the L1 cache beside what is read.
+constexpr std::int64_t kStreams = 4;   // panels that are read alternately for up to 32 rows of x; else half as many
+constexpr std::int64_t kTurn = 2;      // steps of a panel before the next panel's: a page
+constexpr std::int64_t kAhead = 3072;  // the prefetch distance in each panel, in bytes
 
 struct Brains {
   static constexpr std::int64_t kNumbers = kStep;
@@ -30,7 +30,7 @@ inline void ask_for(const std::uint8_t* from) {
   for (std::int64_t i = 0; i < 2 * kTile; i += kLine) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
 }
 
-// 16 B rows of x times a turn of a panel, added to `sums`. `ask`: for what comes next of it, too.
+// Adds 16 B rows of x times `steps` steps of a panel to `sums`. `ask`: also prefetch the panel's next steps.
 template <int B>
 inline void multiply_turn(const std::uint8_t* w, const std::uint8_t* x, std::int64_t steps, float* sums, bool resume,
                           bool ask) {
@@ -42,7 +42,7 @@ inline void multiply_turn(const std::uint8_t* w, const std::uint8_t* x, std::int
   keep<B>(sums);
 }
 
-// All rows of x, and `count` panels of w from `panel` on, a page of each in turn.
+// All rows of x times `count` panels of w from `panel` on, one page of each panel at a time.
 void few(const QuantArgs& a, std::int64_t panel, std::int64_t count, float* all_sums) {
   const std::int64_t across = parts(a.m, kPanelRows);
   for (std::int64_t turn = 0; turn < a.steps(); turn += kTurn) {

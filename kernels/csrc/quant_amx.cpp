@@ -1,12 +1,12 @@
-// AMX (Sapphire Rapids and later): products with quantized weights, from five rows of x on.
+// AMX (Sapphire Rapids and later): linears with quantized weights, from five rows of x on.
 //
-// Weights become tiles in the first cache, a panel and a piece of k at a time, and are multiplied there by all rows of
-// x, which stand on the left as they lie: the sums come out as rows of y, 16 numbers of a row together. Where all rows
-// of x are one panel the sums never leave the tiles, and weights are made two steps before they are multiplied, so
-// that one unit works while the other does. See kernels_amx.cpp for the blocks.
+// Weights are dequantized into tiles in the L1 cache, one panel and a piece of k at a time, and multiplied there by all
+// rows of x. x is the left-hand side, row-major, so the sums come out as rows of y, 16 numbers of a row together. If x
+// is a single panel, the sums never leave the tiles, and weights are dequantized two steps before they are multiplied,
+// so that vector and matrix units work at the same time. See kernels_amx.cpp for the blocks.
 //
-// There are two kinds of tiles, both of 16 rows of 64 bytes: bf16, 32 numbers of k, and int8, 64 of them, where
-// weights have one scale a row and x is quantized too. Those sums are exact.
+// There are two kinds of tiles, both of 16 rows of 64 bytes: bf16, with 32 numbers of k, and int8, with 64 of them,
+// where weights have one scale per row and x is quantized too. The int8 sums are exact.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <string.h>
@@ -19,11 +19,11 @@ namespace yoke::kernels {
 namespace isa_amx {
 namespace {
 
-constexpr std::int64_t kRing = 8, kLead = 2;  // steps of w in `few`, and how far they are ahead
+constexpr std::int64_t kRing = 8, kLead = 2;  // in `few`: steps of w in the buffer, and steps dequantized ahead
 
-const TileConfig kConfigOf8 = TileConfig::of(8);  // in memory for good, as kConfig
+const TileConfig kConfigOf8 = TileConfig::of(8);  // a global constant, like kConfig
 
-// Tiles of bf16.
+// bf16 tiles.
 struct Rounded {
   static constexpr std::int64_t kNumbers = 32;
   static constexpr bool kMade = true;
@@ -31,7 +31,7 @@ struct Rounded {
   // 32 numbers of a row of x from k on.
   static __m512i line_of_x(const QuantArgs& a, std::int64_t m, std::int64_t k) { return line(a.x + m * a.k + k); }
 
-  // Steps [first, last) of a panel of w.
+  // Dequantizes steps [first, last) of a panel of w.
   static void make(const QuantArgs& a, std::int64_t panel, std::int64_t first, std::int64_t last, std::uint8_t* to) {
     dequantize(a, panel, first, last, reinterpret_cast<bf16*>(to));
   }
@@ -39,7 +39,7 @@ struct Rounded {
   static __m512 sums(const float* from) { return _mm512_load_ps(from); }
 };
 
-// Tiles of int8: one scale for each row of w, and of x.
+// int8 tiles: one scale per row of w and per row of x.
 struct Whole {
   static constexpr std::int64_t kNumbers = 64;
   static constexpr bool kMade = true;
@@ -58,7 +58,7 @@ struct Whole {
     return _mm512_inserti32x4(_mm512_inserti32x4(half, quarters[2], 2), quarters[3], 3);
   }
 
-  // A line of 64 bytes is two pairs of k of 16 rows, and becomes four numbers of each.
+  // A line of 64 bytes has two pairs of k for 16 rows; it becomes four consecutive numbers of each row.
   static void make(const QuantArgs& a, std::int64_t panel, std::int64_t first, std::int64_t last, std::uint8_t* to) {
     const __m512i fours = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -79,15 +79,15 @@ struct Whole {
   static __m512 sums(const float* from) { return _mm512_cvtepi32_ps(_mm512_load_si512(from)); }
 };
 
-// Panels [first, last) of x -> tiles, zeros past the end.
+// Packs panels [first, last) of x into tiles, with zeros past the end.
 template <class T>
 void pack_tiles(const QuantArgs& a, std::uint8_t* packed, std::int64_t first, std::int64_t last) {
   const std::int64_t steps = steps_of<T>(a);
   for (std::int64_t panel = first; panel < last; ++panel) {
-    for (std::int64_t step = 0; step < steps; step += kPiece) {  // a piece stays in the first cache
+    for (std::int64_t step = 0; step < steps; step += kPiece) {  // a piece stays in the L1 cache
       for (std::int64_t r = 0; r < kPanelRows; ++r) {
         const std::int64_t m = panel * kPanelRows + r;
-        if (m >= parts(a.m, kTileRows) * kTileRows) break;  // of a tile that nobody reads
+        if (m >= parts(a.m, kTileRows) * kTileRows) break;  // the row is in a tile that is never read
         std::uint8_t* to = packed + place<T>(a, panel, step) + r / kTileRows * kTile + r % kTileRows * kLine;
         for (std::int64_t s = step; s < least(step + kPiece, steps); ++s, to += 2 * kTile) {
           _mm512_store_si512(to, m < a.m ? T::line_of_x(a, m, s * T::kNumbers) : _mm512_setzero_si512());
@@ -106,7 +106,7 @@ void pack(const QuantArgs& a, std::uint8_t* packed, std::int64_t first, std::int
                               : pack_tiles<Rounded>(a, packed, first, last);
 }
 
-// One panel of x.
+// The linear for a single panel of x.
 template <class T, int B>
 void few(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   Scratch& own = scratch();
@@ -159,7 +159,7 @@ void linear_quant(const QuantArgs& a, std::int64_t first, std::int64_t last) {
 }  // namespace
 }  // namespace isa_amx
 
-// What vectors are given the 15 rows are theirs: a few by weights that have a scale a row.
+// 15: few rows times weights with one scale per row may go to the vector loops, which need x_float.
 const QuantKernels amx_quant{isa_amx::linear_quant, isa_amx::gate_rows, 15, isa_amx::dequantize, isa_amx::packs, isa_amx::pack,
                              isa_amx::gates};
 

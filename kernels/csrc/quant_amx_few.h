@@ -1,12 +1,12 @@
-// AMX: five to 16 rows of x, times weights that groups of k scale. Part of quant_amx.cpp.
+// AMX: five to 16 rows of x, times weights with scales per group of k. Part of quant_amx.cpp.
 //
-// Weights become whole numbers in bf16 and nothing more: to scale the sums of a step costs an instruction for each row
-// of x, to scale its weights some ten for each 32 of them. So a row of y is exact but for float's roundings, and has
-// the same bits whatever other rows there are.
+// Weights are only converted to integers in bf16; the scales are applied to the sums. Scaling the sums of a step costs
+// one instruction per row of x, scaling its weights some ten for each 32 of them. So a row of y is exact but for
+// float's rounding, and has the same bits whatever the other rows are.
 //
-// A tile of 16 rows is read for a turn of some steps, its totals in registers, then the panel's other one, then three
-// more panels (several streams: see quant_avx512.cpp). Whole numbers are made, multiplied two steps later, and their
-// sums scaled and added up two steps after that, so that none waits for another.
+// One tile of 16 rows is processed for a turn of kTurn steps with its totals in registers, then the panel's other tile,
+// then three more panels (several streams: see quant_avx512.cpp). This is a pipeline, so that no stage waits: a step's
+// weights are converted, multiplied two steps later, and their sums scaled and added two steps after that.
 #pragma once
 
 #include <immintrin.h>
@@ -17,8 +17,8 @@ namespace yoke::kernels {
 namespace isa_amx {
 namespace {
 
-constexpr std::int64_t kTurn = 8;       // steps
-constexpr std::int64_t kStreams = 4;    // panels that are read in turn
+constexpr std::int64_t kTurn = 8;       // steps of one tile before the next tile's
+constexpr std::int64_t kStreams = 4;    // panels that are read alternately
 constexpr std::int64_t kLag = 2, kLagRing = 4;
 
 struct FewScratch {
@@ -28,15 +28,15 @@ struct FewScratch {
 };
 thread_local FewScratch few_scratch;
 
-// Whether a product is one of these.
+// Whether these loops take a linear.
 inline bool scales_sums(const QuantArgs& a) {
   return a.m > kRowBlock && a.m <= kTileRows && a.format != Format::bf16 && !a.scaled_last();
 }
 
-// Rows of x that are multiplied: more than m, if need be, of zeros.
+// The number of rows of x in a tile; rows past m are zeros.
 inline std::int64_t few_rows(std::int64_t m) { return m <= 8 ? 8 : 16; }
 
-// x as [step][few_rows(m)][32], and if there are offsets the sums of that, as floats.
+// Packs x as [step][few_rows(m)][32]; if there are offsets, the sums of these 32 follow as floats.
 void pack_few(const QuantArgs& a, std::uint8_t* packed) {
   const std::int64_t rows = few_rows(a.m);
   float* sums = reinterpret_cast<float*>(packed + a.steps() * rows * kLine);
@@ -64,8 +64,8 @@ inline void make_whole(const std::uint8_t* from, std::int64_t ahead, __m512i tab
   }
 }
 
-// Steps [step, step + count) of tile `t` of a panel. Asked for is what comes after them, `ahead` of what is read.
-// Each: that is a group.
+// Multiplies steps [step, step + count) of tile `t` of a panel, and prefetches `ahead` bytes beyond what it reads.
+// Each: every step is a group.
 template <Format F, int M, bool Each>
 void turn(const QuantArgs& a, FewScratch& own, std::int64_t panel, std::int64_t t, std::int64_t step,
           std::int64_t count, std::int64_t ahead, float (&totals)[kTileRows][kTileRows]) {
@@ -76,14 +76,14 @@ void turn(const QuantArgs& a, FewScratch& own, std::int64_t panel, std::int64_t 
   const float* of_x = reinterpret_cast<const float*>(a.packed + a.steps() * M * kLine) + step * M;
   const std::int64_t steps_of_group = a.group / kStep;
   std::int64_t at = (panel * a.groups() + step / steps_of_group) * kPanelRows + t * kTileRows;
-  std::int64_t left = steps_of_group - step % steps_of_group, unsummed = left;  // to the end of a group
-  bool fresh = true;  // the next step multiplied is the first of a sum
+  std::int64_t left = steps_of_group - step % steps_of_group, unsummed = left;  // steps to the end of the group
+  bool fresh = true;  // the next multiplied step starts a new sum
   __m512 found[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) found[m] = step == 0 ? _mm512_setzero_ps() : _mm512_load_ps(totals[m]);
   for (std::int64_t i = 0; i < count + 2 * kLag; ++i) {
     if (i < count) make_whole<F>(data + i * 2 * kBytes, ahead, table, own.w[i % kLagRing]);
-    __asm__ volatile("" ::: "memory");  // compilers do not see tiles read and write
+    __asm__ volatile("" ::: "memory");  // compilers do not see that tile instructions access memory
     if (i >= kLag && i < count + kLag) {
       if (Each || fresh) _tile_zero(0);
       _tile_loadd(4, x + (i - kLag) * M * kLine, kLine);

@@ -1,10 +1,10 @@
-// AVX-512: products with quantized weights, a few rows of x at a time.
+// AVX-512: linears with packed weights, a few rows of x at a time.
 //
-// Lanes are rows of w. A number costs a shift and a permutation (int4: a permutation looks up 16 numbers in a table
-// of 16, and takes the low bits of each index alone) or a widening and a conversion (int8), on different ports, and
-// then a product for each row of x. Products are of floats: where pairs of bf16 have an instruction it does no more
-// numbers in its time (Sapphire Rapids: 32 in two cycles), and wants bf16. Several panels are read in turn, a stream
-// each, of which more is asked for ahead: a core fills memory's time with nothing less.
+// Lanes are rows of w. A number costs a shift and a permutation (int4: the permutation looks up 16 numbers in a table
+// of 16 and uses only the low bits of each index) or a widening and a conversion (int8), which use different ports,
+// and then one multiply-add for each row of x. Multiplications are in float: the instruction for bf16 pairs has no
+// higher throughput (Sapphire Rapids: 32 numbers in two cycles) and would need bf16 inputs. Several panels are read
+// alternately, one stream each, with prefetching: a core cannot saturate memory with less.
 #if defined(__x86_64__)
 #include <string.h>
 
@@ -16,9 +16,9 @@ namespace yoke::kernels {
 namespace isa_avx512 {
 namespace {
 
-constexpr std::int64_t kStreams = 4;   // panels that are read in turn; of bf16 more, which leaves time for that
-constexpr std::int64_t kWideStreams = 6;
-constexpr std::int64_t kAhead = 3072;  // bytes of each stream between what is read and what is asked for
+constexpr std::int64_t kStreams = 4;   // panels that are read alternately
+constexpr std::int64_t kWideStreams = 6;  // the same for bf16, which leaves time for more streams
+constexpr std::int64_t kAhead = 3072;  // the prefetch distance in each stream, in bytes
 
 template <std::int64_t kBytes>
 inline void ask_for(const std::uint8_t* from) {
@@ -26,8 +26,8 @@ inline void ask_for(const std::uint8_t* from) {
   for (std::int64_t i = 0; i < kBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
 }
 
-// The sums of two tiles and a step for M rows of x, each in C parts: in as many whatever M is, so that a row's bits do
-// not depend on how many there are.
+// The sums of one step of two tiles for M rows of x, each in C partial sums. C does not depend on M, so a row's bits do
+// not depend on the number of rows.
 template <int M, int C>
 struct Sums {
   __m512 of[2][M][C];
@@ -41,7 +41,7 @@ struct Sums {
   __m512 total(int t, int m) const { return C == 1 ? of[t][m][0] : _mm512_add_ps(of[t][m][0], of[t][m][C - 1]); }
 };
 
-// A step of two tiles times M rows of x.
+// One step of two int4 tiles times M rows of x.
 template <int M>
 inline void multiply_i4(const std::uint8_t* tiles, __m512 table,
                         const float* x, __m512 (&sums)[2][M]) {
@@ -64,7 +64,7 @@ inline void multiply_i4(const std::uint8_t* tiles, __m512 table,
     for (int m = 0; m < M; ++m) sums[t][m] = own.total(t, m);
 }
 
-// What is asked for ahead is spread among the products: more at once would have to wait for memory.
+// The same for bf16. Prefetches are spread among the multiplications: many at once would wait for memory.
 template <int M>
 inline void multiply_bf16(const std::uint8_t* tiles, const float* x, __m512 (&sums)[2][M]) {
   Sums<M, 2> own;
@@ -90,7 +90,7 @@ inline void multiply_bf16(const std::uint8_t* tiles, const float* x, __m512 (&su
     for (int m = 0; m < M; ++m) sums[t][m] = own.total(t, m);
 }
 
-// Lanes are 8 rows by the two of a pair: as bytes are widened.
+// The same for int8. Lanes are 8 rows by the two numbers of a pair, the order in which bytes are widened.
 template <int M>
 inline void multiply_i8(const std::uint8_t* tiles, const float* x, __m512 (&sums)[2][M]) {
   Sums<M, 2> own;
@@ -127,7 +127,7 @@ constexpr std::int64_t streams() {
   return F == Format::bf16 ? kWideStreams : kStreams;
 }
 
-// M rows of x from m0 on and `count` panels of w from `panel` on, a step of each in turn.
+// M rows of x from m0 on times `count` panels of w from `panel` on, one step of each panel at a time.
 template <Format F, int M>
 void few(const QuantArgs& a, std::int64_t m0, std::int64_t panel, std::int64_t count) {
   constexpr std::int64_t kBytes = 2 * tile_bytes(F);
@@ -145,7 +145,7 @@ void few(const QuantArgs& a, std::int64_t m0, std::int64_t panel, std::int64_t c
   for (std::int64_t step = 0; step < steps; ++step, data += kBytes) {
     const float* x = a.x_float + m0 * a.k + step * M * kStep;
     for (std::int64_t p = 0; p < count; ++p) {
-      __asm__("" : "+r"(x));  // compilers would keep x in registers that it has to be copied from: loads are free
+      __asm__("" : "+r"(x));  // keeps compilers from holding x in registers, at the cost of copies: loads are free
       const std::uint8_t* tiles = data + p * steps * kBytes;
       if constexpr (F != Format::bf16) ask_for<kBytes>(tiles + kAhead);
       __m512 sums[2][M];

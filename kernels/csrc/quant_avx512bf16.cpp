@@ -1,8 +1,8 @@
-// AVX-512 with products of bf16 pairs (Cooper Lake, Sapphire Rapids, Zen 4 and later): quantized weights times many
-// rows of x. A few rows are those of plain AVX-512, or of bytes.
+// AVX-512 with dot products of bf16 pairs (Cooper Lake, Sapphire Rapids, Zen 4 and later): packed weights times many
+// rows of x. A few rows go to the loops of plain AVX-512, or of VNNI for int4.
 //
-// Weights of a panel become whole numbers in bf16, a piece at a time that stays in the first cache for all rows of x;
-// the sums of a step are scaled in float.
+// A piece of a panel is converted to integers in bf16, which stay in the L1 cache for all rows of x. The sums of a step
+// are scaled in float.
 #if defined(__x86_64__)
 #include <string.h>
 
@@ -14,10 +14,10 @@ namespace yoke::kernels {
 namespace isa_avx512bf16 {
 namespace {
 
-constexpr std::int64_t kFew = 15;    // rows of x that are taken four at a time
+constexpr std::int64_t kFew = 15;    // up to so many rows of x, the loops for few rows take them four at a time
 constexpr std::int64_t kPiece = 8;   // steps: 16 KiB
-constexpr std::int64_t kRows = 6;    // of x at a time: their sums and totals are 24 registers
-constexpr std::int64_t kBlock = 120; // rows of x whose totals wait in the first cache
+constexpr std::int64_t kRows = 6;    // rows of x at a time: their sums and totals are 24 registers
+constexpr std::int64_t kBlock = 120; // rows of x with totals in the L1 cache
 
 struct Scratch {
   alignas(64) bf16 tiles[kPiece * kPanelRows * kStep];
@@ -25,7 +25,7 @@ struct Scratch {
 };
 thread_local Scratch scratch;
 
-// A piece of a panel, as whole numbers.
+// Converts steps [first, last) of a panel to unscaled numbers in bf16.
 void expand(const QuantArgs& a, std::int64_t panel, std::int64_t first, std::int64_t last, bf16* to) {
   const std::int64_t bytes = tile_bytes(a.format), numbers = kTileRows * kStep;
   const std::uint8_t* from = a.data + (panel * a.steps() + first) * 2 * bytes;
@@ -41,7 +41,7 @@ void expand(const QuantArgs& a, std::int64_t panel, std::int64_t first, std::int
   }
 }
 
-// R rows of x from m on times steps [first, last) of a panel, added to `totals`.
+// Adds R rows of x from m on times steps [first, last) of a panel to `totals`.
 template <int R>
 void multiply(const QuantArgs& a, std::int64_t m, std::int64_t panel, std::int64_t first, std::int64_t last,
               const bf16* tiles, float (*totals)[2][kTileRows]) {

@@ -1,9 +1,9 @@
-// AVX-512 with products of bytes (VNNI: Cascade Lake and later, Zen 4 and later): int4 weights times a few rows of x.
+// AVX-512 with byte dot products (VNNI: Cascade Lake and later, Zen 4 and later): int4 weights times a few rows of x.
 //
-// Nibbles are bytes after a shift and a mask for 64 of them, and bytes are multiplied and summed four by four, so a
-// few rows cost a quarter of the instructions of floats. x becomes whole numbers of 16 bits, in steps of 1/32512 of
-// the largest of the 32 of its step of k: its upper and its lower bytes are multiplied apart. All sums of a step are
-// exact, and scaled in float; a row has the same bits whatever other rows there are.
+// One shift and one mask unpack 64 nibbles to bytes, and an instruction multiplies and sums bytes in groups of four. So
+// few rows cost a quarter of the instructions of floats. Each step of 32 numbers of x is quantized to 16-bit integers,
+// in units of 1/32512 of its largest number; the upper and the lower bytes are multiplied separately. All sums of a
+// step are exact, and then scaled in float. A row has the same bits whatever the other rows are.
 #if defined(__x86_64__)
 #include <math.h>
 #include <string.h>
@@ -15,17 +15,17 @@ namespace yoke::kernels {
 namespace isa_avx512vnni {
 namespace {
 
-constexpr std::int64_t kStreams = 4;    // panels that are read in turn, as in quant_avx512.cpp
-constexpr std::int64_t kAhead = 2048;   // bytes of each between what is read and what is asked for
+constexpr std::int64_t kStreams = 4;    // panels that are read alternately, as in quant_avx512.cpp
+constexpr std::int64_t kAhead = 2048;   // the prefetch distance in each, in bytes
 constexpr float kLargest = 32512.0f;    // 127 * 256
 
-// A step of a row of x. Byte 4 i + b of `upper` and `lower` goes with byte b of the lanes that nibbles of register
-// i / 2 are masked to, after a shift by 4 if i is odd.
+// A quantized step of a row of x. Byte 4 i + b of `upper` and `lower` is multiplied by byte b of each lane of register
+// i / 2 of the weights, after a shift by 4 if i is odd, and a mask.
 struct Step {
   std::int8_t upper[kStep], lower[kStep];
   float scale;
-  std::int32_t less;  // what the sum of products begins with: -8 for each number of x where q means q - 8
-  float sum;
+  std::int32_t less;  // the initial value of the dot product: -8 times the sum of x if weights are q - 8, else 0
+  float sum;          // of the step, for offsets
 };
 
 inline __m512 to_floats(__m256i numbers) {
@@ -33,7 +33,7 @@ inline __m512 to_floats(__m256i numbers) {
 }
 
 void round_step(const bf16* x, bool offset, Step& to) {
-  // In the order in which bytes of lanes are nibbles: pairs 0, 2 | 1, 3 of each four, the firsts before the seconds.
+  // In the order of the nibbles in a lane: of each four pairs 0, 2 | 1, 3, first numbers before second ones.
   const __m512i order = _mm512_set_epi16(31, 27, 30, 26, 29, 25, 28, 24, 23, 19, 22, 18, 21, 17, 20, 16, 15, 11, 14, 10,
                                          13, 9, 12, 8, 7, 3, 6, 2, 5, 1, 4, 0);
   const __m512i numbers = _mm512_permutexvar_epi16(order, line(x));
@@ -43,7 +43,7 @@ void round_step(const bf16* x, bool offset, Step& to) {
   const bool is_finite = (_mm512_cmp_ps_mask(sizes[0], infinite, _CMP_LT_OQ) &
                           _mm512_cmp_ps_mask(sizes[1], infinite, _CMP_LT_OQ)) == 0xffff;
   const float largest = _mm512_reduce_max_ps(_mm512_max_ps(sizes[0], sizes[1]));
-  // Numbers of less than 1e-34 are zeros.
+  // Numbers below 1e-34 count as zeros.
   const bool is_usual = is_finite && largest > 1e-34f;
   to.scale = is_usual ? largest / kLargest : is_finite ? 0.0f : NAN;
   const __m512 times = _mm512_set1_ps(is_usual ? kLargest / largest : 0.0f);
@@ -60,7 +60,7 @@ void round_step(const bf16* x, bool offset, Step& to) {
   to.sum = static_cast<float>(sum) * to.scale;
 }
 
-// 32 rows of x, and those after them: blocks of kRowBlock rows, [step][row].
+// Packs rows [first, last) of x, in units of 32 rows, in blocks of kRowBlock rows, [step][row].
 void pack(const QuantArgs& a, std::uint8_t* packed, std::int64_t first, std::int64_t last) {
   Step* const to = reinterpret_cast<Step*>(packed);
   const std::int64_t end = last * kPanelRows < a.m ? last * kPanelRows : a.m;
@@ -83,7 +83,7 @@ inline __m512i broadcast(const std::int8_t* from) {
   return _mm512_set1_epi32(four);
 }
 
-// A step of two tiles times M rows of x, scaled.
+// Adds one step of two tiles times M rows of x, scaled, to the totals.
 template <int M>
 inline void multiply(const QuantArgs& a, const std::uint8_t* tiles, const Step* x, std::int64_t at,
                      __m512 (&totals)[2][M]) {
@@ -124,7 +124,7 @@ inline void multiply(const QuantArgs& a, const std::uint8_t* tiles, const Step* 
   }
 }
 
-// M rows of x from m0 on and `count` panels of w from `panel` on, a step of each in turn.
+// M rows of x from m0 on times `count` panels of w from `panel` on, one step of each panel at a time.
 template <int M>
 void few(const QuantArgs& a, std::int64_t m0, std::int64_t panel, std::int64_t count) {
   constexpr std::int64_t kBytes = 2 * tile_bytes(Format::i4);
