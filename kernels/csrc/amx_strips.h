@@ -1,9 +1,9 @@
-// AMX: products of many rows of x, in blocks for the caches, and what becomes of their sums.
+// AMX: matmuls with many rows of x, in cache blocks, and the processing of their sums.
 //
-// What weights are is told by T:
-//   kNumbers                        of k in a step of tiles
-//   kMade                           whether tiles are made of them, scaled last perhaps; else they lie as tiles
-//   make(a, panel, first, last, to) makes them, of a panel's steps
+// The template parameter T describes the weights:
+//   kNumbers                        the numbers of k in a step of tiles
+//   kMade                           whether they are dequantized into tiles (sums may need scaling), or stored as tiles
+//   make(a, panel, first, last, to) dequantizes steps [first, last) of a panel into tiles
 //   sums(from)                      16 sums as floats
 #pragma once
 
@@ -13,17 +13,17 @@
 namespace yoke::kernels::isa_amx {
 namespace {
 
-constexpr std::int64_t kRowsAStep = kPanelRows / kPiece;  // of a block that is finished beside the next one's products
+constexpr std::int64_t kRowsAStep = kPanelRows / kPiece;  // rows of a block to finish in each step of the next block
 
-// Sums of rows m to m + 32 of x and of a panel of w, [2 of x][2 of w] tiles. With `gate`, those of x and of the panel
-// of the first half that goes with it.
+// Sums of rows [m, m + 32) of x times a panel of w, [2 of x][2 of w] tiles. `gate`: the sums of the same rows times the
+// panel of the first half of w that belongs to this panel of the second half.
 struct Block {
   const float* sums;
   const float* gate;
   std::int64_t m, panel;
 };
 
-// Of a row and a panel, scaled if the sums are not yet, with the bias, as bf16.
+// Row j of a block as bf16: scaled if the sums are not scaled yet, with the bias.
 template <class T>
 inline __m512i row_of(const QuantArgs& a, const float* sums, std::int64_t m, std::int64_t j, std::int64_t n) {
   const float* row = sums + j / kTileRows * 2 * kSums + j % kTileRows * kTileRows;
@@ -43,7 +43,7 @@ inline __m512i row_of(const QuantArgs& a, const float* sums, std::int64_t m, std
   return rounded(both[0], both[1]);
 }
 
-// Rows [first, last) of a block to y. `past`: not into the caches, of which y would push out what is still needed.
+// Writes rows [first, last) of a block to y. `past`: bypass the caches, from which y would evict data still needed.
 template <class T>
 inline void finish(const QuantArgs& a, const Block& block, std::int64_t first, std::int64_t last, bool past) {
   const std::int64_t n = block.panel * kPanelRows;
@@ -62,8 +62,8 @@ inline Lanes floats_of(__m512i both, int half) {
   return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(some), 16);
 }
 
-// Rows of a block and its gate to the tiles of the next product, whose step is this panel. Those past x are zeros, or
-// numbers that nobody looks at.
+// Writes rows of a block with its gate to the tiles of the next matmul, as the step with this panel's number. Rows past
+// x are zeros, or numbers that are never used.
 template <class T>
 inline void finish_gated(const QuantArgs& a, const Block& block, std::int64_t first, std::int64_t last) {
   const std::int64_t half = a.n / kPanelRows / 2, step = block.panel - half, piece = step / kPiece * kPiece;
@@ -76,7 +76,7 @@ inline void finish_gated(const QuantArgs& a, const Block& block, std::int64_t fi
   }
 }
 
-// Tiles C += A B: the numbers of tiles are part of the instructions.
+// Tiles C += A B. A macro, because tile numbers are part of the instructions.
 #define YOKE_MULTIPLY(c, a, b)          \
   do {                                  \
     if constexpr (T::kNumbers == 64) {  \
@@ -86,11 +86,11 @@ inline void finish_gated(const QuantArgs& a, const Block& block, std::int64_t fi
     }                                   \
   } while (false)
 
-// 16 B rows of x times a panel of w: sums [B][2], tiles 0 to 3.
+// One step: 16 B rows of x times a panel of w, added to the sums [B][2] in tiles 0 to 3.
 template <class T, int B>
 inline void multiply_step(const std::uint8_t* w, const std::uint8_t* x) {
   _tile_loadd(6, w, kLine);
-  _tile_stream_loadd(4, x, kLine);  // shall not push w out of the first cache
+  _tile_stream_loadd(4, x, kLine);  // a stream load, so that it does not evict w from the L1 cache
   YOKE_MULTIPLY(0, 4, 6);
   _tile_loadd(7, w + kTile, kLine);
   YOKE_MULTIPLY(1, 4, 7);
@@ -103,7 +103,7 @@ inline void multiply_step(const std::uint8_t* w, const std::uint8_t* x) {
 
 #undef YOKE_MULTIPLY
 
-// The sums so far.
+// Loads the sums so far into the tiles, or zeros.
 template <int B>
 inline void begin(const float* sums, bool resume) {
   if (!resume) return clear<B>();
@@ -115,17 +115,17 @@ inline void begin(const float* sums, bool resume) {
   }
 }
 
-// What becomes of the block that was summed before.
+// How to finish the block that was summed before: not at all, as rows of y, or gated.
 enum class Finish { none, rows, gated };
 
-// 16 B rows of x times a piece of a panel. The sums begin at zero or at what `sums` has, and end there; those that
-// follow are asked for, being the next that are needed, and so are `lines` lines from `ahead` on, some at each step.
-// With F the block before is finished meanwhile, some rows at each step: vectors work while tiles do.
+// 16 B rows of x times a piece of a panel. The sums start from zero or from `sums`, and are stored there. Each step
+// prefetches some of the sums that follow, which are needed next, and some of the `lines` lines from `ahead` on. With F
+// each step also finishes some rows of the block before, so that vector units work while the matrix unit does.
 template <class T, int B, Finish F>
 __attribute__((noinline)) void multiply_piece(const std::uint8_t* w, const std::uint8_t* x, std::int64_t steps,
                                               float* sums, bool resume, const std::uint8_t* ahead, std::int64_t lines,
                                               const QuantArgs& a, const Block& before, bool past) {
-  if (T::kMade) __asm__ volatile("" ::: "memory");  // compilers do not see that tiles read what was made for them
+  if (T::kMade) __asm__ volatile("" ::: "memory");  // compilers do not see that tiles read `w`
   begin<B>(sums, resume);
   const float* next = sums + 4 * kSums;
   const std::uint8_t* const all = ahead + lines * kLine;
@@ -153,8 +153,9 @@ auto multiply_and(const QuantArgs& a, const Block& before) {
   return a.gate == nullptr ? multiply_piece<T, B, Finish::rows> : multiply_piece<T, B, Finish::gated>;
 }
 
-// Panels [first, last) of w, of which the sums fit a thread's scratch, times rows [m0, m1) of x: all panels of w for a
-// piece of k, then for the next. With a gate, panels are counted so that one of the first half goes before its other.
+// Panels [first, last) of w times rows [m0, m1) of x: all panels for one piece of k, then for the next. The sums must
+// fit the thread's scratch. With a gate, panels are numbered so that each panel of the first half is followed by its
+// counterpart in the second half.
 template <class T>
 void strip(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int64_t first, std::int64_t last, Scratch& own,
            bool past) {
@@ -171,8 +172,8 @@ void strip(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int64_t fi
     for (std::int64_t i = first; i < last; ++i) {
       const std::uint8_t* w = weights(i, step);
       if constexpr (T::kMade) T::make(a, panel_at(i), step, step + count, own.w);
-      // Asked for while this piece is multiplied: the next panel's, or the first one's next. Past the last, what
-      // follows may be no weight: asking for it is harmless.
+      // To prefetch while this piece is multiplied: the next panel's piece, or the first panel's next piece. What
+      // follows the last one may not be a weight: prefetching it is harmless.
       const std::uint8_t* next = i + 1 < last           ? weights(i + 1, step)
                                  : step + count < steps ? weights(first, step + count)
                                                         : weights(last, 0);
@@ -192,7 +193,7 @@ void strip(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int64_t fi
   half == 0 ? finish<T>(a, before, 0, kPanelRows, past) : finish_gated<T>(a, before, 0, kPanelRows);
 }
 
-// Panels [first, last) of w, or pairs of them, times any number of rows.
+// Panels [first, last) of w (with a gate, pairs of panels) times any number of rows of x.
 template <class T>
 void many(const QuantArgs& a, std::int64_t first, std::int64_t last, Scratch& own) {
   const bool past = a.n % kPanelRows == 0 && reinterpret_cast<std::uintptr_t>(a.y) % kLine == 0;

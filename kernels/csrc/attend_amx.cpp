@@ -1,8 +1,8 @@
-// AMX (Sapphire Rapids and later): a chunk's products of bfloat16 in tiles, where its queries are bfloat16. Keys
-// and values of other types become bfloat16 block by block; int8 loses nothing by it.
+// AMX (Sapphire Rapids and later): a chunk's matmuls in bfloat16 tiles, if its queries are bfloat16. Keys and values
+// of other types are converted to bfloat16 block by block; for int8 that is exact.
 //
-// Keys are the left-hand side as they lie, 16 of them by 32 numbers; queries are the right-hand side, turned
-// once. For the results (transposed, [number][query]) the values are the left-hand side, turned per block.
+// Keys are the left-hand side in their own layout, 16 keys by 32 numbers; queries are the right-hand side, transposed
+// once. For the results (transposed, [number][query]) the values are the left-hand side, transposed per block.
 // Source: Intel, Architecture Instruction Set Extensions Programming Reference, TDPBF16PS.
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -15,9 +15,9 @@ namespace yoke::kernels {
 namespace isa_amx {
 namespace {
 
-constexpr int64_t kDepth = 32;  // numbers of a tile's row
-constexpr int64_t kTile = 256;  // floats or pairs of a tile
-constexpr int64_t kAlong = 64;  // numbers of the values that are weighed while the softmax goes on
+constexpr int64_t kDepth = 32;  // numbers in a tile's row
+constexpr int64_t kTile = 256;  // floats or pairs in a tile
+constexpr int64_t kAlong = 64;  // numbers of each value that are summed during the softmax
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -25,10 +25,10 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// What tiles are loaded from has been stored before: compilers do not see that the instruction reads it.
+// Finishes stores before tiles are loaded from them: compilers do not see that the instruction reads memory.
 inline void settle() { asm volatile("" ::: "memory"); }
 
-// Two rows of numbers to pairs (a, b).
+// Interleaves two rows of numbers as bfloat16 pairs (a, b).
 inline Ints pairs(Lanes a, Lanes b) {
   alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
@@ -36,7 +36,7 @@ inline Ints pairs(Lanes a, Lanes b) {
   return (Ints)_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), (__m512i)both);
 }
 
-// Thirty-two numbers as bfloat16; of the last of a row, `count`.
+// 32 numbers as bfloat16; if `count` is less than 32, the rest are zeros.
 template <class T>
 inline Ints brains(const T* from, int64_t count) {
   const auto part = [&](int64_t i) {
@@ -53,7 +53,7 @@ inline Ints brains(const brain* from, int64_t count) {
 struct Tiles {
   static constexpr int64_t kStep = 32, kParts = 4;
 
-  // Tiles [tile][wide / 32] of [pair][query].
+  // Writes tiles [tile][wide / 32] of [pair][query].
   static void queries(const ChunkArgs& a, const Room& room, int64_t row, int64_t wide) {
     const Places places(a, row, a.token_stride, a.q_stride);
     float* to = room.queries + row / kLanes * (wide / kDepth) * kTile;
@@ -67,7 +67,7 @@ struct Tiles {
     }
   }
 
-  // The keys themselves where they can be read as they lie; else a copy, [key][wide].
+  // Returns the keys themselves if their layout is [key][wide] already; else a copy in that layout.
   template <class T>
   static const brain* keys(const T* k, int64_t count, int64_t h, int64_t wide, const Room& room) {
     if constexpr (sizeof(T) == 2 && __is_same(T, brain)) {
@@ -83,14 +83,14 @@ struct Tiles {
     return to;
   }
 
-  // Tiles [key / 32][wide / 16] of [number][key].
+  // Writes tiles [key / 32][wide / 16] of [number][key].
   template <class T>
   static void values(const T* v, int64_t unseen, int64_t count, int64_t h, int64_t wide, const Room& room) {
     float* to = room.values;
     constexpr int32_t kUpper = static_cast<int32_t>(0xffff0000u);
     for (int64_t t = 0; t < count; t += kStep) {
       for (int64_t d = 0; d < wide; d += kDepth, to += 2 * kTile) {
-        Ints even[kLanes], odd[kLanes];  // pairs of keys at even and odd numbers
+        Ints even[kLanes], odd[kLanes];  // pairs of keys, for even and for odd numbers
         for (int64_t i = 0; i < kLanes; ++i) {
           const int64_t key = t + 2 * i;
           const Ints a = key >= unseen && key < count && d < h ? brains(v + key * h + d, h - d) : Ints{};
@@ -108,11 +108,11 @@ struct Tiles {
     }
   }
 
-  // 2^(slope * (score - largest)) to within 2^-18 of it, for it is rounded to bfloat16 (2^-9); the product is not
-  // rounded before the largest is taken off. 2^x is 2^floor(x) times a polynomial of the rest, which is 1 at 0
-  // and has the least largest relative error otherwise (by reweighted least squares).
+  // 2^(slope * (score - largest)) with a relative error of at most 2^-18, as it is rounded to bfloat16 (2^-9). slope *
+  // score is not rounded before the subtraction. 2^x is 2^floor(x) times a polynomial of the rest, which is 1 at 0 and
+  // minimizes the largest relative error (by reweighted least squares).
   static Lanes top(Lanes largest, float slope) {
-    return larger(largest * slope, all(-0x1p127f));  // nothing may have been seen yet
+    return larger(largest * slope, all(-0x1p127f));  // finite even if no key was attended to yet
   }
 
   static Lanes weight(Lanes score, Lanes top, float slope) {
@@ -125,7 +125,7 @@ struct Tiles {
     return (Lanes)_mm512_scalef_ps((__m512)p, x);
   }
 
-  // Tiles [j][key / 32] of [pair][query].
+  // Writes to tiles [j][key / 32] of [pair][query].
   static void put(const Room& room, int j, int64_t t, Lanes a, Lanes b) {
     const Ints x = pairs(a, b);
     memcpy(room.weights + (j * kKeyBlock + t) / 2 * kLanes, &x, sizeof x);
@@ -171,8 +171,8 @@ struct Tiles {
     }
   }
 
-  // The first kAlong numbers of a tile's sums stay in four tiles while its weights are made: the matrix unit
-  // multiplies those of one step while the vectors make the next ones.
+  // The first kAlong numbers of a tile's sums stay in four tiles while its weights are computed: the matrix unit
+  // multiplies the weights of one step while vector units compute the next step's.
   static void begin(const Room& room, int64_t tile, int64_t wide) {
     const float* const sums = room.sums + tile * wide * kLanes;
     settle();
@@ -205,7 +205,7 @@ struct Tiles {
     _tile_stored(3, sums + 3 * kTile, 64);
   }
 
-  // The rest of the numbers.
+  // Adds the numbers of the values from kAlong on.
   static void add(const Room& room, int64_t tile, int64_t num, int64_t from, int64_t to, int64_t wide) {
     float* sums = room.sums + tile * wide * kLanes;
     if (num == 2) {
@@ -253,7 +253,7 @@ void chunk_in_tiles(const ChunkArgs& a) {
     case Type::bf16: attend_chunk<Tiles, brain>(a); break;
     case Type::f16: attend_chunk<Tiles, half>(a); break;
     case Type::i8: attend_chunk<Tiles, int8_t>(a); break;
-    case Type::f32: break;  // refused before
+    case Type::f32: break;  // the operator refuses it
   }
   _tile_release();
 }

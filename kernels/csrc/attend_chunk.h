@@ -1,10 +1,10 @@
-// A chunk of one row's tokens over its cache, block by block of keys with the softmax carried along
+// Attention of a chunk of tokens over their cache row, one block of keys at a time, with an online softmax
 // (FlashAttention: Dao et al., 2022; the running maximum: Milakov and Gimelshein, 2018).
 //
-// Everything is transposed: a lane is a query. The query heads that share a KV head are queries like others, so
-// the rows are (token, head of the group), kLanes to a tile. Scores come as [key][query], so the softmax needs
-// nothing across lanes; keys and values stay as they lie, and queries and results are turned, once each.
-// Products are an `Engine`'s; the one here is in floats, on any instruction set.
+// Everything is transposed: a lane is a query. The query heads that share a KV head are treated as further queries, so
+// the rows are (token, head of the group), kLanes in a tile. Scores are [key][query], so the softmax needs no operation
+// across lanes. Keys and values keep their layout; queries and results are transposed once each.
+// An `Engine` does the matmuls; the one here uses floats and works on any instruction set.
 #pragma once
 
 #include "attend_token.h"
@@ -12,21 +12,21 @@
 namespace yoke::kernels::YOKE_ISA {
 namespace {
 
-constexpr int kTiles = 2;                     // of queries at a time
+constexpr int kTiles = 2;                     // tiles of queries at a time
 constexpr int64_t kRow = kTiles * kLanes;     // scores [key][kRow]
 
-// Scratch, cut up.
+// The buffers in ChunkArgs::scratch.
 struct Room {
-  float* queries;  // [tile][wide][kLanes], or what the engine makes of them
+  float* queries;  // [tile][wide][kLanes], or the engine's own layout
   float* sums;     // [tile][wide][kLanes]
-  float* largest;  // [row], and so on
+  float* largest;  // [row], like the next three
   float* total;
-  int32_t* first;  // seen by the row
-  int32_t* last;   // inclusive
-  float* keys;     // [kKeyBlock][wide], or what the engine makes of them
+  int32_t* first;  // the first position that the row attends to
+  int32_t* last;   // the last one, inclusive
+  float* keys;     // [kKeyBlock][wide], or the engine's own layout; so are the values
   float* values;
   float* scores;   // [kKeyBlock][kRow]
-  float* weights;  // the same, where an engine wants another form than the scores'
+  float* weights;  // the same size, for an engine whose weights have another layout than the scores
   float* k_factor;  // [kKeyBlock]
   float* v_factor;
 
@@ -54,13 +54,13 @@ inline Ints load(const int32_t* from) {
   return x;
 }
 
-// How products become what weights are made of: as they are, where one positive factor is left for the
-// exponent; or with a factor for each key; or bent by a cap as well.
+// How dot products become scores. kRaw: unchanged, with one positive factor applied in the exponent. kFactors: times a
+// factor for each key. kCapped: times a factor, and soft-capped.
 enum Form { kRaw, kFactors, kCapped };
 
-// Scores of a tile's queries and the keys [from, to) of the block at `base`, to weights 2^(slope * (score -
-// largest)); sums so far are made relative to the new maximum. Differences of scores are as good as exact where
-// scores times a factor would be rounded.
+// Turns the scores of a tile's queries and keys [from, to) of the block at `base` into weights 2^(slope * (score -
+// largest)), and rescales the sums so far to the new maximum. Scores are subtracted before they are multiplied, because
+// differences are almost exact, and scores times a factor would be rounded.
 template <class Engine, bool kScaled>
 inline void softmax(const Room& room, int64_t tile, int j, int64_t base, int64_t from, int64_t to, int64_t wide,
                     Form form, float slope, float cap) {
@@ -83,7 +83,7 @@ inline void softmax(const Room& room, int64_t tile, int j, int64_t base, int64_t
       if constexpr (form_of != kRaw || is_masked != 0) store(score, at);
       return score;
     };
-    Lanes second = largest, third = largest, fourth = largest;  // each maximum waits for the last one
+    Lanes second = largest, third = largest, fourth = largest;  // four chains: each maximum waits for the one before
     for (; t + 4 <= stop; t += 4) {
       largest = larger(score_of(t), largest);
       second = larger(score_of(t + 1), second);
@@ -93,7 +93,7 @@ inline void softmax(const Room& room, int64_t tile, int j, int64_t base, int64_t
     for (; t < stop; ++t) largest = larger(score_of(t), largest);
     return larger(larger(largest, second), larger(third, fourth));
   };
-  // Queries come in the order of their positions: all see what the first and the last of them see.
+  // Queries are in the order of their positions: keys that the first and the last attend to need no mask.
   const auto within = [](int64_t t, int64_t low, int64_t high) { return t < low ? low : t > high ? high : t; };
   const int64_t clear = within(room.first[tile * kLanes + kLanes - 1] - base, from, to);
   const int64_t masked = within(room.last[tile * kLanes] + 1 - base, clear, to);
@@ -105,8 +105,8 @@ inline void softmax(const Room& room, int64_t tile, int j, int64_t base, int64_t
                     : form == kFactors ? prepare_all(Number<kFactors>{})
                                        : prepare_all(Number<kCapped>{});
   const auto top = Engine::top(now, slope);
-  const Lanes kept = Engine::weight(before, top, slope), none = all(-INFINITY);  // 0 at first, for none
-  // Unless the sums are zero still.
+  const Lanes kept = Engine::weight(before, top, slope), none = all(-INFINITY);  // `kept` is 0 in the first block
+  // Skipped if the maximum did not change, or if the sums are still zero.
   if (differ(before, now) && differ(before, none)) {
     float* sums = room.sums + tile * wide * kLanes;
     for (int64_t d = 0; d < wide * kLanes; d += kLanes) store(load(sums + d) * kept, sums + d);
@@ -137,8 +137,8 @@ inline void softmax(const Room& room, int64_t tile, int j, int64_t base, int64_t
   store(load(at_total) * kept + (even + odd), at_total);
 }
 
-// Where the rows of a tile lie, in numbers, found without a division for each: rows are (token, head). Beyond
-// the last it is repeated, so that a tile is full whatever is there.
+// The offsets of a tile's rows (token, head), in numbers, computed without a division for each. The last row is
+// repeated to fill the tile.
 struct Places {
   int64_t count, at[kLanes];
 
@@ -197,7 +197,7 @@ void attend_chunk(const ChunkArgs& a) {
   for (int64_t base = room.first[0] / kKeyBlock * kKeyBlock; base < end; base += kKeyBlock) {
     const int64_t count = end - base < kKeyBlock ? end - base : kKeyBlock;
     const auto* k = Engine::keys(static_cast<const T*>(a.k) + base * a.h, count, a.h, wide, room);
-    const int64_t unseen = room.first[0] - base;  // before the first token's window: weights are 0, values anything
+    const int64_t unseen = room.first[0] - base;  // keys before the first window: weights are 0, values may be anything
     Engine::values(static_cast<const T*>(a.v) + base * a.h, unseen, count, a.h, wide, room);
     for (int64_t t = 0; t < kKeyBlock; ++t) {
       room.k_factor[t] = kScaled && t < count ? factor * a.k_scale[base + t] : factor;
@@ -221,10 +221,10 @@ void attend_chunk(const ChunkArgs& a) {
   }
 }
 
-constexpr int kDeep = 4;  // sums [kDeep][kTiles] fit the registers
+constexpr int kDeep = 4;  // so that sums [kDeep][kTiles] fit in registers
 
 struct Floats {
-  static constexpr int64_t kStep = 4, kParts = 1;  // keys; and in how many parts they are weighed along
+  static constexpr int64_t kStep = 4, kParts = 1;  // keys in a step; calls of weigh_along for a step
 
   static void queries(const ChunkArgs& a, const Room& room, int64_t row, int64_t wide) {
     switch (a.q_type) {
@@ -303,7 +303,7 @@ struct Floats {
     }
   }
 
-  // Nothing is weighed along with the softmax.
+  // This engine adds no values during the softmax.
   static void begin(const Room&, int64_t, int64_t) {}
   static void weigh_along(const Room&, int, int64_t, int64_t, int) {}
   static void end(const Room&, int64_t, int64_t) {}

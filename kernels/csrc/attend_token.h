@@ -1,5 +1,5 @@
-// One token over the cache: its own loops, since there is nothing to share among tokens, and reading the cache
-// is what bounds it. Each key and value is read once and serves all heads of the group while it is near.
+// Attention of one token over the cache. It has its own loops, because nothing is shared among tokens and it is
+// memory-bound. Each key and value is read once and used by all heads of the group while it is in the caches.
 #pragma once
 
 #include "attend.h"
@@ -8,9 +8,9 @@
 namespace yoke::kernels::YOKE_ISA {
 namespace {
 
-constexpr int kKeys = 4;  // at a time
+constexpr int kKeys = 4;  // keys at a time
 #if defined(__AVX512F__)
-constexpr int kHeads = 4;  // as many sums of kKeys and kWidth lanes as there are registers for
+constexpr int kHeads = 4;  // heads at a time: as many as have registers for sums of kKeys, or kWidth, lanes
 constexpr int kWidth = 4;
 #else
 constexpr int kHeads = 2;
@@ -18,7 +18,7 @@ constexpr int kWidth = 4;
 #endif
 
 template <class T>
-inline void to_floats(const T* from, float* to, int64_t count) {  // and zeros up to whole lanes
+inline void to_floats(const T* from, float* to, int64_t count) {  // pads with zeros to whole registers
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(load(from + i), to + i);
   if (i < count) store(load(from + i, count - i), to + i);
@@ -36,7 +36,7 @@ struct Number {
   constexpr operator int() const { return N; }
 };
 
-// Calls `some` with the number of heads, kHeads at most, as a constant.
+// Calls `some` with the number of heads, at most kHeads, as a compile-time constant.
 template <class Some>
 inline void for_heads(int64_t left, const Some& some) {
   if constexpr (kHeads > 2) {
@@ -47,21 +47,21 @@ inline void for_heads(int64_t left, const Some& some) {
   some(Number<1>{});
 }
 
-// Where position t lies in the cache.
+// The index of position t in the cache.
 template <bool kGathered>
 inline int64_t place(const TokenArgs& a, int64_t t) {
   if constexpr (kGathered) return a.sources[t] * a.row_stride + t;
   return t;
 }
 
-constexpr int64_t kAhead = 32;  // positions
+constexpr int64_t kAhead = 32;  // the prefetch distance in positions
 
 template <class T>
 inline void ahead(const T* from, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + i);
 }
 
-// Products of G queries, `wide` apart, and kKeys keys -> scores [G][kKeys], `length` apart.
+// Dot products of G queries, `wide` numbers apart, with kKeys keys -> scores [G][kKeys], `length` numbers apart.
 template <class T, int G>
 inline void products(const float* q, int64_t wide, const T* const (&keys)[kKeys], int64_t h, float* scores,
                      int64_t length) {
@@ -88,7 +88,8 @@ inline void products(const float* q, int64_t wide, const T* const (&keys)[kKeys]
   }
 }
 
-// Sums of G heads [G][W lanes], `wide` apart, over `count` values from position t on.
+// Adds the weighted values of `count` positions from t on to the sums of G heads [G][W registers], `wide` numbers
+// apart.
 template <class T, bool kGathered, int G, int W>
 inline void weigh(const TokenArgs& a, int64_t t, int64_t count, int64_t d, const float* weights, int64_t length,
                   float* into, int64_t wide) {
@@ -110,7 +111,7 @@ inline void weigh(const TokenArgs& a, int64_t t, int64_t count, int64_t d, const
   }
 }
 
-// Of `count` keys from position t on; behind the last there may be more scores, without meaning.
+// The scores of `count` keys from position t on. It may write up to kKeys - 1 meaningless scores after the last.
 template <class T, bool kGathered, int G>
 void scores_of(const TokenArgs& a, const float* q, int64_t wide, int64_t t, int64_t count, float* scores,
                int64_t length) {
@@ -133,7 +134,8 @@ void values_of(const TokenArgs& a, int64_t t, int64_t count, const float* weight
   for (; d < a.h; d += kLanes) weigh<T, kGathered, G, 1>(a, t, count, d, weights, length, into + d, wide);
 }
 
-// Scores, of which whole lanes are there, to weights before they are divided by their sum, which it returns.
+// Turns scores into weights that are not yet divided by their sum, and returns the sum. The buffer must have room for
+// whole registers.
 inline float softmax(float* scores, int64_t count, float scale, float cap) {
   const int64_t length = round_up(count, kLanes);
   const float factor = cap != 0 ? scale / cap : scale;
@@ -162,7 +164,7 @@ template <class T, bool kGathered>
 void attend_token(const TokenArgs& a, const float* q, float* out) {
   const int64_t wide = round_up(a.h, kLanes), count = a.last - a.first, length = round_up(count, kLanes);
   float* scores = a.scratch + 2 * a.group * wide;
-  constexpr int64_t kBlock = 64;  // keys or values that stay near for the heads of a group after the first four
+  constexpr int64_t kBlock = 64;  // keys or values that stay in the caches for all heads of the group
   for (int64_t i = 0; i < count; i += kBlock) {
     const int64_t size = count - i < kBlock ? count - i : kBlock;
     for (int64_t g = 0; g < a.group; g += kHeads) {
@@ -201,7 +203,7 @@ void attend_token(const TokenArgs& a, const float* q, float* out) {
   return attend_token<T, false>(a, q, out);
 }
 
-// Queries and results are few: they are floats in between, so that the loops are there once per cache.
+// Queries and results are few, so they are converted to floats: the loops are compiled once per cache type.
 template <class Q>
 void token_of(const TokenArgs& a) {
   const int64_t wide = round_up(a.h, kLanes);

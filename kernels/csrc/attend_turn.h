@@ -1,5 +1,5 @@
-// Rotary embedding of queries and keys (Su et al., RoFormer, 2021). Products are rounded before they are added, and
-// results once: the bits are those of torch's own operators, on any instruction set.
+// Rotary embedding of queries and keys (Su et al., RoFormer, 2021); `turn` means rotate here. Each multiplication is
+// rounded before the addition, as in torch's operators, so the bits equal torch's on any instruction set.
 #pragma once
 
 #include "attend.h"
@@ -8,7 +8,7 @@
 namespace yoke::kernels::YOKE_ISA {
 namespace {
 
-// Keeps the compiler from making one instruction of a product and the sum that it goes into.
+// Keeps the compiler from fusing a multiplication and an addition into one instruction.
 inline Lanes rounded(Lanes x) {
 #if defined(__x86_64__)
   asm("" : "+x"(x));
@@ -47,7 +47,7 @@ void turn_halves(const TurnArgs& a, const T* from, T* to) {
   }
 }
 
-inline Lanes neighbors(Lanes x) {  // of each pair the other one
+inline Lanes neighbors(Lanes x) {  // swaps the two numbers of each pair
   typedef uint64_t Pairs __attribute__((vector_size(4 * kLanes)));
   const Pairs pairs = as<Pairs>(x);
   return as<Lanes>((pairs >> 32) | (pairs << 32));

@@ -1,16 +1,15 @@
-// AMX (Sapphire Rapids and later): products from four rows of x on, blocked for the caches.
+// AMX (Sapphire Rapids and later): linears with plain row-major weights, from four rows of x on, in cache blocks.
 //
-// For weights that lie as they were loaded (most lie packed, see packed_amx.cpp; those of engine=hf and routers do not).
-// A tile of w is 16 rows of 32 numbers as they lie in memory, so w needs no other layout: it is x, the smaller
-// one, whose pairs are put where the tile instructions want the right-hand side. The product comes out
-// transposed, 16 rows of w by 16 rows of x, and is turned as it is rounded.
+// Most weights are packed instead (see packed_amx.cpp); those of engine=hf and routers are not. A tile of w is 16 rows
+// of 32 numbers in row-major order, so w needs no other layout. Instead x, the smaller operand, is packed in pairs as
+// tile instructions read the right-hand side. The result is transposed, 16 rows of w by 16 rows of x, and is
+// transposed back when it is rounded.
 //
-// Four tiles of sums, 32 rows of w by 32 of x, need four tiles loaded for four products. The second cache can
-// deliver half of that, so the tiles of w must come from the first: k is cut into pieces of which 32 rows of w
-// fit there, and are copied there, since rows that are a power of two apart would fall into the same few places
-// of it. x is loaded as a stream that shall not push them out. The sums of a piece wait in the second and
-// third cache as the tiles hold them. So each number of y is one sum in one order, whatever the blocks and the
-// rows of x.
+// Four tiles of sums, 32 rows of w by 32 of x, need four tile loads for four tile multiplications. The L2 cache can
+// deliver half of that, so the tiles of w must come from L1. Therefore k is cut into pieces such that 32 rows of w fit
+// in L1, and these are copied, because rows a power of two apart would map to the same few cache sets. x is loaded with
+// stream loads, which do not evict them. The sums of a piece are kept in the L2 and L3 caches in tile layout. So each
+// number of y is one sum in one order, whatever the blocks and the number of rows of x.
 // Sources: Intel, Architecture Instruction Set Extensions Programming Reference, TDPBF16PS; Goto and van de
 // Geijn, Anatomy of High-Performance Matrix Multiplication (2008), for which operand belongs in which cache.
 #if defined(__x86_64__)
@@ -25,23 +24,23 @@ namespace yoke::kernels {
 namespace isa_amx {
 namespace {
 
-constexpr std::int64_t kRows = 16;             // of a tile
-constexpr std::int64_t kDepth = 32;            // numbers of a tile's row
-constexpr std::int64_t kTile = kRows * kRows;  // floats of a tile, or pairs of numbers
+constexpr std::int64_t kRows = 16;             // rows of a tile
+constexpr std::int64_t kDepth = 32;            // numbers in a tile's row
+constexpr std::int64_t kTile = kRows * kRows;  // floats, or pairs of numbers, in a tile
 constexpr std::int64_t kPanel = 2 * kRows;     // rows of w, and of x, that are multiplied at a time
 
-constexpr std::int64_t kPiece = 512;        // numbers of k: a panel of w is 32 KiB of the first cache's 48
-constexpr std::int64_t kBlock = 512;        // rows of x: a piece of them is 512 KiB of the second cache's 2 MiB
-constexpr std::int64_t kPitch = kPiece + kDepth;  // numbers between its rows there: an odd number of lines
-constexpr std::int64_t kWaiting = 1 << 19;  // sums: 2 MiB, asked for in time. Fewer, and x is read more often
-constexpr std::int64_t kResident = 1 << 20; // bytes of x that stay there whole
+constexpr std::int64_t kPiece = 512;        // numbers of k: a panel of w is 32 KiB of the 48 KiB L1 cache
+constexpr std::int64_t kBlock = 512;        // rows of x: a piece of them is 512 KiB of the 2 MiB L2 cache
+constexpr std::int64_t kPitch = kPiece + kDepth;  // numbers from row to row of the copied panel: an odd number of lines
+constexpr std::int64_t kWaiting = 1 << 19;  // sums: 2 MiB, prefetched in time. With fewer, x is read more often
+constexpr std::int64_t kResident = 1 << 20; // bytes of x that stay whole in the L2 cache
 
 struct alignas(64) TileConfig {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
   std::uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-// In memory for good: compilers do not see that the instruction reads all of it.
+// A global constant, because compilers do not see that the instruction reads all of it.
 const TileConfig kConfig;
 
 inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
@@ -52,14 +51,14 @@ inline __mmask32 first_of(std::int64_t count) {
   return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << (count < 0 ? 0 : count)) - 1;
 }
 
-// 16 rows of 16 pairs, `stride` numbers apart, become columns. Quarters of rows are put beside each other as they
-// are loaded, which leaves half of the shuffles that turning registers takes.
+// Transposes 16 rows of 16 pairs, `stride` numbers apart. Quarters of rows are combined as they are loaded, which
+// halves the number of shuffles compared with a transposition in registers.
 inline void transpose(const bf16* from, std::int64_t stride, __m512i (&columns)[16]) {
   const auto quarter = [&](int row, int q) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + row * stride + q * 8));
   };
   for (int q = 0; q < 4; ++q) {
-    __m512i rows[4];  // in quarter i, that of row 4 i + r
+    __m512i rows[4];  // quarter i of rows[r] is from row 4 i + r
     for (int r = 0; r < 4; ++r) {
       rows[r] = _mm512_broadcast_i32x4(quarter(r, q));
       rows[r] = _mm512_mask_broadcast_i32x4(rows[r], 0x00f0, quarter(4 + r, q));
@@ -75,8 +74,8 @@ inline void transpose(const bf16* from, std::int64_t stride, __m512i (&columns)[
   }
 }
 
-// 32 columns of `rows` rows, `stride` numbers apart, copied beside each other; zeros for what is past `columns`
-// and up to `all` rows.
+// Copies 32 columns of `rows` rows, `stride` numbers apart, to contiguous rows, with zeros past `columns` and for rows
+// up to `all`.
 inline void copy(const bf16* from, std::int64_t stride, std::int64_t rows, std::int64_t columns, std::int64_t all,
                  bf16* to) {
   const __mmask32 mask = first_of(columns);
@@ -86,7 +85,7 @@ inline void copy(const bf16* from, std::int64_t stride, std::int64_t rows, std::
   }
 }
 
-// A row of `columns` numbers, then zeros, to so many steps.
+// Copies a row of `columns` numbers and pads it with zeros to `steps` steps.
 inline void copy_row(const bf16* from, std::int64_t columns, std::int64_t steps, bf16* to) {
   const std::int64_t whole = columns / kDepth;
   for (std::int64_t s = 0; s < whole; ++s) {
@@ -98,17 +97,17 @@ inline void copy_row(const bf16* from, std::int64_t columns, std::int64_t steps,
   }
 }
 
-// A piece of k, in steps of 32 numbers: all but the last are as long.
+// The length of a piece of k in steps of 32 numbers; only the last piece may be shorter.
 inline std::int64_t steps_of_piece(std::int64_t k) { return parts(parts(k, kDepth), parts(k, kPiece)); }
 
-// Where the tiles of a panel of x lie from `step` on, the first of a piece: as [piece][panel][step][2], so that
-// what is used together lies together.
+// The offset of a panel of x's tiles from `step` on, which is the first step of a piece. The layout is
+// [piece][panel][step][2], so that data that is used together is stored together.
 inline std::int64_t place(const LinearArgs& a, std::int64_t panel, std::int64_t step) {
   const std::int64_t length = least(steps_of_piece(a.k), parts(a.k, kDepth) - step);
   return (step * parts(a.m, kPanel) + panel * length) * 2 * kTile;
 }
 
-// Panels [first, last) of x -> tiles of [pair][row of x], with zeros past the ends.
+// Packs panels [first, last) of x into tiles of [pair][row of x], with zeros past the ends.
 void pack(const LinearArgs& a, std::uint32_t* packed, std::int64_t first, std::int64_t last) {
   const std::int64_t steps = parts(a.k, kDepth), piece = steps_of_piece(a.k);
   alignas(64) bf16 rest[kRows * kDepth];
@@ -133,24 +132,24 @@ void pack(const LinearArgs& a, std::uint32_t* packed, std::int64_t first, std::i
   }
 }
 
-// A panel of w, a piece of k long.
+// A panel of w for one piece of k.
 struct Weights {
-  const bf16* tiles;               // of the first 16 rows,
-  std::int64_t row, step, second;  // numbers from a row to the next, a tile to the next, and to the other 16
+  const bf16* tiles;               // the first 16 rows
+  std::int64_t row, step, second;  // numbers from row to row, from step to step, and to the other 16 rows
   std::int64_t steps;
 };
 
-// Rows of w whose next 32 numbers are asked for at each step of a product.
+// Rows of w of which each step of a matmul prefetches the next 32 numbers.
 struct Ahead {
   const bf16* from;
   std::int64_t row, count;
 };
 
-// 16 A rows of w times 16 B rows of x. The sums begin at zero or at what `sums`, [2 of x][2 of w] tiles, has, and
-// end there; those that follow it are asked for, being the next that are needed.
+// 16 A rows of w times 16 B rows of x. The sums start from zero or from `sums`, [2 of x][2 of w] tiles, and are stored
+// there. The sums that follow are prefetched, because they are needed next.
 template <int A, int B>
 inline void multiply(const Weights& p, const std::uint32_t* x, float* sums, bool resume, Ahead ahead) {
-  __asm__ volatile("" ::: "memory");  // what is copied for the tiles is written: compilers do not see them read it
+  __asm__ volatile("" ::: "memory");  // finishes the copies: compilers do not see that tiles read them
   _tile_zero(0);
   if constexpr (A > 1) _tile_zero(1);
   if constexpr (B > 1) _tile_zero(2);
@@ -202,7 +201,7 @@ inline void multiply(std::int64_t n, std::int64_t m, const Weights& p, const std
   return multiply<1, 1>(p, x, sums, resume, ahead);
 }
 
-// Sums of rows n to n + 32 of w and m to m + 32 of x, with the bias, rounded, to y.
+// Adds the bias to the sums of rows [n, n + 32) of w and [m, m + 32) of x, rounds them, and writes them to y.
 void finish(const LinearArgs& a, std::int64_t n, std::int64_t m, const float* sums) {
   const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                        5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -212,7 +211,7 @@ void finish(const LinearArgs& a, std::int64_t n, std::int64_t m, const float* su
   alignas(64) bf16 rounded[kRows * kDepth];
   for (std::int64_t j = 0; j < kPanel && m + j < a.m; j += kRows, sums += 2 * kTile) {
     bf16* y = a.y + (m + j) * a.n + n;
-    for (int i = 0; i < 16; ++i) {  // two numbers that are neighbors in y, for each row of x
+    for (int i = 0; i < 16; ++i) {  // two adjacent numbers of each row of y
       __builtin_prefetch(y + i * a.n + kPanel, 1, 3);
       const __m512 even = _mm512_add_ps(_mm512_load_ps(sums + 32 * i), _mm512_set1_ps(bias[2 * i]));
       const __m512 odd = _mm512_add_ps(_mm512_load_ps(sums + 32 * i + 16), _mm512_set1_ps(bias[2 * i + 1]));
@@ -231,10 +230,10 @@ struct Scratch {
   alignas(4096) float waiting[kWaiting + 4 * kTile];
   alignas(4096) bf16 w[kPanel * kPitch];
 };
-thread_local Scratch scratch;  // kept, so that it is in the caches already
+thread_local Scratch scratch;  // kept between calls, so that it is in the caches already
 
-// Rows [n0, n1) of w, of which the sums fit `waiting`, times rows [m0, m1) of x: all panels of w for a piece of k,
-// then for the next.
+// Rows [n0, n1) of w times rows [m0, m1) of x: all panels of w for one piece of k, then for the next. The sums must fit
+// in `waiting`.
 void multiply_strip(const LinearArgs& a, std::int64_t m0, std::int64_t m1, std::int64_t n0, std::int64_t n1) {
   Scratch& own = scratch;
   const std::int64_t steps = parts(a.k, kDepth), piece = steps_of_piece(a.k);
@@ -245,13 +244,13 @@ void multiply_strip(const LinearArgs& a, std::int64_t m0, std::int64_t m1, std::
     for (std::int64_t i = 0; i < down; ++i) {
       const bf16* w = begin + i * kPanel * a.k;
       const std::int64_t rows = least(kPanel, n1 - n0 - i * kPanel);
-      // Past the last strip, the rows that follow may belong to no weight: asking for them is harmless.
+      // Past the last strip, the rows that follow may not be weights: prefetching them is harmless.
       const bf16* next = i + 1 < down           ? w + kPanel * a.k
                          : step + count < steps ? begin + count * kDepth
                                                 : a.w + n1 * a.k;
       Weights weights{w, a.k, kDepth, kRows * a.k, count};
       if (across > 1 || rows % kRows != 0 || columns % kDepth != 0) {
-        for (std::int64_t r = 0; r < kPanel; ++r) {  // along each row, which is how memory is read fastest
+        for (std::int64_t r = 0; r < kPanel; ++r) {  // row by row, which reads memory fastest
           copy_row(w + r * a.k, r < rows ? columns : 0, count, own.w + r * kPitch);
         }
         weights = {own.w, kPitch, kDepth, kRows * kPitch, count};
@@ -276,7 +275,7 @@ void linear_tiles(const LinearArgs& a, std::int64_t first, std::int64_t last) {
   _tile_loadconfig(&kConfig);
   for (std::int64_t m = 0; m < a.m; m += kBlock) {
     const std::int64_t end = least(m + kBlock, a.m), across = parts(end - m, kPanel);
-    // Where all of x stays in the second cache, w is read along its rows; else x is read once a strip.
+    // If all of x stays in the L2 cache, w is read row by row; else x is read once per strip.
     const bool stays = (end - m) * a.k * 2 <= kResident;
     const std::int64_t strip = stays ? kPanel : kWaiting / (across * kPanel) / kPanel * kPanel;
     for (std::int64_t n = first; n < last; n += strip) multiply_strip(a, m, end, n, least(n + strip, last));
@@ -286,7 +285,7 @@ void linear_tiles(const LinearArgs& a, std::int64_t first, std::int64_t last) {
 
 struct Numbers {
   alignas(64) std::uint32_t pairs[4 * kTile];
-  Numbers() {  // of either sign, from 2^-15 to 2: with zeros the core clocks higher than products ever see it
+  Numbers() {  // of either sign, from 2^-15 to 2: with zeros the core clocks higher than in any real matmul
     std::uint32_t state = 1;
     for (std::uint32_t& pair : pairs) {
       state = state * 1664525 + 1013904223;
@@ -295,7 +294,7 @@ struct Numbers {
   }
 };
 
-// As `multiply` does at best: four tiles loaded from the first cache for four products.
+// The best case of `multiply`: four tiles loaded from the L1 cache for four tile multiplications.
 double peak(std::int64_t rounds) {
   static const Numbers numbers;
   const std::uint32_t* tiles = numbers.pairs;
@@ -321,7 +320,7 @@ double peak(std::int64_t rounds) {
 }  // namespace
 }  // namespace isa_amx
 
-// From four rows of x on, and then for any number of them.
+// For any number of rows of x from four on.
 const Kernels amx_kernels{"amx", isa_amx::linear_tiles, isa_amx::pack, 4, INT64_MAX, isa_amx::peak};
 
 }  // namespace yoke::kernels

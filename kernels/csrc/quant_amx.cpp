@@ -159,7 +159,7 @@ void linear_quant(const QuantArgs& a, std::int64_t first, std::int64_t last) {
 }  // namespace
 }  // namespace isa_amx
 
-// 15: few rows times weights with one scale per row may go to the vector loops, which need x_float.
+// 15 as in avx512bf16_quant: its loops run where x is not packed, and need x_float for so many rows.
 const QuantKernels amx_quant{isa_amx::linear_quant, isa_amx::gate_rows, 15, isa_amx::dequantize, isa_amx::packs, isa_amx::pack,
                              isa_amx::gates};
 

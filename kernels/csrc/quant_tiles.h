@@ -130,7 +130,7 @@ inline void dequantize_i8(const std::uint8_t* from, __m512 scale, __m512 offset,
   for (std::int64_t step = first; step < last; ++step) {
     const std::int64_t at = (panel * a.groups() + step / steps_of_group) * kPanelRows;
     for (std::int64_t tile = 0; tile < 2; ++tile, from += bytes, tiles += kTileRows * kStep) {
-      __builtin_prefetch(from + 4 * 2 * bytes);  // the next steps, which no other loop asks for
+      __builtin_prefetch(from + 4 * 2 * bytes);  // the next steps, which no other loop prefetches
       __builtin_prefetch(from + 4 * 2 * bytes + 64);
       __builtin_prefetch(from + 4 * 2 * bytes + 128);
       __builtin_prefetch(from + 4 * 2 * bytes + 192);
