@@ -1,4 +1,4 @@
-"""What every other package may import, by the standard library alone: habits of a process.
+"""Basics of a process that every other package may import. Uses only the standard library.
 
 Not here: anything that knows of models, ranks or torch.
 """

@@ -1,6 +1,6 @@
-"""Which C++ compiler this user wants, as the words that call it.
+"""Find the C++ compiler that the user wants, as the words of its command.
 
-`$CXX` may hold more than a program: `ccache g++`, `g++ -march=x86-64-v3`. It is read here alone.
+`$CXX` may hold more than a program: `ccache g++`, `g++ -march=x86-64-v3`. Only this module reads it.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from collections.abc import Mapping
 
 
 def find_compiler(environ: Mapping[str, str] = os.environ) -> list[str] | None:
-    """The words of `$CXX`, by a shell's rules, else g++ or c++ from the path; None if there is neither.
-    Whether it runs is for the caller to find out. Raises ValueError where a quote is not closed."""
+    """The words of `$CXX`, split by a shell's rules, else g++ or c++ from the path; None if there is
+    neither. It does not check that the compiler runs. Raises ValueError if a quote is not closed."""
     named = environ.get("CXX", "").strip()
     search = environ.get("PATH")
     if named:
-        # A program whose path has a space in it needs no quotes.
+        # The path of one program may contain a space without quotes.
         return [named] if shutil.which(named, path=search) else shlex.split(named)
     found = shutil.which("g++", path=search) or shutil.which("c++", path=search)
     return None if found is None else [found]
 
 
 def program_of(words: list[str]) -> str:
-    """Of the words that call a compiler the one that names it: not what it is called through
-    (`ccache`), nor its flags."""
+    """The word of a compiler command that names the compiler: not a wrapper before it (`ccache`), nor
+    its flags."""
     programs = []
     for word in words:
         if word.startswith("-"):

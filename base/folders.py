@@ -1,8 +1,8 @@
 """The folders of the user who runs this process: home, caches, state.
 
-One place, since a process may have none of them: a container runs under a uid without an entry in the
-password file and without HOME. Then the answer is None, and the caller goes on as with a folder that
-cannot be written. Not here: making a folder, or judging who else may write to it.
+They are looked up only here, since a process may have none of them: a container may run under a uid
+without an entry in the password file and without HOME. Then the result is None, and the caller treats
+it like a folder that cannot be written. Not here: making a folder, or checking who may write to it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 
 
 def home() -> Path | None:
-    """`$HOME`, else what the password file says. A path that is not absolute counts as none: it would
-    be a folder of wherever the process was started."""
+    """`$HOME`, else the home in the password file. A relative path is ignored: it would depend on the
+    folder in which the process was started."""
     named = os.environ.get("HOME", "")
     if not os.path.isabs(named):
         with suppress(KeyError):
@@ -24,7 +24,7 @@ def home() -> Path | None:
 
 
 def cache_home() -> Path | None:
-    """`$XDG_CACHE_HOME`, else `~/.cache`; None without a home. What is in it may vanish at any time."""
+    """`$XDG_CACHE_HOME`, else `~/.cache`; None without a home. Its files may be deleted at any time."""
     return _base("XDG_CACHE_HOME", ".cache")
 
 
@@ -34,14 +34,14 @@ def state_home() -> Path | None:
 
 
 def runtime_home() -> Path | None:
-    """`$XDG_RUNTIME_DIR`, which the system makes for this user alone; None where it did not."""
+    """`$XDG_RUNTIME_DIR`, which the system makes for this user alone; None if it is not set."""
     named = os.environ.get("XDG_RUNTIME_DIR", "")
     return Path(named) if os.path.isabs(named) else None
 
 
 def expand(path: str | Path) -> Path:
-    """`~` and `~name` as the user's home folder. Where there is no such user the path stays as it is,
-    so that what opens it says that there is no such file."""
+    """The path with a leading `~` or `~name` replaced by the home folder. If there is no such user, the
+    path is unchanged, so that opening it fails with "no such file"."""
     text = os.fspath(path)
     if text == "~" or text.startswith("~/"):
         own = home()
@@ -50,7 +50,7 @@ def expand(path: str | Path) -> Path:
 
 
 def _base(variable: str, default: str) -> Path | None:
-    """A folder of the XDG base directory specification, which has a relative value ignored."""
+    """A folder of the XDG base directory specification, by which a relative value is ignored."""
     named = os.environ.get(variable, "")
     if os.path.isabs(named):
         return Path(named)

@@ -1,9 +1,9 @@
-"""Folders whose files this process runs as code: only this user and root may be able to put one there.
+"""Folders from which this process loads code: only this user and root may be able to write there.
 
-A library in a cache is found by a name that anybody can compute. Where another user can write to a
-folder on the way, they choose what is loaded. So the whole way is checked, each folder through a
-descriptor of the one above it and never through a link, and a folder that does not pass is not used.
-Not here: what is kept in such a folder, and how damage to it is found.
+A library in a cache has a name that anybody can compute. If another user can write to a folder on its
+path, that user chooses what is loaded. So every folder of the path is checked, each through a
+descriptor of its parent and never through a link. A folder that fails the check is not used. Not here:
+what is stored in such a folder, and how damage to it is detected.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class NotPrivateError(OSError):
-    """Another user could put files where this process would take code from, or has done so."""
+    """Another user could put files where this process loads code, or has done so."""
 
 
 def make_private(path: Path) -> Path:
-    """Make the folder `path`, and those that are missing above it, for this user alone (mode 0700), and
-    return where it really lies. One that is there already must be private: its owner and those of all
-    folders above it are this user or root, and nobody else can write to it, nor to one above it unless
-    that is sticky. Raises NotPrivateError, and OSError where it cannot be made."""
+    """Make the folder `path` and its missing parents for this user alone (mode 0700), and return its
+    real path. An existing folder must be private: this user or root owns it and all its parents, and
+    nobody else can write to it, nor to a parent that is not sticky. Raises NotPrivateError, and OSError
+    if the folder cannot be made."""
     real = Path(os.path.realpath(path))
     for folder in (*reversed(real.parents), real):
         with suppress(FileExistsError):
@@ -39,7 +39,8 @@ def make_private(path: Path) -> Path:
 
 
 def check_private(real: Path) -> None:
-    """`make_private`'s check of a folder that exists, given without links. Raises NotPrivateError."""
+    """The check of `make_private`, for an existing folder; `real` is a path without links. Raises
+    NotPrivateError."""
     descriptor = os.open("/", _FOLDER)
     try:
         last = len(real.parts) - 1
@@ -54,10 +55,10 @@ def check_private(real: Path) -> None:
 
 
 def check_private_file(path: Path) -> None:
-    """Raise NotPrivateError unless `path`, in a folder that is private, is a plain file and no link, of
-    this user or root, to which nobody else can write. Raises FileNotFoundError if it is not there."""
+    """Raise NotPrivateError unless `path` (in a private folder) is a plain file, not a link, that this
+    user or root owns and nobody else can write. Raises FileNotFoundError if it does not exist."""
     try:
-        # Not to be held up by a pipe.
+        # O_NONBLOCK: opening a named pipe must not block.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise
@@ -73,9 +74,9 @@ def check_private_file(path: Path) -> None:
 
 
 def cache_folder() -> tuple[Path, str]:
-    """Yoke's own folder for what it has compiled, made and private, and a remark ("" if there is none
-    to make): `yoke` in the user's cache folder, else, where that cannot be used, a folder of this user
-    in the one for temporary files, which the remark explains. Raises OSError where neither can."""
+    """Yoke's private folder for compiled code, and a remark. It is `yoke` in the user's cache folder,
+    with the remark "". If that cannot be used, it is a folder of this user in the one for temporary
+    files, and the remark says why. Raises OSError if neither can be used."""
     home = cache_home()
     wished = None if home is None else home / "yoke"
     fallback = Path(tempfile.gettempdir()) / f"yoke-{os.geteuid()}"
@@ -83,8 +84,9 @@ def cache_folder() -> tuple[Path, str]:
 
 
 def first_private(folders: Iterable[Path | None]) -> tuple[Path, str]:
-    """The first of these folders that can be made private, and why not one before it. None stands for
-    the folder of a user who has no home. Raises OSError, the last one's, if there is none."""
+    """The first of these folders that can be made private, and a remark on why an earlier one could not
+    ("" for the first). None stands for the folder of a user without a home. Raises the last OSError if
+    none can."""
     reason = ""
     failed: OSError = FileNotFoundError("this user has no folder for caches")
     for folder in folders:
@@ -110,7 +112,7 @@ def _reason(error: OSError, folder: Path) -> str:
 
 
 def _below(descriptor: int, name: str, real: Path) -> int:
-    """The folder `name` in that of `descriptor`."""
+    """A descriptor of the folder `name` in the folder of `descriptor`."""
     try:
         return os.open(name, _FOLDER, dir_fd=descriptor)
     except OSError as error:
@@ -118,13 +120,13 @@ def _below(descriptor: int, name: str, real: Path) -> int:
 
 
 def _check(found: os.stat_result, path: Path, sticky_is_fine: bool) -> None:
-    # Whoever owns the root folder owns all: root, but for namespaces that have no name for root.
+    # The owner of / controls everything: root, or another uid in a namespace that does not map root.
     if found.st_uid not in (0, os.geteuid(), os.stat("/").st_uid):
         raise NotPrivateError(
-            f"{path} belongs to user {found.st_uid}, who could put code there for this one to run"
+            f"{path} belongs to user {found.st_uid}, who could put code there that this user would run"
         )
     if found.st_mode & _OTHERS_WRITE and not (sticky_is_fine and found.st_mode & stat.S_ISVTX):
         raise NotPrivateError(
-            f"other users can write to {path}, and so put code there for this one to run (to have it "
-            f"used: chmod go-w {path}, and remove what is not yours)"
+            f"other users can write to {path}, and so put code there that this user would run (to use "
+            f"it: chmod go-w {path}, and remove files that are not yours)"
         )

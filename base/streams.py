@@ -1,13 +1,13 @@
-"""Standard input, output and error of a program: sound before its first word, lost without a traceback.
+"""Standard input, output and error of a program: usable from the start, and errors without a traceback.
 
-Every program of Yoke runs inside `running`, and speaks by `show`, `show_json` and `say`. Then these
-hold in all of them. A character that an encoding does not have comes out as a replacement, or in JSON
-as an escape. A stream that was closed (`>&-`) is /dev/null: otherwise the next file that is opened
-would take its number, and be written into. Output that nobody reads (`| head`) ends the program in
-silence; output that cannot be written (a full disk) ends it with one message. Messages that cannot be
-written are lost, and nothing else with them.
+Every program of Yoke runs inside `running`, and prints by `show`, `show_json` and `say`. So these rules
+hold in all of them. A character that the encoding lacks is printed as a replacement, or in JSON as an
+escape. A stream that was closed (`>&-`) becomes /dev/null: otherwise the next file to be opened would
+get its number, and output would go into that file. Output that nobody reads (`| head`) ends the program
+silently; output that cannot be written (a full disk) ends it with one message. A message that cannot be
+written to stderr is dropped, and the program goes on.
 
-Not here: what a program prints that `run` starts; it has the streams that python gives it.
+Not here: the output of a program that `run` starts; it has the streams that python gives it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any, TextIO
 
-LOST = os.EX_IOERR  # the exit code where output could not be written
-UNREAD = 141  # and where nobody read it: as the shell tells of SIGPIPE
-# What python does with characters that an encoding does not have; its other ways may raise.
+LOST = os.EX_IOERR  # the exit code if output could not be written
+UNREAD = 141  # the exit code if nobody read it: 128 + SIGPIPE, as in a shell
+# python's error handlers that never raise for characters that an encoding lacks.
 _HARMLESS = {"replace", "ignore", "backslashreplace", "xmlcharrefreplace", "namereplace"}
 
 
 class OutputError(OSError):
-    """stdout cannot be written. `exit_code` is the program's."""
+    """stdout cannot be written. `exit_code` is the exit code of the program."""
 
     @property
     def exit_code(self) -> int:
@@ -36,14 +36,14 @@ class OutputError(OSError):
 
     @property
     def message(self) -> str:
-        """For the person; "" where nobody reads, which is no mistake."""
+        """The error message; "" if nobody reads stdout, which is not an error."""
         if self.errno == errno.EPIPE:
             return ""
         return f"standard output cannot be written ({self.strerror})"
 
 
 def running(main: Callable[[], int]) -> int:
-    """Put the streams in order and run a program; its exit code, LOST or UNREAD."""
+    """Prepare the streams and run a program; return its exit code, LOST or UNREAD."""
     prepare()
     try:
         try:
@@ -67,8 +67,8 @@ def running(main: Callable[[], int]) -> int:
 
 
 def prepare() -> None:
-    """Open what is closed, and have no stream raise for a character. stdout is then a file that cannot
-    be written, so that what is shown is missed."""
+    """Open /dev/null for closed streams, and make no stream raise for a character. A closed stdout is
+    opened read-only, so that writing to it fails and is reported."""
     for number, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         _plug(number, flags)
     if sys.stdin is None:
@@ -86,7 +86,7 @@ def _plug(number: int, flags: int) -> None:
     with suppress(OSError):
         fcntl.fcntl(number, fcntl.F_GETFD)
         return
-    opened = os.open(os.devnull, flags)  # the lowest number that is free: this one
+    opened = os.open(os.devnull, flags)  # gets the lowest free number, which is `number`
     os.set_inheritable(opened, True)
     assert opened == number
 
@@ -96,17 +96,17 @@ def _open(number: int, mode: str) -> TextIO:
 
 
 def is_writable(stream: IO[str]) -> bool:
-    """Whether there is anything to write into, after `prepare`."""
+    """Whether the stream can be written to, after `prepare`."""
     try:
         flags = fcntl.fcntl(stream.fileno(), fcntl.F_GETFL)
-    except OSError:  # a stream without a file, as tests have them
+    except OSError:  # a stream without a file descriptor, as in tests
         return True
     return flags & os.O_ACCMODE != os.O_RDONLY
 
 
 @contextmanager
 def writing() -> Iterator[None]:
-    """A block that writes on stdout, which is flushed at its end. Raises OutputError."""
+    """A block that writes to stdout, which is flushed at its end. Raises OutputError."""
     try:
         yield
         sys.stdout.flush()
@@ -114,20 +114,20 @@ def writing() -> Iterator[None]:
         raise OutputError(error.errno, error.strerror) from error
 
 
-# What a text must not do to a terminal: all control characters but tab and line feed.
+# What a terminal must not receive from a text: all control characters but tab and line feed.
 _CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
-# What JSON need not escape, and terminals obey or other readers take for the end of a line.
+# Characters that JSON need not escape, but that terminals obey or other readers treat as a line end.
 _ESCAPED = {code: f"\\u{code:04x}" for code in (*range(127, 160), 0x2028, 0x2029)}
 
 
 def printable(text: str) -> str:
-    """The text without control characters: escape sequences would move the cursor, and worse."""
+    """The text with control characters replaced: escape sequences could move the cursor, or worse."""
     return text.translate(_CONTROL)
 
 
 def show(text: str, end: str = "\n", escapes: bool = False) -> None:
-    """A text on stdout, at once; without control characters where a terminal would obey them, unless
-    they are our own (`escapes`). Raises OutputError."""
+    """Print a text on stdout and flush. On a terminal, control characters are replaced unless they are
+    our own (`escapes`). Raises OutputError."""
     if not escapes and sys.stdout.isatty():
         text = printable(text)
     with writing():
@@ -135,7 +135,7 @@ def show(text: str, end: str = "\n", escapes: bool = False) -> None:
 
 
 def show_json(data: Any) -> None:
-    """One line of JSON on stdout, at once: in the characters that it has, else in ASCII escapes.
+    """Print one line of JSON on stdout and flush; with ASCII escapes if the encoding lacks a character.
     Raises OutputError."""
     text = json.dumps(data, ensure_ascii=False).translate(_ESCAPED)
     try:
@@ -146,8 +146,8 @@ def show_json(data: Any) -> None:
 
 
 def say(message: str) -> None:
-    """A message on stderr, at once, without control characters: it may quote what a file holds. Where
-    that cannot be written nobody can be told."""
+    """Print a message on stderr and flush, with control characters replaced: it may quote a file. If
+    stderr cannot be written, the message is dropped."""
     try:
         print(printable(message), file=sys.stderr, flush=True)
     except OSError:
@@ -155,8 +155,8 @@ def say(message: str) -> None:
 
 
 def silence(stream: IO[str]) -> None:
-    """Let what a stream holds back and what follows go nowhere: the interpreter would try once more
-    at its end, and complain."""
+    """Discard what a stream has buffered and what follows: otherwise the interpreter would flush it
+    again at exit, and print an error."""
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())

@@ -1,8 +1,8 @@
 """Bind this process to its cores and memory, before torch is imported.
 
-The order matters: the OpenMP runtime counts its cores and places its threads as torch is loaded, and
-memory stays on the node where it was first touched. System calls are made directly, so that neither
-numactl nor libnuma needs to be installed. What the user has set in the environment is kept.
+The order matters: the OpenMP runtime counts the cores and places its threads when torch is loaded, and
+memory stays on the node where it was first touched. System calls are made directly, so neither numactl
+nor libnuma is needed. Variables that the user has set in the environment are kept.
 
 What is not here: checking afterwards where pages and threads are (`launcher.placement`).
 """
@@ -24,7 +24,7 @@ from launcher.machine.topology import format_cpu_list
 from launcher.plan import RankPlan
 
 _SET_MEMPOLICY = {"x86_64": 238, "aarch64": 237}  # system call numbers
-# linux/mempolicy.h; PREFERRED_MANY came with Linux 5.15.
+# From linux/mempolicy.h; PREFERRED_MANY needs Linux 5.15.
 _MPOL = {"preferred": 1, "bind": 2, "interleave": 3, "preferred-many": 5}
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _AFFINITY_VARIABLES = ("OMP_PLACES", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
@@ -33,7 +33,7 @@ _AFFINITY_VARIABLES = ("OMP_PLACES", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_
 def bind_this_process(
     plan: RankPlan, bind_cores: bool, environ: MutableMapping[str, str]
 ) -> tuple[str, ...]:
-    """Apply the plan to this process and what it starts; returns notes on what could not be done.
+    """Apply the plan to this process and its future children; return notes on what could not be done.
 
     Raises LaunchError if the kernel refuses the cpus of the plan.
     """
@@ -41,7 +41,7 @@ def bind_this_process(
     values, notes = thread_environment(plan, bind_cores, openmp_runtime(environ), environ)
     environ.update(values)
     if plan.device != "cpu":
-        environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the order of the plan
+        environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the order that the plan uses
     if not bind_cores:
         return notes
     try:
@@ -49,7 +49,7 @@ def bind_this_process(
     except OSError as error:
         raise LaunchError(
             f"rank {plan.rank} cannot be bound to cpus {format_cpu_list(plan.cpus)} "
-            f"({error.strerror}); see the allowed ones with: python launch.py plan"
+            f"({error.strerror}); python launch.py plan shows the allowed cpus"
         ) from error
     return notes + place_memory(plan)
 
@@ -57,7 +57,8 @@ def bind_this_process(
 def openmp_runtime(environ: Mapping[str, str]) -> str:
     """The OpenMP runtime that torch will load: "gomp" (GNU), "iomp" (Intel, LLVM), or "".
 
-    Told by the libraries that lie beside torch, which is not imported; a preloaded one wins.
+    Found from the names of the libraries in torch's folder, without importing torch; a preloaded
+    library (LD_PRELOAD) takes precedence.
     """
     preloaded = environ.get("LD_PRELOAD", "")
     names = [Path(part).name for part in preloaded.replace(":", " ").split()]
@@ -77,22 +78,22 @@ def openmp_runtime(environ: Mapping[str, str]) -> str:
 def thread_environment(
     plan: RankPlan, bind_cores: bool, runtime: str, environ: Mapping[str, str]
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The OpenMP variables to set for a rank, and what is said of those that the user has set.
+    """The OpenMP variables to set for a rank, and notes on those that the user has set.
 
-    One thread per cpu of the rank, each on its own. GNU's runtime reads OMP_PLACES and OMP_PROC_BIND
-    as it is loaded; Intel's and LLVM's have their own KMP_AFFINITY.
+    Each cpu of the rank gets one thread. GNU's runtime reads OMP_PLACES and OMP_PROC_BIND when it is
+    loaded; Intel's and LLVM's read KMP_AFFINITY.
     """
     values, notes = {}, []
     kept = environ.get("OMP_NUM_THREADS")
     if kept is None:
         values["OMP_NUM_THREADS"] = str(plan.num_threads)
     elif kept != str(plan.num_threads):
-        notes.append(f"OMP_NUM_THREADS={kept} is kept as set; the plan has {plan.num_threads}")
+        notes.append(f"OMP_NUM_THREADS={kept} is kept as set; the plan would use {plan.num_threads}")
     if not bind_cores:
         return values, tuple(notes)
     already = [f"{name}={environ[name]}" for name in _AFFINITY_VARIABLES if name in environ]
     if already:
-        notes.append(f"{', '.join(already)} is kept as set: Yoke places no threads")
+        notes.append(f"{', '.join(already)} is kept as set: Yoke does not place threads")
     elif runtime == "iomp":
         listed = ",".join(map(str, plan.cpus))
         values["KMP_AFFINITY"] = f"granularity=fine,proclist=[{listed}],explicit"
@@ -103,7 +104,7 @@ def thread_environment(
 
 
 def place_memory(plan: RankPlan) -> tuple[str, ...]:
-    """Set the memory policy; where the kernel or a container forbids it, the next weaker one."""
+    """Set the memory policy, or a weaker one if the kernel or a container forbids it; return notes."""
     if plan.memory_policy == "none":
         return ()
     if plan.memory_policy == "preferred":
@@ -115,7 +116,7 @@ def place_memory(plan: RankPlan) -> tuple[str, ...]:
     for policy, nodes in wanted:
         code = set_mempolicy(policy, nodes)
         if code == 0:
-            # "preferred" in place of "preferred-many" for one node is the same thing.
+            # For one node, "preferred" is the same as "preferred-many".
             if not reason or len(plan.preferred_nodes) == 1:
                 return ()
             listed = format_cpu_list(nodes)
@@ -125,7 +126,7 @@ def place_memory(plan: RankPlan) -> tuple[str, ...]:
 
 
 def set_mempolicy(policy: str, nodes: Collection[int]) -> int:
-    """The system call for this thread and what it starts; 0 or an errno."""
+    """Call set_mempolicy for this thread and what it starts; return 0 or an errno."""
     number = _SET_MEMPOLICY.get(platform.machine())
     if number is None:
         return errno.ENOSYS
@@ -133,13 +134,13 @@ def set_mempolicy(policy: str, nodes: Collection[int]) -> int:
     mask = sum(1 << node for node in nodes)
     words = max(nodes) // 64 + 1
     bits = (ctypes.c_uint64 * words)(*(mask >> 64 * i & (1 << 64) - 1 for i in range(words)))
-    # The kernel reads one bit less than it is told.
+    # The kernel reads one bit less than the given size.
     size = ctypes.c_ulong(64 * words + 1)
     return 0 if libc.syscall(number, _MPOL[policy], bits, size) == 0 else ctypes.get_errno()
 
 
 def die_with_parent(parent_pid: int, number: int = signal.SIGKILL) -> None:
-    """Have the kernel send this process a signal when the launcher dies, even of SIGKILL."""
+    """Make the kernel send this process signal `number` when its parent dies, even of SIGKILL."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
-    if os.getppid() != parent_pid:  # it died before the call above
+    if os.getppid() != parent_pid:  # the parent died before the call above
         os._exit(1)

@@ -1,8 +1,8 @@
-"""Cores -> groups of them: by what they share, or in so many parts. Pure.
+"""Divide cores into groups: by what they share, or into a number of parts. The functions are pure.
 
-Parts are contiguous in the order of socket, node and cpu, and end where sockets and memory nodes end
-wherever the numbers allow it; sentences on what they do not allow go to `reasons`. Sockets that share
-a memory node are one unit.
+Parts are contiguous in the order of socket, node and cpu. They end at the borders of sockets and memory
+nodes if the numbers allow it; if not, a sentence in `reasons` says so. Sockets that share a memory node
+are one unit.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from itertools import groupby
 from base.errors import LaunchError
 from launcher.machine.topology import Core, format_cpu_list
 
-Units = list[tuple[str, tuple[Core, ...]]]  # names, and the cores of each
+Units = list[tuple[str, tuple[Core, ...]]]  # the name and the cores of each unit
 
 
 def socket_of(core: Core) -> tuple[int, int]:
-    """Socket by socket; cores that name none count as one socket per memory node."""
+    """A sort key of the core's socket. Cores without a socket count as one socket per memory node."""
     return (0, core.socket) if core.socket is not None else (1, core.node)
 
 
 def group_cores(cores: tuple[Core, ...], rank_per: str, reasons: list[str]) -> Units:
-    """The cores in groups of the kind asked for, each with its name."""
+    """The cores grouped by `rank_per` (socket, node or l3), with a name for each group. Raises
+    LaunchError for l3 if no L3 caches are known."""
 
     def grouped(
         key: Callable[[Core], tuple[int, ...]], name: str
@@ -37,22 +38,23 @@ def group_cores(cores: tuple[Core, ...], rank_per: str, reasons: list[str]) -> U
     if rank_per == "node":
         return grouped(lambda core: (core.node,), "node")
     if all(core.l3 is None for core in cores):
-        raise LaunchError("--rank-per l3: this machine tells of no L3 caches; use --rank-per node")
+        raise LaunchError("--rank-per l3: this machine lists no L3 caches; use --rank-per node")
     if any(core.l3 is None for core in cores):
-        reasons.append("some cores name no L3 cache: they are taken together by memory node")
+        reasons.append("some cores list no L3 cache: they are grouped by memory node")
     return grouped(lambda core: (0, core.l3) if core.l3 is not None else (1, core.node), "l3 of cpu")
 
 
 def join_shared(units: Units, reasons: list[str]) -> Units:
-    """The same, with the sockets that share a memory node as one unit: a rank of its own for each would
-    cost a sum per layer and bring no memory nearer. (Virtual machines often have a socket per cpu.)"""
-    joined: dict[int, Units] = {}  # by the position of its first unit
-    owner: dict[int, int] = {}  # of each memory node
+    """The units, with sockets that share a memory node joined: a rank for each of these would cost an
+    all-reduce per layer without being nearer to memory. (Virtual machines often have a socket per cpu.)
+    """
+    joined: dict[int, Units] = {}  # joined units by the position of the first
+    owner: dict[int, int] = {}  # for each memory node, the key in `joined` of the units that have it
     for position, unit in enumerate(units):
         nodes = {core.node for core in unit[1]}
         first, *others = sorted({owner[node] for node in nodes if node in owner}) or [position]
         joined.setdefault(first, [])
-        for other in others:  # a socket with nodes of two units makes them one
+        for other in others:  # a socket with nodes of two units joins these
             joined[first] += joined.pop(other)
             nodes |= {node for node in owner if owner[node] == other}
         joined[first].append(unit)
@@ -73,7 +75,7 @@ def join_shared(units: Units, reasons: list[str]) -> Units:
 
 
 def divide(units: list[tuple[Core, ...]], count: int, reasons: list[str]) -> list[tuple[Core, ...]]:
-    """The cores of each rank, where there are more or fewer ranks than units."""
+    """The cores of each rank, if the number of ranks differs from the number of units."""
     cores = tuple(core for unit in units for core in unit)
     if count > len(cores):
         reasons.append(
@@ -85,12 +87,12 @@ def divide(units: list[tuple[Core, ...]], count: int, reasons: list[str]) -> lis
     if len(units) % count == 0:
         step = len(units) // count
         return [sum(units[i : i + step], ()) for i in range(0, len(units), step)]
-    reasons.append(f"{count} ranks do not divide {len(units)} sockets or nodes: some rank spans two")
+    reasons.append(f"{count} ranks do not divide {len(units)} sockets or nodes: some ranks span two")
     return _split(cores, count, reasons)
 
 
 def _split(cores: tuple[Core, ...], count: int, reasons: list[str]) -> list[tuple[Core, ...]]:
-    """Contiguous parts, on the borders of sockets and memory nodes where these divide evenly."""
+    """Contiguous parts; they end at borders of sockets and memory nodes if these divide evenly."""
     nodes = [tuple(group) for _, group in groupby(cores, key=lambda c: (socket_of(c), c.node))]
     if count < len(nodes) and len(nodes) % count == 0:
         step = len(nodes) // count

@@ -1,8 +1,8 @@
-"""The plan for people and for programs.
+"""Show the plan to people and to programs.
 
 `plan_to_json` is the schema that programs may rely on (docs/plan-json.md). People at a terminal get a
-drawing: each socket a frame, each core a block in the color of its rank; elsewhere the same facts
-come as plain lines. rich is imported only where it draws: the rest of `launcher` does without.
+drawing: each socket is a frame, each core a block in the color of its rank; elsewhere the same facts
+are plain lines. rich is imported only to draw: the rest of `launcher` works without it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _COLORS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "
 def plan_to_json(topology: Topology, plan: LaunchPlan, fits: Sequence[Fit] = ()) -> dict[str, Any]:
     """The plan for programs; `cpus` are lists of logical cpu numbers, memory is in bytes."""
     machine = asdict(topology)
-    del machine["notes"]  # they are among the reasons
+    del machine["notes"]  # `reasons` includes them
     data: dict[str, Any] = {
         "topology": machine,
         "ranks": [asdict(rank) for rank in plan.ranks],
@@ -40,7 +40,7 @@ def plan_to_json(topology: Topology, plan: LaunchPlan, fits: Sequence[Fit] = ())
 
 
 def describe_rank(rank: RankPlan, bound: bool) -> str:
-    """Such as "4 threads, bound to cpus 0-3, memory bind 0"."""
+    """A line such as "4 threads, bound to cpus 0-3, memory bind 0"."""
     where = f"{'bound to' if bound else 'free on'} cpus {format_cpu_list(rank.cpus)}"
     device = "" if rank.device == "cpu" else f"{rank.device}, "
     threads = f"{rank.num_threads} thread{'s' * (rank.num_threads != 1)}"
@@ -59,7 +59,7 @@ def describe_memory(rank: RankPlan) -> str:
 
 @dataclass(frozen=True)
 class _Place:
-    """Memory nodes that share their cpus, or one node, as they are drawn."""
+    """What is drawn as one place: a memory node, or several nodes that share their cpus."""
 
     nodes: tuple[int, ...]
     socket: int | None
@@ -71,8 +71,8 @@ class _Place:
 
 
 def _places(topology: Topology) -> list[_Place]:
-    """The nodes, those that list the same cpus as one; and last, as "not allowed", those whose cores
-    may be used and whose memory may not: the topology lists their cores alone."""
+    """The nodes; those that list the same cpus are one place. Last, as "not allowed", come the nodes
+    whose cores may be used but not their memory: the topology lists only their cores."""
     shared: dict[tuple[object, ...], list[Node]] = {}
     for node in topology.nodes:
         shared.setdefault((node.kind, node.cpus) if node.cpus else (node.id,), []).append(node)
@@ -100,7 +100,8 @@ def _places(topology: Topology) -> list[_Place]:
 
 
 def _frames(topology: Topology) -> list[tuple[str, list[_Place]]]:
-    """The places in each socket, with sockets that share one together; "" is those in none."""
+    """The title and places of each socket. Sockets that share a place are one frame; places in no
+    socket come last, with the title ""."""
     frames: list[tuple[list[int], list[_Place]]] = []
     loose = _places(topology)
     for socket in topology.sockets:
@@ -134,13 +135,13 @@ def _place_line(place: _Place) -> str:
 
 
 def render_plain(topology: Topology, plan: LaunchPlan, fits: Sequence[Fit] = ()) -> str:
-    """The machine, the ranks on it, whether they fit, and why it is so, as lines."""
+    """Plain lines: the machine, the ranks on it, whether they fit, and the reasons."""
     lines = ["Machine"]
     for title, places in _frames(topology):
         lines += [f"  {title}"] if title else []
         lines += [f"  {'  ' * bool(title)}{_place_line(place)}" for place in places]
     for gpu in topology.gpus:
-        where = "node not told" if gpu.node is None else f"node {gpu.node}"
+        where = "node unknown" if gpu.node is None else f"node {gpu.node}"
         lines.append(f"  gpu {gpu.index}  {gpu.pci}  {where}")
     lines.append(f"Ranks ({plan.backend})")
     lines += [f"  rank {rank.rank}  {describe_rank(rank, plan.bind_cores)}" for rank in plan.ranks]
@@ -161,7 +162,7 @@ def _describe_fit(fit: Fit) -> str:
 
 
 def draw(topology: Topology, plan: LaunchPlan, fits: Sequence[Fit] = ()) -> None:
-    """Draw the plan on the terminal that stdout is."""
+    """Draw the plan on stdout, which is a terminal."""
     from rich.columns import Columns
     from rich.console import Console
     from rich.panel import Panel
@@ -208,7 +209,7 @@ def draw(topology: Topology, plan: LaunchPlan, fits: Sequence[Fit] = ()) -> None
 
 
 def _place_picture(place: _Place, owner: dict[int, int], plan: LaunchPlan) -> Text:
-    """Its name, and a block for each of its cores in the color of the rank that has it."""
+    """The place's name, and a block for each of its cores in the color of the core's rank."""
     from rich.text import Text
 
     picture = Text(f"{_name(place)}  {format_bytes(place.memory_bytes)}  {place.kind}\n")

@@ -1,6 +1,6 @@
-"""The list of models for people: rows of words (pure), as plain text or drawn with rich.
+"""The list of models for people: rows of strings (pure), as plain text or drawn with rich.
 
-What the models are and need is the engine's to say (`engine.catalog`); here it is a dictionary.
+`engine.catalog` makes the report on the models and their needs; here it is a dictionary.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 from launcher.fit import format_bytes
 
 Row = tuple[str, ...]
-NO_FIT = "!"  # behind a size: all ranks together need more than the machine has
+NO_FIT = "!"  # after a size: all ranks together need more memory than the machine has
 
 
 def model_rows(report: dict[str, Any]) -> list[Row]:
-    """A title row, then a row for each model. The family is named where it changes."""
+    """A title row, then a row for each model. Only the first model of a family names the family."""
     sizes = list(report["models"][0]["ranks"]) if report["models"] else []
     ranks = [f"{size} rank" + "s" * (size != "1") for size in sizes]
     rows: list[Row] = [("family", "model", "params", "active", "in bf16", *ranks)]
@@ -53,18 +53,18 @@ def family_rows(report: dict[str, Any]) -> list[Row]:
 
 
 def notes(report: dict[str, Any]) -> list[str]:
-    """What the columns mean, and why a model cannot be run where it has a dash."""
+    """What the columns mean, and for each dash why the model cannot run with that number of ranks."""
     lines = [
         "ranks: what the largest rank holds, weights + KV cache + workspace, in "
         f"{report['dtype']} with max_seq_len={report['max_seq_len']}",
     ]
     if any(model["active_parameters"] != model["parameters"] for model in report["models"]):
-        lines.append("active: of a mixture of experts, the parameters that one token meets")
+        lines.append("active: for a mixture of experts, the parameters that one token uses")
     if any(
         needs.get("fits") is False for model in report["models"] for needs in model["ranks"].values()
     ):
         has = format_bytes(report["machine_bytes"])
-        lines.append(f"{NO_FIT}: all ranks together need more than this machine has, {has}")
+        lines.append(f"{NO_FIT}: all ranks together need more memory than this machine has, {has}")
     refused: dict[str, list[str]] = {}
     for model in report["models"]:
         reasons = [needs["refused"] for needs in model["ranks"].values() if "refused" in needs]
@@ -103,7 +103,7 @@ def _columns(rows: Sequence[Row], right_from: int | None) -> list[str]:
 
 
 def draw(report: dict[str, Any]) -> None:
-    """In color, on the terminal that stdout is."""
+    """Draw the report in color on stdout, which is a terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

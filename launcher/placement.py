@@ -1,14 +1,14 @@
-"""Where a bound rank's pages and threads really are: the check after the binding.
+"""Check after binding where a rank's pages and threads really are.
 
-Pages come from `/proc/<pid>/numa_maps`, which counts them exactly. Where that file is missing, they
-come from the move_pages system call, which tells the node of given addresses: evenly spread samples,
-so that a process of any size costs a few milliseconds. Where neither answers, the source is "" and
-nothing is claimed. Threads come from `/proc/<pid>/task`: a stray is one whose mask leaves the rank's
-cpus, also where a library meant it so.
+Pages are counted exactly by `/proc/<pid>/numa_maps`. If that file is missing, the move_pages system
+call reports the node of given addresses: evenly spread samples, so that a process of any size takes a
+few milliseconds. If neither works, the source is "" and no placement is reported. Threads are read from
+`/proc/<pid>/task`. A stray is a thread whose affinity mask has cpus outside the rank's, even if a
+library set that on purpose.
 
-What is counted: what the process itself owns, that is heap, stacks, anonymous memory, and its private
-copies of file pages. What is not: pages shared with others, such as the code of libraries, files that
-are mapped to be read (weights too), and shared-memory segments: whoever touched them first placed
+Counted is the memory of the process alone: heap, stacks, anonymous memory, and its private copies of
+file pages. Not counted are pages shared with other processes: the code of libraries, files mapped for
+reading (weights too), and shared-memory segments, since the process that touched them first placed
 them. Pages in swap are on no node and are not counted either.
 """
 
@@ -27,15 +27,15 @@ from pathlib import Path
 from launcher.machine.topology import format_cpu_list, parse_cpu_list
 
 _MOVE_PAGES = {"x86_64": 279, "aarch64": 239}  # system call numbers
-_NUM_SAMPLES = 1 << 16  # some 7 ms; every page of a process of up to 256 MiB
+_NUM_SAMPLES = 1 << 16  # about 7 ms; covers every page of a process of up to 256 MiB
 _NUM_SHOWN_STRAYS = 4
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A rank's memory by node, in bytes, and its threads, against the `nodes` and `cpus` it was to
-    have. `source` is "numa_maps", "move_pages" (sampled) or "" (cannot be told); `stray_threads`
-    says for each thread that may leave the cpus what it may do."""
+    """A rank's memory by node, in bytes, and its threads, compared with the planned `nodes` and `cpus`.
+    `source` is "numa_maps", "move_pages" (sampled) or "" (unknown); `stray_threads` describes each
+    thread that may run outside the cpus."""
 
     rank: int
     nodes: tuple[int, ...]
@@ -60,7 +60,7 @@ class Thread:
 def check_placement(
     rank: int, nodes: Collection[int], cpus: Collection[int], root: Path = Path("/proc/self")
 ) -> Placement:
-    """Look at the process whose proc folder is `root`."""
+    """Read the placement of the process whose proc folder is `root`."""
     by_node, source = _read_pages(root)
     strays, num_threads = _read_threads(root / "task", cpus)
     return Placement(
@@ -77,7 +77,7 @@ def check_placement(
 
 
 def _text(path: Path) -> str:
-    """Not in text mode: names of threads and files may hold a carriage return."""
+    """The file's text. Not read in text mode: names of threads and files may have a carriage return."""
     return path.read_bytes().decode(errors="replace")
 
 
@@ -94,11 +94,11 @@ def parse_numa_maps(text: str) -> dict[int, int]:
         counts = {int(word[1 : word.index("=")]): _value(word) for word in words if _is_node(word)}
         if any(word.startswith("file=") for word in words):
             own = next((_value(word) for word in words if word.startswith("anon=")), 0)
-            # Private copies and the file's own pages are told by node only in sum: where both are
-            # there, the copies count if there is one node, and else not at all.
+            # The counts by node are sums of private copies and the file's own pages. If there are both,
+            # the copies count if all pages are on one node, and else not at all.
             if own != sum(counts.values()):
                 counts = dict.fromkeys(counts, own) if len(counts) == 1 else {}
-        # Transparent huge pages are counted in small ones; only hugetlbfs pages have another size.
+        # Transparent huge pages are counted in 4 KiB pages; only hugetlbfs pages have another size.
         size = next((_value(word) for word in words if word.startswith("kernelpagesize_kB=")), 4)
         for node, count in counts.items():
             by_node[node] += count * size * 1024
@@ -106,7 +106,7 @@ def parse_numa_maps(text: str) -> dict[int, int]:
 
 
 def parse_private_maps(text: str) -> list[tuple[int, int]]:
-    """First and last-plus-one address of each writable private mapping without a file behind it."""
+    """The first address, and the one past the end, of each writable private mapping without a file."""
     found = []
     for line in filter(None, text.split("\n")):
         addresses, mode, _offset, _device, inode, *name = line.split(maxsplit=5)
@@ -119,7 +119,7 @@ def parse_private_maps(text: str) -> list[tuple[int, int]]:
 
 def count_samples(samples: Iterable[tuple[int, int]]) -> dict[int, int]:
     """(bytes that a sample stands for, node or negative error) -> bytes per node. A page that was
-    never touched answers with an error and counts as nothing."""
+    never touched has an error and is not counted."""
     by_node: Counter[int] = Counter()
     for size, node in samples:
         if node >= 0:
@@ -128,15 +128,15 @@ def count_samples(samples: Iterable[tuple[int, int]]) -> dict[int, int]:
 
 
 def parse_thread(status: str, stat: str) -> Thread:
-    """From the texts of a thread's status and stat files."""
+    """Parse the texts of a thread's status and stat files."""
     fields = dict(line.split(":\t", 1) for line in status.split("\n") if ":\t" in line)
-    # In stat the name, in parentheses, may itself hold them; field 3 follows the last one.
+    # In stat the name is in parentheses, and may contain some; field 3 follows the last one.
     last_cpu = int(stat.rpartition(")")[2].split()[39 - 3])
     return Thread(fields["Name"], parse_cpu_list(fields["Cpus_allowed_list"]), last_cpu)
 
 
 def stray_threads(threads: Mapping[int, Thread], cpus: Collection[int]) -> tuple[str, ...]:
-    """What to say of each thread (by its id) that may leave `cpus`."""
+    """A description of each thread (by its id) that may run outside `cpus`."""
     said = []
     for number, thread in sorted(threads.items()):
         if not set(thread.mask) <= set(cpus):
@@ -157,7 +157,7 @@ def _value(word: str) -> int:
 
 def _read_pages(root: Path) -> tuple[dict[int, int], str]:
     with suppress(OSError):
-        # File names may be any bytes.
+        # File names may contain any bytes.
         return parse_numa_maps(_text(root / "numa_maps")), "numa_maps"
     with suppress(OSError):
         ranges = parse_private_maps(_text(root / "maps"))
@@ -167,7 +167,7 @@ def _read_pages(root: Path) -> tuple[dict[int, int], str]:
 
 
 def _sample(pid: int, ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """(bytes, node) of evenly spread addresses. Raises OSError where the kernel does not tell."""
+    """(bytes, node) of evenly spread addresses. Raises OSError if the kernel does not report nodes."""
     number = _MOVE_PAGES.get(platform.machine())
     if number is None:
         raise OSError(f"no move_pages on {platform.machine()}")
@@ -198,7 +198,7 @@ def _read_threads(folder: Path, cpus: Collection[int]) -> tuple[tuple[str, ...],
 
 def _render_pages(placement: Placement) -> str:
     if not placement.source:
-        return "where its pages are cannot be told here (no numa_maps, no move_pages)"
+        return "the nodes of its pages cannot be told here (no numa_maps, no move_pages)"
     percent = 100 * placement.local_bytes / max(placement.total_bytes, 1)
     nodes = f"{'node' if len(placement.nodes) == 1 else 'nodes'} {format_cpu_list(placement.nodes)}"
     away = "".join(

@@ -1,1 +1,1 @@
-"""The report on this machine, and what it finds out by trying."""
+"""The `doctor` command: a report on this machine, with a trial of the placement."""

@@ -1,9 +1,9 @@
-"""The optional packages that others use for what Yoke does itself: are they here, and do they fit?
+"""Check the optional packages that other projects use for what Yoke does itself: installed, and usable?
 
-They are found by their installed metadata and never imported: an extension made for another torch
-can crash the process that loads it. Yoke needs none of them; what stands in their place is said. Two
-can be asked for (`--comm ccl`, `--comm deepspeed`), and are refused here where they do not fit.
-Verdicts are pure, from version strings alone. Standard library only.
+They are found by their installed metadata and never imported: an extension built for another torch can
+crash the process that loads it. Yoke needs none of them; the report says what Yoke uses instead. Two
+can be selected (`--comm ccl`, `--comm deepspeed`); they are rejected here if they do not fit torch.
+Verdicts are pure functions of version strings. Standard library only.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Backend:
 
 @dataclass(frozen=True)
 class _Known:
-    """`distributions` are the names it is installed under; `tied` needs the same torch x.y; `oldest` is
-    the first version that can be used; `comm` the value of --comm that uses it."""
+    """A known package. `distributions` are the names under which it can be installed; `tied`: it needs
+    the same torch x.y; `oldest`: the first usable version; `comm`: the value of --comm that uses it."""
 
     name: str
     distributions: tuple[str, ...]
@@ -47,7 +47,7 @@ _KNOWN = (
         "deepspeed",
         ("deepspeed",),
         tied=False,
-        about="source only, compiled at first use",
+        about="distributed as source, compiled at first use",
         instead="Yoke's binding and collectives",
         oldest=(0, 15),
         comm="deepspeed",
@@ -71,20 +71,20 @@ _KNOWN = (
 
 
 def find_backends(torch_version: str | None, path: Sequence[str] | None = None) -> tuple[Backend, ...]:
-    """What is installed (on `path`, by default sys.path) of the known packages."""
+    """The state of each known package on `path` (default: sys.path), for this version of torch."""
     return tuple(
         judge(known.name, _installed(known.distributions, path), torch_version) for known in _KNOWN
     )
 
 
 def judge(name: str, version: str | None, torch_version: str | None) -> Backend:
-    """The verdict on one known package of this version (None: not installed) for this torch."""
+    """The verdict on version `version` of a known package (None: not installed) for this torch."""
     known = next(known for known in _KNOWN if known.name == name)
     instead = f"in its place: {known.instead}"
     if version is None:
         return Backend(name, False, None, None, f"{known.about}; {instead}")
     if torch_version is None:
-        return Backend(name, True, version, None, f"no torch to fit; {known.about}")
+        return Backend(name, True, version, None, f"torch is not installed; {known.about}")
     if known.tied and release(version)[:2] != release(torch_version)[:2]:
         wanted = ".".join(map(str, release(version)[:2])) or "another version"
         note = f"made for torch {wanted}, not {torch_version}; {known.about}; {instead}"
@@ -99,7 +99,7 @@ def judge(name: str, version: str | None, torch_version: str | None) -> Backend:
 def require_backend(comm: str, path: Sequence[str] | None = None) -> None:
     """Raise LaunchError if `--comm comm` needs a package that is missing or does not fit torch.
 
-    torch's own version is taken from its metadata too.
+    torch's version is read from its metadata too.
     """
     known = next((known for known in _KNOWN if known.comm == comm), None)
     if known is None:
@@ -113,7 +113,7 @@ def require_backend(comm: str, path: Sequence[str] | None = None) -> None:
         why = f"{known.distributions[0]} {backend.version} cannot be used: {backend.note.split(';')[0]}"
     else:
         return
-    raise LaunchError(f"--comm {comm}: {why}; --comm auto needs no other package")
+    raise LaunchError(f"--comm {comm}: {why}; use --comm auto, which needs no other package")
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -123,7 +123,7 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def _installed(names: Sequence[str], path: Sequence[str] | None) -> str | None:
-    for name in names:  # spelled with - or _, in any case: metadata compares normalized names
+    for name in names:  # - or _, upper or lower case: metadata compares normalized names
         where = list(sys.path if path is None else path)
         for found in metadata.Distribution.discover(name=name, path=where):
             return found.metadata["Version"] or "unknown"

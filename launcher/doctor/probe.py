@@ -1,8 +1,8 @@
-"""Single facts about this machine for `doctor`: limits, kernel settings, compiler, torch.
+"""Probes of this machine for `doctor`: limits, kernel settings, compiler, torch.
 
-Each probe answers alone and may raise; `doctor` turns what is raised into a line. What reads files
-takes the `root` that they lie under, so that tests can give other values. torch is asked in a process
-of its own (`launcher.doctor.probe_torch`).
+Each probe is independent and may raise; `doctor` reports the exception as a line. Probes that read
+files take the `root` above them, so that tests can use other files. torch is probed in a separate
+process (`launcher.doctor.probe_torch`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from launcher.machine.cgroup import read_cgroup
 
 TORCH_TIMEOUT_S = 60.0  # a first import from a cold disk is slow
 _COMPILE_TIMEOUT_S = 30.0
-# As Yoke's own sources: the language version, the headers of the library, a shared object.
+# The same demands as Yoke's sources: language version, standard headers, a shared object.
 _COMPILE_FLAGS = ("-std=c++20", "-fPIC", "-shared", "-pthread", "-x", "c++", "-")
 _SOURCE = "#include <atomic>\n#include <string>\nstd::atomic<int> word; std::string text;\n"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What this process may have, in bytes and cpus. None: no limit (or, of `shm_`, no /dev/shm)."""
+    """Limits of this process, in bytes and cpus. None: no limit (or, for `shm_`, no /dev/shm)."""
 
     shm_bytes: int | None
     shm_free_bytes: int | None
@@ -47,7 +47,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Settings that move pages or clocks behind a program's back. None: not told here."""
+    """Settings by which the kernel moves pages or changes clock rates. None: unknown."""
 
     numa_balancing: bool | None
     huge_pages: str | None
@@ -58,7 +58,7 @@ class Kernel:
 @dataclass(frozen=True)
 class Compiler:
     """The C++ compiler that builds Yoke's operators and that torch.compile calls. `error` says why
-    it does not work; `python_headers`: torch.compile needs those of Python too."""
+    it does not work; `python_headers`: Python.h is installed, which torch.compile needs too."""
 
     path: str | None
     version: str | None
@@ -88,7 +88,7 @@ def read_limits(root: Path = Path("/")) -> Limits:
 
 
 def read_kernel(cpus: Collection[int], root: Path = Path("/")) -> Kernel:
-    """The settings that matter to `cpus`."""
+    """The kernel settings that affect `cpus`."""
     balancing = _read(root / "proc/sys/kernel/numa_balancing")
     huge_pages = re.search(
         r"\[(\w+)\]", _read(root / "sys/kernel/mm/transparent_hugepage/enabled") or ""
@@ -108,7 +108,7 @@ def read_kernel(cpus: Collection[int], root: Path = Path("/")) -> Kernel:
 
 
 def read_cpu(root: Path = Path("/")) -> dict[str, Any]:
-    """The processor's name and the instructions that matter to a language model."""
+    """The processor's name, and which of the instruction sets that speed up LLM inference it has."""
     text = (root / "proc/cpuinfo").read_text(errors="replace")
     match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     flags = set(match[1].split()) if match else set()
@@ -128,8 +128,8 @@ def read_cpu(root: Path = Path("/")) -> dict[str, Any]:
 
 
 def try_memory_policy(nodes: Collection[int], checkout: Path) -> str:
-    """Why memory cannot be bound to `nodes`; "" if it can. Tried as ranks do it, in a process that
-    ends at once."""
+    """Why memory cannot be bound to `nodes`; "" if it can. It is tried as ranks do it, in a process
+    that ends at once."""
     code = (
         "import os, sys; from launcher.bind import set_mempolicy; "
         "error = set_mempolicy('bind', [int(node) for node in sys.argv[1:]]); "
@@ -152,7 +152,7 @@ def try_compiler(environ: dict[str, str] | None = None) -> Compiler:
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     try:
         words = find_compiler(found)
-    except ValueError as error:  # a quote that is not closed
+    except ValueError as error:  # an unclosed quote
         return Compiler(found["CXX"], None, False, f"CXX is not a command: {error}", headers)
     if words is None:
         return Compiler(None, None, False, "there is none", headers)
@@ -169,7 +169,7 @@ def try_compiler(environ: dict[str, str] | None = None) -> Compiler:
 
 
 def start_torch_probe(checkout: Path) -> subprocess.Popen[str]:
-    """Begin to import torch, which takes longer than everything else here."""
+    """Start the process that imports torch, which takes longer than all other probes."""
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "launcher.doctor.probe_torch"],
         env=_environment(checkout),
@@ -183,7 +183,7 @@ def start_torch_probe(checkout: Path) -> subprocess.Popen[str]:
 def finish_torch_probe(
     process: subprocess.Popen[str], timeout_s: float = TORCH_TIMEOUT_S
 ) -> dict[str, Any]:
-    """Its facts. Raises RuntimeError that says in one line why there are none."""
+    """Wait for the torch probe and return its facts. Raises RuntimeError (one line) if it failed."""
     try:
         out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired as error:
@@ -205,7 +205,7 @@ def _run(command: list[str], text: str = "") -> subprocess.CompletedProcess[str]
 
 
 def _environment(checkout: Path) -> dict[str, str]:
-    """As the ranks get it: the checkout first on the path."""
+    """The environment with the checkout first on PYTHONPATH."""
     path = os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH"))))
     return {**os.environ, "PYTHONPATH": path}
 

@@ -1,8 +1,8 @@
-"""`python -P -m launcher.doctor.probe_torch`: what the installed torch is, as one line of JSON.
+"""`python -P -m launcher.doctor.probe_torch`: facts about the installed torch, as one line of JSON.
 
-A process of its own, because importing torch takes a second, starts threads and can fail or crash.
-This is the one file of the launcher whose code loads torch, and by name: a module that imports this
-one loads nothing. A fact that cannot be had is null, and why is told in `failed`.
+This runs in a separate process, because importing torch takes a second, starts threads and can fail or
+crash. No other file of the launcher loads torch. This one loads it by name inside `probe`, so importing
+this module does not load torch. A fact that cannot be found is null; `failed` says why.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 
 
 def loaded_openmp(maps: str) -> list[str]:
-    """File names of the OpenMP runtimes in the text of a maps file; more than one is a mistake."""
-    # Wheels may carry a renamed copy: libgomp-a34b3233.so.1.
+    """File names of the OpenMP runtimes in the text of a maps file. There should be only one."""
+    # Wheels may contain a renamed copy: libgomp-a34b3233.so.1.
     return sorted(
         set(re.findall(r"/(lib(?:gomp|iomp5|omp)(?:-[0-9a-f]+)?\.so[.\d]*)$", maps, re.MULTILINE))
     )
 
 
 def probe() -> dict[str, Any]:
-    """Import torch and look. Raises what importing torch raises."""
+    """Import torch and collect its facts. Raises what importing torch raises."""
     torch = importlib.import_module("torch")
     failed: list[str] = []
 
@@ -72,13 +72,13 @@ def _nccl_version(torch: Any) -> str | None:
 
 
 def _built_extension() -> str | None:
-    """The path of Yoke's compiled operators, if they are built for this torch and compiler."""
+    """The path of Yoke's compiled operators; None if they are not built for this torch and compiler."""
     library = importlib.import_module("comm.build").built_extension()
     return None if library is None else str(library)
 
 
 def _segment_bytes_per_rank() -> int:
-    """A rank has two buffers of the group in /dev/shm."""
+    """Bytes of /dev/shm per rank: each rank has two slots in the group's segment."""
     return 2 * int(importlib.import_module("comm.sizes").slot_bytes(2))
 
 

@@ -1,10 +1,10 @@
-"""`doctor`: this machine on one screen, what Yoke will do on it, and what to change.
+"""`doctor`: report on this machine, what Yoke will use on it, and what to change.
 
-Every fact is probed on its own and nothing may crash: what cannot be told is listed. Nothing is
-changed and nothing is kept. torch is looked at by a process of its own and the optional packages by
-their metadata alone, so the launcher stays free of both.
+Each fact is probed separately, and no failure ends the report: failed probes are listed. The command
+changes nothing and stores nothing. A separate process probes torch, and the optional packages are
+checked by their metadata, so the launcher imports neither.
 
-As JSON (bytes, and null for "no limit" or "not told"):
+As JSON (sizes in bytes; null for "no limit" or "unknown"):
 
     machine   {model, arch, sockets, nodes: [{id, memory_bytes, kind, cpus}], cores, threads,
                kinds: {name: cores}, gpus: [{index, pci, node}], notes: [str]}
@@ -19,12 +19,12 @@ As JSON (bytes, and null for "no limit" or "not told"):
     backends  [{name, found, version, fits, note}]
     will_use  {ranks: [{rank, device, nodes, cpus, num_threads, ...}], transport, transport_why,
                compute}
-    placement [{rank, local_bytes, total_bytes, source, stray_threads, num_threads, ...}]: of ranks
-               that were bound for a moment; [] for a recorded machine
+    placement [{rank, local_bytes, total_bytes, source, stray_threads, num_threads, ...}]: from a
+               short trial with bound ranks; [] for a recorded machine
     to_change [{problem, action, stops}]; `stops`: Yoke cannot run until it is changed
     not_told  [str]
 
-What is not here: speeds. Nothing is measured.
+What is not here: speed. Nothing is measured.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _USUAL = LaunchRequest(bind_cores=True)
 
 @dataclass(frozen=True)
 class Change:
-    """Something to put right, and the command that does it. `stops`: nothing runs before that."""
+    """A problem and the command that solves it. `stops`: Yoke cannot run until it is solved."""
 
     problem: str
     action: str
@@ -92,8 +92,8 @@ def doctor(
     request: LaunchRequest = _USUAL,
     here: bool = True,
 ) -> int:
-    """Print the report; 1 if something stops Yoke from running at all. `here`: the topology is this
-    machine's, so that ranks can be bound for a trial."""
+    """Print the report and return the exit code: 1 if something stops Yoke from running, else 0.
+    `here`: the topology is this machine's, so ranks can be started for a trial."""
     report = examine(topology, checkout, request=request, here=here)
     if as_json:
         show_json(report)
@@ -122,11 +122,11 @@ def examine(
     def attempt(what: str, probe: Callable[[], _T]) -> _T | None:
         try:
             return probe()
-        except Exception as error:  # whatever it is, the other facts still count
+        except Exception as error:  # any failure: the other facts are still reported
             not_told.append(f"{what}: {type(error).__name__}: {error}")
             return None
 
-    torch_process = attempt("torch", lambda: start_torch_probe(checkout))  # works while we look
+    torch_process = attempt("torch", lambda: start_torch_probe(checkout))  # runs in parallel
     plan = attempt("plan", lambda: make_plan(topology, request))
     placements: tuple[Placement, ...] = ()
     if plan is not None and here:
@@ -177,20 +177,20 @@ def examine(
 
 
 def will_use(facts: Facts, cpu: dict[str, Any]) -> dict[str, Any]:
-    """What a run without further flags but --bind-cores-to-rank does here."""
+    """What a run here uses with no other flag than --bind-cores-to-rank."""
     transport = facts.backend if len(facts.ranks) > 1 else "none"
     why = {
-        "none": "one rank has nobody to talk to",
+        "none": "a single rank needs no transport",
         "shm": "Yoke's own collectives in shared memory",
         "gloo": "torch's collectives over sockets",
         "nccl": "NVIDIA's collectives between GPUs",
         "ccl": "oneCCL's collectives",
-        "deepspeed": "sums by DeepSpeed's operator, the rest over gloo",
+        "deepspeed": "all-reduce by DeepSpeed's operator, the rest over gloo",
     }[transport]
     if transport == "shm" and not (facts.torch and facts.torch["extension"]):
         why += ", compiled at the first run"
         if not (facts.compiler and facts.compiler.works):
-            transport, why = "gloo", "without a compiler there are no operators for shared memory"
+            transport, why = "gloo", "the shared-memory operators cannot be built without a compiler"
     parts = ["torch.compile"]
     if facts.torch and facts.torch["onednn"]:
         parts.append("oneDNN")
@@ -204,7 +204,7 @@ def will_use(facts: Facts, cpu: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_change(topology: Topology, facts: Facts) -> tuple[Change, ...]:
-    """What stands in the way, worst first. Pure."""
+    """The problems found; those that stop Yoke from running come first. Pure."""
     changes = [
         *_torch_changes(facts),
         *_limit_changes(topology, facts),
@@ -226,12 +226,12 @@ def _torch_changes(facts: Facts) -> list[Change]:
             changes.append(Change(f"torch {version} is older than {oldest}", install, stops=True))
         if runtimes and len(runtimes) > 1:
             problem = f"{len(runtimes)} OpenMP runtimes in one process: {', '.join(runtimes)}"
-            changes.append(Change(problem, "unset LD_PRELOAD: each starts threads of its own"))
+            changes.append(Change(problem, "unset LD_PRELOAD: each runtime starts its own threads"))
     if facts.compiler and not facts.compiler.works:
-        problem = f"no C++ compiler that works ({facts.compiler.error}): gloo, and only compile=false"
+        problem = f"no working C++ compiler ({facts.compiler.error}): only gloo and compile=false work"
         changes.append(Change(problem, "apt-get install g++, or set CXX"))
     if facts.compiler and not facts.compiler.python_headers:
-        problem = "torch.compile needs the headers of Python"
+        problem = "torch.compile needs Python's C headers"
         changes.append(Change(problem, "apt-get install python3-dev"))
     return changes
 
@@ -249,10 +249,10 @@ def _limit_changes(topology: Topology, facts: Facts) -> list[Change]:
     quota = facts.limits.cpu_quota
     if quota is not None and quota < cores:
         problem = (
-            f"the cgroup's quota is {quota:g} cpus for {cores} cores: bound threads will be stopped"
+            f"the cgroup's quota is {quota:g} cpus for {cores} cores: bound threads will be throttled"
         )
         action = (
-            f"docker run --cpus={cores} (systemd: CPUQuota={100 * cores}%); or taskset to fewer cores"
+            f"docker run --cpus={cores} (systemd: CPUQuota={100 * cores}%), or taskset to fewer cores"
         )
         changes.append(Change(problem, action))
     if ranks > 1 and facts.limits.shm_free_bytes is None:
@@ -283,7 +283,7 @@ def _kernel_changes(topology: Topology, facts: Facts) -> list[Change]:
             Change(problem, "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled")
         )
     if kernel.swap_used_bytes:
-        problem = f"{kernel.swap_used_bytes / 2**30:.1f} GiB of swap are in use: weights may follow"
+        problem = f"{kernel.swap_used_bytes / 2**30:.1f} GiB of swap are in use: weights may be swapped"
         changes.append(Change(problem, "sysctl vm.swappiness=1, or swapoff -a once memory is free"))
     slow = kernel.governors.get("powersave", ())
     if slow:
@@ -301,7 +301,9 @@ def _placement_changes(facts: Facts) -> list[Change]:
             changes.append(Change(problem, "free memory there, or allow set_mempolicy"))
         if placement.stray_threads:
             problem = f"a thread of rank {placement.rank} is not bound: {placement.stray_threads[0]}"
-            changes.append(Change(problem, "look for LD_PRELOAD and sitecustomize that start threads"))
+            changes.append(
+                Change(problem, "check LD_PRELOAD and sitecustomize: they may start threads")
+            )
     return changes
 
 

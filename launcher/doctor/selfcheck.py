@@ -1,6 +1,6 @@
-"""A trial of the placement: ranks that bind, touch some memory, look where it went, and end.
+"""A trial of the placement: ranks bind, touch some memory, check where its pages are, and end.
 
-`doctor` shows what comes of it. No torch, so it takes a fraction of a second.
+`doctor` shows the result. It does not load torch, so it takes a fraction of a second.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def main(env: Any, payload: str) -> int:
 
 
 def try_placement(plan: LaunchPlan) -> tuple[Placement, ...]:
-    """Start the ranks of a plan that binds, and return where they found themselves. Raises
-    LaunchError, or RuntimeError if a rank failed (it has said why)."""
+    """Start the ranks of a plan that binds, and return their placements. Raises LaunchError, or
+    RuntimeError if a rank failed (the rank has then printed why)."""
     with tempfile.TemporaryDirectory(prefix="yoke-") as folder:
         options = RunOptions(start_timeout_s=30.0, hang_timeout_s=30.0)
         code = launch(plan, options, new_session(), "launcher.doctor.selfcheck", folder)
@@ -42,7 +42,7 @@ def try_placement(plan: LaunchPlan) -> tuple[Placement, ...]:
 
 
 def placement_of(data: dict[str, Any]) -> Placement:
-    """The inverse of `asdict`, through JSON or not."""
+    """The inverse of `asdict`, also after a round trip through JSON."""
     by_node = {int(node): size for node, size in data["pages_by_node"].items()}
     tuples = {key: tuple(data[key]) for key in ("nodes", "cpus", "stray_threads")}
     return Placement(**(data | tuples | {"pages_by_node": by_node}))

@@ -1,4 +1,4 @@
-"""The report of `doctor` for people: rows of words (pure), as plain text or drawn with rich."""
+"""The report of `doctor` for people: rows of strings (pure), as plain text or drawn with rich."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Section = tuple[str, list[tuple[str, str]]]
 
 
 def rows(report: dict[str, Any]) -> list[Section]:
-    """Title, and (label, text) of each line."""
+    """The sections that have lines: a title, and (label, text) of each line."""
     sections = [
         ("Machine", _machine_rows(report)),
         ("Limits", _limit_rows(report)),
@@ -21,13 +21,13 @@ def rows(report: dict[str, Any]) -> list[Section]:
         ("Will use, with --bind-cores-to-rank", _use_rows(report["will_use"])),
         ("Tried", [("", render_placement(placement_of(p))) for p in report["placement"]]),
         ("To change", _change_rows(report["to_change"])),
-        ("Could not be told", [("", text) for text in report["not_told"]]),
+        ("Could not be found out", [("", text) for text in report["not_told"]]),
     ]
     return [(title, lines) for title, lines in sections if lines]
 
 
 def render(report: dict[str, Any]) -> str:
-    """Plain text."""
+    """The report as plain text."""
     lines = []
     for title, pairs in rows(report):
         lines.append(title)
@@ -36,7 +36,7 @@ def render(report: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, Any]) -> None:
-    """In color, and in the terminal's width."""
+    """Print the report in color, wrapped to the terminal's width."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -73,7 +73,7 @@ def _machine_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         cpus = f"cpus {format_cpu_list(node['cpus'])}" if node["cpus"] else "no cpus"
         lines.append((f"node {node['id']}", f"{_size(node['memory_bytes'])} {node['kind']}, {cpus}"))
     for gpu in machine["gpus"]:
-        node = "node not told" if gpu["node"] is None else f"node {gpu['node']}"
+        node = "node unknown" if gpu["node"] is None else f"node {gpu['node']}"
         lines.append((f"gpu {gpu['index']}", f"{gpu['pci']}, {node}"))
     if not machine["gpus"]:
         lines.append(("gpus", "none"))
@@ -87,7 +87,7 @@ def _limit_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         shm = "none"
         if limits["shm_bytes"] is not None:
             shm = f"{_size(limits['shm_free_bytes'])} free of {_size(limits['shm_bytes'])}"
-        memory = "no limit of the cgroup"
+        memory = "no cgroup limit"
         if limits["memory_limit_bytes"] is not None:
             memory = f"the cgroup's limit is {_size(limits['memory_limit_bytes'])}"
             if limits["memory_used_bytes"] is not None:
@@ -101,15 +101,15 @@ def _limit_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
             ("open files", "no limit" if limits["open_files"] is None else str(limits["open_files"])),
         ]
     refused = f"cannot be set: {limits['memory_policy_refusal']}"
-    policy = {True: "can be set", False: refused, None: "not told"}[limits["memory_policy"]]
+    policy = {True: "can be set", False: refused, None: "unknown"}[limits["memory_policy"]]
     lines.append(("memory policy", policy))
     if kernel:
-        balancing = {True: "on", False: "off", None: "not there"}[kernel["numa_balancing"]]
-        governors = ", ".join(kernel["governors"]) or "not told"
+        balancing = {True: "on", False: "off", None: "unavailable"}[kernel["numa_balancing"]]
+        governors = ", ".join(kernel["governors"]) or "unknown"
         lines.append(
             (
                 "kernel",
-                f"NUMA balancing {balancing}; huge pages {kernel['huge_pages'] or 'not told'}; "
+                f"NUMA balancing {balancing}; huge pages {kernel['huge_pages'] or 'unknown'}; "
                 f"governor {governors}; swap used {_size(kernel['swap_used_bytes'])}",
             )
         )
@@ -121,18 +121,16 @@ def _software_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     lines = []
     if compiler:
         state = "compiles" if compiler["works"] else f"does not work: {compiler['error']}"
-        headers = "Python's headers are there" if compiler["python_headers"] else "no headers of Python"
+        headers = "Python's headers found" if compiler["python_headers"] else "no headers of Python"
         lines.append(("compiler", f"{compiler['version'] or compiler['path']}: {state}; {headers}"))
     if torch is None:
-        return [*lines, ("torch", "none that works, see below")]
+        return [*lines, ("torch", "no working torch, see below")]
     libraries = [name for name, key in (("MKL", "mkl"), ("oneDNN", "onednn")) if torch[key]]
     openmp = " and ".join(torch["openmp"] or ()) or "none"
     words = [f"kernels for {torch['cpu_capability']}", *libraries, f"OpenMP is {openmp}"]
     lines.append(("torch", f"{torch['version']}; {', '.join(words)}"))
     built = torch["extension"] is not None
-    lines.append(
-        ("Yoke's own", "operators are built" if built else "operators are compiled at first use")
-    )
+    lines.append(("Yoke", "operators are built" if built else "operators are compiled at first use"))
     devices = ", ".join(
         f"{device['name']} ({_size(device['memory_bytes'])}, sm {device['capability']})"
         for device in torch["cuda_devices"] or ()
@@ -151,7 +149,7 @@ def _backend_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     for backend in report["backends"]:
         state = "not installed"
         if backend["found"]:
-            fit = {True: "fits", False: "does NOT fit", None: "not judged"}[backend["fits"]]
+            fit = {True: "fits", False: "does NOT fit", None: "not checked"}[backend["fits"]]
             state = f"{backend['version']}, {fit}"
         lines.append((short.get(backend["name"], backend["name"]), f"{state}; {backend['note']}"))
     return lines

@@ -1,1 +1,1 @@
-"""What is here: sockets, cores, memory nodes, GPUs, limits, read from sysfs and proc."""
+"""What this machine has: sockets, cores, memory nodes, GPUs, limits, read from sysfs and proc."""

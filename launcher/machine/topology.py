@@ -1,11 +1,11 @@
-"""What the machine is made of, reduced to what this process may use.
+"""The topology of the machine, reduced to what this process may use.
 
-Read from sysfs and proc (no numactl, lscpu or libnuma). What may be used is what the affinity mask and
-the control group both allow. `root` reads a recorded tree instead, with the mask that was recorded.
-Ids are the operating system's own.
+It is read from sysfs and proc (no numactl, lscpu or libnuma). A cpu or memory node may be used if both
+the affinity mask and the cgroup allow it. With `root`, a recorded tree is read instead, with the mask
+that was recorded. Ids are those of the operating system.
 
-The parts: `cores` (packages, cores, L3 caches), `numa` (memory nodes), `gpus`, `cgroup`; `sysfs` has
-the reading itself. What is not here: any decision about ranks (`plan`).
+The parts: `cores` (packages, cores, L3 caches), `numa` (memory nodes), `gpus`, `cgroup`; `sysfs` reads
+the files. What is not here: any decision about ranks (`plan`).
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Socket:
-    """A processor package and the allowed memory nodes that are its own or serve its cpus.
+    """A processor package and the allowed memory nodes that belong to it or serve its cpus.
 
-    It is listed also where none of its cpus may be used but one of its nodes may.
+    It is listed even if none of its cpus may be used, as long as one of its nodes may.
     """
 
     id: int
@@ -55,7 +55,7 @@ class Socket:
 
 @dataclass(frozen=True)
 class Topology:
-    """What this process may use. `notes` say where a fallback stands in for something missing."""
+    """What this process may use. `notes` say which missing facts were replaced by a fallback."""
 
     sockets: tuple[Socket, ...]
     nodes: tuple[Node, ...]
@@ -67,7 +67,7 @@ class Topology:
 
 
 def read_topology(root: Path = Path("/"), visible_gpus: str | None = None) -> Topology:
-    """The machine below `root`. Raises LaunchError for a tree that makes no sense.
+    """Read the machine below `root`. Raises LaunchError for an inconsistent tree.
 
     `visible_gpus` is the value of CUDA_VISIBLE_DEVICES.
     """
@@ -80,14 +80,14 @@ def read_topology(root: Path = Path("/"), visible_gpus: str | None = None) -> To
     mems = _allowed_mems(base, cgroup.nodes, notes)
     cpus_of = read_node_cpus(base, online, gpu_memory_nodes(base), notes)
     if not cpus_of:
-        # Where only another node may be used, that is the one which is there.
+        # The single node gets the lowest allowed id.
         only = min(mems or (0,))
         notes.append(
-            f"{base}/sys/devices/system/node is missing: all cpus are taken as one memory node {only}"
+            f"{base}/sys/devices/system/node is missing: all cpus are treated as memory node {only}"
         )
         cpus_of = {only: online}
     cpus_of = _with_homeless(cpus_of, online, notes)
-    # Of nodes that share cpus the lowest that may be used names them.
+    # Cpus that several nodes share get the lowest node that may be used.
     order = sorted(cpus_of, key=lambda node: (mems is None or node in mems, -node))
     node_of = {cpu: node for node in order for cpu in cpus_of[node]}
     socket_of = read_sockets(base, online, node_of, notes)
@@ -97,9 +97,9 @@ def read_topology(root: Path = Path("/"), visible_gpus: str | None = None) -> To
     if not allowed_nodes:
         raise LaunchError(
             f"memory nodes {format_cpu_list(cpus_of)} exist and {format_cpu_list(mems or ())} are "
-            "allowed by Mems_allowed_list or the cpuset: none in common; start where one is allowed"
+            "allowed by Mems_allowed_list or the cpuset: none in common; allow one that exists"
         )
-    # The kernel never counts a node without memory as allowed, yet its cpus are used.
+    # The kernel never lists a node without memory as allowed, but its cpus may be used.
     nodes = tuple(
         node
         for node in existing
@@ -118,7 +118,7 @@ def read_topology(root: Path = Path("/"), visible_gpus: str | None = None) -> To
 
 
 def _affinity_mask(base: str) -> frozenset[int] | None:
-    """The cpus that the scheduler may use for this process, or for the one that recorded the tree."""
+    """The affinity mask of this process, or of the one that recorded the tree; None if unknown."""
     if not base:
         return frozenset(os.sched_getaffinity(0))
     listed = _status_list(base, "Cpus_allowed_list")
@@ -141,16 +141,16 @@ def _online_cpus(base: str, mask: frozenset[int] | None, notes: list[str]) -> tu
     described = numbered(folder, "cpu")
     online = read_list(f"{folder}/online")
     if online is None:
-        # Old kernels tell it cpu by cpu; the first often cannot be taken offline and says nothing.
+        # Old kernels have a file for each cpu; cpu 0 often cannot go offline and has none.
         online = tuple(cpu for cpu in described if read_int(f"{folder}/cpu{cpu}/online") != 0)
     if not online and not base:
-        notes.append(f"{folder} lists no cpus: those of the affinity mask are taken")
+        notes.append(f"{folder} lists no cpus: those of the affinity mask are used")
         online = tuple(sorted(mask or ()))
     if not online:
         raise LaunchError(f"{folder} lists no cpus; --sysfs must name a folder that holds sys/")
     absent = set(online) - set(described)
     if absent and len(absent) < len(online):
-        notes.append(f"cpus {format_cpu_list(absent)} are online but not described: left out")
+        notes.append(f"cpus {format_cpu_list(absent)} are online but not described: they are not used")
         online = tuple(cpu for cpu in online if cpu not in absent)
     return online
 
@@ -164,7 +164,7 @@ def _allowed_cpus(
     allowed = tuple(cpu for cpu in online if mask is None or cpu in mask)
     if not allowed:
         raise LaunchError(
-            f"the affinity mask has cpus {format_cpu_list(mask or ())} and online are "
+            f"the affinity mask has cpus {format_cpu_list(mask or ())}, and the online cpus are "
             f"{format_cpu_list(online)}: none in common; start with another mask (taskset -p shows it)"
         )
     if cpuset is None:
@@ -172,8 +172,8 @@ def _allowed_cpus(
     both = tuple(sorted(set(allowed).intersection(cpuset)))
     if not both:
         notes.append(
-            f"the control group lists cpus {format_cpu_list(cpuset)}, of which none can be used: "
-            f"the affinity mask's {format_cpu_list(allowed)} are taken"
+            f"the cgroup lists cpus {format_cpu_list(cpuset)}, but none of them can be used: "
+            f"the affinity mask's {format_cpu_list(allowed)} are used"
         )
     return both or allowed
 
@@ -188,8 +188,8 @@ def _allowed_mems(
     both = tuple(sorted(set(status).intersection(cpuset)))
     if not both:
         notes.append(
-            f"the control group lists memory nodes {format_cpu_list(cpuset)}, and Mems_allowed_list "
-            f"{format_cpu_list(status)}: the latter are taken"
+            f"the cgroup lists memory nodes {format_cpu_list(cpuset)}, and Mems_allowed_list "
+            f"{format_cpu_list(status)}: the latter are used"
         )
     return both or status
 
@@ -197,13 +197,13 @@ def _allowed_mems(
 def _with_homeless(
     cpus_of: dict[int, tuple[int, ...]], online: tuple[int, ...], notes: list[str]
 ) -> dict[int, tuple[int, ...]]:
-    """The same, with the cpus that no node lists given to the first node that has cpus."""
+    """`cpus_of`, with the cpus that no node lists added to the first node that has cpus."""
     homeless = set(online).difference(*cpus_of.values())
     if not homeless:
         return cpus_of
     first = min((node for node, cpus in cpus_of.items() if cpus), default=min(cpus_of))
     if len(cpus_of) > 1:
-        notes.append(f"cpus {format_cpu_list(homeless)} name no memory node: taken as {first}")
+        notes.append(f"cpus {format_cpu_list(homeless)} name no memory node: treated as {first}")
     return cpus_of | {first: tuple(sorted({*cpus_of[first], *homeless}))}
 
 

@@ -195,7 +195,7 @@ def test_a_torch_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Monk
 def test_files_that_are_missing_become_lines(tmp_path: Path) -> None:
     report = examine(read_topology(), CHECKOUT, root=tmp_path)
     assert any(line.startswith("processor: FileNotFoundError") for line in report["not_told"])
-    assert "Could not be told" in render(report)
+    assert "Could not be found out" in render(report)
     assert report["torch"] is not None
 
 

@@ -113,12 +113,12 @@ def test_only_what_the_mask_and_the_cpuset_allow(tmp_path: Path) -> None:
     }
     topology = read_topology(write(tmp_path / "c", files))
     assert len(topology.allowed_cpus) == 10 and topology.allowed_nodes == (0, 1, 2)
-    assert "cpus 64-71, of which none can be used" in topology.notes[0]
+    assert "cpus 64-71, but none of them can be used" in topology.notes[0]
     assert "memory nodes 9" in topology.notes[1]
 
 
 def test_a_mask_without_a_usable_cpu_or_node_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match=r"mask has cpus 64-71 and online are 0-15"):
+    with pytest.raises(LaunchError, match=r"mask has cpus 64-71, and the online cpus are 0-15"):
         read_topology(write(tmp_path / "a", two_sockets() | with_mask("64-71", "0-3")))
     with pytest.raises(LaunchError, match=r"nodes 0-3 exist and 9 are allowed"):
         read_topology(write(tmp_path / "b", two_sockets() | with_mask("0-15", "9")))
@@ -225,7 +225,7 @@ def test_offline_and_undescribed_cpus_are_left_out(tmp_path: Path) -> None:
     topology = read_topology(write(tmp_path / "a", files))
     assert 3 not in topology.allowed_cpus and 99 not in topology.allowed_cpus
     assert [core.cpus for core in topology.cores][:4] == [(0, 8), (1, 9), (2, 10), (11,)]
-    assert topology.notes == ("cpus 99 are online but not described: left out",)
+    assert topology.notes == ("cpus 99 are online but not described: they are not used",)
     del files[f"{CPU}/online"]  # old kernels tell it cpu by cpu
     files[f"{CPU}/cpu3/online"] = "0"
     assert read_topology(write(tmp_path / "b", files)).allowed_cpus == (0, 1, 2, *range(4, 16))
