@@ -111,10 +111,12 @@ def _initialize(rank: int, size: int, session: str, gloo: str, version: str) -> 
         module = _build() if rank == 0 else None
         _gather(rank, size, gloo)
         module = module or _build()
-    except Exception as error:  # a compiler, ninja, a cache: whatever DeepSpeed's builder stumbles on
+    except Exception as error:  # DeepSpeed's builder may fail at a compiler, ninja, a cache, ...
         line = str(error).strip().splitlines()
         why = line[0] if line else type(error).__name__
-        raise CommError(f"deepspeed {version}: its operator cannot be loaded: {why}") from error
+        raise CommError(
+            f"deepspeed {version}: its operator cannot be loaded (--comm auto does not need it): {why}"
+        ) from error
     # DeepSpeed names its buffers by these variables. Names of this run alone cannot meet leftovers.
     with _variables(LOCAL_SIZE=str(size), MASTER_ADDR="yoke", MASTER_PORT=session):
         module.initialize(size, rank)

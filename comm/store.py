@@ -140,6 +140,8 @@ def listen_at(address: str, port: int, say: Callable[[str], None]) -> int:
         except OSError as error:
             failed = error
     if failed is None or failed.errno != errno.EADDRNOTAVAIL:
-        raise CommError(f"rank 0 cannot listen at {address}:{port}: {failed}") from failed
+        raise CommError(
+            f"rank 0 cannot listen at {address}:{port}: {failed}; choose another address or port"
+        ) from failed
     say(f"{address} is no address of this machine: the rendezvous listens at all its addresses")
     return socket.create_server(("", port), backlog=1024).detach()

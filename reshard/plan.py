@@ -186,7 +186,10 @@ def dims_of(checkpoint: Checkpoint, num_heads: int | None = None) -> Dims:
         if spec.dim is None:
             continue
         if spec.dim >= len(entry.shape):
-            raise InputError(f"{name} has shape {entry.shape}, which has no dimension {spec.dim}")
+            raise InputError(
+                f"{name} has shape {entry.shape}, but is sharded along dimension {spec.dim}; is the file "
+                "damaged?"
+            )
         size = entry.shape[spec.dim]
         known, first = extents.setdefault(spec.axis, (size, name))
         if size != known:
@@ -205,7 +208,10 @@ def dims_of(checkpoint: Checkpoint, num_heads: int | None = None) -> Dims:
         num_heads = _find_num_heads(checkpoint)
     q, kv = extents["q"][0], extents["kv"][0]
     if q % num_heads:
-        raise InputError(f"{extents['q'][1]} has {q} rows, which are not {num_heads} heads of one size")
+        raise InputError(
+            f"{extents['q'][1]} has {q} rows, which are not {num_heads} heads of one size; is the "
+            "configuration another model's?"
+        )
     head_dim = q // num_heads
     if kv % head_dim or num_heads % (kv // head_dim):
         raise InputError(

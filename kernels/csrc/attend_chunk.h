@@ -58,7 +58,7 @@ inline Ints load(const int32_t* from) {
 // factor for each key. kCapped: times a factor, and soft-capped.
 enum Form { kRaw, kFactors, kCapped };
 
-// Turns the scores of a tile's queries and keys [from, to) of the block at `base` into weights 2^(slope * (score -
+// Converts the scores of a tile's queries and keys [from, to) of the block at `base` to weights 2^(slope * (score -
 // largest)), and rescales the sums so far to the new maximum. Scores are subtracted before they are multiplied, because
 // differences are almost exact, and scores times a factor would be rounded.
 template <class Engine, bool kScaled>

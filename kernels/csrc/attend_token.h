@@ -134,7 +134,7 @@ void values_of(const TokenArgs& a, int64_t t, int64_t count, const float* weight
   for (; d < a.h; d += kLanes) weigh<T, kGathered, G, 1>(a, t, count, d, weights, length, into + d, wide);
 }
 
-// Turns scores into weights that are not yet divided by their sum, and returns the sum. The buffer must have room for
+// Converts scores to weights that are not yet divided by their sum, and returns the sum. The buffer must have room for
 // whole registers.
 inline float softmax(float* scores, int64_t count, float scale, float cap) {
   const int64_t length = round_up(count, kLanes);

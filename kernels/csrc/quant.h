@@ -2,7 +2,7 @@
 //
 // Rows of w are padded to whole panels of 32 rows, which are two tiles of 16; k is a multiple of a step of 32. The
 // layout is [panel][step][tile], so a panel is one stream. A tile has the order that matrix units and pairwise dot
-// products read: [16 pairs of k][16 rows][2 of k]. That is 1 KiB in bfloat16, and 512 bytes in int8 in the same order.
+// products need: [16 pairs of k][16 rows][2 of k]. That is 1 KiB in bfloat16, and 512 bytes in int8 in the same order.
 // In int4 a tile is 256 bytes, four registers of 16 lanes: lane r of register i has pairs 4 i .. 4 i + 3 of row r,
 // the first number of pair 4 i + j from bit 4 j of its lower half on, the second at the same place in its upper half.
 // The layout of scales and offsets is [panel][group][tile][16 rows].
