@@ -1,5 +1,4 @@
-"""The store through which ranks find each other, with signed values, so that nobody else can redirect
-them.
+"""A store with signed values: ranks find each other through it, and nobody else can redirect them.
 
 torch's TCPStore trusts everybody who reaches its port: a stranger can list its keys and overwrite them,
 and gloo connects to the addresses that it reads there. So every value is signed with a key that only

@@ -187,8 +187,8 @@ def dims_of(checkpoint: Checkpoint, num_heads: int | None = None) -> Dims:
             continue
         if spec.dim >= len(entry.shape):
             raise InputError(
-                f"{name} has shape {entry.shape}, but is sharded along dimension {spec.dim}; is the file "
-                "damaged?"
+                f"{name} has shape {entry.shape}, but is sharded along dimension {spec.dim}; "
+                "is the file damaged?"
             )
         size = entry.shape[spec.dim]
         known, first = extents.setdefault(spec.axis, (size, name))
