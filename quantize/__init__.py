@@ -1,1 +1,1 @@
-"""Making quantized checkpoints: weights of 8 or 4 bits from weights of 16, offline, in one process."""
+"""Make quantized checkpoints offline, in one process: 8-bit or 4-bit weights from 16-bit weights."""

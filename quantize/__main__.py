@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from os.path import dirname, realpath
 
-if __name__ == "__main__":  # the checkout in place of this or, with -m, of the current folder
+if __name__ == "__main__":  # put the checkout first on sys.path, not this or the current folder
     checkout = dirname(dirname(realpath(__file__)))
     sys.path[:] = [checkout, *sys.path[not sys.flags.safe_path :]]
 

@@ -1,8 +1,8 @@
-"""A layer's weights quantized by GPTQ, with the inputs that they get in the quantized model.
+"""Quantize a layer's weights by GPTQ, with the inputs that they have in the quantized model.
 
-The inputs of a product come through the layers before it as they were quantized, and through the
-products before it in its own layer: queries, keys and values, then what follows attention, gate and
-up, down. An expert has the inputs of the tokens that the router gives it.
+The inputs of a linear come through the layers before it, already quantized, and through the linears
+before it in its own layer. The order there is: q, k and v; the output projection of attention; gate and
+up; down. An expert's inputs are those of the tokens that the router assigns to it.
 
 What is not here: GPTQ itself (`quantize.gptq`), and reading and writing.
 """
@@ -26,14 +26,14 @@ from tp.layers import ColumnLinear, RowLinear
 from weights.quant import QuantWeight
 from weights.schemes import Scheme
 
-# A block's products in the order in which a token comes by them.
+# A block's linears, in the order in which a token passes them.
 PRODUCTS = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.up", "mlp.down")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How GPTQ works: see `quantize.gptq.gptq`; `search`: scales that err least, not those of the
-    range."""
+    """GPTQ's settings: `damp` and `sort` as in `quantize.gptq.gptq`; `search`: use the scales with the
+    least error (`quantize.grid.search_grid`), not those that cover the range."""
 
     scheme: Scheme
     search: bool
@@ -43,9 +43,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Errors:
-    """What quantizing did to a weight, by its canonical name: the squared error of the weight and of
-    its product's output over the calibration text (None without one, and for an expert that no token of
-    it met), and what they are relative to."""
+    """The effect of quantization on the weight of a canonical name. `error`: the squared error of the
+    weight; `square`: the sum of its squares. `output_error` and `output_square`: the same for the
+    outputs over the calibration text; None without a text, and for an expert that none of its tokens
+    was routed to."""
 
     name: str
     error: float
@@ -58,7 +59,8 @@ class Errors:
 def quantize_block(
     walk: Walk, block: nn.Module, index: int, settings: Settings
 ) -> Iterator[tuple[Errors, QuantWeight]]:
-    """Quantize the products of a block in place, one after the other. Raises InputError."""
+    """Quantize the linears of a block in place, one after the other. Yields the errors and the
+    quantized form of each weight. Raises InputError."""
     found = dict(block.named_modules())
     for path in PRODUCTS:
         if path not in found:
@@ -78,7 +80,7 @@ def quantize_block(
 def _quantize_experts(
     experts: Experts, prefix: str, inputs: Sequence[Tensor], settings: Settings
 ) -> Iterator[tuple[Errors, QuantWeight]]:
-    """The same of experts, each with those of the `inputs` that the router gives it."""
+    """As `quantize_block`, for experts: each has the `inputs` that the router assigns to it."""
     chosen = [experts.route(x)[1] for x in inputs]
     act = ACTIVATIONS[experts.activation]
     for i in range(experts.downs.num_experts):
@@ -95,8 +97,8 @@ def _quantize_experts(
 def _quantize(
     weight: Tensor, sizes: Mapping[str, int], inputs: Iterator[Tensor], settings: Settings
 ) -> Iterator[tuple[Errors, QuantWeight]]:
-    """Quantize a weight [n, k] in place, of which so many rows (`sizes`) are called so. One that no
-    input meets is rounded to the nearest."""
+    """Quantize a fused weight [n, k] in place. `sizes`: the row count of each fused weight, by name. A
+    weight without inputs is rounded to the nearest."""
     hessian = hessian_of(inputs, weight.shape[1])
     try:
         quantized, values = quantize_product(weight, hessian, settings)
@@ -118,7 +120,7 @@ def _quantize(
 
 
 def hessian_of(inputs: Iterator[Tensor], size: int) -> Tensor | None:
-    """The mean of x x^T over all tokens' inputs x: float32 [size, size]; None where there are none."""
+    """The mean of x x^T over the inputs x of all tokens: float32 [size, size]; None without inputs."""
     hessian, count = torch.zeros(size, size), 0
     for x in inputs:
         hessian.addmm_(x.t(), x)
@@ -129,8 +131,8 @@ def hessian_of(inputs: Iterator[Tensor], size: int) -> Tensor | None:
 def quantize_product(
     weight: Tensor, hessian: Tensor | None, settings: Settings
 ) -> tuple[QuantWeight, Tensor]:
-    """A weight float32 [n, k] quantized, and what it stands for: rounded to the nearest where there is
-    no `hessian`. Raises InputError."""
+    """Quantize a weight float32 [n, k]; returns it and its dequantized values. Without a `hessian` it
+    is rounded to the nearest. Raises InputError."""
     if settings.search:
         importance = None if hessian is None else hessian.diagonal()
         grid = search_grid(weight, settings.scheme, importance)

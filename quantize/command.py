@@ -1,4 +1,4 @@
-"""The command: what is asked for checked, the plan carried out, the result reported."""
+"""The command `quantize`: check the request, carry out the plan, report the result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from weights.output import (
 
 
 def main(words: Sequence[str]) -> int:
-    """Run `quantize` with its words; the exit code."""
+    """Run `quantize` with the words of its command line; returns the exit code."""
     if not words or set(words) & {"-h", "--help"}:
         show(help_text(), end="")
         return 0
@@ -44,11 +44,11 @@ def main(words: Sequence[str]) -> int:
 
 
 def run(job: Job) -> None:
-    """Do what a job says. Raises InputError, Interrupted."""
+    """Run a job. Raises InputError, Interrupted."""
     out = expand(job.out).absolute()
     check_target(out)
     source = find_weights(job.model)
-    # torch is loaded once the words have been understood.
+    # torch is imported only after the command line has been checked.
     from models.load import config_of
     from models.quant_rules import parse_asked
     from models.sizes import num_parameters
@@ -110,17 +110,17 @@ def run(job: Job) -> None:
 
 
 def note(source: Path, blocks: set[str]) -> None:
-    """Say where the source has lost something already."""
+    """Print a note if the source is in a lossy block format."""
     if blocks:
         say(
-            f"note: {source.name} is stored in {', '.join(sorted(blocks))}: what that lost stays "
-            "lost, and quantizing again adds to it"
+            f"note: {source.name} is already quantized ({', '.join(sorted(blocks))}): its errors stay, "
+            "and quantizing again adds new ones"
         )
 
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr where that is a terminal, fed with (numbers done, numbers in all)."""
+    """A progress bar on stderr, if that is a terminal. Call the yielded function with (done, total)."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return

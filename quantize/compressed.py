@@ -1,13 +1,13 @@
-"""The layout of compressed-tensors: how quantized weights lie in a Hugging Face folder.
+"""The layout of compressed-tensors: how a Hugging Face folder stores quantized weights.
 
 A weight NAME.weight [n, k] becomes, in 4 bits ("pack-quantized"),
 
     NAME.weight_packed       int32 [n, k / 8]: eight numbers 0..15 in each, the first in the lowest bits
     NAME.weight_scale        float16 [n, groups]
-    NAME.weight_zero_point   int32 [ceil(n / 8), groups], where not symmetric: eight rows' in each
+    NAME.weight_zero_point   int32 [ceil(n / 8), groups], only if asymmetric: eight rows in each
     NAME.weight_shape        int64 [2]: n, k
 
-which means (q - zero) * scale, the zero 8 where there is none; in 8 bits ("int-quantized")
+The weight is (q - zero) * scale; without zero points, zero is 8. In 8 bits it becomes ("int-quantized")
 
     NAME.weight              int8 [n, k]
     NAME.weight_scale        float32 [n, 1]
@@ -32,7 +32,7 @@ _PER_INT = 8  # numbers of 4 bits in an int32
 
 
 def stored_shapes(name: str, shape: tuple[int, ...], scheme: Scheme) -> Shapes:
-    """What a weight [n, k] is stored as: names to dtypes, in safetensors' spelling, and shapes."""
+    """The tensors that store a weight [n, k]: {name: (dtype in safetensors' spelling, shape)}."""
     n, k = shape
     if scheme.bits == 8:
         return {name: ("I8", (n, k)), f"{name}_scale": ("F32", (n, 1))}
@@ -48,11 +48,11 @@ def stored_shapes(name: str, shape: tuple[int, ...], scheme: Scheme) -> Shapes:
 
 
 def stored_tensors(name: str, weight: QuantWeight) -> dict[str, Tensor]:
-    """The tensors of a weight, as `stored_shapes` announces them."""
+    """The stored tensors of a weight, with the dtypes and shapes of `stored_shapes`."""
     if weight.bits == 8:
         return {name: weight.data, f"{name}_scale": weight.scale}
     tensors = {
-        # Two numbers a byte, the lower half first, are eight an int32 of this byte order.
+        # Two numbers per byte, the lower half first, are eight per little-endian int32.
         f"{name}_packed": weight.data.contiguous().view(torch.int32),
         f"{name}_scale": weight.scale,
         f"{name}_shape": torch.tensor(weight.shape),
@@ -64,15 +64,15 @@ def stored_tensors(name: str, weight: QuantWeight) -> dict[str, Tensor]:
         rows[:n] = zero
         shifts = torch.arange(0, 32, 4).view(1, _PER_INT, 1)
         packed = (rows.view(-1, _PER_INT, groups) << shifts).sum(1)
-        tensors[f"{name}_zero_point"] = packed.to(torch.int32)  # the upper bit is the sign's
+        tensors[f"{name}_zero_point"] = packed.to(torch.int32)  # wraps: bit 31 becomes the sign
     return tensors
 
 
 def quantization_config(
     scheme: Scheme, head: Scheme | None, plain: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What config.json says of it. `head`: how lm_head is quantized, None where it is not; `plain`:
-    other linear modules that are not."""
+    """The `quantization_config` of config.json. `head`: the scheme of the lm_head, or None if it is not
+    quantized; `plain`: names of other linear modules that are not quantized."""
     groups = [_group(scheme, "Linear")]
     if head is not None and head != scheme:
         groups.append(_group(head, "lm_head"))

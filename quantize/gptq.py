@@ -1,4 +1,4 @@
-"""GPTQ: rounding a weight column by column, each time moving what is left of the columns to come so
+"""GPTQ: round a weight column by column, and after each column adjust the columns not yet rounded so
 that the layer's output changes least.
 
 Source: Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
@@ -16,24 +16,23 @@ from torch import Tensor
 from base.errors import InputError
 from quantize.grid import Grid
 
-BLOCK = 128  # columns whose effect on all later ones is brought up to date in one product
-_MORE_DAMPING = 4  # times ten each, where a Hessian is too near to singular
+BLOCK = 128  # columns after which all later columns are updated in one matmul
+_MORE_DAMPING = 4  # attempts, each with ten times the damping, if the Hessian is nearly singular
 
 
 def gptq(weight: Tensor, hessian: Tensor, grid: Grid, damp: float, sort: bool) -> Tensor:
-    """The numbers q, float32 [n, k], for a weight float32 [n, k].
+    """The integers q, as float32 [n, k], for a weight float32 [n, k].
 
     hessian: float32 [k, k], the sum of x x^T over the layer's inputs x (any factor cancels out).
-    `damp`: the part of its mean diagonal that is added to the diagonal. `sort`: the columns of the
-    largest diagonal come first, when there are still many to make good what they lose. The grid is
-    fixed before, so a column keeps its group wherever in the order it comes, and the result needs no
-    index of groups.
+    `damp`: the fraction of the mean diagonal that is added to the diagonal. `sort`: columns with the
+    largest diagonal are rounded first, while many columns are left to compensate for their errors. The
+    grid is fixed in advance, so a column keeps its group in any order, and the result needs no group
+    index.
 
-    A column whose input was always 0 has no say in the others and takes no part: it is rounded to the
-    nearest. (The paper's code sets it to 0; but that an input did not occur does not mean it never
-    will.)
+    A column whose input was always 0 does not affect the others: it is rounded to the nearest. (The
+    paper's code sets it to 0, but an input that did not occur in the calibration text may occur later.)
 
-    Raises InputError where the Hessian is not positive definite, however much it is damped.
+    Raises InputError if the Hessian is not positive definite with any of the dampings tried.
     """
     k = weight.shape[1]
     diagonal = hessian.diagonal()
@@ -61,8 +60,9 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, damp: float, sort: bool) -
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
-    """The upper Cholesky factor of the inverse of a damped Hessian [k, k]: row i has what an error of
-    column i means for those after it, once the columns before it are fixed."""
+    """The upper Cholesky factor of the inverse of a damped Hessian [k, k]. Row i says how an error in
+    column i is compensated in the columns after it, once the columns before it are fixed. Raises
+    InputError if the Hessian stays singular."""
     damped = hessian.clone()
     diagonal = damped.diagonal()
     dead = diagonal == 0
@@ -78,6 +78,6 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
             return upper
         added = 9 * added or 1e-4 * mean
     raise InputError(
-        f"the inputs of {hessian.shape[0]} columns depend on each other too much to be inverted; give "
-        "a longer calibration text, or a larger damp="
+        f"the Hessian of {hessian.shape[0]} columns cannot be inverted, because their inputs depend on "
+        "each other too much; give a longer calibration text, or a larger damp="
     )

@@ -1,8 +1,9 @@
-"""Which numbers a quantized weight can take: scales and zero points of its groups, and how they are
-chosen.
+"""The values that a quantized weight can have: the scales and zero points of its groups, and how to
+choose them.
 
-The plain choice covers a group's range (`weights.quantize`). Where few numbers are far out, a smaller
-scale cuts these off and is finer for the others; which one errs least is found by trying.
+The plain choice covers a group's range (`weights.quantize`). If a group has a few outliers, a smaller
+scale clips these and is finer for the other numbers. The scale with the least error is found by trying
+several.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from weights.quant import QuantWeight, pack_nibbles
 from weights.quantize import TINY, quantize_rtn
 from weights.schemes import Scheme
 
-# Of the plain scale. Below 0.6 nothing was ever chosen; finer steps changed no perplexity that counts.
+# Factors of the plain scale. None below 0.6 was ever chosen; finer steps did not change perplexity.
 SHRUNK = tuple(1 - 0.025 * i for i in range(17))
 _PIECE = 1 << 20  # numbers that are tried at once: a few temporaries of 4 MiB
 
 
 @dataclass(frozen=True)
 class Grid:
-    """scale and zero, float32 [n, groups]: the number q stands for (q - zero) * scale, with q from
-    `low` to `high`. A scale is what its format holds: a float16 for 4 bits."""
+    """The grid of a weight. scale and zero are float32 [n, groups]: the integer q stands for
+    (q - zero) * scale, with q within `limits`. Scales are already rounded to their stored dtype:
+    float16 for 4 bits."""
 
     scheme: Scheme
     scale: Tensor
@@ -36,20 +38,20 @@ class Grid:
         return (-127, 127) if self.scheme.bits == 8 else (0, 15)
 
     def integers(self, weight: Tensor) -> Tensor:
-        """The nearest q of a weight [n, k]: float32 [n, k]."""
+        """The nearest integers q of a weight [n, k], as float32 [n, k]."""
         n, groups = self.scale.shape
         scale, zero = self.scale.unsqueeze(-1), self.zero.unsqueeze(-1)
-        steps = (weight.view(n, groups, -1) * (1 / scale)).round_()  # as `quantize_rtn` has them
+        steps = (weight.view(n, groups, -1) * (1 / scale)).round_()  # as in `quantize_rtn`
         return steps.add_(zero).clamp_(*self.limits).view_as(weight)
 
     def values(self, q: Tensor) -> Tensor:
-        """What the numbers q [n, k] stand for."""
+        """The values that the integers q, float32 [n, k], stand for."""
         n, groups = self.scale.shape
         grouped = q.view(n, groups, -1)
         return ((grouped - self.zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)).view_as(q)
 
     def packed(self, q: Tensor) -> QuantWeight:
-        """The weight of numbers q, float32 [n, k], as it is stored."""
+        """The quantized weight with the integers q, float32 [n, k]."""
         group = q.shape[1] // self.scale.shape[1]
         if self.scheme.bits == 8:
             return QuantWeight(q.to(torch.int8), self.scale, None, 8, group)
@@ -58,7 +60,7 @@ class Grid:
 
 
 def range_grid(weight: Tensor, scheme: Scheme) -> Grid:
-    """The grid of `quantize_rtn`, which covers each group's range. Raises InputError as that does."""
+    """The grid of `quantize_rtn`, which covers each group's range. Raises InputError as it does."""
     plain = quantize_rtn(weight, scheme)
     scale = plain.scale.float()
     if plain.offset is not None:
@@ -69,8 +71,9 @@ def range_grid(weight: Tensor, scheme: Scheme) -> Grid:
 
 
 def search_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Grid:
-    """Of the plain scales times `SHRUNK`, those with the least squared error of each group of a weight,
-    float32 [n, k]; each column's error counts `importance` [k] times. The zero points stay."""
+    """The grid with, for each group of a weight float32 [n, k], the scale of least squared error among
+    the plain scale times each of `SHRUNK`. `importance` [k] weights each column's error. The zero
+    points are those of `range_grid`. Raises InputError as it does."""
     grid = range_grid(weight, scheme)
     for rows in _pieces(*weight.shape):
         grid.scale[rows] = _search(

@@ -1,4 +1,4 @@
-"""What the command is asked for: its `key=value` words, checked, and its help. Free of torch."""
+"""The `key=value` words of the command, their checks, and the help text. Free of torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from weights.schemes import HEADS
 
 @dataclass(frozen=True)
 class Job:
-    """The keys and their defaults. `sample_len` is in tokens; `auto` is told by the help."""
+    """The keys and their defaults. `sample_len` is in tokens; the help text explains `auto`."""
 
     model: str = ""
     quant: str = ""
@@ -41,31 +41,31 @@ _LIMITS = {"samples": (1, 1 << 20), "sample_len": (2, 1 << 17), "damp": (0.0, 1.
 HELP = """\
 python launch.py quantize model=... quant=SCHEME out=DIR [key=value ...]
 
-Makes weights of 8 or 4 bits: a Hugging Face folder in the layout of compressed-tensors, which serves
-any number of ranks. One process, with a tensor or a layer of the model in memory at a time. The folder
-appears when all of it is on the disk, and not at all if something fails.
+Quantizes the weights to 8 or 4 bits. Writes a Hugging Face folder in the layout of compressed-tensors,
+which any number of ranks can load. Runs in one process, with one tensor or layer of the model in memory
+at a time. The folder appears when all of it is on the disk, and not at all if something fails.
 
 keys [default]:
   model=        a preset, a .gguf file, a folder of safetensors, or OWNER/NAME in the hub cache
-  quant=        int8 (a scale for each row), int4-g32, int4-g64, int4-g128 (one for so many numbers of
-                a row), or one of these with -asym: 0 need not lie in the middle
-  quant_head=   the lm_head: int8, same (as quant=) or none; one that is the embedding gets weights of
-                its own for that, and the embedding stays [int8, none where it is the embedding]
+  quant=        int8 (one scale per row), int4-g32, int4-g64, int4-g128 (one scale per 32, 64 or 128
+                numbers of a row), or one of the int4 schemes with -asym (with zero points)
+  quant_head=   the lm_head: int8, same (as quant=) or none. A tied head gets weights of its own for
+                this, and the embedding is not quantized [int8; none for a tied head]
   out=          a folder that is new or empty
-  method=       rtn (to the nearest number) or gptq (columns make up for each other's errors)
-                [gptq where there is a calibration text, else rtn]
-  calibration=  a text like those that the model will be used for, of which are taken
-  samples=      so many pieces at most, evenly over it [{samples}]
-  sample_len=   of so many tokens each [{sample_len}]
-  clip=         mse (scales that err least) or none (scales that cover the range) [mse for gptq in 4
-                bits, which knows which columns count; else none]
-  damp=         what gptq adds to the diagonal of its Hessian, of the mean [{damp:g}]
-  order=        act (gptq begins with the columns of the largest inputs) or none [{order}]
-  perplexity=   a text: how well it is predicted before and after
+  method=       rtn (round to nearest) or gptq (each column compensates the errors of earlier ones)
+                [gptq with a calibration text, else rtn]
+  calibration=  a text file, similar to the texts that the model will be used for
+  samples=      use at most this many pieces of it, evenly spaced [{samples}]
+  sample_len=   tokens per piece [{sample_len}]
+  clip=         mse (scales with the least error) or none (scales that cover the range) [mse for gptq
+                in 4 bits, where the importance of each column is known; else none]
+  damp=         gptq adds this fraction of the mean of its Hessian's diagonal to it [{damp:g}]
+  order=        act (gptq starts with the columns that have the largest inputs) or none [{order}]
+  perplexity=   a text file: measure the perplexity on it before and after
   output=       text (a table of errors) or json [{output}]
 
-Norms, biases, routers and the embedding stay as they are. The lm_head is rounded to the nearest, and so
-is an expert that no token of the calibration text meets.
+Norms, biases, routers and the embedding are not quantized. The lm_head is rounded to the nearest, and
+so is an expert that no token of the calibration text is routed to.
 
 examples:
   python launch.py quantize model=smollm2-135m quant=int8 out=smollm2-int8
@@ -79,7 +79,7 @@ def help_text() -> str:
 
 
 def parse_job(words: Sequence[str]) -> Job:
-    """Read `key=value` words. Raises InputError that names the key."""
+    """Parse `key=value` words. Raises InputError, which names the key."""
     kinds: dict[str, type[str | int | float]] = {k: type(v) for k, v in vars(Job()).items()}
     values: dict[str, str | int | float] = {}
     for word in words:
@@ -114,10 +114,11 @@ def _check(job: Job) -> None:
             raise InputError(f"{key}={value}: must be between {low:g} and {high:g}")
     if job.method == "gptq" and not job.calibration:
         raise InputError(
-            "method=gptq needs a text to look at what the weights are multiplied with: calibration=FILE"
+            "method=gptq needs a calibration text to measure the inputs of the weights: give "
+            "calibration=FILE"
         )
     if job.method == "rtn" and job.calibration:
-        raise InputError("method=rtn does not look at a text: leave calibration= out, or method=")
+        raise InputError("method=rtn does not use a text: leave out calibration=, or method=")
 
 
 def uses_gptq(job: Job) -> bool:
@@ -125,7 +126,7 @@ def uses_gptq(job: Job) -> bool:
 
 
 def searches(job: Job) -> bool:
-    """Whether scales are searched. By default for GPTQ in 4 bits: weighed by what columns are
-    multiplied with, they help it most (docs/log.md); without that the largest numbers count for too
-    little."""
+    """Whether scales are searched. The default is yes for GPTQ in 4 bits, where the error of a column
+    is weighted by the size of its inputs: it helps most there (docs/log.md). Without this, the search
+    gives the largest numbers too little weight."""
     return job.clip == "mse" or (job.clip == "auto" and uses_gptq(job) and job.quant.startswith("int4"))

@@ -1,12 +1,13 @@
-"""What a quantized folder will hold, file by file, before a number is computed; and what is refused.
+"""Plan the content of a quantized folder, file by file, before anything is computed; reject what
+cannot be quantized.
 
-Norms, biases, routers and the embedding stay as they are, of a source of blocks (GGUF) in bfloat16. An
-lm_head that is the embedding stays so, or gets weights of its own: the quantized copy that a run which
-rounds while loading makes for itself.
+Norms, biases, routers and the embedding are not quantized; from a source with block formats (GGUF) they
+are stored in bfloat16. A tied lm_head stays tied to the embedding, or gets a quantized copy of the
+embedding as its own weights, as in a run that rounds weights while loading.
 
-Names are the canonical ones, which for most families are also those of transformers. Where a family
-fuses projections or calls them otherwise (Phi 3, GPT-J, Falcon), and for Meta's files, Yoke reads the
-folder and other programs may not.
+Names are the canonical ones, which for most families are also those of transformers. For families that
+fuse projections or name them otherwise (Phi 3, GPT-J, Falcon), and for Meta's files, Yoke can read the
+folder, but other programs may not.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from weights.writer import DTYPES, Tensors
 
 @dataclass(frozen=True)
 class Plan:
-    """`scheme`: the layers'. `schemes`: how each weight is quantized; those in `kept` stay, in the
-    dtype that is given, in safetensors' spelling. `files`: names to contents; `texts`: the small files.
-    All weights are in the order of the model."""
+    """`scheme`: the scheme of the layers. `schemes`: the scheme of each quantized weight. `kept`: the
+    dtype, in safetensors' spelling, of each weight that is not quantized. `files`: the contents of each
+    file, by name; `texts`: the small files. All weights are in the order of the model."""
 
     checkpoint: Checkpoint
     config: ModelConfig
@@ -45,7 +46,7 @@ class Plan:
 
     @property
     def needed_bytes(self) -> int:
-        """On the disk, with some for what file systems round up."""
+        """Bytes on the disk, with a margin for file systems that round sizes up."""
         count = len(self.files) + len(self.texts)
         return self.total_bytes + sum(map(len, self.texts.values())) + 8192 * (count + 4)
 
@@ -55,9 +56,9 @@ class Plan:
 
 
 def make_plan(checkpoint: Checkpoint, asked: Asked, untie: bool = False) -> Plan:
-    """`untie`: a head that is the embedding gets weights of its own, where it is to be quantized; else
-    it stays so. Raises InputError for a source that is quantized already, or has a weight that the
-    scheme's groups do not divide."""
+    """The plan for a checkpoint. `untie`: a tied head that should be quantized gets weights of its own;
+    otherwise it stays tied. Raises InputError if the source is quantized already, or if the rows of a
+    weight are not a multiple of the scheme's group size."""
     found = checkpoint.config.get("quantization_config")
     if found is not None:
         method = found.get("quant_method") if isinstance(found, dict) else None
@@ -91,9 +92,9 @@ def make_plan(checkpoint: Checkpoint, asked: Asked, untie: bool = False) -> Plan
 
 
 def _untied(checkpoint: Checkpoint) -> Checkpoint:
-    """The same model with a head of its own, which has the embedding's weights."""
+    """The same model with an untied head that has the embedding's weights."""
     entries = {**checkpoint.entries, HEAD: checkpoint.entries[EMBEDDING]}
-    if checkpoint.format == "gguf":  # whose config is told by its weights
+    if checkpoint.format == "gguf":  # its config is derived from its weights
         return replace(checkpoint, entries=entries)
     config = {**checkpoint.config, "tie_word_embeddings": False}
     return replace(checkpoint, entries=entries, config=config)
@@ -109,8 +110,8 @@ def _check_groups(columns: Mapping[str, int], asked: Asked) -> None:
                 if not any(k % (parse_scheme(other).group_size or 1) for k in columns.values())
             ]
             raise InputError(
-                f"{asked.words}: {name} has {k} columns, which is no multiple of {group}; what "
-                f"fits all weights of this model: {', '.join(fitting)}"
+                f"{asked.words}: {name} has {k} columns, which is not a multiple of {group}; schemes "
+                f"that fit all weights of this model: {', '.join(fitting)}"
             )
 
 

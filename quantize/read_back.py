@@ -1,7 +1,7 @@
-"""A folder that was written here as a checkpoint again, its weights float32: to measure what is on the
+"""Read a folder that was written here as a checkpoint of float32 weights, to measure what is on the
 disk.
 
-The layers of a run keep quantized weights as they are; that reader is not this one.
+What is not here: the reader of a run, which keeps weights quantized (weights.formats.quant_hf).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from weights.schemes import Scheme
 
 
 def read_back(plan: Plan, folder: Path) -> Checkpoint:
-    """The checkpoint of a plan with the weights that were written into `folder`."""
+    """The plan's checkpoint, with the weights that were written into `folder`."""
     stored: dict[str, Entry] = {}
     for file in plan.files:
         stored |= stored_entries(folder / file)
@@ -37,7 +37,7 @@ def read_back(plan: Plan, folder: Path) -> Checkpoint:
 
 
 def read_weight(name: str, stored: dict[str, Entry], scheme: Scheme) -> QuantWeight:
-    """One weight of what `quantize.compressed.stored_tensors` made."""
+    """One weight, from the tensors that `quantize.compressed.stored_tensors` made."""
 
     def tensor(suffix: str) -> Tensor:
         entry = stored[name + suffix]

@@ -1,4 +1,4 @@
-"""What quantizing did to a model: errors by layer as a table, or all of it as JSON."""
+"""The report of a quantization: errors per layer as a table, or all results as JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from quantize.calibrate import Errors
 
-# Columns of the table: weights that are given the same inputs.
+# Columns of the table: weights with the same inputs.
 _KINDS = (
     ("q k v", ("q_proj", "k_proj", "v_proj")),
     ("o", ("o_proj",)),
@@ -20,8 +20,8 @@ _KINDS = (
 
 @dataclass(frozen=True)
 class Report:
-    """`head` is the lm_head's scheme, or none. `bytes_before` are those of the weights in 16 bits;
-    perplexities are None unless asked for."""
+    """The results. `head` is the lm_head's scheme, or "none". `bytes_before`: the size of the weights
+    in 16 bits. Perplexities are None if they were not measured."""
 
     out: str
     scheme: str
@@ -37,12 +37,13 @@ class Report:
 
 
 def weight_error(errors: Sequence[Errors]) -> float:
-    """The squared error of several weights together, relative to their squares."""
+    """The squared error of several weights, relative to the sum of their squares."""
     return sum(one.error for one in errors) / (sum(one.square for one in errors) or 1.0)
 
 
 def output_error(errors: Sequence[Errors]) -> float | None:
-    """The same of the outputs of those that have any."""
+    """The squared error of the weights' outputs, relative to the sum of their squares; None if no
+    weight has one."""
     if all(one.output_error is None for one in errors):
         return None
     return sum(one.output_error or 0.0 for one in errors) / (
@@ -51,14 +52,15 @@ def output_error(errors: Sequence[Errors]) -> float | None:
 
 
 def unmet(report: Report) -> list[str]:
-    """The experts' weights that no token of a calibration text met, rounded to the nearest."""
+    """The names of the experts' weights that no token of the calibration text was routed to; they were
+    rounded to the nearest."""
     if report.method != "gptq":
         return []
     return [one.name for one in products(report.errors) if one.output_error is None]
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """The report as an object; errors are relative squared ones."""
+    """The report as a JSON object; errors are relative squared errors."""
     return {
         "out": report.out,
         "quant": report.scheme,
@@ -81,7 +83,8 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def products(errors: Sequence[Errors]) -> list[Errors]:
-    """Those of the layers: the head is always rounded, without a look at its inputs."""
+    """The errors of the layers' weights, without the head: the head is always rounded to the nearest,
+    without calibration."""
     return [one for one in errors if _layer(one) is not None]
 
 
@@ -91,7 +94,7 @@ def _layer(errors: Errors) -> int | None:
 
 
 def rows(errors: Sequence[Errors]) -> tuple[list[str], list[list[str]]]:
-    """The table: a line for each layer, one for an lm_head, and one for all."""
+    """The table's header, and its rows: one for each layer, and one for all weights."""
     calibrated = output_error(products(errors)) is not None
     measures: list[tuple[str, Callable[[Sequence[Errors]], float | None]]] = [("weight", weight_error)]
     if calibrated:
@@ -118,7 +121,7 @@ def _percent(value: float | None) -> str:
 
 
 def show(report: Report) -> None:
-    """The table and a few lines of figures on stdout."""
+    """Print the table and a few lines of figures to stdout."""
     from rich.console import Console
     from rich.table import Table
 
@@ -138,8 +141,8 @@ def show(report: Report) -> None:
             console.print(f"{name}: {report.head}, {_percent(weight_error([one]))}")
     if few := unmet(report):
         console.print(
-            f"{len(few)} weights of experts that no token of the calibration text met were rounded to "
-            "the nearest; a longer text meets more"
+            f"{len(few)} weights of experts that no token of the calibration text was routed to were "
+            "rounded to the nearest; a longer text reaches more experts"
         )
     before, after = report.perplexity_before, report.perplexity_after
     if before is not None and after is not None:

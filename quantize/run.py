@@ -1,7 +1,7 @@
-"""A plan carried out: weights read, quantized and written, one after the other.
+"""Carry out a plan: read, quantize and write the weights, one after the other.
 
-A plain rounding holds one weight at a time; GPTQ one layer of the model, and the calibration text's
-states.
+Plain rounding has one weight in memory at a time; GPTQ has one layer of the model, and the hidden
+states of the calibration text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from weights.schemes import Scheme
 from weights.writer import DTYPES, SafetensorsFile
 
 _PIECE = 4 << 20  # numbers of a weight that are in float32 at once
-_RELEASE = 32 << 20  # numbers read, after which the source's pages are let go of
+_RELEASE = 32 << 20  # the source's pages are released after reading this many numbers
 
 Progress = Callable[[int, int], None]
 
@@ -39,9 +39,10 @@ def carry_out(
     calibration: tuple[Settings, Sequence[Tensor]] | None,
     progress: Progress = lambda done, total: None,
 ) -> list[Errors]:
-    """Write all of a plan into `folder`; what that did to each weight. `calibration`: GPTQ's
-    settings and texts, None for plain rounding, whose scales are searched if `search`. `progress` gets
-    numbers of weights, done and in all. Raises InputError for weights that are not finite."""
+    """Write all files of a plan into `folder`; returns the errors of each quantized weight.
+    `calibration`: GPTQ's settings and texts, or None for plain rounding. `search`: plain rounding
+    searches for the best scales. `progress` is called with the count of numbers done, and of all.
+    Raises InputError for weights that are not finite."""
     with ExitStack() as stack:
         files = {}
         for name, contents in plan.files.items():
@@ -63,7 +64,7 @@ def carry_out(
             progress(done, total)
         for file in files.values():
             file.finish()
-    # config.json makes a folder of files a model: it comes last.
+    # config.json is written last: it makes the folder a model.
     for name in sorted(plan.texts, key=lambda name: name == "config.json"):
         with (folder / name).open("wb") as target:
             target.write(plan.texts[name])
@@ -75,7 +76,8 @@ def carry_out(
 def _products(
     plan: Plan, search: bool, calibration: tuple[Settings, Sequence[Tensor]] | None
 ) -> Iterator[tuple[str, dict[str, Tensor], Errors | None]]:
-    """Each weight of the model with the tensors that it is stored as."""
+    """Each weight of the model: its name, the tensors that it is stored as, and its errors (None if it
+    is not quantized)."""
     later: set[str] = set()
     if calibration is not None:
         later = {name for name, scheme in plan.schemes.items() if name.startswith("model.layers.")}
@@ -104,7 +106,7 @@ def _products(
 
 
 def check_finite(weight: Tensor, name: str, plan: Plan) -> None:
-    """Raises InputError where a number of a weight is not finite."""
+    """Raise InputError if a number of a weight is not finite."""
     for piece in weight.reshape(-1).split(_PIECE):
         if not piece.isfinite().all():
             file = plan.checkpoint.entries[name].file or plan.checkpoint.path
@@ -116,7 +118,7 @@ def check_finite(weight: Tensor, name: str, plan: Plan) -> None:
 def round_weight(
     name: str, weight: Tensor, scheme: Scheme, search: bool, plan: Plan
 ) -> tuple[Errors, QuantWeight]:
-    """A weight [n, k] rounded to the nearest, some rows at a time. Raises InputError."""
+    """Round a weight [n, k] to the nearest, some rows at a time. Raises InputError."""
     check_finite(weight, name, plan)
     step = max(_PIECE // weight.shape[1], 1)
     parts: list[QuantWeight] = []

@@ -1,4 +1,4 @@
-"""The files beside the weights: config.json, the tokenizer, and what else came with the model."""
+"""The files beside the weights: config.json, the tokenizer, and other small files of the model."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from models.tokenizer.files import tokenizer_files
 from weights.checkpoint import Checkpoint
 from weights.companions import companions
 
-_OWN = ("config.json", "params.json")  # written anew; Meta's is in ours
+_OWN = ("config.json", "params.json")  # config.json is rewritten; it includes Meta's params.json
 
 
 def small_files(
     checkpoint: Checkpoint, config: ModelConfig, quantization: dict[str, Any]
 ) -> dict[str, bytes]:
-    """Names to contents. A GGUF file has it all within: its metadata become the files that a Hugging
-    Face folder has. Raises InputError where they cannot."""
+    """The contents of the small files, by name. The metadata of a GGUF file are converted to the files
+    of a Hugging Face folder. Raises InputError if that is not possible."""
     if checkpoint.format == "gguf":
         family = str(checkpoint.config.get("general.architecture", "llama"))
         keys = to_hf(config, family, str(checkpoint.path))

@@ -1,4 +1,4 @@
-"""Texts as tokens: what GPTQ looks at, and what perplexity is measured on."""
+"""Texts as tokens: the calibration text of GPTQ, and the text of a perplexity measurement."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from weights.checkpoint import Checkpoint
 from weights.files import regular_file
 from weights.texts import without_mark
 
-WINDOW = 1024  # tokens that perplexity is measured over at once
+WINDOW = 1024  # perplexity is measured in windows of this many tokens
 _LIMIT = 1 << 28  # bytes of a text
 
 
 def read_tokens(path: str, key: str, checkpoint: Checkpoint, config: ModelConfig) -> Tensor:
-    """A file's text as the model's tokens: int64 [T], two at least. `key` is the word that named the
-    file. Raises InputError."""
+    """The text of a file as tokens of the model: int64 [T], T >= 2. `key` is the command's key for the
+    file, for messages. Raises InputError."""
     size = regular_file(Path(path), "a text")
     if size > _LIMIT:
-        raise InputError(f"{key}={path} has {size} bytes; give a part of it, of at most {_LIMIT}")
+        raise InputError(f"{key}={path} has {size} bytes; give a text of at most {_LIMIT} bytes")
     try:
-        # As it is, carriage returns too: what the model is judged on is what the file holds.
+        # Unchanged, with carriage returns: the model must be measured on exactly this text.
         text = without_mark(Path(path).read_bytes()).decode()
     except UnicodeDecodeError as error:
         raise InputError(
@@ -38,13 +38,13 @@ def read_tokens(path: str, key: str, checkpoint: Checkpoint, config: ModelConfig
         raise InputError(f"{key}={path}: {error}") from error
     tokens = torch.tensor(found, dtype=torch.int64)
     if len(tokens) < 2:
-        raise InputError(f"{key}={path} has {len(tokens)} tokens; two are the least")
+        raise InputError(f"{key}={path} has {len(tokens)} tokens; give a text of at least two")
     return tokens
 
 
 def spread(tokens: Tensor, samples: int, length: int) -> list[Tensor]:
-    """At most `samples` pieces of `length` tokens, evenly over a text and without overlap; where it is
-    shorter than that, all of it."""
+    """At most `samples` pieces of `length` tokens, evenly spaced over a text and without overlap; all
+    of a text that is shorter than that."""
     pieces = [piece for piece in tokens.split(length) if len(piece) > 1]
     if len(pieces) <= samples:
         return pieces

@@ -1,11 +1,11 @@
-"""A model of which one layer at a time is in memory, while texts pass through it.
+"""Run texts through a model with only one layer in memory at a time.
 
-The layers are the project's own (`models.decoder`), in float32, in one process. Between two of them
-there are the texts' states alone, so memory is a layer's weights and 4 bytes a token and dimension,
-however deep the model is. What a part of a layer is given is seen by a hook on it that ends the pass
+The layers are the project's own (`models.decoder`), in float32, in one process. Between two layers only
+the hidden states are kept. So memory is one layer's weights plus 4 bytes per token and dimension,
+however deep the model is. A hook on a part of a layer captures its input and stops the forward pass
 there.
 
-What is not here: a cache that outlives a layer: texts are read, never continued.
+What is not here: a KV cache that outlives a layer: texts are only read, never continued.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from models.rope import rope_tables
 from weights.checkpoint import Checkpoint
 from weights.pages import release_pages
 
-_HEAD_TOKENS = 64  # whose logits are held at once: a vocabulary is wide
+_HEAD_TOKENS = 64  # logits are computed for this many tokens at once: a vocabulary is large
 
 
 class _ReachedError(Exception):
-    """The pass has come to the part that was watched, with this input."""
+    """Stops a forward pass at the part with the hook; `x` is the part's input."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
@@ -40,7 +40,7 @@ class _ReachedError(Exception):
 class Walk:
     """Texts on their way through the layers of a checkpoint.
 
-    `states[i]`: float32 [tokens of text i, D], what the next layer is given. `texts` are int64 [T]
+    `states[i]`: float32 [tokens of text i, D], the input of the next layer. `texts` are int64 [T]
     each, with tokens of the vocabulary.
     """
 
@@ -57,7 +57,7 @@ class Walk:
         )
 
     def layer(self, index: int) -> nn.Module:
-        """The block of a layer with its weights. `leave` lets go of it."""
+        """The block of a layer, with its weights loaded. `leave` frees them."""
         block: nn.Module = self.model.layers[index].to_empty(device="cpu")
         for name, target in destinations(self.model).items():
             if name.startswith(f"model.layers.{index}."):
@@ -69,12 +69,12 @@ class Walk:
         return block
 
     def leave(self, block: nn.Module) -> None:
-        """Take the texts through a block, whose weights are then let go of."""
+        """Run the texts through a block, and then free its weights."""
         self.states = [self._through(block, x) for x in self.states]
         block.to("meta")
 
     def inputs(self, block: nn.Module, part: nn.Module) -> Iterator[Tensor]:
-        """What a part of the block is given for each text: [tokens, ...]."""
+        """The input of a part of the block, for each text: [tokens, ...]."""
 
         def stop(_: nn.Module, given: tuple[Tensor, ...]) -> None:
             raise _ReachedError(given[0])
@@ -93,13 +93,14 @@ class Walk:
         positions = torch.arange(len(x))
         step = Step(torch.zeros_like(positions), positions, None, self._full, self._windowed)
         norm: nn.Module = block.norm  # type: ignore[assignment]
-        # What follows is normalized by its own norm, when its turn comes: this one's stands for it.
+        # A block ends with the norm of the next block, which is not loaded. This block's own norm
+        # stands in for it, and the normalized output is not used.
         after: Tensor = block(norm(x), x, norm, step)[1]
         return after
 
     def surprise(self, texts: Sequence[Tensor]) -> Tensor:
-        """-log p of each token but its text's first, given those before it, float64: once the states
-        have passed all layers."""
+        """-log p of each token given those before it, float64, without the first token of each text.
+        Call it after the states have passed all layers."""
         model, head = self.model, EMBEDDING if self.config.tie_embeddings else HEAD
         targets = destinations(model)
         names = [head, *(n for n in targets if n.startswith("model.norm.") or n == "lm_head.bias")]
@@ -119,15 +120,15 @@ class Walk:
 
 
 def whole(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A tensor of a checkpoint, all of it; it may be a view of the file."""
+    """A whole tensor of a checkpoint; it may be a view of the file."""
     entry = checkpoint.entries[name]
     return (entry.peek or entry.read)(tuple(slice(0, size) for size in entry.shape))
 
 
 @torch.no_grad()
 def perplexity_of(checkpoint: Checkpoint, config: ModelConfig, texts: Sequence[Tensor]) -> float:
-    """As `models.perplexity.perplexity`, of texts int64 [T] of any lengths above 1, with a layer of the
-    model in memory at a time."""
+    """As `models.perplexity.perplexity`, for texts int64 [T] with T > 1, with one layer of the model in
+    memory at a time."""
     walk = Walk(checkpoint, config, texts)
     for index in range(config.num_layers):
         walk.leave(walk.layer(index))

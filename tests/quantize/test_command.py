@@ -218,7 +218,7 @@ def test_what_cannot_be_done_is_said_in_a_line(
         ("quant=int8 samples=many", "whole number"),
         ("quant=int8 damp=nan", "between 0 and 1"),
         ("quant=int8 method=gptq", "calibration=FILE"),
-        ("quant=int8 method=rtn calibration=x", "does not look"),
+        ("quant=int8 method=rtn calibration=x", "does not use a text"),
         ("quant=int8 calibration=/nowhere", "does not exist"),
         ("quant=int8 perplexity=/dev/null", "device or a pipe"),
         ("out= quant=int8", "out= is missing"),

@@ -197,4 +197,4 @@ def test_a_configs_heads(tmp_path: Path) -> None:
     fused = {"model.layers.0.self_attn.qkv_proj.weight": torch.ones(8, 4)}
     for value in (0, -4, "4", 4.0, None, True, 1 << 40):
         folder = write_safetensors(tmp_path / "m", fused, CONFIG | {"num_attention_heads": value})
-        refused(folder, "positive integers in config.json")
+        refused(folder, "in config.json must be positive integers")

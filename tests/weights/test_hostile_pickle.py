@@ -43,7 +43,7 @@ def test_code_is_refused_and_not_executed(protocol: int, tmp_path: Path) -> None
     ):
         path = tmp_path / "m.pth"
         torch.save({"w": torch.ones(2), "x": code}, path, pickle_protocol=protocol)
-        refused(path, r"more than weights: it asks to call '[\w.]+'.*not executed")
+        refused(path, r"not only weights: it asks to call '[\w.]+'.*does not execute")
         # The same in the form before archives, which is not read at all.
         save(path, pickle.dumps({"x": code}, protocol))
         refused(path, r"before torch 1\.6")

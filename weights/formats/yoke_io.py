@@ -119,7 +119,7 @@ def _check_file(file: Path, manifest: Manifest, rank: int, size: int) -> None:
             if actual != size or 8 + length + max(ends, default=0) != size:
                 raise InputError(
                     f"{file} has {actual} bytes, including a header of {length}; yoke.json says "
-                    f"{size}, including {max(ends, default=0)} of data: copy the file again"
+                    f"{size}, including {max(ends, default=0)} of data: copy it again"
                 )
             header: Any = parse_json(opened.read(length), unique=True)
     except InputError:
