@@ -25,6 +25,27 @@ os.environ.pop("PYTHONUNBUFFERED", None)
 os.environ.update([MARK.split("=")])
 
 
+# The files of `make quick`: pure code, and one generation on two ranks. None has a test of over five
+# seconds on two quiet cores (`python -m pytest -m quick --durations=10`) but for those marked slow.
+QUICK = (
+    "test_quick", "test_docs", "test_imports", "launcher/test_plan", "launcher/test_topology",
+    "launcher/test_cgroup", "launcher/test_gpus", "launcher/test_places", "launcher/test_chat_lines",
+    "launcher/test_allocator", "launcher/test_backends", "tp/test_split", "weights/test_quant",
+    "weights/test_formats", "weights/test_gguf", "models/test_philox", "models/test_rope",
+    "models/test_gguf_config", "models/test_presets", "models/test_tokenizer", "kernels/test_rotary",
+    "engine/test_requests", "engine/test_drafts", "engine/test_beam_plan", "engine/test_texts",
+    "engine/test_prompts", "engine/test_catalog",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of QUICK that are not slow as `quick`."""
+    files = {CHECKOUT / "tests" / f"{name}.py" for name in QUICK}
+    for item in items:
+        if item.path in files and item.get_closest_marker("slow") is None:
+            item.add_marker("quick")
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
     """Every test must leave nothing of its own in /dev/shm."""
