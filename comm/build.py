@@ -34,45 +34,19 @@ import torch
 from base.compiler import find_compiler
 from base.private import NotPrivateError, cache_folder, check_private_file, make_private
 from comm.errors import BuildError
+from comm.sources import (
+    BRIDGE,
+    BRIDGE_DIR,
+    COMM,
+    Extension,
+    read_level,
+    sees_bridge,
+    source_flags,
+    sources,
+)
 
 _TICK_S = 0.5
 _TIMEOUT_S = 900.0  # for one compiler, and for waiting on another process that builds
-SOURCE_DIR = Path(__file__).parent / "csrc"
-COMMON_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-pthread", "-Wall", "-Wextra")
-# Products and sums are not contracted: every instruction set must give the same bits.
-FLAGS = (*COMMON_FLAGS, "-ffp-contract=off")
-# Files for one instruction set; they are run only where the processor has it.
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
-X86_FLAGS: dict[str, tuple[str, ...]] = {
-    "kernels_avx2.cpp": _AVX2,
-    "kernels_avx512.cpp": _AVX512,
-    "kernels_avx512bf16.cpp": (*_AVX512, "-mavx512bf16"),
-    "kernels_amx.cpp": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
-    "attend_avx2.cpp": _AVX2,
-    "attend_avx512.cpp": _AVX512,
-    "quant_avx2.cpp": _AVX2,
-    "quant_avx512.cpp": _AVX512,
-    "quant_avx512vnni.cpp": (*_AVX512, "-mavx512vnni"),
-    "quant_avx512bf16.cpp": (*_AVX512, "-mavx512bf16"),
-    "quant_amx.cpp": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
-    "packed_amx.cpp": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
-    "attend_amx.cpp": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
-}
-
-
-@dataclass(frozen=True)
-class Extension:
-    """A folder of C++ sources. `ops*.cpp` alone see torch; the files of `X86_FLAGS` get theirs.
-    `core_seconds`: what building it takes of one core, about."""
-
-    name: str
-    source_dir: Path
-    flags: tuple[str, ...]
-    core_seconds: float
-
-
-COMM = Extension("yoke_comm", SOURCE_DIR, FLAGS, 40.0)
 
 
 @dataclass(frozen=True)
@@ -159,16 +133,17 @@ def _is_there(library: Path) -> bool:
 def _file_name(compiler: list[str], extension: Extension) -> str:
     """What the library depends on, as a name; no path is among it."""
     digest = hashlib.sha256()
-    sources = (path for path in extension.source_dir.iterdir() if path.suffix in (".cpp", ".h"))
-    for source in sorted(sources):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    level = read_level()
+    for folder in (extension.source_dir, *([BRIDGE_DIR] if sees_bridge(extension) else [])):
+        for source in sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".h")):
+            flags = [f for f in source_flags(source, extension, level) if not f.startswith("-I")]
+            digest.update(f"{source.name} {' '.join(flags)}\0".encode() + source.read_bytes() + b"\0")
     digest.update(_version(tuple(compiler)))
     first_flag = next((i for i, word in enumerate(compiler) if word.startswith("-")), len(compiler))
-    own = [f"{name}:{' '.join(flags)}" for name, flags in X86_FLAGS.items()]
     git_version = getattr(torch.version, "git_version", "")
     for part in (
-        torch.__version__, git_version, platform.machine(), *compiler[first_flag:], *extension.flags,
-        *own, *_TORCH_FLAGS, *_LINK_FLAGS,
+        torch.__version__, git_version, platform.machine(), *compiler[first_flag:], *_TORCH_FLAGS,
+        *_LINK_FLAGS,
     ):  # fmt: skip
         digest.update(part.encode() + b"\0")
     return f"{extension.name}-{digest.hexdigest()[:16]}.so"
@@ -248,46 +223,27 @@ def _build(
 
     # Built beside its final name and moved there whole, so that a killed build leaves nothing loadable.
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as room:
-        steps = [
-            _Step(extension, source, Path(room) / f"{extension.name}-{source.stem}.o")
-            for extension, _ in missing
-            for source in sorted(extension.source_dir.glob("*.cpp"))
-        ]
-        steps.sort(key=lambda step: not step.source.name.startswith(_SLOW))
-        _run_all([step.command(compiler) for step in steps], workers, cpus, note)
+        level = read_level()
+        objects: dict[str, list[str]] = {}
+        commands: dict[str, list[str]] = {}  # by what they make: the bridge is made once for all
+        for extension, _ in missing:
+            for source in sources(extension, level):
+                made = f"{room}/{'' if source == BRIDGE else extension.name}-{source.stem}.o"
+                objects.setdefault(extension.name, []).append(made)
+                flags = source_flags(source, extension, level)
+                if source == BRIDGE:
+                    flags += [*_torch_paths(), *_TORCH_FLAGS]
+                commands[made] = [*compiler, *flags, "-c", str(source), "-o", made]
+        slowest_first = sorted(commands, key=lambda made: not Path(made).name.startswith("-bridge"))
+        _run_all([commands[made] for made in slowest_first], workers, cpus, note)
         for extension, library in missing:
-            objects = [str(step.object) for step in steps if step.extension is extension]
             built = Path(room) / library.name
             lib = Path(torch.__file__).parent / "lib"
-            _run(
-                [*compiler, "-shared", "-pthread", *objects, "-o", str(built), f"-L{lib}", *_LINK_FLAGS]
-            )
+            link = ["-shared", "-pthread", *objects[extension.name], "-o", str(built)]
+            _run([*compiler, *link, f"-L{lib}", *_LINK_FLAGS])
             os.chmod(built, 0o700)  # whatever the umask says
             os.replace(built, library)
     record.write_text(f"{time.monotonic() - started:.1f}")
-
-
-_SLOW = ("ops", "attend")  # begun first, so that none of them is what is left at the end
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One file's way through the compiler."""
-
-    extension: Extension
-    source: Path
-    object: Path
-
-    def command(self, compiler: list[str]) -> list[str]:
-        flags = source_flags(self.source, self.extension)
-        return [*compiler, *flags, "-c", str(self.source), "-o", str(self.object)]
-
-
-def source_flags(source: Path, extension: Extension = COMM) -> list[str]:
-    """The compiler's flags for one file of `csrc/`; those of torch for one that sees it."""
-    own = X86_FLAGS.get(source.name, ()) if platform.machine() == "x86_64" else ()
-    torch_own = [*_torch_paths(), *_TORCH_FLAGS] if source.name.startswith("ops") else []
-    return [*extension.flags, *own, *torch_own]
 
 
 def _run_all(

@@ -20,9 +20,10 @@ from base.errors import InputError
 from base.private import cache_folder
 from base.streams import say
 from comm import ops
-from comm.build import COMM, build_extensions
+from comm.build import build_extensions
 from comm.errors import BuildError, told
 from comm.group import Group, Rendezvous, open_group, set_timeout
+from comm.sources import COMM
 from engine.compiling import compiling, use_cache_folder
 from engine.dtypes import dtype_name, kv_dtype_name
 from engine.job import Job, fitted_length, quant_of

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comm.build import COMMON_FLAGS, Extension, build_extension
+from comm.build import build_extension
 from comm.errors import BuildError
+from comm.sources import COMMON_FLAGS, Extension
 
 # Loops marked `omp simd` may be summed in any order; nothing looks at errno or floating-point traps.
 _DOWN_NUM_ROWS = 12  # its place among the arguments of gated_mlp after x
 _MATH = ("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
-KERNELS = Extension("yoke_kernels", Path(__file__).parent / "csrc", (*COMMON_FLAGS, *_MATH), 200.0)
+KERNELS = Extension("yoke_kernels", Path(__file__).parent / "csrc", (*COMMON_FLAGS, *_MATH), 40.0)
 
 
 @functools.cache

@@ -9,6 +9,12 @@
 #include <cstddef>
 #include <cstdint>
 
+// What is built: 0 what every processor runs, 1 AVX2 too, 2 AVX-512, 3 its bfloat16, 4 AMX. (build.py: what this one
+// runs.)
+#ifndef YOKE_LEVEL
+#define YOKE_LEVEL 4
+#endif
+
 namespace yoke {
 
 enum class DType : std::uint32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt32 = 3, kInt64 = 4, kBytes = 5 };

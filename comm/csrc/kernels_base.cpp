@@ -61,24 +61,32 @@ constexpr Kernels kBase = make_kernels("base");
 
 }  // namespace
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && YOKE_LEVEL >= 1
 extern const Kernels kernels_avx2;
+#endif
+#if defined(__x86_64__) && YOKE_LEVEL >= 2
 extern const Kernels kernels_avx512;
+#endif
+#if defined(__x86_64__) && YOKE_LEVEL >= 3
 extern const Kernels kernels_avx512bf16;
 #endif
 
 const Kernels* find_kernels(const char* name) {
   if (std::strcmp(name, "base") == 0) return &kBase;
-#if defined(__x86_64__)
+#if defined(__x86_64__) && YOKE_LEVEL >= 1
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (std::strcmp(name, "avx2") == 0) return avx2 ? &kernels_avx2 : nullptr;
+#if YOKE_LEVEL >= 2
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (std::strcmp(name, "avx2") == 0) return avx2 ? &kernels_avx2 : nullptr;
   if (std::strcmp(name, "avx512") == 0) return avx512 ? &kernels_avx512 : nullptr;
+#endif
+#if YOKE_LEVEL >= 3
   if (std::strcmp(name, "avx512bf16") == 0) {
     return avx512 && __builtin_cpu_supports("avx512bf16") ? &kernels_avx512bf16 : nullptr;
   }
+#endif
 #endif
   return nullptr;
 }

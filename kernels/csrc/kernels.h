@@ -3,6 +3,12 @@
 
 #include <cstdint>
 
+// What is built: 0 what every processor runs, 1 AVX2 too, 2 AVX-512, 3 its bfloat16, 4 AMX. (build.py: what this one
+// runs.)
+#ifndef YOKE_LEVEL
+#define YOKE_LEVEL 4
+#endif
+
 namespace yoke::kernels {
 
 using bf16 = std::uint16_t;  // the upper half of a float

@@ -6,25 +6,18 @@
 #include <unistd.h>
 #endif
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-#if __has_include(<torch/csrc/shim_exception_state.h>)  // torch 2.13 has it
-#include <torch/csrc/shim_exception_state.h>
-#define YOKE_KNOWS_ERRORS
-#endif
 
 #include <algorithm>
 #include <atomic>
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "ops_quant.h"
 
 namespace yoke::kernels {
 namespace {
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && YOKE_LEVEL >= 4
 // Whether the processor has AMX for bf16 and int8, and Linux lets this process have the registers (they are large, and
 // not given without being asked for).
 bool may_use_tiles() {
@@ -39,16 +32,22 @@ bool may_use_tiles() {
 
 std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> found{&base_kernels};
-#if defined(__x86_64__)
+#if defined(__x86_64__) && YOKE_LEVEL >= 1
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2_kernels);
+#if YOKE_LEVEL >= 2
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx512) found.push_back(&avx512_kernels);
+#endif
+#if YOKE_LEVEL >= 3
   if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
     found.push_back(&avx512bf16_kernels);
+#if YOKE_LEVEL >= 4
     if (may_use_tiles()) found.push_back(&amx_kernels);
+#endif
   }
+#endif
 #endif
   return found;
 }
@@ -72,63 +71,62 @@ void use_instruction_set(const std::string& name) {
       return;
     }
   }
-  TORCH_CHECK(false, "instruction set '", name, "' does not run on this machine");
+  YOKE_CHECK(false, "instruction set '", name, "' does not run on this machine");
 }
 
-const bf16* data(const at::Tensor& x) { return reinterpret_cast<const bf16*>(x.const_data_ptr<at::BFloat16>()); }
+const bf16* data(const Tensor& x) { return x.const_data_ptr<bf16>(); }
 
 // Torch's own product where that is the faster one: so a caller needs not know how many rows there are.
-at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16,
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  YOKE_CHECK(x.scalar_type() == Scalar::bf16 && weight.scalar_type() == Scalar::bf16,
               "linear: takes bfloat16, not ", x.scalar_type(), " and ", weight.scalar_type());
-  TORCH_CHECK(weight.dim() == 2 && x.dim() >= 1 && x.size(-1) == weight.size(1), "linear: x ", x.sizes(),
+  YOKE_CHECK(weight.dim() == 2 && x.dim() >= 1 && x.size(-1) == weight.size(1), "linear: x ", x.sizes(),
               " does not go with a weight of ", weight.sizes());
-  TORCH_CHECK(weight.is_contiguous(), "linear: the weight must be contiguous");
-  at::Tensor own_bias;
+  YOKE_CHECK(weight.is_contiguous(), "linear: the weight must be contiguous");
+  Tensor own_bias;
   if (bias.has_value()) {
-    TORCH_CHECK(bias->scalar_type() == at::kBFloat16 && bias->dim() == 1 && bias->size(0) == weight.size(0),
+    YOKE_CHECK(bias->scalar_type() == Scalar::bf16 && bias->dim() == 1 && bias->size(0) == weight.size(0),
                 "linear: the bias must be bfloat16 [", weight.size(0), "]");
     own_bias = bias->contiguous();
   }
   const Kernels& kernels = *chosen();
-  const at::Tensor rows = x.contiguous();
+  const Tensor rows = x.contiguous();
   const std::int64_t n = weight.size(0), k = weight.size(1), m = k == 0 ? 0 : rows.numel() / k;
   std::vector<std::int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = n;
-  if (m > kernels.few_rows) return at::linear(rows, weight, bias).contiguous();
+  if (m > kernels.few_rows) return yoke::linear(rows, weight, bias);
   if (m == 0 || n == 0) {
-    const at::Tensor zero = at::zeros(shape, x.options());
-    return own_bias.defined() ? zero + own_bias : zero;
+    return rows_of(own_bias, shape);
   }
-  at::Tensor y = at::empty(shape, x.options());
+  Tensor y = empty(shape, x.scalar_type());
   LinearArgs args{data(rows), data(weight), own_bias.defined() ? data(own_bias) : nullptr,
-                  reinterpret_cast<bf16*>(y.mutable_data_ptr<at::BFloat16>()), m, n, k};
+                  y.mutable_data_ptr<bf16>(), m, n, k};
   constexpr std::int64_t kUnit = 32;  // rows of w: all kernels take them in whole parts of that; and rows of x
   const auto rounded = [](std::int64_t size) { return (size + kUnit - 1) / kUnit; };
-  at::Tensor packed;
+  Tensor packed;
   if (kernels.pack != nullptr && m >= kernels.pack_from) {
-    packed = at::empty({rounded(m) * rounded(k) * kUnit * kUnit / 2}, at::kInt);
+    packed = empty({rounded(m) * rounded(k) * kUnit * kUnit / 2}, Scalar::i32);
     auto* room = reinterpret_cast<std::uint32_t*>(packed.mutable_data_ptr<std::int32_t>());
-    at::parallel_for(0, rounded(m), 1, [&](std::int64_t first, std::int64_t last) {
+    parallel_for(0, rounded(m), 1, [&](std::int64_t first, std::int64_t last) {
       kernels.pack(args, room, first, last);
     });
     args.packed = room;
   }
   const std::int64_t grain = std::max<std::int64_t>(1, 16384 / (kUnit * k + 1));
-  at::parallel_for(0, rounded(n), grain, [&](std::int64_t first, std::int64_t last) {
+  parallel_for(0, rounded(n), grain, [&](std::int64_t first, std::int64_t last) {
     kernels.linear(args, first * kUnit, std::min(last * kUnit, n));
   });
   return y;
 }
 
 // What reading costs at best: the exclusive or of all 64-bit words, in as many streams as `linear` has.
-std::int64_t read(const at::Tensor& x) {
-  TORCH_CHECK(x.is_contiguous(), "read: the tensor must be contiguous");
+std::int64_t read(const Tensor& x) {
+  YOKE_CHECK(x.is_contiguous(), "read: the tensor must be contiguous");
   const auto* words = static_cast<const std::uint64_t*>(x.const_data_ptr());
   constexpr std::int64_t kStreams = 8, kRow = 512;  // of 4 KiB each
   const std::int64_t units = static_cast<std::int64_t>(x.nbytes()) / (kStreams * kRow * 8);
   std::atomic<std::uint64_t> found{0};
-  at::parallel_for(0, units, 1, [&](std::int64_t first, std::int64_t last) {
+  parallel_for(0, units, 1, [&](std::int64_t first, std::int64_t last) {
     std::uint64_t sums[8] = {};
     for (std::int64_t unit = first; unit < last; ++unit) {
       const std::uint64_t* rows = words + unit * kStreams * kRow;
@@ -148,35 +146,30 @@ std::int64_t read(const at::Tensor& x) {
 // the clock.
 double peak(std::int64_t rounds) {
   std::atomic<double> done{0};
-  at::parallel_for(0, at::get_num_threads(), 1, [&](std::int64_t first, std::int64_t last) {
+  parallel_for(0, num_threads(), 1, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t i = first; i < last; ++i) done += chosen()->peak(rounds);
   });
   return done.load();
 }
 
 // Why the last call failed that this thread made from compiled C++, which itself tells only that it did.
-std::string last_error() {
-#ifdef YOKE_KNOWS_ERRORS
-  return torch::csrc::shim::details::get_torch_exception_what_without_backtrace();
-#else
-  return {};
-#endif
-}
+std::string last_error() { return last_error_of_compiled_code(); }
 
-TORCH_LIBRARY(yoke_kernels, library) {
-  library.def("last_error() -> str", last_error);
-  library.def("read(Tensor x) -> int");
-  library.def("instruction_sets() -> str[]", instruction_sets);
-  library.def("few_rows() -> int", [] { return chosen()->few_rows; });
-  library.def("peak(int rounds) -> float", peak);
-  library.def("use_instruction_set(str name) -> ()", use_instruction_set);
-  library.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-}
+std::int64_t few_rows() { return chosen()->few_rows; }
 
-TORCH_LIBRARY_IMPL(yoke_kernels, CPU, library) {
-  library.impl("linear", linear);
-  library.impl("read", read);
-}
+const Operators operators(
+    "yoke_kernels",
+    {
+        op<read>("read(Tensor x) -> int"),
+        op<linear>("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor"),
+    },
+    {
+        op<last_error>("last_error() -> str"),
+        op<instruction_sets>("instruction_sets() -> str[]"),
+        op<few_rows>("few_rows() -> int"),
+        op<peak>("peak(int rounds) -> float"),
+        op<use_instruction_set>("use_instruction_set(str name) -> ()"),
+    });
 
 }  // namespace
 

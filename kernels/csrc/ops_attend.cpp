@@ -1,7 +1,5 @@
 // torch.ops.yoke_kernels.attend, write_kv and write_and_attend: which loops a token takes, and the division among
 // threads. (What they are given: ops_attend.h.)
-#include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
@@ -15,10 +13,14 @@ namespace yoke::kernels {
 namespace {
 
 const Attention& chosen_attention() {
-#if defined(__x86_64__)
-  const std::string_view name = current().name;
+  [[maybe_unused]] const std::string_view name = current().name;
+#if defined(__x86_64__) && YOKE_LEVEL >= 4
   if (name == "amx") return amx_attention;
+#endif
+#if defined(__x86_64__) && YOKE_LEVEL >= 2
   if (name == "avx512" || name == "avx512bf16") return avx512_attention;
+#endif
+#if defined(__x86_64__) && YOKE_LEVEL >= 1
   if (name == "avx2") return avx2_attention;
 #endif
   return base_attention;
@@ -34,7 +36,7 @@ struct Work {
 constexpr std::int64_t kFewTokens = 16;
 constexpr std::int64_t kBlockRows = 256;  // queries of a chunk that one thread takes at a time
 
-std::vector<Work> divide(const Places& places, std::int64_t tokens, bool sourced, at::IntArrayRef runs) {
+std::vector<Work> divide(const Places& places, std::int64_t tokens, bool sourced, Sizes runs) {
   std::vector<Work> works;
   for (std::int64_t first = 0, last; first < tokens; first = last) {
     last = first + 1;
@@ -67,7 +69,7 @@ std::vector<Work> divide(const Places& places, std::int64_t tokens, bool sourced
 
 struct Call {
   const Heads& q;
-  const at::Tensor &k, &v;
+  const Tensor &k, &v;
   char* out;  // [N, heads, h], of q's type
   const float *k_scale, *v_scale;
   const std::int32_t* sources;  // [N, sources_stride] or null
@@ -122,11 +124,11 @@ void carry_out(const Call& c, const std::vector<Work>& works) {
   const auto take = [&](std::int64_t, std::int64_t) {
     for (std::int64_t i = --next; i >= 0; i = --next) carry_out(c, loops, works[static_cast<std::size_t>(i)]);
   };
-  const std::int64_t threads = numbers < kAlone ? 1 : std::min<std::int64_t>(at::get_num_threads(), count);
-  at::parallel_for(0, threads, 1, take);
+  const std::int64_t threads = numbers < kAlone ? 1 : std::min<std::int64_t>(num_threads(), count);
+  parallel_for(0, threads, 1, take);
 }
 
-void attend_into(char* out, const Heads& q, const Cache& cache, const Places& places, at::IntArrayRef runs,
+void attend_into(char* out, const Heads& q, const Cache& cache, const Places& places, Sizes runs,
                  double scale, double cap, std::int64_t window, const OptionalTensor& sources) {
   const Sources sourced(sources, places, q.tokens, window, cache.k);
   carry_out(Call{q, cache.k, cache.v, out, cache.k_scale.has_value() ? cache.k_scale->const_data_ptr<float>() : nullptr,
@@ -139,7 +141,7 @@ void attend_into(char* out, const Heads& q, const Cache& cache, const Places& pl
 void write_from(const Heads& k, const Heads& v, const Cache& cache, const Places& places) {
   const std::int64_t tokens = k.tokens, num_kv = cache.k.size(1), length = cache.k.size(2), h = cache.k.size(3);
   const Attention& loops = chosen_attention();
-  const auto put = [&](const Heads& from, const at::Tensor& to, const OptionalTensor& scale, std::int64_t kv) {
+  const auto put = [&](const Heads& from, const Tensor& to, const OptionalTensor& scale, std::int64_t kv) {
     char* const data = static_cast<char*>(to.mutable_data_ptr());
     float* const scales = scale.has_value() ? scale->mutable_data_ptr<float>() : nullptr;
     WriteArgs args{nullptr, nullptr, nullptr, from.type, type_of(to), h};
@@ -152,7 +154,7 @@ void write_from(const Heads& k, const Heads& v, const Cache& cache, const Places
     }
   };
   const std::int64_t grain = std::max<std::int64_t>(1, 32768 / (tokens * h + 1));
-  at::parallel_for(0, 2 * num_kv, grain, [&](std::int64_t first, std::int64_t last) {
+  parallel_for(0, 2 * num_kv, grain, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t i = first; i < last; ++i) {
       if (i < num_kv) {
         put(k, cache.k, cache.k_scale, i);
@@ -163,33 +165,33 @@ void write_from(const Heads& k, const Heads& v, const Cache& cache, const Places
   });
 }
 
-at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& k_scale,
-                  const OptionalTensor& v_scale, const OptionalTensor& rows, const at::Tensor& positions,
-                  at::IntArrayRef runs, double scale, double cap, std::int64_t window,
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& k_scale,
+                  const OptionalTensor& v_scale, const OptionalTensor& rows, const Tensor& positions,
+                  Sizes runs, double scale, double cap, std::int64_t window,
                   const OptionalTensor& sources) {
   check_caches(k, v, k_scale, v_scale);
-  TORCH_CHECK(q.dim() == 3 && q.size(2) == k.size(3), "attend: q ", q.sizes(), " does not go with caches of ",
+  YOKE_CHECK(q.dim() == 3 && q.size(2) == k.size(3), "attend: q ", q.sizes(), " does not go with caches of ",
               k.sizes());
   check_types(q, k);
   check_runs(runs, q.size(1), k.size(1));
   const Places places(rows, positions, q.size(0), k, sources.has_value());
-  const at::Tensor own = in_order(q);
-  at::Tensor out = at::empty(q.sizes(), q.options().memory_format(at::MemoryFormat::Contiguous));
+  const Tensor own = in_order(q);
+  Tensor out = empty(q.sizes(), q.scalar_type());
   attend_into(static_cast<char*>(out.mutable_data_ptr()), heads_of(own), {k, v, k_scale, v_scale}, places, runs, scale,
               cap, window, sources);
   return out;
 }
 
-void write_kv(at::Tensor k_cache, at::Tensor v_cache, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-              const at::Tensor& k, const at::Tensor& v, const OptionalTensor& rows, const at::Tensor& positions) {
+void write_kv(const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+              const Tensor& k, const Tensor& v, const OptionalTensor& rows, const Tensor& positions) {
   check_caches(k_cache, v_cache, k_scale, v_scale);
-  for (const at::Tensor* x : {&k, &v}) {
-    TORCH_CHECK(x->dim() == 3 && x->size(0) == k.size(0) && x->size(1) == k_cache.size(1) &&
+  for (const Tensor* x : {&k, &v}) {
+    YOKE_CHECK(x->dim() == 3 && x->size(0) == k.size(0) && x->size(1) == k_cache.size(1) &&
                     x->size(2) == k_cache.size(3) && type_of(*x) != Type::i8,
                 "attend: keys or values ", x->sizes(), " of ", x->scalar_type(), " for caches of ", k_cache.sizes());
   }
   const Places places(rows, positions, k.size(0), k_cache, false);
-  const at::Tensor own_k = in_order(k), own_v = in_order(v);
+  const Tensor own_k = in_order(k), own_v = in_order(v);
   write_from(heads_of(own_k), heads_of(own_v), {k_cache, v_cache, k_scale, v_scale}, places);
 }
 
@@ -198,18 +200,18 @@ void ask_for(const char* from, std::int64_t count) {
 }
 
 // The first `heads` heads of each token, turned: [N, heads * h].
-at::Tensor turned(const Heads& x, const at::Tensor& qkv, const at::Tensor& cos, const OptionalTensor& sin,
+Tensor turned(const Heads& x, const Tensor& qkv, const Tensor& cos, const OptionalTensor& sin,
                   bool interleaved, std::int64_t heads, std::int64_t h, const Places& places, std::int64_t length) {
-  TORCH_CHECK(sin.has_value() && cos.dim() == 2 && cos.sizes() == sin->sizes() && cos.size(0) >= length &&
-                  2 * cos.size(1) <= h && cos.scalar_type() == at::kFloat && sin->scalar_type() == at::kFloat,
+  YOKE_CHECK(sin.has_value() && cos.dim() == 2 && cos.sizes() == sin->sizes() && cos.size(0) >= length &&
+                  2 * cos.size(1) <= h && cos.scalar_type() == Scalar::f32 && sin->scalar_type() == Scalar::f32,
               "attend: cos and sin must be float32 [", length, " or more, ", h / 2, " or fewer], not ", cos.sizes());
-  TORCH_CHECK(cos.is_contiguous() && sin->is_contiguous(), "attend: cos and sin must be contiguous");
-  at::Tensor to = at::empty({x.tokens, heads * h}, qkv.options().memory_format(at::MemoryFormat::Contiguous));
+  YOKE_CHECK(cos.is_contiguous() && sin->is_contiguous(), "attend: cos and sin must be contiguous");
+  Tensor to = empty({x.tokens, heads * h}, qkv.scalar_type());
   char* const data = static_cast<char*>(to.mutable_data_ptr());
   const float *const all_cos = cos.const_data_ptr<float>(), *const all_sin = sin->const_data_ptr<float>();
   const Attention& loops = chosen_attention();
   const std::int64_t half = cos.size(1), grain = std::max<std::int64_t>(1, 32768 / (heads * h));
-  at::parallel_for(0, x.tokens, grain, [&](std::int64_t first, std::int64_t last) {
+  parallel_for(0, x.tokens, grain, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t i = first; i < last; ++i) {
       // Products leave their results outside the caches.
       if (i + 1 < last) ask_for(x.at(i + 1, 0), heads * h * x.item);
@@ -223,26 +225,26 @@ at::Tensor turned(const Heads& x, const at::Tensor& qkv, const at::Tensor& cos, 
 
 // All that a layer does between its products, in one call: [N, (H + 2 K) h], of which queries and keys are turned
 // (with cos and sin), keys and values written, and queries attend, to [N, H h].
-at::Tensor write_and_attend(const at::Tensor& qkv, const OptionalTensor& cos, const OptionalTensor& sin,
-                            bool interleaved, at::Tensor k_cache, at::Tensor v_cache, const OptionalTensor& k_scale,
-                            const OptionalTensor& v_scale, const OptionalTensor& rows, const at::Tensor& positions,
-                            at::IntArrayRef runs, double scale, double cap, std::int64_t window,
+Tensor write_and_attend(const Tensor& qkv, const OptionalTensor& cos, const OptionalTensor& sin,
+                            bool interleaved, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k_scale,
+                            const OptionalTensor& v_scale, const OptionalTensor& rows, const Tensor& positions,
+                            Sizes runs, double scale, double cap, std::int64_t window,
                             const OptionalTensor& sources) {
   check_caches(k_cache, v_cache, k_scale, v_scale);
   const std::int64_t num_kv = k_cache.size(1), h = k_cache.size(3);
-  TORCH_CHECK(qkv.dim() == 2 && h > 0 && qkv.size(1) % h == 0 && qkv.size(1) / h > 2 * num_kv,
+  YOKE_CHECK(qkv.dim() == 2 && h > 0 && qkv.size(1) % h == 0 && qkv.size(1) / h > 2 * num_kv,
               "attend: queries, keys and values ", qkv.sizes(), " do not go with caches of ", k_cache.sizes());
   const std::int64_t tokens = qkv.size(0), num_q = qkv.size(1) / h - 2 * num_kv;
   check_types(qkv, k_cache);
   check_runs(runs, num_q, num_kv);
   const Places places(rows, positions, tokens, k_cache, false);
-  const at::Tensor own = qkv.contiguous();
+  const Tensor own = qkv.contiguous();
   const Heads all{bytes(own), type_of(own), tokens, num_q + 2 * num_kv, own.size(1), h, own.element_size()};
   const auto part = [&](const Heads& of, std::int64_t first, std::int64_t count) {
     return Heads{of.at(0, first), of.type, tokens, count, of.token_stride, h, of.item};
   };
   Heads qk = all;
-  at::Tensor held;
+  Tensor held;
   if (cos.has_value()) {
     held = turned(all, own, *cos, sin, interleaved, num_q + num_kv, h, places, k_cache.size(2));
     qk.data = bytes(held);
@@ -250,30 +252,27 @@ at::Tensor write_and_attend(const at::Tensor& qkv, const OptionalTensor& cos, co
   }
   const Cache cache{k_cache, v_cache, k_scale, v_scale};
   write_from(part(qk, num_q, num_kv), part(all, num_q + num_kv, num_kv), cache, places);
-  at::Tensor out = at::empty({tokens, num_q * h}, own.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor out = empty({tokens, num_q * h}, own.scalar_type());
   attend_into(static_cast<char*>(out.mutable_data_ptr()), part(qk, 0, num_q), cache, places, runs, scale, cap, window,
               sources);
   return out;
 }
 
-TORCH_LIBRARY_FRAGMENT(yoke_kernels, library) {
-  library.def(
-      "write_and_attend(Tensor qkv, Tensor? cos, Tensor? sin, bool interleaved, Tensor(a!) k_cache, "
-      "Tensor(b!) v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor? rows, Tensor positions, int[] runs, "
-      "float scale, float cap, int window, Tensor? sources) -> Tensor");
-  library.def(
-      "attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scale, Tensor? v_scale, Tensor? rows, "
-      "Tensor positions, int[] runs, float scale, float cap, int window, Tensor? sources) -> Tensor");
-  library.def(
-      "write_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor k, "
-      "Tensor v, Tensor? rows, Tensor positions) -> ()");
-}
-
-TORCH_LIBRARY_IMPL(yoke_kernels, CPU, library) {
-  library.impl("attend", attend);
-  library.impl("write_and_attend", write_and_attend);
-  library.impl("write_kv", write_kv);
-}
+const Operators operators(
+    "yoke_kernels",
+    {
+        op<write_and_attend>(
+            "write_and_attend(Tensor qkv, Tensor? cos, Tensor? sin, bool interleaved, Tensor(a!) k_cache, "
+            "Tensor(b!) v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor? rows, Tensor positions, int[] "
+            "runs, float scale, float cap, int window, Tensor? sources) -> Tensor"),
+        op<attend>(
+            "attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scale, Tensor? v_scale, "
+            "Tensor? rows, Tensor positions, int[] runs, float scale, float cap, int window, Tensor? sources) -> "
+            "Tensor"),
+        op<write_kv>(
+            "write_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor "
+            "k, Tensor v, Tensor? rows, Tensor positions) -> ()"),
+    });
 
 }  // namespace
 }  // namespace yoke::kernels

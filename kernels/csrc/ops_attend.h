@@ -2,28 +2,25 @@
 // ops_attend.cpp alone.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <algorithm>
 
 #include "attend.h"
+#include "tensor.h"
 
 namespace yoke::kernels {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
-inline Type type_of(const at::Tensor& x) {
+inline Type type_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case at::kFloat: return Type::f32;
-    case at::kBFloat16: return Type::bf16;
-    case at::kHalf: return Type::f16;
-    case at::kChar: return Type::i8;
-    default: TORCH_CHECK(false, "attend: takes float32, bfloat16, float16 and caches of int8, not ", x.scalar_type());
+    case Scalar::f32: return Type::f32;
+    case Scalar::bf16: return Type::bf16;
+    case Scalar::f16: return Type::f16;
+    case Scalar::i8: return Type::i8;
+    default: YOKE_CHECK(false, "attend: takes float32, bfloat16, float16 and caches of int8, not ", x.scalar_type());
   }
 }
 
-inline const char* bytes(const at::Tensor& x) { return static_cast<const char*>(x.const_data_ptr()); }
+inline const char* bytes(const Tensor& x) { return static_cast<const char*>(x.const_data_ptr()); }
 
 // Queries, keys or values of N tokens: `heads` heads of h numbers each that lie one after another, of which strides
 // count numbers.
@@ -38,60 +35,60 @@ struct Heads {
 };
 
 // Of [N, heads, h] whose numbers lie one after another.
-inline Heads heads_of(const at::Tensor& x) {
+inline Heads heads_of(const Tensor& x) {
   return {bytes(x), type_of(x), x.size(0), x.size(1), x.stride(0), x.stride(1), x.element_size()};
 }
 
-inline at::Tensor in_order(const at::Tensor& x) { return x.stride(2) == 1 ? x : x.contiguous(); }
+inline Tensor in_order(const Tensor& x) { return x.stride(2) == 1 ? x.view() : x.contiguous(); }
 
 struct Cache {
-  const at::Tensor &k, &v;
+  const Tensor &k, &v;
   const OptionalTensor &k_scale, &v_scale;
 };
 
 // What all operators ask of caches [R, K, S, h] and scales [R, K, S].
-inline void check_caches(const at::Tensor& k, const at::Tensor& v, const OptionalTensor& k_scale,
+inline void check_caches(const Tensor& k, const Tensor& v, const OptionalTensor& k_scale,
                          const OptionalTensor& v_scale) {
-  TORCH_CHECK(k.dim() == 4 && v.sizes() == k.sizes() && v.scalar_type() == k.scalar_type(),
+  YOKE_CHECK(k.dim() == 4 && v.sizes() == k.sizes() && v.scalar_type() == k.scalar_type(),
               "attend: the caches must be two alike [R, K, S, h], not ", k.sizes(), " and ", v.sizes());
-  TORCH_CHECK(k.is_contiguous() && v.is_contiguous(), "attend: the caches must be contiguous");
-  TORCH_CHECK(k_scale.has_value() == (k.scalar_type() == at::kChar) && v_scale.has_value() == k_scale.has_value(),
+  YOKE_CHECK(k.is_contiguous() && v.is_contiguous(), "attend: the caches must be contiguous");
+  YOKE_CHECK(k_scale.has_value() == (k.scalar_type() == Scalar::i8) && v_scale.has_value() == k_scale.has_value(),
               "attend: scales go with caches of int8, and these are ", k.scalar_type());
   for (const OptionalTensor* scale : {&k_scale, &v_scale}) {
     if (!scale->has_value()) continue;
-    TORCH_CHECK((*scale)->scalar_type() == at::kFloat && (*scale)->is_contiguous() &&
-                    (*scale)->sizes() == k.sizes().slice(0, 3),
-                "attend: scales must be float32 and contiguous ", k.sizes().slice(0, 3), ", not ", (*scale)->sizes());
+    YOKE_CHECK((*scale)->scalar_type() == Scalar::f32 && (*scale)->is_contiguous() &&
+                    (*scale)->sizes() == k.sizes().first(3),
+                "attend: scales must be float32 and contiguous ", k.sizes().first(3), ", not ", (*scale)->sizes());
   }
 }
 
 // Where the tokens lie: row and position of each, checked.
 struct Places {
-  at::Tensor held_rows, held_positions;
+  Tensor held_rows, held_positions;
   const std::int64_t* rows = nullptr;  // null: token i in row i
   const std::int64_t* positions;
 
-  Places(const OptionalTensor& given, const at::Tensor& at, std::int64_t tokens, const at::Tensor& cache, bool sourced)
+  Places(const OptionalTensor& given, const Tensor& at, std::int64_t tokens, const Tensor& cache, bool sourced)
       : held_positions(at.contiguous()) {
-    TORCH_CHECK(at.scalar_type() == at::kLong && at.dim() == 1 && at.size(0) == tokens,
+    YOKE_CHECK(at.scalar_type() == Scalar::i64 && at.dim() == 1 && at.size(0) == tokens,
                 "attend: positions must be int64 [", tokens, "]");
     positions = held_positions.const_data_ptr<std::int64_t>();
     for (std::int64_t i = 0; i < tokens; ++i) {
-      TORCH_CHECK(0 <= positions[i] && positions[i] < cache.size(2), "attend: position ", positions[i],
+      YOKE_CHECK(0 <= positions[i] && positions[i] < cache.size(2), "attend: position ", positions[i],
                   " in a cache of ", cache.size(2));
     }
     if (sourced) return;
     if (!given.has_value()) {
-      TORCH_CHECK(tokens == cache.size(0), "attend: without rows there must be a token for each of the cache's ",
+      YOKE_CHECK(tokens == cache.size(0), "attend: without rows there must be a token for each of the cache's ",
                   cache.size(0), ", not ", tokens);
       return;
     }
-    TORCH_CHECK(given->scalar_type() == at::kLong && given->dim() == 1 && given->size(0) == tokens,
+    YOKE_CHECK(given->scalar_type() == Scalar::i64 && given->dim() == 1 && given->size(0) == tokens,
                 "attend: rows must be int64 [", tokens, "]");
     held_rows = given->contiguous();
     rows = held_rows.const_data_ptr<std::int64_t>();
     for (std::int64_t i = 0; i < tokens; ++i) {
-      TORCH_CHECK(0 <= rows[i] && rows[i] < cache.size(0), "attend: row ", rows[i], " of a cache of ", cache.size(0),
+      YOKE_CHECK(0 <= rows[i] && rows[i] < cache.size(0), "attend: row ", rows[i], " of a cache of ", cache.size(0),
                   " rows");
     }
   }
@@ -101,14 +98,14 @@ struct Places {
 
 // Which row holds position t of token i: int32 [N, S], checked, or null.
 struct Sources {
-  at::Tensor held;
+  Tensor held;
   const std::int32_t* data = nullptr;
   std::int64_t stride = 0;
 
   Sources(const OptionalTensor& given, const Places& places, std::int64_t tokens, std::int64_t window,
-          const at::Tensor& cache) {
+          const Tensor& cache) {
     if (!given.has_value()) return;
-    TORCH_CHECK(given->scalar_type() == at::kInt && given->dim() == 2 && given->size(0) == tokens,
+    YOKE_CHECK(given->scalar_type() == Scalar::i32 && given->dim() == 2 && given->size(0) == tokens,
                 "attend: sources must be int32 [", tokens, ", S]");
     held = given->contiguous();
     data = held.const_data_ptr<std::int32_t>();
@@ -116,17 +113,17 @@ struct Sources {
     for (std::int64_t i = 0; i < tokens; ++i) {
       const std::int64_t last = places.positions[i] + 1;
       const std::int64_t first = window > 0 ? std::max<std::int64_t>(0, last - window) : 0;
-      TORCH_CHECK(last <= stride, "attend: position ", last - 1, " and sources for ", stride);
+      YOKE_CHECK(last <= stride, "attend: position ", last - 1, " and sources for ", stride);
       const std::int32_t* found = data + i * stride;
       for (std::int64_t t = first; t < last; ++t) {
-        TORCH_CHECK(0 <= found[t] && found[t] < cache.size(0), "attend: source ", found[t], " of a cache of ",
+        YOKE_CHECK(0 <= found[t] && found[t] < cache.size(0), "attend: source ", found[t], " of a cache of ",
                     cache.size(0), " rows");
       }
     }
   }
 };
 
-inline void check_runs(at::IntArrayRef runs, std::int64_t heads, std::int64_t num_kv) {
+inline void check_runs(Sizes runs, std::int64_t heads, std::int64_t num_kv) {
   bool fits = !runs.empty() && runs.size() % 4 == 0;
   std::int64_t next = 0;
   for (std::size_t i = 0; fits && i < runs.size(); i += 4) {
@@ -134,12 +131,12 @@ inline void check_runs(at::IntArrayRef runs, std::int64_t heads, std::int64_t nu
            runs[i + 3] <= num_kv && (runs[i + 1] - runs[i]) % (runs[i + 3] - runs[i + 2]) == 0;
     next = runs[i + 1];
   }
-  TORCH_CHECK(fits && next == heads, "attend: runs of heads that are not those of q and the caches");
+  YOKE_CHECK(fits && next == heads, "attend: runs of heads that are not those of q and the caches");
 }
 
-inline void check_types(const at::Tensor& q, const at::Tensor& k) {
+inline void check_types(const Tensor& q, const Tensor& k) {
   const Type q_type = type_of(q), cache_type = type_of(k);
-  TORCH_CHECK(q_type != Type::i8 && (cache_type == q_type || cache_type == Type::f16 || cache_type == Type::i8),
+  YOKE_CHECK(q_type != Type::i8 && (cache_type == q_type || cache_type == Type::f16 || cache_type == Type::i8),
               "attend: q is ", q.scalar_type(), " and the caches are ", k.scalar_type());
 }
 

@@ -2,9 +2,6 @@
 //
 // Both move numbers and compute nothing: memory is their limit with plain loops, so there is one for all instruction
 // sets.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cstring>
@@ -12,14 +9,15 @@
 #include <vector>
 
 #include "quant.h"
+#include "tensor.h"
 
 namespace yoke::kernels {
 namespace {
 
 constexpr std::int64_t kPairs = kStep / 2, kTile = tile_bytes(Format::bf16);
 
-void check_data(const at::Tensor& data, const char* name) {
-  TORCH_CHECK(data.scalar_type() == at::kByte && data.dim() == 4 && data.size(2) == 2 && data.size(3) == kTile &&
+void check_data(const Tensor& data, const char* name) {
+  YOKE_CHECK(data.scalar_type() == Scalar::u8 && data.dim() == 4 && data.size(2) == 2 && data.size(3) == kTile &&
                   data.is_contiguous(),
               name, ": packed bfloat16 must be uint8 and contiguous [panels, steps, 2, ", kTile, "], not ",
               data.scalar_type(), " ", data.sizes());
@@ -49,20 +47,20 @@ void turn(const bf16* from, std::int64_t stride, std::uint8_t* to) {
 }
 
 // The rows of `weight` [r, k] become rows first, first + 1, .. of the packed ones. Past k they are zeros.
-void pack_rows(const at::Tensor& data, const at::Tensor& weight, std::int64_t first) {
+void pack_rows(const Tensor& data, const Tensor& weight, std::int64_t first) {
   check_data(data, "pack_rows");
-  TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.dim() == 2, "pack_rows: takes bfloat16 of two dimensions, not ",
+  YOKE_CHECK(weight.scalar_type() == Scalar::bf16 && weight.dim() == 2, "pack_rows: takes bfloat16 of two dimensions, not ",
               weight.scalar_type(), " ", weight.sizes());
   const std::int64_t rows = weight.size(0), k = weight.size(1), steps = data.size(1);
-  TORCH_CHECK((k + kStep - 1) / kStep == steps && first >= 0 && first + rows <= data.size(0) * kPanelRows, "pack_rows: ",
+  YOKE_CHECK((k + kStep - 1) / kStep == steps && first >= 0 && first + rows <= data.size(0) * kPanelRows, "pack_rows: ",
               rows, " rows of ", k, " numbers from ", first, " on do not go into ", data.sizes());
-  const at::Tensor whole = weight.stride(1) == 1 || k == 1 ? weight : weight.contiguous();
+  const Tensor whole = weight.stride(1) == 1 || k == 1 ? weight.view() : weight.contiguous();
   const std::int64_t stride = whole.stride(0);
-  const auto* from = reinterpret_cast<const bf16*>(whole.const_data_ptr<at::BFloat16>());
+  const auto* from = whole.const_data_ptr<bf16>();
   auto* to = data.mutable_data_ptr<std::uint8_t>();
   const std::int64_t begin = first / kTileRows, end = (first + rows + kTileRows - 1) / kTileRows;
   // Tiles of 16 rows: a tile is written while it stays in the first cache, from a line of each row.
-  at::parallel_for(begin, end, std::max<std::int64_t>(1, 65536 / (kTileRows * k + 1)), [&](std::int64_t t0, std::int64_t t1) {
+  parallel_for(begin, end, std::max<std::int64_t>(1, 65536 / (kTileRows * k + 1)), [&](std::int64_t t0, std::int64_t t1) {
     for (std::int64_t t = t0; t < t1; ++t) {
       const std::int64_t r0 = std::max(t * kTileRows, first), r1 = std::min((t + 1) * kTileRows, first + rows);
       for (std::int64_t step = 0; step < steps; ++step) {
@@ -87,21 +85,21 @@ void pack_rows(const at::Tensor& data, const at::Tensor& weight, std::int64_t fi
 
 // Rows start, start + 1, .. of a table are those that are packed: of each token its row, or zeros if it is none of
 // `count` rows. tokens int64 [...] -> [..., k].
-at::Tensor packed_rows(const at::Tensor& tokens, const at::Tensor& data, std::int64_t k, std::int64_t start,
+Tensor packed_rows(const Tensor& tokens, const Tensor& data, std::int64_t k, std::int64_t start,
                        std::int64_t count) {
   check_data(data, "packed_rows");
   const std::int64_t steps = data.size(1);
-  TORCH_CHECK(tokens.scalar_type() == at::kLong, "packed_rows: tokens must be int64, not ", tokens.scalar_type());
-  TORCH_CHECK(k >= 0 && (k + kStep - 1) / kStep == steps && count >= 0 && count <= data.size(0) * kPanelRows,
+  YOKE_CHECK(tokens.scalar_type() == Scalar::i64, "packed_rows: tokens must be int64, not ", tokens.scalar_type());
+  YOKE_CHECK(k >= 0 && (k + kStep - 1) / kStep == steps && count >= 0 && count <= data.size(0) * kPanelRows,
               "packed_rows: ", count, " rows of ", k, " numbers are not those of ", data.sizes());
   std::vector<std::int64_t> shape(tokens.sizes().begin(), tokens.sizes().end());
   shape.push_back(k);
-  at::Tensor rows = at::empty(shape, tokens.options().dtype(at::kBFloat16));
-  const at::Tensor wanted = tokens.contiguous();
+  Tensor rows = empty(shape, Scalar::bf16);
+  const Tensor wanted = tokens.contiguous();
   const std::int64_t* token = wanted.const_data_ptr<std::int64_t>();
   const std::uint8_t* from = data.const_data_ptr<std::uint8_t>();
-  auto* to = reinterpret_cast<bf16*>(rows.mutable_data_ptr<at::BFloat16>());
-  at::parallel_for(0, wanted.numel(), 16, [&](std::int64_t t0, std::int64_t t1) {
+  auto* to = rows.mutable_data_ptr<bf16>();
+  parallel_for(0, wanted.numel(), 16, [&](std::int64_t t0, std::int64_t t1) {
     for (std::int64_t t = t0; t < t1; ++t) {
       bf16* row = to + t * k;
       const std::int64_t local = token[t] - start;
@@ -124,16 +122,15 @@ at::Tensor packed_rows(const at::Tensor& tokens, const at::Tensor& data, std::in
 // Whether products with packed bfloat16 are the faster ones, for few rows and for many.
 bool prefers_packed() { return std::string_view(current().name) == "amx"; }
 
-TORCH_LIBRARY_FRAGMENT(yoke_kernels, library) {
-  library.def("prefers_packed() -> bool", prefers_packed);
-  library.def("pack_rows(Tensor(a!) data, Tensor weight, int first) -> ()");
-  library.def("packed_rows(Tensor tokens, Tensor data, int k, int start, int count) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(yoke_kernels, CPU, library) {
-  library.impl("pack_rows", pack_rows);
-  library.impl("packed_rows", packed_rows);
-}
+const Operators operators(
+    "yoke_kernels",
+    {
+        op<pack_rows>("pack_rows(Tensor(a!) data, Tensor weight, int first) -> ()"),
+        op<packed_rows>("packed_rows(Tensor tokens, Tensor data, int k, int start, int count) -> Tensor"),
+    },
+    {
+        op<prefers_packed>("prefers_packed() -> bool"),
+    });
 
 }  // namespace
 }  // namespace yoke::kernels

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from comm.build import FLAGS, SOURCE_DIR, X86_FLAGS
+from comm.sources import FLAGS, SOURCE_DIR, X86_FLAGS
 
 HARNESS = Path(__file__).parent / "csrc/harness.cpp"
 # What needs torch, and what needs processes.
