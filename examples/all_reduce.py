@@ -1,9 +1,9 @@
-"""A plain torch.distributed program: nothing in it knows of Yoke.
+"""A plain torch.distributed program that does not depend on Yoke.
 
     python launch.py run --bind-cores-to-rank examples/all_reduce.py --size 1048576
 
-starts one of it per socket, bound to that socket's cores and memory, in place of
-`deepspeed --bind_cores_to_rank` or a `numactl` line per process. `torchrun` starts it as well.
+starts one process per socket, bound to that socket's cores and memory. This replaces
+`deepspeed --bind_cores_to_rank` or a `numactl` line per process. `torchrun` can start it too.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Sum a vector over all ranks, and time it.")
-    parser.add_argument("--size", type=int, default=1 << 20, help="elements of the vector")
+    parser.add_argument("--size", type=int, default=1 << 20, help="number of elements of the vector")
     parser.add_argument("--repeat", type=int, default=10)
     options = parser.parse_args()
 

@@ -1,8 +1,8 @@
 #!/bin/sh
-# What Yoke needs of the system, checked before anything is installed. Usage: system.sh PYTHON
+# Check that the system has what Yoke needs, before anything is installed. Usage: system.sh PYTHON
 python=$1
 missing=
-need() { # need WHAT PACKAGE: remember what is missing
+need() { # need WHAT PACKAGE: report WHAT as missing, and remember PACKAGE
     echo "missing: $1 (Debian package: $2)" >&2
     missing="$missing $2"
 }
@@ -17,7 +17,7 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
 else
     need "$python" python3
 fi
-# CXX may be more than one word (ccache g++), but the path of one program may have a space in it.
+# CXX may be several words (ccache g++), or the path of one program with a space in it.
 command -v "${CXX:-g++}" >/dev/null 2>&1 || ${CXX:-g++} --version >/dev/null 2>&1 ||
     need "a C++ compiler (${CXX:-g++})" g++
 command -v make >/dev/null 2>&1 || need make make

@@ -1,7 +1,7 @@
-"""What the control group of this process allows: cpus, memory nodes, bytes of memory, cpu time.
+"""The limits of this process's cgroup: cpus, memory nodes, bytes of memory, cpu time.
 
-Both versions and their mixtures, and the cpuset file system that came before them. A limit of an
-ancestor holds too, so each is looked up from the process's own group to the mount.
+Versions 1 and 2, mixtures of both, and the older cpuset file system are read. An ancestor's limit
+applies too, so each limit is looked up from the process's own group up to the mount point.
 
 What is not here: changing anything, and limits above the mounted part, which a container cannot see.
 """
@@ -15,16 +15,16 @@ from pathlib import Path
 
 from launcher.machine.sysfs import prefix, read, read_int, read_list
 
-# Version 1 says "no limit" by the largest multiple of a page in 63 bits.
+# Version 1 writes "no limit" as the largest multiple of the page size below 2^63.
 _UNLIMITED = 1 << 60
 
 
 @dataclass(frozen=True)
 class Cgroup:
-    """None: not limited, or not told.
+    """The limits. None: no limit, or unknown.
 
-    `memory_used_bytes` is of the group whose limit is given (an ancestor's limit counts what its other
-    groups use too); without a limit, of the process's own group. `cpu_quota` is in cpus.
+    `memory_used_bytes` is the usage of the group that has the limit (an ancestor's usage includes its
+    other groups); without a limit, that of the process's own group. `cpu_quota` is in cpus.
     """
 
     cpus: tuple[int, ...] | None
@@ -36,7 +36,7 @@ class Cgroup:
 
 @dataclass(frozen=True)
 class _Mount:
-    """A mounted hierarchy: `root` is the group that appears at `point`."""
+    """A mounted hierarchy: `root` is the group that is mounted at `point`."""
 
     point: str
     root: str
@@ -61,7 +61,7 @@ def read_cgroup(root: Path) -> Cgroup:
 
 
 def _mounts(base: str) -> tuple[_Mount, ...]:
-    # mountinfo also tells which group is at the mount point, which in a container is not the topmost.
+    # mountinfo also names the group at the mount point, which in a container is not the root group.
     text = read(f"{base}/proc/self/mountinfo")
     if text:
         rows = [_mountinfo_row(line) for line in text.split("\n")]
@@ -92,12 +92,12 @@ def _mounts_row(line: str) -> tuple[str, str, str, str] | None:
 
 
 def _unescaped(path: str) -> str:
-    """Blanks in a mount table are written as octal numbers."""
+    """The path with octal escapes replaced: a mount table escapes blanks."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
 
 
 def _paths(base: str) -> dict[str, str]:
-    """The group of this process by version 1 controller; "" is version 2."""
+    """The group of this process for each version 1 controller; the key "" is version 2."""
     paths: dict[str, str] = {}
     for line in (read(f"{base}/proc/self/cgroup") or "").split("\n"):
         number, _, rest = line.partition(":")
@@ -122,7 +122,7 @@ def _folders(
         group = mount.root.rstrip("/")
         inside = path[len(group) :] if f"{path}/".startswith(f"{group}/") else path
         parts = [part for part in inside.split("/") if part]
-        # Outside of what a container sees: its mount shows the nearest group that is known.
+        # The group is outside what the container sees: use the nearest known group, at the mount point.
         if ".." in parts:
             parts = []
         for depth in range(len(parts), -1, -1):
@@ -130,7 +130,7 @@ def _folders(
 
 
 def _first_list(folders: list[str], names: tuple[str, ...]) -> tuple[int, ...] | None:
-    """Of the nearest group that tells it: one that leaves it empty inherits it."""
+    """The list of the nearest group that has one: a group with an empty list inherits its parent's."""
     for folder in folders:
         for name in names:
             if listed := read_list(f"{folder}/{name}"):
@@ -139,7 +139,7 @@ def _first_list(folders: list[str], names: tuple[str, ...]) -> tuple[int, ...] |
 
 
 def _memory(folders: list[str]) -> tuple[int | None, int | None]:
-    """The lowest limit, and what is used of it."""
+    """The lowest limit, and the usage of the group that has it, in bytes."""
     groups = []
     for folder in folders:
         limit = _first_int(folder, ("memory.max", "memory.limit_in_bytes"))
@@ -158,7 +158,7 @@ def _first_int(folder: str, names: tuple[str, ...]) -> int | None:
 
 
 def _cpu_quota(folder: str) -> float | None:
-    """ "200000 100000" -> 2.0; "max 100000" and -1 say that there is none."""
+    """ "200000 100000" -> 2.0 cpus; None if there is no quota ("max 100000", or -1)."""
     fields = (read(f"{folder}/cpu.max") or "").split()
     if len(fields) == 2 and all(re.fullmatch(r"[0-9]{1,18}", field) for field in fields):
         quota, period = int(fields[0]), int(fields[1])

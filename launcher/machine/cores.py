@@ -1,8 +1,8 @@
 """Processors: which package each cpu is in, which cpus are one physical core, which share an L3 cache.
 
-The kernel tells each of these as a set of cpus, repeated by every member. Such sets can contradict
-each other (odd firmware, broken virtual machines). A set counts when its first member lists it and it
-cuts through no other; what does not count is left out and said, rather than guessed.
+The kernel describes each of these as a set of cpus, repeated for every member. Such sets can contradict
+each other (odd firmware, broken virtual machines). A set is accepted if its first member lists it and
+it does not partly overlap another set. Other sets are dropped with a note, rather than guessed at.
 
 What is not here: dies, clusters, books and drawers, and caches other than L3.
 """
@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 from launcher.machine.sysfs import format_cpu_list, read_cpus, read_int, read_list
 
-# Where L3 usually is comes first. s390 has two L2 before it; old Xeons have L3 as index2.
+# The usual index of L3 comes first. s390 has two L2 caches before it; old Xeons have L3 as index2.
 _L3_INDEXES = ("index3", "index4", "index2", "index1", "index0")
-# Of the largest capacity: big Arm cores of one machine differ by a tenth, small ones have up to a half.
+# Fraction of the largest capacity: big Arm cores of a machine differ by a tenth, small ones have at
+# most half.
 _BIG_CAPACITY = 0.75
 
 
@@ -26,9 +27,9 @@ _BIG_CAPACITY = 0.75
 class Core:
     """A physical core; `cpus` are its usable logical cpus, first hardware thread first.
 
-    `socket` is None where the kernel contradicts itself; `node` is the lowest usable one of the memory
-    nodes that list the cpus; `l3` is the same for all cores that share an
-    L3 cache (None: none is told); `kind` is "performance" or "efficiency" on hybrid machines.
+    `socket` is None if the kernel contradicts itself; `node` is the lowest usable memory node that
+    lists the cpus; `l3` is equal for all cores that share an L3 cache (None: unknown); `kind` is
+    "performance" or "efficiency" on hybrid machines.
     """
 
     id: int
@@ -48,7 +49,7 @@ def read_sockets(
     unnamed: list[int] = []
     for cpu in online:
         package = read_int(f"{folder}/cpu{cpu}/topology/physical_package_id")
-        # Some Arm kernels say -1, and some containers nothing.
+        # Some Arm kernels have -1 here, and in some containers the file is missing.
         if package is None or package < 0:
             unnamed.append(cpu)
         else:
@@ -63,12 +64,12 @@ def read_sockets(
         if not own <= cpus:
             wrong[package] = own - cpus
             continue
-        # s390 counts the sockets of each book from 0: one number, and sets that have nothing in common.
+        # s390 counts the sockets of each book from 0: several disjoint sets then have the same number.
         cpus -= own
         while cpus and min(cpus) in (own := _package_siblings(folder, min(cpus), cpus)) and own <= cpus:
             number = max(filter(None, socket_of.values()), default=0) + 1
             notes.append(
-                f"package {package} is more than one: cpus {format_cpu_list(own)} are numbered {number}"
+                f"package {package} is several: cpus {format_cpu_list(own)} are numbered {number}"
             )
             socket_of |= dict.fromkeys(own, number)
             cpus -= own
@@ -80,7 +81,7 @@ def read_sockets(
             )
             socket_of |= dict.fromkeys(members[package])
     elif wrong:
-        notes.append("the sibling lists contradict every package's number: the numbers are taken")
+        notes.append("the sibling lists contradict every package's number: the numbers are used")
     if unnamed:
         _guess_sockets(socket_of, unnamed, node_of, notes)
     return socket_of
@@ -100,13 +101,13 @@ def _guess_sockets(
     node_of: Mapping[int, int],
     notes: list[str],
 ) -> None:
-    """Fill in the cpus that name no package: by their memory node."""
+    """Assign cpus that name no package to the socket of their memory node."""
     text = f"cpus {format_cpu_list(unnamed)} name no socket"
     if not socket_of:
-        notes.append(f"{text}: each memory node is taken as one")
+        notes.append(f"{text}: each memory node is treated as one")
         socket_of |= {cpu: node_of[cpu] for cpu in unnamed}
         return
-    notes.append(f"{text}: they are taken as part of the one their memory node is in, if it is one")
+    notes.append(f"{text}: they get the socket of their memory node, if it is in one socket only")
     named: dict[int, set[int | None]] = {}
     for cpu, socket in socket_of.items():
         named.setdefault(node_of[cpu], set()).add(socket)
@@ -123,7 +124,8 @@ def read_cores(
     socket_of: Mapping[int, int | None],
     notes: list[str],
 ) -> tuple[Core, ...]:
-    """The cores with usable cpus, ordered by socket, node and first cpu (no socket comes last)."""
+    """The cores with usable cpus, ordered by socket, node and first cpu; cores without a socket
+    last."""
     first_thread = _first_threads(base, online, notes)
     l3_of = _l3_caches(base, online, socket_of, notes)
     threads: dict[tuple[int | None, int, int], list[int]] = {}
@@ -157,19 +159,19 @@ def _first_threads(base: str, online: tuple[int, ...], notes: list[str]) -> dict
         cpus = read_cpus(f"{topology}/core_cpus", f"{topology}/core_cpus_list") or read_cpus(
             f"{topology}/thread_siblings", f"{topology}/thread_siblings_list"
         )
-        # AMD's Bulldozer lists the two cores of a module as threads, but numbers them as cores.
+        # AMD's Bulldozer lists the two cores of a module as threads, but gives them different core ids.
         return cpus and tuple(other for other in known & set(cpus) if core_id(other) == core_id(cpu))
 
     known = set(online)
     first, untold, wrong = _partition(online, siblings, lambda cpus: True)
     if untold:
         notes.append(
-            f"cpus {format_cpu_list(untold)} list no hardware threads: each is taken as a core"
+            f"cpus {format_cpu_list(untold)} list no hardware threads: each is treated as a core"
         )
     if wrong:
         notes.append(
             f"cpus {format_cpu_list(wrong)} list hardware threads that contradict other cpus: each is "
-            "taken as a core"
+            "treated as a core"
         )
     return first
 
@@ -192,7 +194,8 @@ def _l3_caches(
         return None
 
     def nests(cpus: set[int]) -> bool:
-        """Inside a package, or around whole ones (virtual machines make each cpu a package)."""
+        """Whether the cpus are inside one package, or are whole packages (virtual machines often make
+        each cpu a package)."""
         touched = {socket for cpu in cpus if (socket := socket_of[cpu]) is not None}
         return all(cpus <= packages[socket] or packages[socket] <= cpus for socket in touched)
 
@@ -200,7 +203,7 @@ def _l3_caches(
     if wrong:
         notes.append(
             f"cpus {format_cpu_list(wrong)} list an L3 cache that contradicts other cpus or the "
-            "packages: it is left out"
+            "packages: the L3 cache is ignored"
         )
     return first
 
@@ -210,9 +213,10 @@ def _partition(
     listed: Callable[[int], tuple[int, ...] | None],
     acceptable: Callable[[set[int]], bool],
 ) -> tuple[dict[int, int], list[int], list[int]]:
-    """The first member of each cpu's set; the cpus that list none; those whose set does not count.
+    """The first member of each cpu's set; the cpus that list no set; those whose set is not accepted.
 
-    A cpu in a set that counts is not asked again, so a machine with few sets is read quickly.
+    The files of a cpu in an accepted set are not read again, so a machine with few sets is read
+    quickly.
     """
     known = set(online)
     first: dict[int, int] = {}
@@ -247,8 +251,8 @@ def _kinds(base: str, online: tuple[int, ...], first_thread: Mapping[int, int]) 
         fast = {cpu for cpu, amount in capacity.items() if amount >= enough}
         slow = capacity.keys() - fast
     if not fast or not slow:
-        # Intel again, without those units. The clock alone does not tell: servers can give a few of
-        # their equal cores a higher one (Speed Select). Small cores also have one thread only.
+        # Intel without those units. The clock rate alone is not enough: servers can give a few of their
+        # equal cores a higher one (Speed Select). Efficiency cores also have only one thread.
         clock = _told(base, online, "cpufreq/base_frequency")
         fast = {cpu for cpu, rate in clock.items() if rate == max(clock.values())}
         slow = clock.keys() - fast
@@ -261,7 +265,8 @@ def _kinds(base: str, online: tuple[int, ...], first_thread: Mapping[int, int]) 
 
 
 def _told(base: str, online: tuple[int, ...], name: str) -> dict[int, int]:
-    """A number of each cpu; empty where the first has none, which spares reading the others."""
+    """The number in the file `name` of each cpu. If the first cpu has none, the others are not read and
+    the result is empty."""
     folder = f"{base}/sys/devices/system/cpu"
     if read_int(f"{folder}/cpu{online[0]}/{name}") is None:
         return {}

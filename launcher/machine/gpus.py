@@ -1,9 +1,9 @@
-"""NVIDIA GPUs: where they sit on the PCI bus, which cpus are near, which of them CUDA will show.
+"""NVIDIA GPUs: their place on the PCI bus, the cpus near them, and which of them CUDA will list.
 
-Read from sysfs and the driver's files in proc, so nothing of CUDA is loaded: that takes a second and
-makes a context in the wrong process.
+They are read from sysfs and the driver's files in proc. CUDA is not loaded: that takes a second and
+creates a context in the wrong process.
 
-What is not here: other makers, slices of a GPU (MIG), memory sizes, links between GPUs.
+What is not here: other vendors, slices of a GPU (MIG), memory sizes, links between GPUs.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _DISPLAY_CLASSES = ("0x0300", "0x0302")  # VGA and 3D controllers
 
 @dataclass(frozen=True)
 class Gpu:
-    """A visible GPU. `index` is CUDA's, with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    """A visible GPU. `index` is CUDA's index with CUDA_DEVICE_ORDER=PCI_BUS_ID.
 
-    `node` and `cpus` are the memory node it is attached to and the usable cpus near it (None and
-    empty: not told).
+    `node` is the memory node it is attached to (None: unknown); `cpus` are the usable cpus near it
+    (empty: unknown).
     """
 
     index: int
@@ -70,7 +70,7 @@ def read_gpus(
             )
         )
     if hidden:
-        notes.append(f"GPUs {', '.join(hidden)} are left out: {devices} has no device file of theirs")
+        notes.append(f"GPUs {', '.join(hidden)} are not used: {devices} has no device file for them")
     if visible is None:
         return tuple(found)
     chosen = _visible(found, visible, notes)
@@ -78,7 +78,8 @@ def read_gpus(
 
 
 def gpu_memory_nodes(base: str) -> frozenset[int]:
-    """Memory nodes that are a GPU's own (POWER9, Grace Hopper): they must not serve as the host's."""
+    """Memory nodes that belong to a GPU (POWER9, Grace Hopper): they must not be used as host
+    memory."""
     folder = f"{base}/proc/driver/nvidia/gpus"
     told = (read(f"{folder}/{pci}/numa_status") or "" for pci in names(folder))
     matches = (re.search(r"^Node:\s*([0-9]{1,5})$", text, re.MULTILINE) for text in told)
@@ -86,7 +87,7 @@ def gpu_memory_nodes(base: str) -> frozenset[int]:
 
 
 def _pci_order(name: str) -> tuple[list[int], str]:
-    """By number: a domain of five digits comes after one of four."""
+    """A key that sorts PCI addresses by number: a domain of five digits comes after one of four."""
     parts = re.split("[:.]", name)
     hexadecimal = all(re.fullmatch("[0-9a-fA-F]{1,8}", part) for part in parts)
     return [int(part, 16) for part in parts] if hexadecimal else [], name
@@ -95,7 +96,7 @@ def _pci_order(name: str) -> tuple[list[int], str]:
 def _is_nvidia_gpu(base: str, pci: str) -> bool:
     device = f"{base}/sys/bus/pci/devices/{pci}"
     vendor = read(f"{device}/vendor")
-    if vendor is None:  # some recordings leave it out: then the driver's word counts
+    if vendor is None:  # some recorded trees lack it: then ask the driver's files
         nvidia = os.path.isdir(f"{base}/proc/driver/nvidia/gpus/{pci}")
     else:
         nvidia = vendor == "0x10de"
@@ -103,14 +104,15 @@ def _is_nvidia_gpu(base: str, pci: str) -> bool:
 
 
 def _has_device_file(devices: str, minor: str | None) -> bool:
-    # nvidiactl is there whenever a driver is that CUDA can talk to.
+    # nvidiactl exists whenever there is a driver that CUDA can use.
     return os.path.exists(f"{devices}/nvidiactl") and (
         minor is None or os.path.exists(f"{devices}/nvidia{minor}")
     )
 
 
 def _visible(gpus: list[Gpu], visible: str, notes: list[str]) -> list[Gpu]:
-    """As CUDA reads it: up to the first entry that names no GPU; none at all if one is repeated."""
+    """The GPUs that CUDA lists for this CUDA_VISIBLE_DEVICES: those up to the first entry that names no
+    GPU; none at all if an entry is repeated."""
     chosen: list[Gpu] = []
     for entry in (part.strip() for part in visible.split(",")):
         number = re.match(r"\+?([0-9]{1,9})", entry)
@@ -122,12 +124,12 @@ def _visible(gpus: list[Gpu], visible: str, notes: list[str]) -> list[Gpu]:
             if entry not in ("", "-1", "NoDevFiles"):
                 notes.append(
                     f"CUDA_VISIBLE_DEVICES={visible}: {entry!r} names none of the {len(gpus)} GPUs "
-                    "here, so it and what follows it are not visible"
+                    "here, so it and the entries after it are not visible"
                 )
             return chosen
         if matching[0] in chosen:
             notes.append(
-                f"CUDA_VISIBLE_DEVICES={visible} names {entry!r} twice: CUDA shows no GPU then"
+                f"CUDA_VISIBLE_DEVICES={visible} names {entry!r} twice: then CUDA lists no GPU"
             )
             return []
         chosen += matching

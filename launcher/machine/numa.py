@@ -1,8 +1,8 @@
-"""Memory nodes: their cpus, their bytes, what kind of memory they are, what is nearest to them.
+"""Memory nodes: their cpus, sizes, kinds of memory, and the nearest node with cpus.
 
-A node without cpus (HBM, non-volatile, CXL memory) is worth knowing by kind, because it is faster or
-slower than what programs expect. The kernel does not name the kind: it shows in the device that the
-memory came from (DAX), else in the bandwidth that the firmware promises (HMAT).
+The kind of a node without cpus (HBM, non-volatile, CXL memory) matters, because it is faster or slower
+than DRAM. The kernel does not report the kind. It follows from the device that the memory came from
+(DAX), else from the bandwidth that the firmware reports (HMAT).
 
 What is not here: memory-side caches, and which node a rank should use.
 """
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from launcher.machine.sysfs import format_cpu_list, names, numbered, read, read_cpus, read_int
 
-# Ratios of read bandwidth to that of the nearest node with cpus: HBM has two to four times that of
-# DRAM, memory behind CXL a tenth to a half.
+# Ratios of read bandwidth to that of the nearest node with cpus: HBM has two to four times the
+# bandwidth of DRAM, memory behind CXL a tenth to a half.
 _FAST, _SLOW = 1.5, 0.67
 # HMAT ranks the nodes with cpus near a memory: access0 counts accelerators too, access1 does not.
 _ACCESS = ("access0", "access1")
@@ -25,11 +25,11 @@ _ACCESS = ("access0", "access1")
 
 @dataclass(frozen=True)
 class Node:
-    """A memory node; `socket` is None where it serves several sockets or none is known.
+    """A memory node; `socket` is None if the node serves several sockets or none is known.
 
-    `cpus` are the usable ones; nodes that list the same ones share them (`read_node_cpus`). `kind` is
-    "dram", "hbm", "nvm", "cxl", "memory-only" (no cpus, nature not told) or "no-memory". `near` is set
-    for a node without cpus: the nearest node that has some.
+    `cpus` are the usable ones; nodes that list the same cpus share them (`read_node_cpus`). `kind` is
+    "dram", "hbm", "nvm", "cxl", "memory-only" (no cpus, kind unknown) or "no-memory". `near` is set for
+    a node without cpus: the nearest node that has cpus.
     """
 
     id: int
@@ -43,11 +43,11 @@ class Node:
 def read_node_cpus(
     base: str, online: Collection[int], ignored: Collection[int], notes: list[str]
 ) -> dict[int, tuple[int, ...]]:
-    """The online cpus that the kernel lists for each node; empty where it tells no nodes.
+    """The online cpus that the kernel lists for each node; empty if it lists no nodes.
 
-    A node keeps the cpus that no lower node lists. One that would keep none shares all that it lists:
-    kernels that split the memory of a socket (numa=fake, old firmware) list its cpus in every part,
-    and all of these are equally near. `ignored` nodes are left out unless they have cpus.
+    A node keeps the cpus that no lower node lists. A node that would keep none shares all cpus that it
+    lists: kernels that split the memory of a socket (numa=fake, old firmware) list its cpus in every
+    part, and all parts are equally near. `ignored` nodes are left out unless they have cpus.
     """
     folder = f"{base}/sys/devices/system/node"
     known = set(online)
@@ -71,7 +71,7 @@ def read_node_cpus(
     for cpus, nodes in sharing.items():
         notes.append(
             f"memory nodes {format_cpu_list(nodes)} list the same cpus {format_cpu_list(cpus)}: "
-            "ranks there have the memory of all"
+            "ranks there use the memory of all of them"
         )
     return cpus_of
 
@@ -83,7 +83,8 @@ def read_nodes(
     allowed_cpus: Collection[int],
     notes: list[str],
 ) -> tuple[Node, ...]:
-    """All nodes of `cpus_of`, with the socket of their online cpus or of the nearest such node."""
+    """All nodes of `cpus_of`. A node's socket is that of its online cpus, or of the nearest node with
+    cpus."""
     usable = set(allowed_cpus)
     memory = _memory(base, tuple(cpus_of), notes)
     dax = _dax_kinds(base)
@@ -112,13 +113,13 @@ def _memory(base: str, nodes: tuple[int, ...], notes: list[str]) -> dict[int, in
     memory = {node: _total(read(f"{folder}/node{node}/meminfo")) for node in nodes}
     total = _total(read(f"{base}/proc/meminfo"))
     filled = [node for node in nodes if memory[node]] or list(nodes)
-    # Some virtual machines grow after their one node was counted. With several nodes nobody can say
-    # which of them the rest belongs to.
+    # Some virtual machines get more memory after their one node was counted. With several nodes it is
+    # unknown which of them has the rest.
     if len(filled) == 1 and total > 1.05 * memory[filled[0]]:
         if memory[filled[0]]:
             notes.append(
-                f"node {filled[0]} tells {memory[filled[0]] >> 20} MiB and /proc/meminfo "
-                f"{total >> 20} MiB: the latter is taken"
+                f"node {filled[0]} reports {memory[filled[0]] >> 20} MiB and /proc/meminfo "
+                f"{total >> 20} MiB: the latter is used"
             )
         memory[filled[0]] = total
     return memory
@@ -130,7 +131,7 @@ def _total(meminfo: str | None) -> int:
 
 
 def _nearest(base: str, node: int, with_cpus: list[int]) -> tuple[int, ...]:
-    """The nodes with cpus that are nearest to one without: several where nothing tells them apart."""
+    """The nodes with cpus that are nearest to a node without; several if they are equally near."""
     folder = f"{base}/sys/devices/system/node"
     for access in _ACCESS:
         linked = numbered(f"{folder}/node{node}/{access}/initiators", "node")
@@ -146,7 +147,7 @@ def _nearest(base: str, node: int, with_cpus: list[int]) -> tuple[int, ...]:
 
 
 def _dax_kinds(base: str) -> dict[int, str]:
-    """By node, what its memory came from: "nvm", "cxl", or "special" (set aside by the firmware)."""
+    """For each node, the source of its memory: "nvm", "cxl" or "special" (reserved by the firmware)."""
     folder = f"{base}/sys/bus/dax/devices"
     kinds: dict[int, str] = {}
     for name in names(folder):
@@ -177,7 +178,7 @@ def _kind(base: str, node: int, dax: str | None, near: tuple[int, ...]) -> str:
             return "hbm"
         if here and there and here <= _SLOW * there:
             return "cxl"
-    if dax == "special":  # firmware does that to keep HBM for those who ask for it
+    if dax == "special":  # firmware reserves HBM for programs that ask for it
         return "hbm"
     return "memory-only" if near else "dram"
 

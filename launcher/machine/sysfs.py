@@ -1,10 +1,10 @@
-"""Reading the small files of sysfs and proc: a line of text, a number, a set of cpus, numbered folders.
+"""Read the small files of sysfs and proc: a line of text, a number, a set of cpus, numbered folders.
 
-A file that is missing or cannot be read gives None, and so does a number that is none, because every
-reader has a fallback for it. A set of cpus that makes no sense raises LaunchError with the file's path:
-a guess would bind to wrong cores.
+The result is None if a file is missing, cannot be read, or has no valid number: every caller has a
+fallback. An invalid set of cpus raises LaunchError with the file's path: a guess could bind ranks to
+the wrong cores.
 
-What is not here: what any of the files means.
+What is not here: the meaning of the files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from base.errors import LaunchError
 
-_MAX_ID = 65535  # Linux itself stops at 16384 cpus; also keeps a nonsense range from filling memory
+_MAX_ID = 65535  # Linux has at most 16384 cpus; the limit keeps an invalid range from filling memory
 _MAX_BYTES = 1 << 20
 
 
@@ -29,12 +29,12 @@ def parse_cpu_list(text: str) -> tuple[int, ...]:
             continue
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
         if match is None:
-            raise LaunchError(f"{_shown(text)} is not a list of cpus such as 0-3,8")
+            raise LaunchError(f"{_shown(text)} is not a list of cpus, such as 0-3,8")
         if max(len(digits or "") for digits in match.groups()) > len(str(_MAX_ID)):
             raise LaunchError(f"{_shown(part)} in a list of cpus: the largest number is {_MAX_ID}")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise LaunchError(f"{part!r} in a list of cpus: the range runs backwards")
+            raise LaunchError(f"{part!r} in a list of cpus: the range ends before it begins")
         if last > _MAX_ID:
             raise LaunchError(f"{part!r} in a list of cpus: the largest number is {_MAX_ID}")
         numbers.update(range(first, last + 1))
@@ -45,10 +45,10 @@ def parse_cpu_mask(text: str) -> tuple[int, ...]:
     """ "1,00000005" -> (0, 2, 32): hexadecimal words of 32 bits, highest first. Raises LaunchError."""
     words = text.strip().split(",")
     if not all(re.fullmatch(r"[0-9a-fA-F]{1,8}", word) for word in words):
-        raise LaunchError(f"{_shown(text)} is not a mask of cpus such as 00000000,0000000f")
+        raise LaunchError(f"{_shown(text)} is not a mask of cpus, such as 00000000,0000000f")
     mask = functools.reduce(lambda high, word: high << 32 | int(word, 16), words, 0)
     if mask.bit_length() > _MAX_ID + 1:
-        raise LaunchError(f"{_shown(text)} is a mask of cpus above {_MAX_ID}")
+        raise LaunchError(f"{_shown(text)} is a mask with cpus above {_MAX_ID}, the largest number")
     return tuple(index for index, bit in enumerate(reversed(f"{mask:b}")) if bit == "1")
 
 
@@ -64,17 +64,18 @@ def format_cpu_list(numbers: Iterable[int]) -> str:
 
 
 def prefix(root: Path) -> str:
-    """What to put before "/sys/..." and "/proc/..."; empty for the running system."""
+    """The prefix of "/sys/..." and "/proc/..." for this root; empty for the running system."""
     return "" if root == Path("/") else str(root)
 
 
 def read(path: str) -> str | None:
-    """The file's text without the blanks and NULs around it, which some firmware leaves there."""
-    # Raw calls: there are a thousand such files on a large machine, and Path.read_text costs three
-    # times as much. O_NONBLOCK: a pipe in the place of a file must not stop us.
+    """The file's text without surrounding blanks and NULs (some firmware leaves them); None if the file
+    cannot be read."""
+    # Raw calls: a large machine has a thousand such files, and Path.read_text takes three times as
+    # long. O_NONBLOCK: a named pipe in place of a file must not block.
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError):  # ValueError: a path with a NUL, from a file that is no text
+    except (OSError, ValueError):  # ValueError: a path with a NUL, from a file that is not text
         return None
     try:
         data = b""
@@ -88,28 +89,28 @@ def read(path: str) -> str | None:
 
 
 def read_int(path: str) -> int | None:
-    """The number in a file; None where it holds none."""
+    """The number in a file; None if the file has none."""
     text = read(path)
     return int(text) if text is not None and re.fullmatch(r"-?[0-9]{1,18}", text) else None
 
 
 def read_list(path: str) -> tuple[int, ...] | None:
-    """The cpus or nodes in a file such as `online`; None where the file is missing or empty."""
+    """The cpus or nodes in a file such as `online`; None if the file is missing or empty."""
     text = read(path)
     return _parsed(parse_cpu_list, text, path) if text else None
 
 
 def read_cpus(mask_path: str, list_path: str) -> tuple[int, ...] | None:
-    """The cpus that the kernel tells in two forms, of which old kernels and recordings have one.
+    """The cpus that the kernel lists in two forms; old kernels and recorded trees may have only one.
 
-    The mask comes first: old kernels cut a long list at the size of a page.
+    The mask is tried first: old kernels cut a long list at the size of a page.
     """
     text = read(mask_path)
     return _parsed(parse_cpu_mask, text, mask_path) if text else read_list(list_path)
 
 
 def names(folder: str) -> list[str]:
-    """The entries of a folder, sorted; none where it is missing."""
+    """The entries of a folder, sorted; empty if the folder is missing."""
     try:
         return sorted(os.listdir(folder))
     except (OSError, ValueError):
@@ -126,7 +127,7 @@ def _parsed(parse: Callable[[str], tuple[int, ...]], text: str, path: str) -> tu
     try:
         return parse(text)
     except LaunchError as error:
-        raise LaunchError(f"{path}: {error}; the file must be as the kernel wrote it") from None
+        raise LaunchError(f"{path}: {error}; use the file as the kernel wrote it") from None
 
 
 def _shown(text: str) -> str:
