@@ -100,7 +100,7 @@ def _make_parser(words: str) -> _Parser:
     flag = section("communication between ranks")
     names = "auto, shm (shared memory), gloo, nccl; where installed: ccl, deepspeed"
     flag("--comm", default="auto", metavar="NAME", help=names)
-    flag("--nnodes", type=int, default=1, metavar="N", help="number of machines; also give each:")
+    flag("--nnodes", type=int, default=1, metavar="N", help="number of machines; each also needs:")
     flag("--node-rank", type=int, metavar="I", help="this machine's number, from 0")
     flag("--rdzv-endpoint", metavar="HOST:PORT", help="address of machine 0")
     flag("--secret-file", type=Path, metavar="FILE", help="the machines' secret (or YOKE_SECRET)")

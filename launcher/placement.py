@@ -198,7 +198,7 @@ def _read_threads(folder: Path, cpus: Collection[int]) -> tuple[tuple[str, ...],
 
 def _render_pages(placement: Placement) -> str:
     if not placement.source:
-        return "the nodes of its pages cannot be told here (no numa_maps, no move_pages)"
+        return "the nodes of its pages are unknown (numa_maps and move_pages do not work here)"
     percent = 100 * placement.local_bytes / max(placement.total_bytes, 1)
     nodes = f"{'node' if len(placement.nodes) == 1 else 'nodes'} {format_cpu_list(placement.nodes)}"
     away = "".join(

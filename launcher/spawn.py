@@ -85,7 +85,7 @@ def launch(
         _start(plan, options, session, target, payload, channel, ranks, pipe, selector, stack)
         if channel is not None:
             channel.close()  # only rank 0 keeps this end, so the console notices when rank 0 ends
-        guard.wait()  # the guard has detached itself by now; this reaps its first process
+        guard.wait()  # reaps the guard's first process, which ends once the guard has detached itself
         selector.register(wakeup, selectors.EVENT_READ, None)
         return watch(
             ranks,

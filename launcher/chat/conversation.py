@@ -78,8 +78,8 @@ class Chat:
 
 
 def main(fd: int, launcher_pid: int) -> int:
-    """Chat until the user ends it (returns 0), interrupts an answer three times (130), or rank 0 has
-    ended (0: the launcher decides the exit code)."""
+    """Chat until the user ends it (returns 0), presses Ctrl-C while the model loads or three times in
+    an answer (130), or rank 0 has ended (0: the launcher decides the exit code)."""
     if sys.stdin is not None:
         # A piped file may begin with a byte-order mark. Only line feeds end a line.
         encoding = "utf-8" if sys.stdin.isatty() else "utf-8-sig"

@@ -80,7 +80,7 @@ def find_backends(torch_version: str | None, path: Sequence[str] | None = None) 
 def judge(name: str, version: str | None, torch_version: str | None) -> Backend:
     """The verdict on version `version` of a known package (None: not installed) for this torch."""
     known = next(known for known in _KNOWN if known.name == name)
-    instead = f"in its place: {known.instead}"
+    instead = f"Yoke uses instead: {known.instead}"
     if version is None:
         return Backend(name, False, None, None, f"{known.about}; {instead}")
     if torch_version is None:
@@ -92,7 +92,7 @@ def judge(name: str, version: str | None, torch_version: str | None) -> Backend:
     if release(version) < known.oldest:
         note = f"older than {'.'.join(map(str, known.oldest))}; {known.about}; {instead}"
         return Backend(name, True, version, False, note)
-    use = f"used with --comm {known.comm} only; else" if known.comm else "not used;"
+    use = f"used only with --comm {known.comm};" if known.comm else "not used;"
     return Backend(name, True, version, True, f"{known.about}; {use} {instead}")
 
 

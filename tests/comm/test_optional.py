@@ -98,7 +98,7 @@ def test_doctor_tells_how_it_would_be_used(comm: str, tmp_path: Path) -> None:
     )
     line = next(line for line in result.stdout.splitlines() if line.startswith(PACKAGES[comm]))
     if comm == "deepspeed" or "made for torch" not in line:
-        assert f"used with --comm {comm} only; else in its place: " in line
+        assert f"used only with --comm {comm}; Yoke uses instead: " in line
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_packages_are_found_and_not_imported(
 def test_nothing_installed(tmp_path: Path) -> None:
     for backend in find_backends("2.13.0", path=[str(tmp_path)]):
         assert (backend.found, backend.version, backend.fits) == (False, None, None)
-        assert "in its place: " in backend.note
+        assert "Yoke uses instead: " in backend.note
 
 
 def test_versions_fit_by_major_and_minor() -> None:

@@ -127,7 +127,7 @@ def test_one_line_for_people() -> None:
     )
     astray = replace(placement, source="", stray_threads=tuple(f"thread {n} strays" for n in range(6)))
     line = render_placement(astray)
-    assert "cannot be told" in line and "%" not in line
+    assert "are unknown" in line and "%" not in line
     assert line.endswith("4 threads; " + "; ".join(astray.stray_threads[:4]) + "; and 2 more")
 
 
