@@ -1,1 +1,1 @@
-"""Measurements. Each file asks one question; the last line it prints is JSON."""
+"""Benchmarks. Each file answers one question; the last line of its output is JSON."""

@@ -1,31 +1,32 @@
-"""How fast is a sum over ranks, and how far from what memory allows? `python bench/allreduce.py`
+"""How fast is an all-reduce, and how close to the memory bound? `python bench/allreduce.py`
 
-Real ranks, bound, one core each where there are enough (--cores-per-rank), each world size of --ranks
-in one run in which all contenders take turns: Yoke's operator over shared memory ("shm"; "shm new"
-returns a new tensor), gloo, and, where they are installed, DeepSpeed's shared-memory operator and
-oneCCL. How each is called: `bench/allreduce_rank.py`. Best and median of the samples, and the median of
-the ratios of samples that were taken side by side. The last line is JSON.
+Real ranks, bound, one core each if there are enough (--cores-per-rank). Each world size of --ranks is
+one run, in which all contenders alternate: Yoke's operator over shared memory ("shm"; "shm new" returns
+a new tensor), gloo, and, if they are installed, DeepSpeed's shared-memory operator and oneCCL. How each
+is called: `bench/allreduce_rank.py`. Prints best and median of the samples, and the median of the
+ratios of adjacent samples. The last line is JSON.
 
 The bound, for messages of B bytes and N ranks. Each rank's bandwidth is measured: all ranks copy B
-bytes at the same time, and a copy reads B and writes B. From it follow two times:
+bytes at the same time, and a copy reads B and writes B. Two times follow from it:
 
-    floor   2 B: whatever the algorithm, a rank must read its input and write its output.
-    bound   reduce-scatter and all-gather through shared memory, everything counted that a rank touches:
+    floor   2 B: with any algorithm, a rank must read its input and write its output.
+    bound   reduce-scatter and all-gather through shared memory, counting all that a rank touches:
                 reads   B            its input
-                writes  B (N-1)/N    the parts that others sum, into shared memory
+                writes  B (N-1)/N    the parts that other ranks sum, into shared memory
                 reads   B (N-1)/N    its own part, of N-1 peers
                 writes  B / N        its sum, into shared memory
                 reads   B (N-1)/N    the peers' sums
                 writes  B            its output
-            together B (3 + 2 (N-1)/N): 4 B for two ranks, 4.5 B for four.
+            in total B (3 + 2 (N-1)/N): 4 B for two ranks, 4.5 B for four.
 
-Shared memory that stays in caches is faster than that copy, so a share above 100 % is possible. What
-the caches do on a write (read for ownership) is in the copy too, and not counted in either.
+Shared memory that stays in caches is faster than that copy, so more than 100 % of the bound is
+possible. The read for ownership that caches do on a write also occurs in the copy; it is counted in
+neither.
 
-Then the sum fused with what follows it in a model (residual and RMS norm) against separate operators,
-eager and compiled. Targets on two quiet cores: 8 KiB in less than 5 us, 100 times faster than gloo
-there; 16 MiB at 60 % of the bound. What is not here: several machines, and ranks of several sockets are
-only as good as the machine that this runs on. With other work on the machine, trust the best alone.
+Also measured: the all-reduce fused with the residual and RMS norm that follow it in a model, against
+separate operators, eager and compiled. Targets on two idle cores: 8 KiB in less than 5 us, 100 times
+faster than gloo; 16 MiB at 60 % of the bound. On a busy machine, trust only the best. What is not here:
+several machines; ranks on several sockets are measured only if the machine has them.
 """
 
 from __future__ import annotations
@@ -58,12 +59,12 @@ KIB = 1024
 SIZES = [KIB, 4 * KIB, 8 * KIB, 16 * KIB, 64 * KIB, 256 * KIB]
 SIZES += [KIB * KIB * mib for mib in (1, 4, 16, 64)]
 SHAPES = [[1, 4096], [8, 4096], [128, 4096], [2048, 4096]]
-BOUND_FROM = 1024 * KIB  # below, a time is all latency, and a share of the bandwidth says nothing
+BOUND_FROM = 1024 * KIB  # below, latency dominates, and a share of the bandwidth means nothing
 
 
 @dataclass(frozen=True)
 class World:
-    """What was measured between so many ranks."""
+    """The plan and the results of one world size."""
 
     plan: LaunchPlan
     all_reduce: list[dict[str, Any]]
@@ -73,7 +74,7 @@ class World:
 def main(argv: Sequence[str]) -> int:
     flags = parse(argv)
     topology = read_topology()
-    load = round(os.getloadavg()[0], 2)  # of others, before our own
+    load = round(os.getloadavg()[0], 2)  # of other processes, before this benchmark starts
     with tempfile.TemporaryDirectory(prefix="yoke-bench-") as folder:
         transports, missing, library = find_transports(flags.only, Path(folder))
         task = {
@@ -107,13 +108,13 @@ def main(argv: Sequence[str]) -> int:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/allreduce.py", allow_abbrev=False)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="world sizes [2 4]")
-    parser.add_argument("--cores-per-rank", type=int, default=1, help="0: all of its place [1]")
+    parser.add_argument("--cores-per-rank", type=int, default=1, help="0: all cores of its place [1]")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="bytes of a message")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--samples", type=int, default=15)
-    parser.add_argument("--sample-ms", type=float, default=2.0, help="a sample takes about so long")
-    parser.add_argument("--only", nargs="+", help="of deepspeed and oneccl, these alone (or none)")
-    parser.add_argument("--no-fused", action="store_true", help="leave out what is compiled")
+    parser.add_argument("--sample-ms", type=float, default=2.0, help="approximate length of a sample")
+    parser.add_argument("--only", nargs="+", help="optional contenders: deepspeed, oneccl or none")
+    parser.add_argument("--no-fused", action="store_true", help="leave out the fused operator")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="latency by size (matplotlib)")
     return parser.parse_args(argv)
 
@@ -121,7 +122,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def find_transports(
     only: Sequence[str] | None, folder: Path
 ) -> tuple[list[str], dict[str, str], str | None]:
-    """Which optional contenders there are, why the others are not, and the library with oneCCL's."""
+    """The optional contenders that are available, the reasons why others are not, and the path of the
+    library with oneCCL's."""
     found, missing, library = [], {}, None
     deepspeed = find_backends(metadata.version("torch"))[0]
     if only is not None and "deepspeed" not in only:
@@ -144,10 +146,10 @@ def find_transports(
 
 
 def build_oneccl(folder: Path) -> str:
-    """Compile bench/oneccl.cpp against the packages oneccl and oneccl-devel."""
+    """Compile bench/oneccl.cpp against the packages oneccl and oneccl-devel; returns the library."""
     headers = [file for file in metadata.files("oneccl-devel") or [] if file.name == "ccl.hpp"]
     libraries = {Path(str(file.locate())).resolve() for file in metadata.files("oneccl") or []}
-    # The first holds the interface and needs the second.
+    # libccl.so.1 holds the interface and needs libccl.so.2.
     parts = [str(path) for n in (1, 2) for path in libraries if path.name == f"libccl.so.{n}"]
     if not headers or len(parts) != 2:
         raise OSError("the packages have no ccl.hpp or no libccl.so.1 and libccl.so.2")
@@ -163,7 +165,8 @@ def build_oneccl(folder: Path) -> str:
 
 
 def run(topology: Topology, ranks: int, cores_per_rank: int, task: dict[str, Any]) -> World:
-    """One world in real ranks. Raises SystemExit with the launcher's exit code where that failed."""
+    """Measure one world size in real ranks. Raises SystemExit with the launcher's exit code if that
+    fails."""
     enough = len(topology.cores) >= ranks
     request = LaunchRequest(
         ranks=ranks, bind_cores=True, cores_per_rank=cores_per_rank or None if enough else None
@@ -191,7 +194,7 @@ def world_to_json(topology: Topology, world: World) -> dict[str, Any]:
 
 
 def bound_bytes(size: int, ranks: int) -> float:
-    """What a rank reads and writes; see the module's docstring."""
+    """The bytes that a rank reads and writes; see the module's docstring."""
     return size * (3 + 2 * (ranks - 1) / ranks)
 
 
@@ -236,14 +239,14 @@ def _us(seconds: float) -> float:
 
 
 def show(report: dict[str, Any]) -> None:
-    """Tables for people."""
+    """Print the report as tables."""
     print(f"{report['hardware']}, load {report['load']}\n{report['versions']}")
     print(f"{report['samples']} samples of each, interleaved; best / median in us")
     for name, why in report["missing"].items():
         print(f"{name}: not measured: {why}")
     for world in report["worlds"]:
         places = ", ".join(f"{r['rank']} on cpus {format_cpu_list(r['cpus'])}" for r in world["plan"])
-        shared = "; RANKS SHARE CORES: latencies are the scheduler's" if world["shares_cores"] else ""
+        shared = "; RANKS SHARE CORES: scheduling dominates latency" if world["shares_cores"] else ""
         print(f"\n{world['ranks']} ranks: {places}{shared}")
         for dtype in dict.fromkeys(one["dtype"] for one in world["all_reduce"]):
             rows = [one for one in world["all_reduce"] if one["dtype"] == dtype]
@@ -263,7 +266,7 @@ def show(report: dict[str, Any]) -> None:
                 for one in world["fused"]
             ]
             table([header, *rows])
-    print("copy: GB/s of a rank, read and written; floor, bound: shares that shm reached")
+    print("copy: GB/s per rank, reads and writes; floor, bound: the share that shm reaches")
 
 
 def _row(one: dict[str, Any], names: list[str], others: list[str]) -> list[str]:
@@ -287,7 +290,7 @@ def _size(size: int) -> str:
 
 
 def table(rows: list[list[str]]) -> None:
-    """Drawn with rich on a terminal, in aligned columns elsewhere; the first row is the header."""
+    """Print a table: with rich on a terminal, else in aligned columns. The first row is the header."""
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
@@ -305,7 +308,7 @@ def table(rows: list[list[str]]) -> None:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Best latency by size, one line per contender and the bound, one panel per world and dtype."""
+    """Plot the best latency by size: one line per contender and bound, one panel per world and dtype."""
     import matplotlib
 
     matplotlib.use("Agg")

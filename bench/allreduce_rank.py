@@ -1,18 +1,18 @@
-"""The part of bench/allreduce.py that runs in every rank: all contenders, one after the other, in turn.
+"""The part of bench/allreduce.py that runs in every rank: samples of all contenders, alternating.
 
-A sample is a barrier and then a number of calls, timed as a whole; the slowest rank's time counts.
-Samples of all contenders are interleaved (A B C A B C), so that whatever else the machine does meets
-all of them. Each is called in the form that is fastest for its users, into memory that exists:
+A sample is a barrier and then a number of calls, timed together; the slowest rank's time counts.
+Samples of all contenders are interleaved (A B C A B C), so that other load on the machine affects all
+of them. Each is called in its fastest form, into existing memory:
 
     shm         comm.ops.all_reduce(x, group, out=out), the torch operator through its wrapper
     shm new     comm.ops.all_reduce(x, group), which returns a new tensor, as in a compiled graph
     gloo        torch.distributed.all_reduce(x), in place
     deepspeed   torch.ops.deepspeed.inference_all_reduce_(x), in place
     oneccl      oneCCL's C++ call through ctypes, without torch
-    copy        no collective: the faster of memmove and torch's copy_, the message's size, all ranks at
-                once, for the bound
+    copy        not a collective: the faster of memmove and torch's copy_, of the message's size, in all
+                ranks at once, for the bound
 
-What is not here: results are right (tests/comm), but one sum of each contender is checked anyway.
+What is not here: tests of the results (tests/comm); only one sum of each contender is checked.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ AllReduce = Callable[[Tensor, Tensor], object]  # (x, out): the sum is in `out`,
 
 
 def main(env: Any, payload: str) -> int:
-    """Measure what the payload asks for; rank 0 writes it as JSON into the payload's file."""
+    """Measure as the payload says; rank 0 writes the result as JSON into the payload's file."""
     task = json.loads(payload)
     torch.set_num_threads(env.plan.num_threads)
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
@@ -52,7 +52,7 @@ def main(env: Any, payload: str) -> int:
                 open_group(env.rank, env.world_size, backend, rendezvous, 600.0, label="bench")
             )
             if group.backend != backend:
-                raise RuntimeError(f"{backend} is not to be had here")
+                raise RuntimeError(f"the backend {backend} is not available here")
             return group
 
         gloo, shm = opened("gloo"), opened("shm")
@@ -68,7 +68,7 @@ def main(env: Any, payload: str) -> int:
             contenders["oneccl"] = open_oneccl(task["oneccl"], env.rank, env.world_size)
         for name, all_reduce in contenders.items():
             check(name, all_reduce, gloo)
-        # Measured without the copy, which the check needs.
+        # Measured without the copy, which only the check needs.
         contenders["shm new"] = lambda x, out: ops.all_reduce(x, shm)
         result = {
             "all_reduce": [
@@ -84,21 +84,21 @@ def main(env: Any, payload: str) -> int:
 
 
 def check(name: str, all_reduce: AllReduce, group: Group) -> None:
-    """One sum, against what it must be: a bench of wrong sums says nothing."""
+    """Raise RuntimeError if a sum is wrong: the speed of wrong sums means nothing."""
     for dtype in DTYPES.values():
         x = torch.full((4099,), float(group.rank + 1), dtype=dtype)
         out = torch.zeros_like(x)
         all_reduce(x, out)
         wanted = torch.full_like(x, group.size * (group.size + 1) / 2)
         if not (torch.equal(x, wanted) or torch.equal(out, wanted)):
-            raise RuntimeError(f"{name} sums {dtype} wrongly")
+            raise RuntimeError(f"{name} computes a wrong sum of {dtype}")
 
 
 def compare(
     dtype: str, size: int, contenders: dict[str, AllReduce], task: dict[str, Any], group: Group
 ) -> dict[str, Any]:
     """All contenders with messages of `size` bytes: {dtype, bytes, seconds: {name: [sample]}}."""
-    # Zeros stay zeros where the sum is taken in place.
+    # Zeros, because repeated in-place sums leave them unchanged.
     x = torch.zeros(size // DTYPES[dtype].itemsize, dtype=DTYPES[dtype])
     out = torch.ones_like(x)
     calls: dict[str, Call] = {
@@ -116,7 +116,8 @@ def compare(
 
 
 def compare_fused(shape: list[int], task: dict[str, Any], group: Group) -> dict[str, Any]:
-    """Sum, addition to the residual and norm in one operator, or in several: {shape, seconds}."""
+    """All-reduce, addition to the residual and norm, in one operator and in several: {shape,
+    seconds}."""
     generator = torch.Generator().manual_seed(0)
     x, residual = (torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
     weight = torch.ones(shape[-1], dtype=torch.bfloat16)
@@ -138,12 +139,12 @@ def compare_fused(shape: list[int], task: dict[str, Any], group: Group) -> dict[
 
 
 def measure(calls: dict[str, Call], task: dict[str, Any], group: Group) -> dict[str, list[float]]:
-    """Seconds per call of each, sample by sample, of the slowest rank."""
+    """Seconds per call of each contender, for each sample, on the slowest rank."""
     counts = {}
     for name, call in calls.items():
         call()
         ops.barrier(group)
-        call()  # the first may have compiled, or touched memory for the first time
+        call()  # again: the first call may have compiled, or touched new memory
         estimate = timed(call, 3, group)
         wanted = int(task["sample_s"] / max(estimate, 1e-9))
         # All ranks must call equally often: rank 0 decides.
@@ -168,8 +169,8 @@ def timed(call: Call, count: int, group: Group) -> float:
 
 
 def open_oneccl(library: str, rank: int, size: int) -> AllReduce:
-    """oneCCL between the ranks, over its shared memory, without its own thread: a rank may have no
-    second core for that, and then it is a thousand times slower."""
+    """oneCCL between the ranks, over its shared memory, without its own thread: if a rank has no second
+    core for that thread, oneCCL is a thousand times slower."""
     os.environ.update(
         CCL_PROCESS_LAUNCHER="none",
         CCL_LOCAL_SIZE=str(size),

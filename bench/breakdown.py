@@ -1,12 +1,12 @@
-"""Where each microsecond of a token step goes, by torch's profiler: the part of
-`bench/decode.py --profile` that records, sorts and draws.
+"""Where the time of a token step goes, by torch's profiler. `bench/decode.py --profile` uses this
+module to record the steps, sort the events and draw the table.
 
-Time is an operator's own, without the operators that it calls. Of the compiled code, inductor's kernels
-are recorded because they are compiled for it (RECORDED_KERNELS); what no operator or kernel takes is
-Python: the guards that Dynamo looks at, which the profiler knows by name, the calls inside the compiled
-step, and the loop around it. A collective takes as long as its slowest rank is late: of each call the
-shortest of the ranks' times is work, the rest is waiting. The profiler itself takes time between the
-operators, which it counts as Python; the step without it is told beside.
+Times are self times, without the operators that an operator calls. Inductor's kernels in compiled code
+are recorded because they are compiled with RECORDED_KERNELS. Time outside operators and kernels is
+Python: Dynamo's guard checks, which the profiler knows by name; the calls inside the compiled step; and
+the loop around it. A rank in a collective waits for the slowest rank: of each call, the shortest time
+among the ranks counts as work, the rest as waiting. The profiler itself takes time between operators,
+which counts as Python; so the time of a step without the profiler is reported too.
 
 What is not here: which line of a kernel takes the time (perf).
 """
@@ -25,7 +25,7 @@ from engine.steps import Runner, Step
 RECORDED_KERNELS = {"cpp.enable_kernel_profile": True}
 _STEP = "yoke: token step"
 
-PRODUCTS = "products"
+PRODUCTS = "matmuls"
 ATTENTION = "attention and cache"
 KERNELS = "norms, rope, other kernels"
 OTHERS = "other operators of the step"
@@ -36,7 +36,7 @@ LOOP = "the loop (Python)"
 WORK, WAIT = "collectives: work", "collectives: wait"
 _COLLECTIVES = "collectives"
 _ORDER = (PRODUCTS, ATTENTION, WORK, WAIT, KERNELS, OTHERS, GUARDS, CALLS, LOOP_OPS, LOOP)
-# What the limit of a token's overhead is about.
+# The parts that make up the overhead of a token, for which there is a limit.
 OVERHEAD = (KERNELS, OTHERS, GUARDS, CALLS, LOOP_OPS, LOOP)
 
 _BY_PREFIX = {
@@ -64,8 +64,8 @@ _BY_PREFIX = {
 
 @dataclass(frozen=True)
 class Recorded:
-    """A sample: microseconds a token and by part (means over the steps), and of each collective in its
-    order. `collective_us` are of all `steps`."""
+    """A sample: microseconds per token, in total and by part (means over the steps), and of each call
+    of a collective. `collective_us` holds the calls of all `steps`, in order."""
 
     steps: int
     token_us: float
@@ -75,7 +75,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Event:
-    """An operator, kernel or marked region; microseconds. `own_us`: without the events inside."""
+    """An operator, kernel or marked region; microseconds. `own_us`: the self time."""
 
     name: str
     start_us: float
@@ -84,8 +84,8 @@ class Event:
 
 
 def record_tokens(runner: Runner, run: Callable[[Runner], Any]) -> Recorded:
-    """Record the token steps that `run` takes with the runner it is given. Their last is left out: what
-    follows it is no longer a step's."""
+    """Record the token steps that `run` takes with the runner that it is given. The last step is left
+    out, because the time after it does not belong to a step. Raises ValueError for fewer than two."""
 
     def marked(step: Step) -> Step:
         def call(*args: torch.Tensor) -> torch.Tensor:
@@ -106,10 +106,10 @@ def record_tokens(runner: Runner, run: Callable[[Runner], Any]) -> Recorded:
 
 
 def sort_events(events: Sequence[Event]) -> Recorded:
-    """The parts of the steps but the last. Raises ValueError for fewer than two steps."""
+    """The parts of all steps except the last. Raises ValueError for fewer than two steps."""
     steps = sorted((e for e in events if e.name == _STEP), key=lambda e: e.start_us)
     if len(steps) < 2:
-        raise ValueError(f"{len(steps)} token steps were recorded; a breakdown takes two at least")
+        raise ValueError(f"{len(steps)} token steps were recorded; a breakdown needs at least two")
     begin, end = steps[0].start_us, steps[-1].start_us
     steps = steps[:-1]
     parts = dict.fromkeys(_ORDER, 0.0)
@@ -143,7 +143,7 @@ def sort_events(events: Sequence[Event]) -> Recorded:
 
 
 def _kind(name: str, inside: bool) -> str | None:
-    """The part that an event's own time belongs to; None for regions, whose own time is Python's."""
+    """The part that an event's self time belongs to; None for regions, whose self time is Python's."""
     for prefix, kind in _BY_PREFIX.items():
         if name.startswith(prefix):
             return kind
@@ -155,19 +155,19 @@ def _kind(name: str, inside: bool) -> str | None:
 
 
 def work_and_wait(calls: Sequence[Sequence[float]], rank: int, steps: int) -> tuple[float, float]:
-    """Microseconds a step of a rank's collectives: of each call, [ranks][calls], what the quickest rank
-    took is work."""
+    """Microseconds per step that a rank works and waits in collectives. `calls`: times [ranks][calls];
+    the shortest time of each call is work."""
     work = sum(min(times) for times in zip(*calls, strict=True))
     return work / steps, (sum(calls[rank]) - work) / steps
 
 
 def overhead_us(parts: dict[str, float]) -> float:
-    """What is neither product nor attention nor a sum over the ranks."""
+    """Microseconds in parts that are neither matmul nor attention nor a collective."""
     return sum(parts[name] for name in OVERHEAD)
 
 
 def draw(profiles: Sequence[dict[str, Any]], title: str) -> None:
-    """A table with bars, a column for each rank."""
+    """Print a table with bars and one column per rank."""
     from rich.bar import Bar
     from rich.console import Console
     from rich.table import Table
@@ -186,6 +186,6 @@ def draw(profiles: Sequence[dict[str, Any]], title: str) -> None:
     table.add_row("with the profiler", *(f"{one['token_us']:.0f}" for one in profiles))
     table.add_row("without it (best)", *(f"{one['plain_us']:.0f}" for one in profiles))
     table.add_row(
-        "neither product, attention nor sum", *(f"{overhead_us(one['parts']):.0f}" for one in profiles)
+        "not matmul, attention, collective", *(f"{overhead_us(one['parts']):.0f}" for one in profiles)
     )
     Console(width=100).print(table)

@@ -1,13 +1,13 @@
-"""How near is a token to reading the weights? `python bench/decode.py [--model NAME] [--ranks 1 2]`
+"""How close is a decode step to reading the weights? `python bench/decode.py [--model M] [--ranks 1 2]`
 
-Through the engine's own loop, so the time of a step is all of it: the compiled step, choosing the
-token, telling the other ranks. A preset has random weights; a folder or .gguf its own. The bound is the
-time to read a rank's weights once, measured in the same ranks, by the fastest read we know. Bare reads
-and steps of each batch size take turns in one process, over the same weights, so ratios of one sample
-are of the same moment; worlds of different sizes are launched in turn, `--rounds` times. Best and
+The engine's own loop runs, so the time of a step is complete: the compiled step, choosing the token,
+sending it to the other ranks. A preset has random weights; a folder or .gguf has its own. The bound is
+the time to read a rank's weights once, measured in the same ranks with the fastest known read. Bare
+reads and steps of each batch size alternate in one process, over the same weights, so the ratios of one
+sample are of the same moment. World sizes are launched in turn, `--rounds` times. Prints best and
 median; the last line is JSON.
 
-`--profile` says where a step's time goes (bench/breakdown.py).
+`--profile` shows where the time of a step goes (bench/breakdown.py).
 
 What is not here: other programs on the same weights; prefill.
 """
@@ -37,7 +37,8 @@ Found = dict[str, Any]
 
 
 def measure(task: dict[str, Any], ranks: int, cores_per_rank: int | None) -> Found:
-    """What the ranks wrote. Raises SystemExit with the launcher's exit code where that failed."""
+    """Run the ranks and return their result. Raises SystemExit with the launcher's exit code if it
+    fails."""
     request = LaunchRequest(ranks=ranks, bind_cores=True, cores_per_rank=cores_per_rank)
     plan = make_plan(read_topology(), request)
     with tempfile.TemporaryDirectory(prefix="yoke-bench-") as folder:
@@ -47,14 +48,14 @@ def measure(task: dict[str, Any], ranks: int, cores_per_rank: int | None) -> Fou
         if code:
             raise SystemExit(code)
         found: Found = json.loads(out.read_text())
-    # JSON has no numbers for keys.
+    # The keys of a JSON object are strings.
     for name in ("token_s", "profiles"):
         found[name] = {int(batch): value for batch, value in found[name].items()}
     return found
 
 
 def joined(rounds: Sequence[Found]) -> Found:
-    """The samples of all rounds, one after another; the profiles of the first."""
+    """The samples of all rounds, concatenated; the profiles of the first round."""
     first = rounds[0]
     return first | {
         "read_s": [s for found in rounds for s in found["read_s"]],
@@ -63,8 +64,8 @@ def joined(rounds: Sequence[Found]) -> Found:
 
 
 def summary(found: Found, ranks: int) -> Found:
-    """Figures of a world. Those of two things are medians of the ratios within a sample, and the ratio
-    of the bests."""
+    """The figures of one world size, as [best, median]. Ratios are [ratio of the bests, median of the
+    ratios within a sample]."""
     size, read = found["weight_bytes"], found["read_s"]
     first = found["token_s"][min(found["token_s"])]
     base = min(found["token_s"])
@@ -91,7 +92,7 @@ def summary(found: Found, ranks: int) -> Found:
 
 
 def scaling(worlds: Sequence[Found]) -> list[Found]:
-    """How many times the first world's tokens per second the others make, by bests and medians."""
+    """The speedup of the other world sizes over the first, by bests and by medians."""
     return [
         {
             "batch": one["batch"],
@@ -115,7 +116,7 @@ def show(world: Found) -> None:
     for one in world["batches"]:
         cells = [_pair(one[name], digits) for name, digits in _COLUMNS]
         print(f"{world['ranks']:>5} {one['batch']:>6}" + "".join(f"{cell:>19}" for cell in cells))
-    print(f"{'':12}bare read: {_pair(world['read_gb_per_s'], 2)} GB/s of a rank", flush=True)
+    print(f"{'':12}bare read: {_pair(world['read_gb_per_s'], 2)} GB/s per rank", flush=True)
 
 
 _COLUMNS = (("step_ms", 2), ("tokens_per_s", 1), ("gb_per_s", 2), ("of_read", 2), ("over_first", 2))
@@ -130,17 +131,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/decode.py", allow_abbrev=False)
     parser.add_argument("--model", default="llama-3.2-1b", help="a preset, a .gguf or a folder")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="world sizes [1 2]")
-    parser.add_argument("--cores-per-rank", type=int, default=1, help="0: all of its place [1]")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="rows of a step [1]")
+    parser.add_argument("--cores-per-rank", type=int, default=1, help="0: all cores of its place [1]")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences per step [1]")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
     parser.add_argument("--kv-dtype", choices=["bfloat16", "float32", "float16", "int8"])
     parser.add_argument("--samples", type=int, default=9)
     parser.add_argument("--rounds", type=int, default=1, help="launches of each world, in turn [1]")
-    parser.add_argument("--tokens", type=int, default=16, help="a sample is the mean of so many steps")
-    parser.add_argument("--prompt", type=int, default=32, help="tokens in use before the first")
+    parser.add_argument("--tokens", type=int, default=16, help="steps per sample, which is their mean")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens in the cache at the start")
     parser.add_argument("--max-seq-len", type=int, default=512)
     parser.add_argument("--eager", action="store_true", help="do not compile")
-    parser.add_argument("--profile", action="store_true", help="where the time goes")
+    parser.add_argument("--profile", action="store_true", help="show where the time goes")
     return parser.parse_args(argv)
 
 
@@ -154,7 +155,7 @@ def main(argv: Sequence[str]) -> int:
     rounds: dict[int, list[Found]] = {ranks: [] for ranks in flags.ranks}
     for number in range(flags.rounds):
         for ranks, found in rounds.items():
-            # The code that is recorded has to be compiled as well: once is enough.
+            # The recorded code must be compiled separately: one profile is enough.
             once = task | {"profile": flags.profile and number == 0}
             found.append(measure(once, ranks, flags.cores_per_rank or None))
     worlds = [summary(joined(found), ranks) for ranks, found in rounds.items()]

@@ -1,4 +1,4 @@
-"""The part of bench/decode.py that runs in every rank: tokens and bare reads, in turn."""
+"""The part of bench/decode.py that runs in every rank: alternating token steps and bare reads."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from weights.open import open_checkpoint
 
 @torch.no_grad()
 def main(env: Any, payload: str) -> int:
-    """Measure what the payload asks for; rank 0 writes it as JSON into the payload's file."""
+    """Measure as the payload says; rank 0 writes the result as JSON into the payload's file."""
     task = json.loads(payload)
     torch.set_num_threads(env.plan.num_threads)
     use_cache_folder()
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
     if not load_kernels():
-        raise RuntimeError("the bound cannot be measured without a C++ compiler")
+        raise RuntimeError("the bound cannot be measured without a C++ compiler: install one")
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 1800.0) as group:
         model = load_model(*open_model(task["model"]), group, getattr(torch, task["dtype"]))
         with all_cores(env.plan.cpus) if env.bind_cores else nullcontext():
             runners = {batch: _runner(model, task, batch) for batch in task["batch"]}
             recorded = {}
             if task["profile"]:
-                # Code of its own, in which inductor's kernels are recorded too.
+                # Compiled separately, so that inductor's kernels are recorded too.
                 with torch._inductor.config.patch(RECORDED_KERNELS):
                     recorded = {batch: _runner(model, task, batch) for batch in task["batch"]}
         read = weights_read(model)
@@ -78,7 +78,7 @@ def open_model(name: str) -> tuple[ModelConfig, Checkpoint]:
 
 
 def _runner(model: Decoder, task: dict[str, Any], batch: int) -> Runner:
-    """A runner of the same parameters, with a cache of its own."""
+    """A runner with the same parameters, and its own KV cache."""
     kv_dtype = getattr(torch, task["kv_dtype"]) if task["kv_dtype"] else None
     runner = make_runner(
         twin(model), model.group, task["max_seq_len"], not task["eager"], batch, kv_dtype
@@ -88,21 +88,21 @@ def _runner(model: Decoder, task: dict[str, Any], batch: int) -> Runner:
 
 
 def twin(model: Decoder) -> Decoder:
-    """The same model over the same weights, not set up: caches are each one's own."""
+    """A copy of the model that shares its weights, but has no KV cache yet."""
     shared = [*model.parameters(), *model.buffers(), model.group]
     return copy.deepcopy(model, {id(each): each for each in shared})
 
 
 def weights_read(model: Decoder) -> list[Tensor]:
-    """What a token reads: all weights and scales but the embedding, of which it reads a row (where the
-    head is not the same tensor)."""
-    tied = model.head.weight is model.embed.weight  # or both are packed, and a buffer
+    """The tensors that a token step reads completely: all weights and scales, except the embedding if
+    it is not tied to the head (a step reads one row of it)."""
+    tied = model.head.weight is model.embed.weight  # if both are packed, they are buffers
     weights = [weight for weight in model.parameters() if weight is not model.embed.weight or tied]
     return weights + [each for name, each in model.named_buffers() if ".packed_" in name]
 
 
 def _read(weights: Sequence[Tensor], group: Group) -> float:
-    """Seconds of reading all of them once, on the slowest rank."""
+    """Seconds to read all weights once, on the slowest rank."""
     ops.barrier(group)
     start = time.perf_counter()
     for weight in weights:
@@ -111,23 +111,23 @@ def _read(weights: Sequence[Tensor], group: Group) -> float:
 
 
 def token_seconds(runner: Runner, prompt: tuple[int, ...], batch: int, tokens: int) -> float:
-    """Seconds of a step after the first, the mean of `tokens` of them."""
-    # One more than are timed: the first comes from the prompt.
+    """Seconds of a decode step: the mean of `tokens` steps after the first token."""
+    # One more token than is timed: the first comes from the prompt.
     answers = generate(runner, [Request(prompt, tokens + 1)] * batch)
-    return slowest(answers[0].tpot_s, runner.group)  # rank 0 alone has times
+    return slowest(answers[0].tpot_s, runner.group)  # only rank 0 has times
 
 
 def _profile(
     runner: Runner, prompt: tuple[int, ...], batch: int, task: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Of each rank: the parts of its fastest sample, microseconds a token. Samples with and without
-    the profiler take turns, so that its own cost shows."""
+    """For each rank, the parts of the fastest sample, in microseconds per token. Samples with and
+    without the profiler alternate, to show the profiler's own cost."""
     requests = [Request(prompt, task["tokens"] + 1)] * batch
     plain, samples = [], []
     for _ in range(task["samples"]):
         plain.append(token_seconds(runner, prompt, batch, task["tokens"]))
         samples.append(record_tokens(runner, lambda steps: generate(steps, requests)))
-    # The fastest on rank 0, and the same one on all: collectives are compared call by call.
+    # The fastest sample of rank 0, on all ranks: collectives are compared call by call.
     best = min(range(len(samples)), key=lambda i: samples[i].token_us)
     best = int(ops.broadcast(torch.tensor([best]), 0, runner.group))
     return _parts_of_ranks(samples[best], 1e6 * min(plain), runner.group)

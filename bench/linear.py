@@ -1,15 +1,16 @@
-"""How near are products with weights to memory's and arithmetic's limits? `python bench/linear.py`
+"""How close are linears to the limits of memory and arithmetic? `python bench/linear.py`
 
-Products of 1, 4, 16 and 512 rows with weights of bfloat16, int8, and int4 in groups of 32 and 128, each
-weight a copy of its own in a row of them that no cache holds, in huge pages as ranks have them. Of each
-product: the bytes of the weight a second against bare reading, floating-point operations (two a weight
-and row) against the core's peak, and speed against the bfloat16 product of as many rows. All of them,
-the read and the peak take turns; ratios are of one turn. Best and median; the last line is JSON.
+Linears of 1, 4, 16 and 512 rows with weights of bfloat16, int8, and int4 in groups of 32 and 128. Each
+call uses another copy of the weight, of so many that no cache holds them, in huge pages as in ranks.
+Measured for each linear: the weight's bytes per second against a bare read, floating-point operations
+(two per weight and row) against the core's peak, and speed against the bfloat16 linear with as many
+rows. Linears, read and peak alternate; ratios are within one turn. Prints best and median; the last
+line is JSON.
 
-`--packed` adds bfloat16 in the layout of the quantized ones. On a machine that others use as well,
-small weights (`--shape 512 4096`) make samples that are over before somebody else's turn.
+`--packed` adds bfloat16 in the packed layout of the quantized weights. On a busy machine, use small
+weights (`--shape 512 4096`): such a sample ends before the scheduler runs another process.
 
-What is not here: whole models (bench/decode.py, bench/prefill.py), and how good quantized weights are.
+What is not here: whole models (bench/decode.py, bench/prefill.py); the quality of quantized weights.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from launcher.allocator import allocator_variables  # noqa: E402
 
 if __name__ == "__main__" and "YOKE_BENCH" not in os.environ:
-    # The C library reads what it is told about memory as a process starts.
+    # The C library reads the variables of its allocator only when a process starts.
     environment = {**os.environ, **allocator_variables(os.environ), "YOKE_BENCH": "1"}
     os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
@@ -49,14 +50,15 @@ BF16, PACKED = "bf16", "bf16 packed"
 Product = Callable[[torch.Tensor], object]
 
 
-# Products of a few rows are done so many times in a row, each with another weight, as in a token: one
-# alone is that of a core which has just left another loop (that of tiles clocks lower than others).
+# Linears of up to FEW_ROWS rows run FEW times in a row, each with another weight, as in a decode step.
+# A single one would be measured at the clock of the loop before it (that of the tiles is lower).
 FEW, FEW_ROWS = 8, 16
 
 
 @dataclass(frozen=True)
 class Weights:
-    """As many copies of one weight as no cache holds, each as the product with it, and one's bytes."""
+    """Copies of one weight, too many for any cache, each as a function that multiplies by it; `nbytes`
+    is the size of one copy."""
 
     products: list[Product]
     nbytes: int
@@ -89,7 +91,8 @@ def _quantized(scheme: str, n: int, k: int) -> Packed:
 
 
 def measure(flags: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each sample by scheme and rows; what a read makes of bytes, and the peak, by turn."""
+    """The samples: seconds by scheme and rows; bytes per second of a bare read and operations per
+    second of the peak, by turn."""
     n, k = flags.shape
     schemes = [*SCHEMES, *([PACKED] if flags.packed else [])]
     weights = {scheme: make(scheme, n, k, flags.mib << 20) for scheme in schemes}
@@ -124,7 +127,8 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def summary(found: dict[str, Any], n: int, k: int) -> list[dict[str, Any]]:
-    """Of each product, [best, median]: the best of each side, and the median of a turn's ratios."""
+    """A line per linear, with values as [best, median]. A ratio is [ratio of the bests, median of the
+    ratios of each turn]."""
     reads, peaks = found["read_per_s"], found["peak_per_s"]
     lines = []
     for scheme, by_rows in found["seconds"].items():
@@ -176,20 +180,22 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/linear.py", allow_abbrev=False)
     parser.add_argument(
-        "--rows", type=int, nargs="+", default=[1, 4, 16, 512], help="of x [1 4 16 512]"
+        "--rows", type=int, nargs="+", default=[1, 4, 16, 512], help="rows of x [1 4 16 512]"
     )
-    parser.add_argument("--shape", type=int, nargs=2, default=[4096, 4096], help="of a weight, n and k")
+    parser.add_argument("--shape", type=int, nargs=2, default=[4096, 4096], help="n and k of a weight")
     parser.add_argument("--samples", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--mib", type=int, default=1024, help="of weights of each scheme [1024]")
-    parser.add_argument("--read-mib", type=int, default=8, help="of a bare read [8]")
-    parser.add_argument("--packed", action="store_true", help="bf16 in the other layout too")
+    parser.add_argument("--mib", type=int, default=1024, help="MiB of weights per scheme [1024]")
+    parser.add_argument("--read-mib", type=int, default=8, help="MiB of a bare read [8]")
+    parser.add_argument("--packed", action="store_true", help="also bf16 in the packed layout")
     flags = parser.parse_args(argv)
     for name in ("samples", "threads", "mib", "read_mib"):
         if getattr(flags, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be at least 1")
     if min(*flags.rows, *flags.shape) < 1 or flags.shape[1] % 128:
-        parser.error(f"--rows {flags.rows} --shape {flags.shape}: from 1 on, and k a multiple of 128")
+        parser.error(
+            f"--rows {flags.rows} --shape {flags.shape}: must be at least 1, and k a multiple of 128"
+        )
     return flags
 
 
@@ -197,9 +203,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     flags = parse(argv)
     if not load_kernels():
-        sys.exit("bench/linear.py: there is nothing to measure without a C++ compiler")
+        sys.exit("bench/linear.py: nothing can be measured without a C++ compiler: install one")
     torch.set_num_threads(flags.threads)
-    load = round(os.getloadavg()[0], 2)  # of others, before our own
+    load = round(os.getloadavg()[0], 2)  # of other processes, before this benchmark starts
     found = measure(flags)
     lines = summary(found, *flags.shape)
     reads, peaks = found["read_per_s"], found["peak_per_s"]

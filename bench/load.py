@@ -1,11 +1,11 @@
-"""How near is loading to reading the file? `python bench/load.py [--ranks N] [--runs N] [FOLDER]`
+"""How close is loading to reading the file? `python bench/load.py [--ranks N] [--runs N] [FOLDER]`
 
-A rank's part of a checkpoint through `models.load.load_model`, against the bound: reading the same
-number of bytes of the same files into one buffer that is there already. Both from the page cache (the
-files are read once before), interleaved in one run. Without FOLDER a checkpoint of random weights of
-1.3 GB is made in a temporary folder. Best and median; the last line is JSON.
+Loading a rank's part of a checkpoint with `models.load.load_model`, against the bound: reading the same
+number of bytes of the same files into one existing buffer. Both read from the page cache (the files are
+read once before), interleaved in one run. Without FOLDER, a checkpoint of random weights of 1.3 GB is
+made in a temporary folder. Prints best and median; the last line is JSON.
 
-What is not here: disks. Whoever loads from a cold disk waits for the disk.
+What is not here: disks. Loading from a cold disk is limited by the disk.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONFIG = ModelConfig(2048, 8, 32, 8, 64, 8192, 32000, 2048)
 
 
 def make_checkpoint(folder: Path) -> None:
-    """Random weights in Hugging Face's layout, a layer a file."""
+    """Write random weights in Hugging Face's layout, one layer per file."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": CONFIG.dim,
@@ -49,7 +49,7 @@ def make_checkpoint(folder: Path) -> None:
 
 
 def read_bytes(files: list[Path], wanted: int, buffer: memoryview) -> float:
-    """Seconds to read `wanted` bytes of the files, a buffer's length at a time."""
+    """Seconds to read `wanted` bytes of the files, one buffer at a time."""
     start = time.perf_counter()
     for file in files:
         with file.open("rb", buffering=0) as stream:
@@ -78,7 +78,7 @@ def folders(given: Path | None) -> Iterator[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--ranks", type=int, default=2, help="of how many ranks the first is loaded")
+    parser.add_argument("--ranks", type=int, default=2, help="world size; rank 0's part is loaded")
     parser.add_argument("--runs", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -2,28 +2,29 @@
 
 A GGUF file, a prompt, greedy tokens, a batch of one, the same cores: Yoke with bound ranks, llama.cpp
 with as many threads pinned to the cores of those ranks. A sample is one request: the prompt from an
-empty cache (time to the first token) and then `--tokens` tokens (mean time of each). Samples of all
-contenders take turns in one run, each round beginning with another; whoever waits does not spin. A
-ratio is Yoke's speed over the other's in the same round.
+empty cache (time to the first token) and then `--tokens` tokens (mean time per token). Samples of all
+contenders alternate in one run, and each round starts with another contender; a waiting contender does
+not spin. A ratio is Yoke's speed over the other's in the same round.
 
-llama.cpp runs the file as it is, and the same weights in 16 bits, because Yoke holds them in 16 bits:
-there both read the same number of bytes. What can be chosen for llama.cpp (flash attention or not;
-bfloat16 or float16) is chosen by a trial before, of --trial samples each, for prompt and tokens apart.
-The 16-bit files are written into a temporary folder.
+llama.cpp runs the original file, and also the same weights in 16 bits, because Yoke holds them in 16
+bits: then both read the same number of bytes. llama.cpp's options (flash attention or not; bfloat16 or
+float16) are chosen in a trial of --trial samples each, separately for prompt and tokens. The 16-bit
+files are written into a temporary folder.
 
-llama-cpp-python is needed in an environment of its own, which `--python` names:
+llama-cpp-python must be installed in an environment of its own, which `--python` names:
 
     python -m venv /some/folder
     CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF -DGGML_AMX_BF16=OFF
         -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON
         -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON" /some/folder/bin/pip install llama-cpp-python
 
-without its AMX kernels, which die of SIGILL on some virtual machines, and with no more than the
-processor has of the others (where AMX works, leave out the flags: the build then takes what there is).
+This builds without its AMX kernels, which crash with SIGILL on some virtual machines; enable only those
+other extensions that the processor has. (If AMX works, leave out the flags: the build then detects the
+processor.)
 
-What is not here: batches, other programs, whether the texts are good (how many tokens agree is shown).
-The launcher's console is what alternates the samples (`bench.peers_turns`); `bench.peers_rank` is in
-Yoke's ranks and `bench/peers_llama.py` in llama.cpp's environment. The last line is JSON.
+The launcher's console alternates the samples (`bench.peers_turns`); `bench.peers_rank` runs in Yoke's
+ranks, `bench/peers_llama.py` in llama.cpp's environment. The last line is JSON. What is not here:
+batches, other programs, the quality of the texts (only how many tokens agree).
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ TASKS = {"prompt": "ttft_s", "tokens": "tpot_s"}
 
 @dataclass(frozen=True)
 class Row:
-    """One contender in one task: tokens per second by sample, and Yoke's over it in the same rounds."""
+    """One contender in one task: tokens per second of each sample, and Yoke's speed over it in the same
+    rounds."""
 
     task: str
     name: str
@@ -79,30 +81,33 @@ def main(argv: Sequence[str]) -> int:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/peers.py", allow_abbrev=False)
-    parser.add_argument("--python", type=Path, required=True, help="of the one with llama-cpp-python")
+    parser.add_argument("--python", type=Path, required=True, help="a Python with llama-cpp-python")
     parser.add_argument("--model", default="smollm2-135m", help="a GGUF file [that of smollm2-135m]")
     parser.add_argument("--samples", type=int, default=9)
     parser.add_argument("--trial", type=int, default=3, help="samples of each of llama.cpp's variants")
-    parser.add_argument("--tokens", type=int, default=64, help="made after the first")
-    parser.add_argument("--prompt", type=int, default=512, help="its length in tokens")
-    parser.add_argument("--max-seq-len", type=int, default=1024, help="room in both caches")
-    parser.add_argument("--dtype", default="bfloat16", help="of Yoke's weights")
-    parser.add_argument("--kv-dtype", default="auto", help="of Yoke's cache")
-    parser.add_argument("--ranks", type=int, default=2, help="Yoke's, of one core each")
-    parser.add_argument("--threads", type=int, default=2, help="llama.cpp's")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens generated after the first")
+    parser.add_argument("--prompt", type=int, default=512, help="length of the prompt in tokens")
+    parser.add_argument("--max-seq-len", type=int, default=1024, help="tokens that both caches hold")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of Yoke's weights")
+    parser.add_argument("--kv-dtype", default="auto", help="dtype of Yoke's cache")
+    parser.add_argument("--ranks", type=int, default=2, help="Yoke's ranks, of one core each")
+    parser.add_argument("--threads", type=int, default=2, help="llama.cpp's threads")
     flags = parser.parse_args(argv)
     for name in ("samples", "trial", "tokens", "prompt", "ranks", "threads"):
         if getattr(flags, name) < 1:
             parser.error(f"--{name} {getattr(flags, name)}: must be at least 1")
     if flags.prompt + flags.tokens + 1 > flags.max_seq_len:
-        parser.error(f"--max-seq-len {flags.max_seq_len}: must hold --prompt, --tokens and one more")
+        parser.error(f"--max-seq-len {flags.max_seq_len}: must be at least --prompt + --tokens + 1")
     return flags
 
 
 def compare(flags: argparse.Namespace) -> int:
-    """Everything; the exit code. Raises InputError."""
+    """Run the comparison; returns the exit code. Raises InputError."""
     if not os.access(flags.python, os.X_OK):
-        raise InputError(f"--python {flags.python}: no such program; see the top of this file")
+        raise InputError(
+            f"--python {flags.python} is not an executable file; the top of bench/peers.py says how to "
+            "install it"
+        )
     names = {"bf16": "bfloat16", "f16": "float16", "fp32": "float32"}
     job = Job(
         model=flags.model,
@@ -115,11 +120,11 @@ def compare(flags: argparse.Namespace) -> int:
     resolved = resolve(job)
     file = resolved.checkpoint
     if file is None or file.suffix != ".gguf":
-        raise InputError(f"--model {flags.model}: llama.cpp reads GGUF files only")
+        raise InputError(f"--model {flags.model}: llama.cpp reads only GGUF files; give a .gguf file")
     plan = make_plan(
         read_topology(), LaunchRequest(ranks=flags.ranks, bind_cores=True, cores_per_rank=1)
     )
-    load = round(os.getloadavg()[0], 2)  # of others, before our own
+    load = round(os.getloadavg()[0], 2)  # of other processes, before this benchmark starts
     with tempfile.TemporaryDirectory(prefix="yoke-bench-") as folder:
         files = {"as it is": file}
         for name in FILE_TYPES:
@@ -134,7 +139,7 @@ def compare(flags: argparse.Namespace) -> int:
             "tokens": flags.tokens,
             "trial": flags.trial,
             "samples": flags.samples,
-            # Of the variants of one contender the fastest counts.
+            # For each contender only the fastest variant counts.
             "contenders": {
                 "llama.cpp, same file": variants(files, ["as it is"]),
                 "llama.cpp, 16 bits": variants(files, list(FILE_TYPES)),
@@ -145,7 +150,7 @@ def compare(flags: argparse.Namespace) -> int:
         spec.write_text(json.dumps(task))
         turns = [sys.executable, str(CHECKOUT / "bench" / "peers_turns.py"), str(spec)]
         payload = json.dumps({"resolved": to_json(resolved), "prompt": flags.prompt})
-        # Compiling may take minutes where others work too.
+        # Compiling may take minutes on a busy machine.
         options = RunOptions(start_timeout_s=0, hang_timeout_s=0)
         code = launch(plan, options, new_session(), "bench.peers_rank", payload, turns)
         if code or not Path(task["result"]).exists():
@@ -172,7 +177,7 @@ def compare(flags: argparse.Namespace) -> int:
 
 
 def variants(files: dict[str, Path], names: list[str]) -> dict[str, dict[str, Any]]:
-    """{name: what the worker opens}."""
+    """The variants of the `names` among `files`: {name: what the worker opens}."""
     return {
         f"{name}, {'flash' if flash else 'no flash'}": {"path": str(files[name]), "flash": flash}
         for name in names
@@ -181,7 +186,7 @@ def variants(files: dict[str, Path], names: list[str]) -> dict[str, dict[str, An
 
 
 def rows(report: dict[str, Any]) -> list[Row]:
-    """What the samples say, Yoke first in each task."""
+    """The rows of the table, Yoke first in each task."""
     found = []
     for task, key in TASKS.items():
         count = report["prompt"] if task == "prompt" else 1
@@ -195,13 +200,13 @@ def rows(report: dict[str, Any]) -> list[Row]:
 
 
 def show(report: dict[str, Any]) -> None:
-    """Tables for people."""
+    """Print the report as tables."""
     print(f"{report['hardware']}, load {report['load']}\n{report['versions']}")
     print(f"llama.cpp: {report['llama_built_with']}")
     sizes = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in report["file_bytes"].items())
     print(f"{report['file']}: {sizes}; {report['yoke']}")
-    print(f"{report['samples']} samples of each, interleaved; tokens per second, best / median; ratio:")
-    print("Yoke's speed over it, of the best samples, and the median of those of the same round")
+    print(f"{report['samples']} samples of each, interleaved; tokens per second. Yoke's speed over the")
+    print("contender's: ratio (of the best samples), paired (median of the ratios of each round)")
     lines = [["task", "contender", "variant", "best", "median", "first token", "ratio", "paired"]]
     found = rows(report)
     best = {row.task: max(row.rates) for row in found if row.name == YOKE}
@@ -217,7 +222,7 @@ def show(report: dict[str, Any]) -> None:
         print(f"{pair}: the first {count} of {report['tokens'] + 1} tokens agree")
     for name, samples in report["seconds"].items():
         idle = max(one["idle_cpu_s"] for one in samples)
-        print(f"{name}: {1e3 * idle:.0f} ms of a core at most between two samples")
+        print(f"{name}: at most {1e3 * idle:.0f} ms of cpu time between two samples")
 
 
 def versions() -> str:

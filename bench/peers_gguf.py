@@ -1,4 +1,4 @@
-"""A GGUF file's weights in 16 bits, for bench/peers.py: the same model without its quantization."""
+"""Convert a GGUF file to 16-bit weights, for bench/peers.py: the same model without quantization."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from pathlib import Path
 import gguf
 from gguf.quants import dequantize, quantize
 
-# Of the file, and of each tensor.
+# (the type of the file, the type of each tensor)
 FILE_TYPES = {
     "bf16": (gguf.LlamaFileType.MOSTLY_BF16, gguf.GGMLQuantizationType.BF16),
     "f16": (gguf.LlamaFileType.MOSTLY_F16, gguf.GGMLQuantizationType.F16),
 }
-_KEPT = (gguf.GGMLQuantizationType.F32,)  # norms, which every program keeps so
+_KEPT = (gguf.GGMLQuantizationType.F32,)  # norms, which every program keeps in float32
 _FILE_TYPE = "general.file_type"
 
 
 def write_dequantized(source: Path, target: Path, name: str) -> None:
-    """Write `source` to `target` with all tensors but float32 ones in a type of `FILE_TYPES`, and the
-    metadata as it is."""
+    """Write `source` to `target` with the same metadata, and with all tensors except float32 ones in
+    the type `name` of `FILE_TYPES`."""
     file_type, wanted = FILE_TYPES[name]
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name in ("general.architecture", _FILE_TYPE):
-            continue  # the writer's own
+            continue  # the writer sets these itself
         kind = field.types[0]
         inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, field.contents(), kind, inner)

@@ -1,8 +1,8 @@
 """llama.cpp's side of bench/peers.py: a worker in the environment that has llama-cpp-python.
 
-Imports nothing of Yoke. On stdin a line of JSON says what to open; after that each line names a variant
-of which a sample is wanted, and a line on stdout answers. Between two samples it waits in a read; the
-threads of OpenMP, which spin for some milliseconds after their work, are asleep by then.
+It imports nothing of Yoke. The first line on stdin, JSON, says what to open. Each later line names a
+variant, and a line on stdout answers with a sample of it. Between samples the worker blocks in a read;
+OpenMP's threads, which spin for some milliseconds after their work, are asleep by then.
 """
 
 from __future__ import annotations
@@ -41,12 +41,10 @@ def tell(answer: dict[str, Any]) -> None:
 def open_context(spec: dict[str, Any], task: dict[str, Any]) -> tuple[Any, int]:
     """A file loaded into memory, with a cache, and the size of its vocabulary."""
     model_params = llama.llama_model_default_params()
-    model_params.use_mmap = (
-        False  # memory of its own, as Yoke has: huge pages where the system gives them
-    )
+    model_params.use_mmap = False  # private memory, as in Yoke: huge pages if the system provides them
     model = llama.llama_model_load_from_file(spec["path"].encode(), model_params)
     if not model:
-        sys.exit(f"llama.cpp does not open {spec['path']}")
+        sys.exit(f"llama.cpp cannot open {spec['path']}")
     params = llama.llama_context_default_params()
     params.n_ctx = task["max_seq_len"]
     params.n_batch = params.n_ubatch = max(512, len(task["prompt"]))
@@ -56,12 +54,13 @@ def open_context(spec: dict[str, Any], task: dict[str, Any]) -> tuple[Any, int]:
     )
     context = llama.llama_init_from_model(model, params)
     if not context:
-        sys.exit(f"llama.cpp makes no context for {spec}")
+        sys.exit(f"llama.cpp cannot create a context for {spec}")
     return context, llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
 
 
 def sample(context: Any, vocab_size: int, prompt: list[int], tokens: int) -> dict[str, Any]:
-    """The prompt from an empty cache, then `tokens` greedy ones after the first; seconds."""
+    """Run the prompt from an empty cache, then generate `tokens` greedy tokens after the first. Returns
+    times in seconds and the tokens."""
     llama.llama_memory_clear(llama.llama_get_memory(context), False)
     start = time.perf_counter()
     made = [advance(context, vocab_size, prompt)]
@@ -73,7 +72,7 @@ def sample(context: Any, vocab_size: int, prompt: list[int], tokens: int) -> dic
 
 
 def advance(context: Any, vocab_size: int, tokens: list[int]) -> int:
-    """Run tokens behind those in the cache; the likeliest next one."""
+    """Run tokens after those in the cache; returns the greedy next token."""
     array = (llama.llama_token * len(tokens))(*tokens)
     if llama.llama_decode(context, llama.llama_batch_get_one(array, len(tokens))):
         sys.exit("llama_decode failed")

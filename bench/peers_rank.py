@@ -1,7 +1,7 @@
-"""Yoke's side of bench/peers.py: an engine in every rank that waits for samples to be asked for.
+"""Yoke's side of bench/peers.py: an engine in every rank that waits for requests for samples.
 
-Rank 0 hears of them on its channel: a line `{"sample": n}`, answered by times and tokens. While nothing
-is asked the ranks meet now and then, as for `chat`, and sleep in between.
+Rank 0 receives a request on its channel, a line `{"sample": n}`, and answers with times and tokens.
+Between requests the ranks synchronize periodically, as for `chat`, and sleep in between.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from engine.requests import Request
 from engine.resolve import from_json
 from engine.steps import EXTEND, GREEDY
 
-IDLE_S = 0.1  # a meeting takes some microseconds: the other program does not feel it
+IDLE_S = 0.1  # a broadcast takes microseconds and does not disturb the other program
 TEXT = Path(__file__).resolve().parent.parent / "docs" / "ARCHITECTURE.md"
 
 
 def main(env: Any, payload: str) -> int:
-    """Take samples until the channel ends; the exit code."""
+    """Take samples until the channel is closed; returns the exit code."""
     task = json.loads(payload)
     resolved = from_json(task["resolved"])
     with joined(env) as group:
@@ -58,7 +58,7 @@ _NOTHING, _SAMPLE, _END = range(3)
 
 
 def meet(engine: Opened, channel: Channel | None) -> int:
-    """What rank 0 was asked for, on every rank."""
+    """The request that rank 0 has received, on every rank: _NOTHING, _SAMPLE or _END."""
     asked = _NOTHING
     if channel is not None:
         if not channel.messages:
@@ -66,5 +66,5 @@ def meet(engine: Opened, channel: Channel | None) -> int:
         if channel.messages:
             asked = _SAMPLE if channel.messages.popleft() is not None else _END
     elif engine.group.rank:
-        time.sleep(IDLE_S * 0.9)  # to wait in the collective would spin
+        time.sleep(IDLE_S * 0.9)  # waiting in the collective would spin
     return int(ops.broadcast(torch.tensor([asked]), 0, engine.group))

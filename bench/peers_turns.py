@@ -1,7 +1,7 @@
-"""Who takes turns in bench/peers.py: the launcher's console, between Yoke's rank 0 and llama.cpp.
+"""The launcher's console in bench/peers.py: it alternates samples of Yoke's rank 0 and of llama.cpp.
 
-Called with the file that describes the task; the launcher adds the descriptor of the channel and its
-process id. Writes what was measured into the task's file.
+It is called with the path of the task's description; the launcher adds the descriptor of the channel
+and its process id. It writes the result into the file that the task names.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ KEYS = ("ttft_s", "tpot_s")
 KEPT = (
     *KEYS,
     "idle_cpu_s",
-)  # what it computed since its last sample: next to nothing
-PAUSE_S = 0.05  # until the threads of the one before sleep
+)  # cpu time since its last sample, almost nothing
+PAUSE_S = 0.05  # after this, the threads of the previous contender sleep
 Sample = dict[str, Any]
 
 
@@ -53,7 +53,7 @@ def main(spec: str, descriptor: str) -> None:
             return ask
 
         calls = {name: other(name) for name in variants}
-        rounds(calls, 1)  # nobody's first time counts
+        rounds(calls, 1)  # a warm-up
         rounds({"yoke": yoke}, 2)
         trial = rounds(calls, task["trial"])
         chosen = {name: fastest(trial, list(group)) for name, group in contenders.items()}
@@ -75,7 +75,7 @@ def main(spec: str, descriptor: str) -> None:
 
 
 def start_worker(task: dict[str, Any]) -> subprocess.Popen[str]:
-    """llama.cpp's worker, its threads pinned one by one to the cores of Yoke's ranks."""
+    """Start llama.cpp's worker, with each thread pinned to one of the cores of Yoke's ranks."""
     cpus = task["cpus"]
     places = ",".join(f"{{{cpu}}}" for cpu in cpus)
     pinned = {"OMP_PLACES": places, "OMP_PROC_BIND": "close"} if task["threads"] <= len(cpus) else {}
@@ -97,12 +97,12 @@ def write(stream: IO[str], line: str) -> None:
 def read(stream: IO[str]) -> Sample:
     line = stream.readline()
     if not line:
-        sys.exit("bench/peers.py: the other side has ended")
+        sys.exit("bench/peers.py: Yoke's rank 0 or llama.cpp's worker has exited; see its messages")
     return dict(json.loads(line))
 
 
 def rounds(calls: dict[str, Callable[[], Sample]], count: int) -> dict[str, list[Sample]]:
-    """A sample of each, `count` times, each time beginning with another."""
+    """Take a sample of each contender, `count` times, starting with another contender each time."""
     found: dict[str, list[Sample]] = {name: [] for name in calls}
     names = list(calls)
     for i in range(count):
@@ -115,7 +115,7 @@ def rounds(calls: dict[str, Callable[[], Sample]], count: int) -> dict[str, list
 
 
 def fastest(trial: dict[str, list[Sample]], names: list[str]) -> dict[str, str]:
-    """{what is timed: the variant with the best time of it}."""
+    """{key of a time: the variant with the best such time}."""
     return {key: min(names, key=lambda name: min(one[key] for one in trial[name])) for key in KEYS}
 
 
@@ -124,7 +124,7 @@ def times(samples: list[Sample]) -> list[dict[str, float]]:
 
 
 def same(first: list[int], second: list[int]) -> int:
-    """How many tokens from the start agree."""
+    """The length of the common prefix."""
     pairs = enumerate(zip(first, second, strict=True))
     return next((i for i, (a, b) in pairs if a != b), len(first))
 

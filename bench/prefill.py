@@ -1,13 +1,12 @@
-"""What part of the cores' peak does a prompt reach? `python bench/prefill.py [--ranks 1 2]`
+"""What fraction of the cores' peak does a prefill reach? `python bench/prefill.py [--ranks 1 2]`
 
 Random weights in the shape of a preset, bfloat16, batch of one, a prompt in one call of the engine's
-compiled step. The bound is the arithmetic of all ranks' cores at once, a loop of tile products from
-the first cache (where there are no matrix units, of float32 vectors), measured in the same ranks, a
-sample of each in turn. Operations of the model: two for each weight in a product and token (the head's
-for one token), and attention's; and those done, fewer, since the last layer does nothing for a token
-whose logits nobody wants, but its keys and values. Best and median; with `--profile` also what rank 0
-spends the time on (its samples are slower: the compiled kernels are made to be seen). The last line is
-JSON.
+compiled step. The bound is the arithmetic peak of all ranks' cores: a loop of tile matmuls from the L1
+cache (without matrix units, of float32 vector operations), measured in the same ranks; samples of both
+alternate. Operations of the model: two per token and weight of each matmul (the head for one token),
+and those of attention. Operations done are fewer, since for tokens without logits the last layer
+computes only keys and values. Prints best and median; with `--profile` also where rank 0 spends its
+time (its samples are slower, because the compiled kernels are recorded). The last line is JSON.
 
 What is not here: other programs on the same weights; decoding (bench/decode.py); batches.
 """
@@ -33,7 +32,7 @@ from launcher.spawn import RunOptions, launch, new_session
 
 
 def measure(task: dict[str, Any], ranks: int) -> dict[str, Any]:
-    """What the ranks wrote: samples of prompt seconds and of peak operations a second."""
+    """Run the ranks and return their samples: seconds per prompt, and peak operations per second."""
     plan = make_plan(read_topology(), LaunchRequest(ranks=ranks, bind_cores=True))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
@@ -64,9 +63,9 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3.2-1b", help="a preset")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--samples", type=int, default=9)
-    parser.add_argument("--prompt", type=int, default=512, help="tokens")
+    parser.add_argument("--prompt", type=int, default=512, help="length of the prompt in tokens")
     parser.add_argument("--eager", action="store_true", help="do not compile")
-    parser.add_argument("--profile", action="store_true", help="where rank 0's time goes")
+    parser.add_argument("--profile", action="store_true", help="show where rank 0 spends its time")
     options = parser.parse_args()
     task = {key: getattr(options, key) for key in ("model", "samples", "prompt", "eager", "profile")}
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {options.model}")

@@ -1,4 +1,4 @@
-"""The part of bench/prefill.py that runs in every rank: prompts, and the cores' peak."""
+"""The part of bench/prefill.py that runs in every rank: prefills, and the peak of the cores."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from weights.formats.random_io import random_checkpoint
 
 PEAK_SECONDS = 0.1  # of one sample
 PROFILED = 3  # prompts
-# What inductor compiles is seen by the profiler if it is compiled so.
+# Makes the profiler record the kernels that inductor compiles.
 RECORDED_KERNELS = {"cpp.enable_kernel_profile": True}
 
 
 @torch.no_grad()
 def main(env: Any, payload: str) -> int:
-    """Measure what the payload asks for; rank 0 writes it as JSON into the payload's file."""
+    """Measure as the payload says; rank 0 writes the result as JSON into the payload's file."""
     task = json.loads(payload)
     torch.set_num_threads(env.plan.num_threads)
     use_cache_folder()
@@ -40,7 +40,7 @@ def main(env: Any, payload: str) -> int:
     config, prompt = PRESETS[task["model"]], task["prompt"]
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 1800.0) as group:
         if not load_kernels():
-            raise RuntimeError("the bound cannot be measured without a C++ compiler")
+            raise RuntimeError("the bound cannot be measured without a C++ compiler: install one")
         model = load_model(config, random_checkpoint(expected_shapes(config), 0), group, torch.bfloat16)
         with (
             all_cores(env.plan.cpus) if env.bind_cores else nullcontext(),
@@ -49,7 +49,7 @@ def main(env: Any, payload: str) -> int:
             runner = make_runner(model, group, prompt + 1, not task["eager"])
             warm_up(runner, (EXTEND,))
         if prompt > runner.chunk:
-            raise RuntimeError(f"--prompt {prompt}: the engine runs at most {runner.chunk} at once")
+            raise RuntimeError(f"--prompt {prompt}: a prefill call has at most {runner.chunk} tokens")
         run(runner, prompt)
         rounds = _rounds()
         work, done = (_sum(count, group) for count in operations(model, config, prompt))
@@ -72,13 +72,13 @@ def main(env: Any, payload: str) -> int:
 
 
 def run(runner: Runner, prompt: int) -> None:
-    """A prompt of so many tokens as the engine runs it, to the last one's logits."""
+    """Prefill a prompt of `prompt` tokens as the engine does, up to the logits of the last token."""
     extend(runner, [i % 100 for i in range(prompt)], range(prompt), [0] * prompt, [prompt - 1])
 
 
 def where_time_goes(runner: Runner, prompt: int) -> dict[str, float]:
-    """Seconds of a prompt that each operator and compiled kernel of this rank takes by itself, those of
-    the shapes of products apart: the least of some prompts. A sum waits for the slowest rank."""
+    """Self time in seconds of each operator and compiled kernel of this rank in a prefill; matmuls are
+    separated by shape. The minimum over PROFILED prompts. A collective waits for the slowest rank."""
     least: dict[str, float] = {}
     for _ in range(PROFILED):
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
@@ -92,9 +92,9 @@ def where_time_goes(runner: Runner, prompt: int) -> dict[str, float]:
 
 
 def operations(model: Decoder, config: ModelConfig, prompt: int) -> tuple[float, float]:
-    """Of this rank, for a prompt: products with weights, the head's for one token, and attention's
-    with the tokens that each token sees (windows are not looked at). Those of the model, and those
-    that are done: the last layer's, behind its attention, for one token alone."""
+    """The floating-point operations of this rank for a prompt: matmuls with weights (the head for one
+    token) and attention over all earlier tokens (windows are ignored). Returns the operations of the
+    model, and those really done: after its attention, the last layer processes only one token."""
     head = model.layout.vocab_block * config.dim
     seen = prompt * (prompt + 1) // 2
     heads = model.layout.heads.q_stop - model.layout.heads.q_start
@@ -105,7 +105,7 @@ def operations(model: Decoder, config: ModelConfig, prompt: int) -> tuple[float,
 
 
 def _numbers(module: nn.Module) -> int:
-    """That products of a token go over, plain or packed."""
+    """The number of weights that a token is multiplied with, plain or packed."""
     packed = sum(
         each.nbytes // 2 for name, each in module.named_buffers() if name.endswith("packed_data")
     )

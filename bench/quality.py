@@ -1,18 +1,19 @@
-"""What do fewer bits cost? `python bench/quality.py [--model MODEL] [--only NAME ...] [--text FILE]`
+"""How much quality do fewer bits cost? `python bench/quality.py [--model MODEL] [--only NAME ...]`
 
-Perplexity of a text under a model in float32, and under the same model quantized by `launch.py
-quantize` in each scheme, rounded to the nearest and by GPTQ. All weights come back from the folders
-that were written. GPTQ looks at a text of its own (bench/calibration.txt), never at the one that is
-measured. The last line is JSON.
+Perplexity of a text with a model in float32, and with the same model quantized by `launch.py quantize`
+in each scheme, by rounding to the nearest and by GPTQ. All weights are read back from the folders that
+were written. GPTQ uses a calibration text of its own (bench/calibration.txt), never the measured text.
+The last line is JSON.
 
-Rows that `--only` asks for may have the head's scheme behind the others', as quant_head= calls it:
-"int4-g32/same rtn". Without it SmolLM2's head, which is the embedding, stays.
+A row for `--only` may name the head's scheme after the layers' scheme, as in quant_head=:
+"int4-g32/same rtn". Without it SmolLM2's head, which is tied to the embedding, is not quantized.
 
-Read the figures with two things in mind. SmolLM2's weights are at hand in GGUF's Q4_1 alone: they lie
-on a grid of 16 levels for each 32 of them, with a minimum of its own. int4-g32-asym has grids of nearly
-that kind (its zero point is a whole number, and Q4_1's minimum no multiple of its step), so it does
-better here than on weights that were never rounded; symmetric schemes, and larger groups, are the
-honest ones. And 670 tokens are few: a few per cent between two schemes may be the text's.
+Two caveats for the figures. SmolLM2's weights are available only in GGUF's Q4_1: each group of 32
+weights lies on a grid of 16 levels, with a minimum of its own. The grids of int4-g32-asym are nearly of
+that kind (but its zero point is an integer, and Q4_1's minimum need not be a multiple of its step). So
+it does better here than on weights that were never rounded; the results of symmetric schemes and of
+larger groups are more representative. And 670 tokens are few: a difference of a few percent between two
+schemes may be due to the text.
 
 What is not here: speed, and tasks other than predicting a text.
 """
@@ -46,7 +47,7 @@ from quantize.walk import perplexity_of  # noqa: E402
 from weights.open import open_checkpoint  # noqa: E402
 from weights.schemes import HEADS, SCHEMES  # noqa: E402
 
-# (how the table calls it, GPTQ or rounding, scales searched, columns sorted)
+# (name in the table, GPTQ instead of rounding, scales searched, columns sorted)
 METHODS = (
     ("rtn", False, False, False),
     ("rtn, mse", False, True, False),
@@ -119,7 +120,10 @@ def main() -> int:
     options = parser.parse_args()
     for row in options.only or ():
         if row not in ROWS:
-            parser.error(f"there is no row {row!r}; methods: {'; '.join(each[0] for each in METHODS)}")
+            parser.error(
+                f'there is no row {row!r}; give "SCHEME METHOD" with one of the methods: '
+                f"{'; '.join(each[0] for each in METHODS)}"
+            )
     report = measure(options)
     print(json.dumps(report))
     return 0

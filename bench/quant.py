@@ -1,12 +1,13 @@
-"""What do quantized weights gain, from prompt to token? `python bench/quant.py [--quant int8 int4-g32]`
+"""How much faster are quantized weights, in prefill and decode? `python bench/quant.py [--quant int8]`
 
-The same model several times in the same ranks: in bfloat16, with each scheme, and with `--eager` in
-bfloat16 without compiling, by torch's own products. Tokens of all of them, and prompts, take turns, so
-that a ratio is of one moment. Best and median; the last line is JSON. A preset has random weights; a
-folder or .gguf its own. A scheme may have the head's behind it, as quant_head= calls it: int4-g32/same.
+The same model runs several times in the same ranks: in bfloat16, with each scheme, and with `--eager`
+also in bfloat16 without compiling, with torch's own matmuls. Samples of decode steps and prefills of
+all variants alternate, so that a ratio compares the same moment. Prints best and median; the last line
+is JSON. A preset has random weights; a folder or .gguf has its own. A scheme may be followed by the
+head's scheme, named as in quant_head=: int4-g32/same.
 
-What is not here: single products (bench/linear.py), what rounding costs in quality (bench/quality.py),
-other programs (bench/peers.py).
+What is not here: single linears (bench/linear.py), the loss of quality (bench/quality.py), other
+programs (bench/peers.py).
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ Found = dict[str, Any]
 
 
 def measure(task: dict[str, Any], ranks: int, cores_per_rank: int | None) -> Found:
-    """What the ranks wrote. Raises SystemExit with the launcher's exit code where that failed."""
+    """Run the ranks and return their result. Raises SystemExit with the launcher's exit code if it
+    fails."""
     plan = make_plan(
         read_topology(), LaunchRequest(ranks=ranks, bind_cores=True, cores_per_rank=cores_per_rank)
     )
@@ -53,8 +55,8 @@ def measure(task: dict[str, Any], ranks: int, cores_per_rank: int | None) -> Fou
 
 
 def summary(found: Found) -> list[Found]:
-    """A row for each variant: seconds as [best, median], and how many times as fast as the first one,
-    by the bests and by the median of the samples' ratios."""
+    """A row per variant: seconds as [best, median], and the speedup over the first variant, as [ratio
+    of the bests, median of the samples' ratios]."""
     rows = []
     first = found["variants"][0]
     for one in found["variants"]:
@@ -71,7 +73,7 @@ def summary(found: Found) -> list[Found]:
 
 
 def over_eager(found: Found) -> dict[str, list[float]]:
-    """How many times as fast each variant's tokens are as those without compiling, [best, median]."""
+    """The speedup of each variant's decode steps over those without compiling, [best, median]."""
     *others, eager = found["variants"]
     times = {}
     for one in others:
@@ -103,7 +105,7 @@ def _pair(values: Sequence[float], digits: int) -> str:
 
 
 def _variant(text: str) -> str:
-    """auto, or what the loader rounds to."""
+    """The type of --quant: "auto", or a scheme that the loader can quantize to."""
     try:
         if text != "auto":
             parse_asked(text)
@@ -116,12 +118,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/quant.py", allow_abbrev=False)
     parser.add_argument("--model", default="llama-3.2-1b", help="a preset, a .gguf or a folder")
     parser.add_argument("--quant", nargs="+", default=["int8", "int4-g32"], type=_variant)
-    parser.add_argument("--eager", action="store_true", help="torch's bfloat16, not compiled, as well")
+    parser.add_argument(
+        "--eager", action="store_true", help="also measure torch's bfloat16, uncompiled"
+    )
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--cores-per-rank", type=int, default=1, help="0: all of its place [1]")
+    parser.add_argument("--cores-per-rank", type=int, default=1, help="0: all cores of its place [1]")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--samples", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=8, help="a sample is the mean of so many steps")
+    parser.add_argument("--tokens", type=int, default=8, help="steps per sample, which is their mean")
     parser.add_argument("--prompt", type=int, default=512)
     return parser.parse_args(argv)
 

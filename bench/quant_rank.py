@@ -1,4 +1,4 @@
-"""The part of bench/quant.py that runs in every rank: the same model in several forms, in turn."""
+"""The part of bench/quant.py that runs in every rank: variants of the same model, alternating."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from engine.steps import EXTEND, GREEDY, Runner, extend, make_runner, warm_up
 from kernels.load import load_kernels
 from models.load import load_model
 
-SHORT = 32  # tokens in use before the first that is timed
+SHORT = 32  # tokens in the cache before the first step that is timed
 
 
 @torch.no_grad()
 def main(env: Any, payload: str) -> int:
-    """Measure what the payload asks for; rank 0 writes it as JSON into the payload's file."""
+    """Measure as the payload says; rank 0 writes the result as JSON into the payload's file."""
     task = json.loads(payload)
     torch.set_num_threads(env.plan.num_threads)
     use_cache_folder()
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
     if not load_kernels():
-        raise RuntimeError("quantized weights need our own kernels: a C++ compiler")
+        raise RuntimeError("quantized weights need Yoke's kernels: install a C++ compiler")
     names, length = task["variants"], max(task["prompt"], SHORT) + task["tokens"] + 2
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 1800.0) as group:
         runners: dict[str, Runner] = {}
@@ -79,7 +79,7 @@ def main(env: Any, payload: str) -> int:
 
 @contextmanager
 def products_of(variant: str) -> Iterator[None]:
-    """Torch's own products without compiling, ours otherwise."""
+    """In this context, the EAGER variant uses torch's own matmuls; others use Yoke's kernels."""
     if variant != EAGER:
         yield
         return
@@ -91,7 +91,7 @@ def products_of(variant: str) -> Iterator[None]:
 
 
 def _read(weights: list[Tensor], group: Group) -> float:
-    """Seconds of reading all of them once, on the slowest rank."""
+    """Seconds to read all weights once, on the slowest rank."""
     ops.barrier(group)
     start = time.perf_counter()
     for weight in weights:
@@ -100,7 +100,7 @@ def _read(weights: list[Tensor], group: Group) -> float:
 
 
 def _prompt(runner: Runner, prompt: int, group: Group) -> float:
-    """Seconds of a prompt of so many tokens, in the engine's chunks, on the slowest rank."""
+    """Seconds to prefill `prompt` tokens, in the engine's chunks, on the slowest rank."""
     ops.barrier(group)
     start = time.perf_counter()
     for first in range(0, prompt, runner.chunk):

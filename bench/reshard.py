@@ -1,13 +1,14 @@
 """How fast is resharding against copying the same bytes? `python bench/reshard.py [GIB] [RUNS] [DIR]`
 
-For 1 -> 4, 4 -> 8 and 8 -> 1 ranks, each pair interleaved: a copy of the source's files
+For 1 -> 4, 4 -> 8 and 8 -> 1 ranks, in alternating pairs: first a copy of the source's files
 (`shutil.copyfile`, which copies inside the kernel), then the resharder, in a process of its own whose
 start is not counted. Both end when their files are on the disk (fsync of each). The source is read
-once before, so it is in the page cache as far as memory goes; what was written is removed each time,
-and `sync` waits for the disk before the next one starts.
+once before, so it is in the page cache if memory suffices. The output is removed each time, and `sync`
+waits for the disk before the next measurement.
 
-The checkpoint is random bf16 in the shape of a Llama with 32 query and 8 KV heads. Best and median of
-each and of the ratio of each pair; the last line is JSON. What is not here: reading from a cold disk.
+The checkpoint is random bf16 in the shape of a Llama with 32 query and 8 KV heads. Prints best and
+median of each, and of the ratio of each pair; the last line is JSON. What is not here: reading from a
+cold disk.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from weights.writer import SafetensorsFile, Tensors  # noqa: E402
 
 PAIRS = ((1, 4), (4, 8), (8, 1))
 LIMIT = 2.0
-# Ends each line that it is told with the seconds that it took: the interpreter and torch are loaded.
+# Answers each line with an exit code and the seconds taken, without the start of Python and torch.
 WORKER = """
 import contextlib, io, sys, time
 sys.path.insert(0, {checkout!r})
@@ -47,7 +48,7 @@ for line in sys.stdin:
 
 
 def write_source(folder: Path, gib: float) -> int:
-    """A Hugging Face folder of about so many GiB; its bytes."""
+    """Write a Hugging Face folder of about `gib` GiB; returns the bytes of its weights file."""
     dim, ffn, vocab, head_dim = 2048, 5632, 32000, 64
     layer = 2 * (dim * dim * 2 + dim * 8 * head_dim * 2 + 3 * dim * ffn)
     num_layers = max(round((gib * 2**30 - 4 * vocab * dim) / layer), 1)
@@ -88,7 +89,7 @@ def write_source(folder: Path, gib: float) -> int:
 
 
 def copy(source: Path, out: Path) -> float:
-    """Seconds to copy a folder's files, on the disk at the end."""
+    """Seconds to copy a folder's files, until they are on the disk."""
     start = time.perf_counter()
     out.mkdir()
     for file in sorted(source.iterdir()):

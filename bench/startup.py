@@ -1,11 +1,12 @@
-"""How long until something happens? `python bench/startup.py [N]`, N runs of each, interleaved.
+"""How long does startup take? `python bench/startup.py [N]`, N runs of each command, interleaved.
 
-    interpreter   `python -c pass`: what no Python program can be faster than, as the reference
+    interpreter   `python -c pass`: the minimum for a Python program, as the reference
     plan          `python launch.py plan`, from start to end                        limit 0.3 s
     first line    from the start of `python launch.py run --ranks 1 --bind-cores-to-rank script.py`
                   to the first line of the rank's own code, bound, before torch     limit 0.5 s
 
-Best and median of each, since other work on the machine can double a median; the last line is JSON.
+Prints best and median of each, since other load on the machine can double a median. The last line is
+JSON.
 What is not here: importing torch, loading a model, compiling.
 """
 
@@ -39,7 +40,7 @@ def main(num_runs: int) -> int:
                 [*LAUNCH, "run", "--ranks", "1", "--bind-cores-to-rank", str(script)]
             ),
         }
-        for measure in cases.values():  # once unmeasured: bytecode is written, files are cached
+        for measure in cases.values():  # a warm-up: it writes bytecode and fills the page cache
             measure()
         times: dict[str, list[float]] = {name: [] for name in cases}
         for _ in range(num_runs):
@@ -68,7 +69,7 @@ def time_to_end(command: list[str]) -> float:
 
 
 def time_to_line(command: list[str]) -> float:
-    """The rank prints the time of day when it runs; it is compared with that of the start."""
+    """Seconds from the start until the rank runs: it prints its time of day."""
     start = time.time()
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     told = re.search(r"\d{9,}\.\d+", result.stdout)

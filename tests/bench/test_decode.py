@@ -40,7 +40,7 @@ def test_a_steps_parts_add_up() -> None:
     assert found.steps == 2 and found.token_us == 120
     assert found.collective_us == [6, 16]
     assert found.parts == {
-        "products": 30,
+        "matmuls": 30,
         "attention and cache": 10,
         "norms, rope, other kernels": 4,
         "other operators of the step": 3,
@@ -105,7 +105,7 @@ def test_two_batches_and_where_the_time_goes() -> None:
             for one in ranks:
                 parts = one["parts"]
                 assert sum(parts.values()) == pytest.approx(one["token_us"])
-                assert parts["products"] > 0 and parts["attention and cache"] > 0
+                assert parts["matmuls"] > 0 and parts["attention and cache"] > 0
                 assert parts["collectives: work"] > 0 and parts["collectives: wait"] >= 0
                 assert parts["guards"] == 0 and one["plain_us"] > 0
     assert report["scaling"] == []
