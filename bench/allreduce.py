@@ -308,7 +308,7 @@ def table(rows: list[list[str]]) -> None:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Plot the best latency by size: one line per contender and bound, one panel per world and dtype."""
+    """Plot the best latency by size: one line per contender or bound, one panel per world, dtype."""
     import matplotlib
 
     matplotlib.use("Agg")
