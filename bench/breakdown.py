@@ -173,10 +173,10 @@ def draw(profiles: Sequence[dict[str, Any]], title: str) -> None:
     from rich.table import Table
 
     table = Table(title=title)
-    table.add_column("us a token")
+    table.add_column("us per token")
     for one in profiles:
         table.add_column(f"rank {one['rank']}", justify="right")
-    table.add_column("of rank 0's step", min_width=30)
+    table.add_column("share of rank 0's step", min_width=30)
     whole = profiles[0]["token_us"]
     for name in _ORDER:
         own = profiles[0]["parts"][name]

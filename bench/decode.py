@@ -120,7 +120,7 @@ def show(world: Found) -> None:
 
 
 _COLUMNS = (("step_ms", 2), ("tokens_per_s", 1), ("gb_per_s", 2), ("of_read", 2), ("over_first", 2))
-_TITLES = ("ms a step", "tokens/s", "GB/s a rank", "of bare read", "over first batch")
+_TITLES = ("ms per step", "tokens/s", "GB/s per rank", "of bare read", "over first batch")
 
 
 def _pair(values: Sequence[float], digits: int) -> str:

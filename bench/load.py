@@ -99,7 +99,7 @@ def main() -> None:
         best, median = min(times), statistics.median(times)
         print(f"{name}: best {best:.3f} s ({rate / best:.1f} GB/s), median {median:.3f} s")
     ratio = statistics.median(a / b for a, b in zip(loads, reads, strict=True))
-    print(f"loading takes {ratio:.2f} times the reading (median of pairs)")
+    print(f"loading takes {ratio:.2f} times as long as reading (median of pairs)")
     print(json.dumps({"shard_bytes": shard, "load_s": loads, "read_s": reads, "ratio": ratio}))
 
 

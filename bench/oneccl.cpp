@@ -1,5 +1,5 @@
-// oneCCL's own C++ interface behind four C functions, for bench/allreduce.py to call through ctypes.
-// Nothing of Yoke's runs through it: its bindings for PyTorch have no release for a torch of today.
+// Four C functions around oneCCL's C++ interface, which bench/allreduce.py calls through ctypes. Yoke
+// itself does not use oneCCL: its PyTorch bindings have no release for current versions of torch.
 #include <cstddef>
 #include <cstring>
 #include <exception>
@@ -30,7 +30,7 @@ const char* bench_ccl_failure() { return failure.c_str(); }
 
 std::size_t bench_ccl_address_bytes() { return ccl::kvs::address_max_size; }
 
-// On rank 0; the others are handed what it writes.
+// Called on rank 0; the result is broadcast to the other ranks.
 int bench_ccl_address(char* out) {
   return guarded([&] {
     ccl::init();

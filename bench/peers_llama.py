@@ -1,4 +1,4 @@
-"""llama.cpp's side of bench/peers.py: a worker in the environment that has llama-cpp-python.
+"""llama.cpp's side of bench/peers.py: a worker in the environment with llama-cpp-python.
 
 It imports nothing of Yoke. The first line on stdin, JSON, says what to open. Each later line names a
 variant, and a line on stdout answers with a sample of it. Between samples the worker blocks in a read;

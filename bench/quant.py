@@ -84,7 +84,7 @@ def over_eager(found: Found) -> dict[str, list[float]]:
 
 def draw(rows: Sequence[Found], title: str) -> None:
     table = Table(title=title, title_justify="left")
-    titles = ("ms a token", "tokens/s", "times", "GB of a rank", "of bare read", "ms a prompt", "times")
+    titles = ("ms/token", "tokens/s", "speedup", "GB/rank", "of bare read", "ms/prompt", "speedup")
     table.add_column("weights")
     for each in titles:
         table.add_column(each, justify="right")
@@ -144,7 +144,7 @@ def main(argv: Sequence[str]) -> int:
     draw(rows, title)
     if flags.eager:
         for name, times in over_eager(found).items():
-            print(f"{name}: {_pair(times, 2)} times the tokens of eager bfloat16")
+            print(f"{name}: {_pair(times, 2)} times the tokens/s of eager bfloat16")
     print(json.dumps({"task": task, "ranks": flags.ranks, "variants": rows}))
     return 0
 

@@ -249,7 +249,7 @@ def concat(parts: list[Entry], dim: int) -> Entry:
 
 
 def replicated(path: Path, name: str, copies: list[Entry]) -> Entry:
-    """A tensor of which every file holds a copy. Each read compares the copies; it raises InputError if
+    """A tensor that every file holds a copy of. Each read compares the copies; it raises InputError if
     they differ."""
 
     def read(slices: Slices) -> Tensor:
@@ -258,7 +258,7 @@ def replicated(path: Path, name: str, copies: list[Entry]) -> Entry:
             # Compared as bytes: a NaN is equal to itself here.
             if not torch.equal(other.read(slices).view(torch.uint8), first.view(torch.uint8)):
                 raise InputError(
-                    f"{path}: the files disagree on {name!r}, of which each must hold the same copy; "
+                    f"{path}: the files disagree on {name!r}, although each must hold the same copy; "
                     "they are not parts of one model: download it again"
                 )
         return first

@@ -52,7 +52,7 @@ from weights.names import Piece
 from weights.schemes import GGUF_SCHEMES
 from weights.views import present
 
-_MAX_FACTORS = 1 << 12  # there is a factor for each pair of a head: more are not believed
+_MAX_FACTORS = 1 << 12  # one factor per pair of a head's elements; a longer list is rejected
 _PLAIN = ("F64", "F32", "F16", "BF16")  # plain numbers; all other types are stored in blocks
 
 

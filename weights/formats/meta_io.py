@@ -84,7 +84,7 @@ def _joined(folder: Path, name: str, parts: list[Entry], dim: int) -> Entry:
             "to one model"
         )
     raise InputError(
-        f"{folder} holds a tensor {name!r} of which Yoke does not know how it is split over "
+        f"{folder} holds an unknown tensor {name!r}: Yoke does not know how it is split over "
         f"{len(parts)} files"
     )
 

@@ -3,7 +3,7 @@
 The form is one safetensors file per rank and this manifest. For each weight, the manifest gives the
 full shape, how the weight is sharded and which rank holds which part. So a reader needs neither the
 model's family nor the table by which it was sharded. All of it is validated before use; a manifest may
-be damaged, edited or made by somebody else.
+be damaged, edited or made by other software.
 
     {"format": "yoke", "version": 1, "world_size": 16, "num_heads": 64, "num_kv_heads": 8,
      "head_dim": 128, "source_format": "safetensors", "digest": "sha256", "config": {...},
