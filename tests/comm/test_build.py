@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import platform
+import re
 import stat
 import subprocess
 import sys
@@ -16,7 +18,9 @@ import torch
 
 from comm import build
 from comm.errors import BuildError
+from comm.sources import BRIDGE, COMM, Extension, level_of, read_level, source_flags, sources
 from engine.report import build_line
+from kernels.load import KERNELS
 
 
 def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
@@ -38,10 +42,10 @@ def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
     paths = {run.communicate(timeout=120)[0].strip() for run in runs}
     assert len(paths) == 1
     library = Path(paths.pop())
-    # Each file once, and the link.
+    # Each file that this processor needs once, and the link.
     # Nobody else can put a library where this one is found.
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "yoke", library)} == {0o700}
-    assert calls.read_text().count("x") == len(list(build.SOURCE_DIR.glob("*.cpp"))) + 1
+    assert calls.read_text().count("x") == len(sources(COMM, read_level())) + 1
 
 
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(
@@ -61,18 +65,18 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(
 
 
 @pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> build.Extension:
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Extension:
     """Two files that need nothing, and an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "csrc"
     folder.mkdir()
     for name in ("one", "two"):
         (folder / f"{name}.cpp").write_text(f"int {name}() {{ return 1; }}\n")
-    return build.Extension("small", folder, ("-O0", "-fPIC"), 1.0)
+    return Extension("small", folder, ("-O0", "-fPIC"), 1.0)
 
 
 def test_it_is_named_by_what_it_is_made_of_and_not_by_where(
-    small: build.Extension, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Extension, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = build.build_extension(small)
     elsewhere = replace(small, source_dir=tmp_path / "moved")
@@ -104,7 +108,7 @@ def test_it_is_named_by_what_it_is_made_of_and_not_by_where(
 
 
 @pytest.mark.parametrize("planted", ["link", "others can write to it"])
-def test_a_planted_library_is_not_loaded(planted: str, small: build.Extension, tmp_path: Path) -> None:
+def test_a_planted_library_is_not_loaded(planted: str, small: Extension, tmp_path: Path) -> None:
     library = build.build_extension(small)
     good = library.read_bytes()
     if planted == "link":
@@ -121,7 +125,7 @@ def test_a_planted_library_is_not_loaded(planted: str, small: build.Extension, t
 
 
 def test_a_cache_that_others_can_write_to_is_not_used(
-    small: build.Extension, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Extension, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planted = build.build_extension(small)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -135,7 +139,7 @@ def test_a_cache_that_others_can_write_to_is_not_used(
         build.build_extension(small)
 
 
-def test_a_build_tells_how_far_it_is(small: build.Extension) -> None:
+def test_a_build_tells_how_far_it_is(small: Extension) -> None:
     told: list[build.Progress] = []
     build.build_extensions([small], told.append)
     assert (told[0].names, told[0].done, told[0].total, told[0].guessed) == ("small", 0, 2, True)
@@ -151,7 +155,7 @@ def test_a_build_tells_how_far_it_is(small: build.Extension) -> None:
     )
 
 
-def test_who_waits_for_another_process_is_told_too(small: build.Extension) -> None:
+def test_who_waits_for_another_process_is_told_too(small: Extension) -> None:
     folder = build.build_extension(small).parent
     build.build_extension(small).unlink()
     told: list[build.Progress] = []
@@ -168,3 +172,56 @@ def test_who_waits_for_another_process_is_told_too(small: build.Extension) -> No
         build.build_extensions([small], tell)
     assert told[0] == build.Progress("small", 1, 2, 3.0, 4.0, True)
     assert told[-1].done == 2
+
+
+AVX2 = {"avx2", "fma", "f16c"}
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+BF16 = AVX512 | {"avx512_bf16", "avx512_vnni"}
+AMX = BF16 | {"amx_tile", "amx_bf16", "amx_int8"}
+
+
+@pytest.mark.parametrize(
+    ("features", "level"),
+    [
+        (set(), 0),
+        (AVX2, 1),
+        (AVX512 - {"fma"}, 0),
+        (AVX512, 2),
+        (BF16, 3),
+        (AMX, 4),
+        (AMX - BF16 | AVX512, 2),
+    ],
+)
+def test_what_a_processor_cannot_run_is_not_built(
+    features: set[str], level: int, tmp_path: Path
+) -> None:
+    assert level_of(features) == level
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nflags\t\t: fpu {' '.join(features)} nx\n")
+    if platform.machine() == "x86_64":
+        assert read_level(cpuinfo) == level
+    for extension in (COMM, KERNELS):
+        made = {path.name for path in sources(extension, level)}
+        sets = {name.partition(".")[0].rpartition("_")[2] for name in made}
+        wanted = [{"base"}, {"avx2"}, {"avx512"}, {"avx512bf16"}, {"amx"}]
+        assert (wanted[level] <= sets) or (extension is COMM and level == 4)
+        assert not any(more <= sets for more in wanted[level + 1 :])
+        assert BRIDGE.name in made
+        assert len(sources(extension, 4)) == len(list(extension.source_dir.glob("*.cpp"))) + 1
+
+
+def test_all_is_built_where_nobody_can_tell(tmp_path: Path) -> None:
+    if platform.machine() == "x86_64":
+        assert read_level(tmp_path / "nothing") == 4
+
+
+def test_only_the_bridge_sees_torch() -> None:
+    """Its headers cost 10 to 25 s in each file."""
+    for folder in (COMM.source_dir, KERNELS.source_dir, BRIDGE.parent):
+        for file in folder.iterdir():
+            included = re.findall(r"#include <(ATen|c10|torch)/", file.read_text())
+            assert bool(included) == (file == BRIDGE), file
+    # And the kernels keep their flags.
+    assert "-O3" in source_flags(KERNELS.source_dir / "attend_avx2.cpp", KERNELS, 1)
+    assert "-O1" not in source_flags(KERNELS.source_dir / "attend_avx2.cpp", KERNELS, 1)
+    assert "-O1" not in source_flags(KERNELS.source_dir / "attend_base.cpp", KERNELS, 0)
