@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,9 @@ from tests.leftovers import MARK, expect_no_more_segments, segments
 CHECKOUT = Path(__file__).resolve().parent.parent
 # With it a program prints a line in two pieces, and another rank's may come between them.
 os.environ.pop("PYTHONUNBUFFERED", None)
+# A shell that starts the tests in the background has them ignore Ctrl-C, and with them what they start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # All that is started from here can be told from what other runs have started.
 os.environ.update([MARK.split("=")])
 
