@@ -240,7 +240,7 @@ def test_what_is_typed_into_a_ranks_own_shell_is_refused() -> None:
         os.close(ours)
         shell.kill()
         shell.wait()
-    assert b"this shell is itself a rank" in shown and b"SLURM_STEP_ID=0" in shown
+    assert b"this shell is itself the rank" in shown and b"SLURM_STEP_ID=0" in shown
 
 
 def test_the_process_tree(tmp_path: Path) -> None:
