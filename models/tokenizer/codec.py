@@ -235,5 +235,5 @@ def _utf8(text: str) -> bytes:
     except UnicodeEncodeError as error:
         raise InputError(
             f"the text is not Unicode: {text[error.start]!r} at position {error.start} "
-            "is no character; give it as UTF-8"
+            "is not a character; give it as UTF-8"
         ) from error

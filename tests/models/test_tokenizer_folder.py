@@ -111,7 +111,7 @@ def test_tokens_of_added_tokens_json_are_added(tmp_path: Path) -> None:
     assert codec.decode([size, size + 1]) == "<a>"
     assert codec.stop_tokens == {size + 1}
     write(tmp_path, "added_tokens.json", **{"<b>": size + 7})
-    with pytest.raises(InputError, match=rf"'<b>' has id {size}, and id {size + 7} in"):
+    with pytest.raises(InputError, match=rf"'<b>' has id {size}, but id {size + 7} in"):
         read(tmp_path)
 
 
