@@ -216,10 +216,15 @@ def test_a_mistake_that_every_rank_meets_is_said_once(tmp_path: Path, run_yoke: 
 
 
 def test_a_prompt_that_is_too_long_is_refused(run_yoke: Callable) -> None:
-    done = run_yoke("--ranks=2", *GOOD, f"prompt={'x' * 1000}")
+    long = ["--ranks=2", *GOOD, "compile=false", f"prompt={'x' * 1000}"]
+    done = run_yoke(*long, "max_new_tokens=64")
     assert done.returncode == 2, done.stderr
     assert "the prompt has 1000 tokens" in done.stderr
     assert "max_seq_len=1064" in done.stderr
+    # A length that nobody gave is what the prompt leaves room for, and a line says so.
+    done = run_yoke(*long, "output=json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] == 24 and "less room" in done.stderr
 
 
 def test_help_and_plan(run_yoke: Callable) -> None:
