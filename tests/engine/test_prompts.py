@@ -95,8 +95,8 @@ def _as_dict(prompt: object) -> dict[str, object]:
         ('{"prompt": "a", "logit_bias": {"' + "1" * 5000 + '": 1}}', "line 2: logit_bias must be like"),
         ('{"prompt": "a", "logit_bias": {"5": true}}', "line 2: logit_bias must be like"),
         ('{"prompt": "a", "logit_bias": [[1.7, 2]]}', "line 2: logit_bias must be like"),
-        ('{"prompt": "a", "temperature": NaN}', "line 2 .* the number NaN is not allowed"),
-        ('{"prompt": "a", "temperature": 1e999}', "line 2 .* the number 1e999 is too large"),
+        ('{"prompt": "a", "temperature": NaN}', "line 2: temperature=nan must be a number"),
+        ('{"prompt": "a", "temperature": 1e999}', "line 2: temperature=inf must be a number"),
     ],
 )
 def test_a_mistake_is_named_with_its_line(line: str, match: str, tmp_path: Path) -> None:
