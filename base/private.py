@@ -77,10 +77,14 @@ def cache_folder() -> tuple[Path, str]:
     """Yoke's private folder for compiled code, and a remark. It is `yoke` in the user's cache folder,
     with the remark "". If that cannot be used, it is a folder of this user in the one for temporary
     files, and the remark says why. Raises OSError if neither can be used."""
+    return first_private(cache_candidates())
+
+
+def cache_candidates() -> list[Path | None]:
+    """The folders that `cache_folder` tries, in order. Nothing is made; None: this user has no home."""
     home = cache_home()
     wished = None if home is None else home / "yoke"
-    fallback = Path(tempfile.gettempdir()) / f"yoke-{os.geteuid()}"
-    return first_private([wished, fallback])
+    return [wished, Path(tempfile.gettempdir()) / f"yoke-{os.geteuid()}"]
 
 
 def first_private(folders: Iterable[Path | None]) -> tuple[Path, str]:

@@ -32,7 +32,13 @@ from typing import IO
 import torch
 
 from base.compiler import find_compiler
-from base.private import NotPrivateError, cache_folder, check_private_file, make_private
+from base.private import (
+    NotPrivateError,
+    cache_candidates,
+    cache_folder,
+    check_private_file,
+    make_private,
+)
 from comm.errors import BuildError
 from comm.sources import (
     BRIDGE,
@@ -99,6 +105,8 @@ def build_extensions(
 def built_extension(extension: Extension = COMM) -> Path | None:
     """The compiled extension, if there is one for this torch, compiler and source; builds nothing."""
     try:
+        if not any(folder and (folder / "extensions").is_dir() for folder in cache_candidates()):
+            return None  # to look makes no folder
         library = _folder() / _file_name(_compiler(), extension)
     except BuildError:
         return None

@@ -45,7 +45,7 @@ def load_kernels() -> bool:
 
 
 def has_kernels() -> bool:
-    """`load_kernels`, of which the answer is a constant of compiled code."""
+    """`load_kernels`; Dynamo treats the result as a constant."""
     return load_kernels()
 
 

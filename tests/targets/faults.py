@@ -95,13 +95,14 @@ def check_killed(size: int, victim: int, name: str, moment: str) -> float:
         for rank in ranks:
             if rank.rank == victim:
                 continue
-            found = wait_for(rank, "raised", 60.0)
+            found = wait_for(rank, "raised", 10.0)
             assert found["kind"] == "CommError", found
             wanted = (
                 f"rank {rank.rank} waited for rank {victim} (pid {ranks[victim].pid}), which has died"
             )
             assert wanted in found["message"], found
             slowest = max(slowest, found["at"] - killed)
+        assert slowest < 2.0, f"{name}, {moment}: noticed after {slowest:.2f} s"
     return slowest
 
 
@@ -111,13 +112,7 @@ def killed() -> None:
     for i, name in enumerate(operators(2)):
         for j, moment in enumerate(("before", "during", "after")):
             size = 3 + (i + j) % 2
-            # Other work on the machine may hold a rank up: the best of three counts.
-            for _ in range(3):
-                took = check_killed(size, (i * 3 + j) % size, name, moment)
-                if took < 2.0:
-                    break
-            assert took < 2.0, f"{name}, {moment}: noticed after {took:.2f} s"
-            slowest = max(slowest, took)
+            slowest = max(slowest, check_killed(size, (i * 3 + j) % size, name, moment))
     print(f"a killed rank was named after {slowest:.2f} s at most")
 
 
