@@ -17,6 +17,12 @@ class CommError(RuntimeError):
     exit_code = 1
 
 
+class PeerError(CommError):
+    """A peer did not answer: it is late, dead or out of step. If it failed, its own error says why."""
+
+    of_peer = True
+
+
 class BuildError(CommError):
     """The shared-memory extension could not be compiled. The message holds the compiler's output."""
 
@@ -30,7 +36,7 @@ class SpaceError(CommError):
 
 @contextmanager
 def told(rank: int) -> Iterator[None]:
-    """Convert errors that operators raise for a peer that is late, dead or out of step to CommError."""
+    """Convert errors that operators raise for a peer that is late, dead or out of step to PeerError."""
     try:
         yield
     except CommError:
@@ -40,8 +46,8 @@ def told(rank: int) -> Iterator[None]:
         line = text.splitlines()[0] if text else ""
         gloo = _GLOO.search(text)
         if _OWN.match(line):
-            raise CommError(line) from error
+            raise PeerError(line) from error
         if gloo is not None or type(error).__name__ in ("DistBackendError", "DistNetworkError"):
             line = gloo[1].strip() if gloo is not None else line
-            raise CommError(f"rank {rank} stopped waiting for other ranks: {line}") from error
+            raise PeerError(f"rank {rank} stopped waiting for other ranks: {line}") from error
         raise

@@ -131,8 +131,9 @@ def main(spec_fd: int) -> int:
         return 130
     except Exception as error:
         code = getattr(error, "exit_code", None)
+        kind = "peer" if getattr(error, "of_peer", False) else "error"
         report(
-            "exception" if code is None else "error",
+            "exception" if code is None else kind,
             message=str(error) or type(error).__name__,
             traceback=_traceback(error)[-50000:],  # the end matters most
         )

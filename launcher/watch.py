@@ -177,6 +177,7 @@ def watch(
     if verdict is None:
         return 0
     # Reports are read only now: one may still have been in its pipe when its rank was reaped.
+    verdict = _find_cause(ranks, verdict)
     left = "".join(
         f"; {rank.name} cannot be killed: {_state(rank) or 'it still runs'}" for rank in running
     )
@@ -264,17 +265,40 @@ def _state(rank: Rank) -> str:
     return ""
 
 
+def _find_cause(ranks: Sequence[Rank], verdict: _Verdict) -> _Verdict:
+    """The verdict on the rank that failed by itself, if the given one is on a rank that only noticed
+    that its peer had gone: the closed connection of a rank can be noticed before its end."""
+    first = next((rank for rank in ranks if rank.code == verdict.code), None)
+    if verdict.message or first is None or _error_of(first).get("kind") != "peer":
+        return verdict
+    for rank in ranks:
+        if (rank.code or 0) < 0 and rank.code not in (-signal.SIGTERM, -signal.SIGKILL):
+            return _Verdict(*_failure(rank), verdict.held)
+    for rank in ranks:
+        if rank.code and rank.code > 0 and _error_of(rank).get("kind") != "peer":
+            return _Verdict(rank.code, "", verdict.held)
+    return verdict
+
+
+def _error_of(rank: Rank) -> dict[str, str]:
+    """The error that the rank reported, empty if it reported none."""
+    for line in rank.report.split(b"\n"):
+        with suppress(ValueError, KeyError, TypeError):
+            report: dict[str, str] = json.loads(line)
+            if report["kind"]:
+                return report
+    return {}
+
+
 def _reported(ranks: Sequence[Rank], code: int, tracebacks: bool) -> str:
     """The message from the failed ranks' reports: a user error once, else the first one's traceback."""
     failed = [rank for rank in ranks if rank.code == code]
     for rank in failed:
-        for line in rank.report.split(b"\n"):
-            with suppress(ValueError, KeyError):
-                report = json.loads(line)
-                if report["kind"] == "error":
-                    before = report.get("traceback", "") if tracebacks else ""
-                    return f"{before}error: {report['message']}"
-                return f"{rank.name} failed:\n{report['traceback'].rstrip()}"
+        error = _error_of(rank)
+        if error.get("kind") in ("error", "peer"):
+            return f"{error.get('traceback', '') if tracebacks else ''}error: {error['message']}"
+        if error:
+            return f"{rank.name} failed:\n{error['traceback'].rstrip()}"
     names = ", ".join(rank.name for rank in failed)
     return f"{names} exited with code {code}; the other ranks were stopped"
 

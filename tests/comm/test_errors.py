@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from comm.errors import BuildError, CommError, told
+from comm.errors import BuildError, PeerError, told
 
 GLOO = "[/src/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"
 STEP = "all_reduce (step 7): rank 0 waited 2 s for rank 1 (pid 5), which is at step 6"
@@ -33,7 +33,7 @@ class DistNetworkError(RuntimeError):
 def test_a_peer_that_fails_is_an_error_whose_message_says_all(
     error: RuntimeError, message: str
 ) -> None:
-    with pytest.raises(CommError) as found, told(3):
+    with pytest.raises(PeerError) as found, told(3):
         raise error
     assert str(found.value).startswith(message) and "\n" not in str(found.value)
     assert found.value.exit_code == 1 and found.value.__cause__ is error

@@ -170,10 +170,10 @@ def test_torch_calls_a_compiler_of_several_words(
     through = tmp_path / "through it"
     through.write_text('#!/bin/sh\nexec "$@"\n')
     through.chmod(0o755)
-    monkeypatch.setattr(config.cpp, "cxx", config.cpp.cxx)
     monkeypatch.setenv("CXX", f"'{through}' g++ -DX='a b'")
-    use_cache_folder()
-    program = get_cpp_compiler()
+    with config.patch("cpp.cxx", config.cpp.cxx):  # setattr's undoing would delete the entry
+        use_cache_folder()
+        program = get_cpp_compiler()
     assert program.endswith("g++")
     done = subprocess.run(
         [program, "-E", "-P", "-x", "c++", "-"], input="X", capture_output=True, text=True, check=True

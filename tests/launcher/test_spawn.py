@@ -100,6 +100,7 @@ def test_a_rank_that_the_kernel_does_not_let_go_is_named_and_left(
     monkeypatch.setattr("launcher.watch._KILL_S", 0.5)
     kill = os.killpg
     held: list[int] = []
+    before = set(psutil.Process().children())
 
     def killpg(pid: int, number: int) -> None:
         if number == signal.SIGKILL:
@@ -114,10 +115,26 @@ def test_a_rank_that_the_kernel_does_not_let_go_is_named_and_left(
     for pid in set(held):
         with contextlib.suppress(ProcessLookupError):
             kill(pid, signal.SIGKILL)
-    while held_children := psutil.Process().children():
-        psutil.wait_procs(held_children, timeout=60)
+    _, left = psutil.wait_procs(set(psutil.Process().children()) - before, timeout=60)
+    assert not left
     assert code == 7
     assert re.search(r"rank 1 \(pid \d+\) exited .* 7.*; rank 0 \(pid \d+\) cannot be killed", err), err
+
+
+@pytest.mark.parametrize(
+    ("cause", "code", "words"),
+    [
+        ("mistake", 2, "error: the value is wrong"),
+        ("crash", 128 + 7, r"rank 0 .* was killed by SIGBUS"),
+    ],
+)
+def test_the_cause_is_the_rank_that_failed_and_not_the_one_that_noticed(
+    run_ranks: Callable, tmp_path: Path, cause: str, code: int, words: str
+) -> None:
+    found, _, err = run_ranks("endings", 2, case="noticed", folder=str(tmp_path), cause=cause)
+    assert found == code, err
+    assert re.search(words, err), err
+    assert "gone" not in err
 
 
 def test_what_a_rank_started_goes_with_it(run_ranks: Callable, tmp_path: Path) -> None:
@@ -141,8 +158,8 @@ def test_what_the_user_set_is_kept(run_ranks: Callable, monkeypatch: pytest.Monk
 
 def test_starts_in_a_row_leave_nothing_open(run_ranks: Callable) -> None:
     run_ranks("endings", 1, case="code")
-    before = len(os.listdir("/proc/self/fd"))
+    before, others = len(os.listdir("/proc/self/fd")), set(psutil.Process().children())
     for _ in range(5):
         run_ranks("endings", 2, case="code")
     assert len(os.listdir("/proc/self/fd")) == before
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= others

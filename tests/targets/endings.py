@@ -18,6 +18,11 @@ class Mistake(ValueError):
     exit_code = 2
 
 
+class Noticed(RuntimeError):
+    exit_code = 1
+    of_peer = True
+
+
 def main(env: Any, payload: str) -> int:
     options = json.loads(payload)
     case = options["case"]
@@ -43,6 +48,18 @@ def main(env: Any, payload: str) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         is_deaf.touch()
         time.sleep(600)
+    elif case == "noticed":
+        is_deaf = Path(options["folder"]) / "deaf"
+        if env.rank == 1:
+            while not is_deaf.exists():
+                time.sleep(0.01)
+            raise Noticed("rank 0 is gone")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        is_deaf.touch()
+        time.sleep(0.5)  # rank 1 has ended before
+        if options["cause"] == "mistake":
+            raise Mistake("the value is wrong")
+        os.kill(os.getpid(), signal.SIGBUS)
     elif case == "grandchild":
         child = subprocess.Popen(["sleep", "600"])
         (Path(options["folder"]) / str(env.rank)).write_text(str(child.pid))

@@ -96,7 +96,7 @@ def check_killed(size: int, victim: int, name: str, moment: str) -> float:
             if rank.rank == victim:
                 continue
             found = wait_for(rank, "raised", 10.0)
-            assert found["kind"] == "CommError", found
+            assert found["kind"] == "PeerError", found
             wanted = (
                 f"rank {rank.rank} waited for rank {victim} (pid {ranks[victim].pid}), which has died"
             )
