@@ -201,7 +201,7 @@ def first_host(text: str) -> str:
 def interface_of(address: str) -> str | None:
     """The network interface on the route to `address`; None if there is none. gloo would pick one by
     this host's name, which need not resolve to an address that the other machines can reach."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:

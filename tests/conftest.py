@@ -6,9 +6,7 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,19 @@ from launcher.machine.topology import read_topology
 from launcher.plan import LaunchRequest, make_plan
 from launcher.spawn import RunOptions, launch, new_session
 from tests.leftovers import MARK, expect_no_more_segments, segments
+from tests.running import CHECKOUT, RunRanks, RunYoke, yoke
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+# A failed assert of a module beside the tests reports its values, as one of a test does.
+pytest.register_assert_rewrite(
+    *(f"tests.{path.name}" for path in (CHECKOUT / "tests").iterdir() if path.is_dir())
+)
 # With it a program prints a line in two pieces, and another rank's may come between them.
 os.environ.pop("PYTHONUNBUFFERED", None)
 # A shell that starts the tests in the background has them ignore Ctrl-C, and with them what they start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # All that is started from here can be told from what other runs have started.
-os.environ.update([MARK.split("=")])
+os.environ.update([MARK])
 
 
 # The files of `make quick`: pure code, and one generation on two ranks. None has a test of over five
@@ -51,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind():
+def nothing_left_behind() -> Iterator[None]:
     """Every test must leave nothing of its own in /dev/shm."""
     before = segments()
     yield
@@ -76,25 +78,13 @@ def reference_model(gguf: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
 
 
-def yoke(*words: str, timeout: float = 600, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run `python launch.py words...` to its end."""
-    return subprocess.run(
-        [sys.executable, str(CHECKOUT / "launch.py"), *words],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, **env},
-        stdin=subprocess.DEVNULL,
-    )
-
-
 @pytest.fixture
-def run_yoke() -> Callable[..., subprocess.CompletedProcess[str]]:
+def run_yoke() -> RunYoke:
     return yoke
 
 
 @pytest.fixture
-def run_ranks(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def run_ranks(capfd: pytest.CaptureFixture[str]) -> RunRanks:
     """`run_ranks(name, size, comm, **payload)` runs tests/targets/<name>.py in real ranks and
     returns exit code, stdout and stderr."""
 

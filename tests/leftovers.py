@@ -1,6 +1,6 @@
 """What a test's own run leaves behind: other runs on this machine have processes and segments too.
 
-Every process that the tests start inherits `MARK`, a random token, in its environment.
+Every process that the tests start inherits `MARK`, a variable with a random token, in its environment.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-MARK = f"YOKE_TESTS={secrets.token_hex(8)}"
+MARK = ("YOKE_TESTS", secrets.token_hex(8))
 # Of Yoke's own names, and of what DeepSpeed makes where it is used.
 _PATTERNS = ("yoke-*", "*yoke_*_*", "deepspeed_*")
 # A segment has a name while its ranks join; one of another run that is nobody's yet, or any more, goes.
@@ -42,7 +42,7 @@ def expect_no_more_segments(before: set[Path]) -> None:
 
 def _is_own(process: psutil.Process) -> bool:
     with suppress(OSError):
-        return MARK.encode() in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+        return "=".join(MARK).encode() in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
     return False
 
 

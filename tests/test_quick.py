@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 
 import torch
 
@@ -12,12 +11,13 @@ from models.config import expected_shapes
 from models.load import load_model
 from models.presets import PRESETS
 from models.reference import generate
+from tests.running import RunYoke
 from weights.formats.random_io import random_checkpoint
 
 PROMPT = "hello"
 
 
-def test_two_ranks_make_the_tokens_of_the_plain_loop(run_yoke: Callable) -> None:
+def test_two_ranks_make_the_tokens_of_the_plain_loop(run_yoke: RunYoke) -> None:
     done = run_yoke(
         "--ranks", "2", "--bind-cores-to-rank", "model=tiny", "weights=random", "dtype=float32",
         "compile=false", "max_new_tokens=6", "output=json", f"prompt={PROMPT}",

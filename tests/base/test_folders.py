@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from base import folders
-from tests.conftest import CHECKOUT
 from tests.others import as_root, by_unknown
+from tests.running import CHECKOUT
 
 
 @pytest.fixture

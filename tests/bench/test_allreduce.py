@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import CHECKOUT
+from tests.running import CHECKOUT
 
 BENCH = CHECKOUT / "bench" / "allreduce.py"
 

@@ -10,7 +10,7 @@ import pytest
 
 from bench.breakdown import Event, overhead_us, sort_events, work_and_wait
 from bench.decode import scaling, summary
-from tests.conftest import CHECKOUT
+from tests.running import CHECKOUT
 
 STEP = "yoke: token step"
 

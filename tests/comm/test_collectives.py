@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.running import RunRanks
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -55,17 +56,17 @@ def test_four_ranks_on_few_cores_do_not_crawl() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_shared_memory_is_exact(size: int, run_ranks: Callable) -> None:
+def test_shared_memory_is_exact(size: int, run_ranks: RunRanks) -> None:
     code, _, err = run_ranks("collectives", size, "shm")
     assert code == 0, err
 
 
-def test_gloo_gives_the_same_sums(run_ranks: Callable) -> None:
+def test_gloo_gives_the_same_sums(run_ranks: RunRanks) -> None:
     code, _, err = run_ranks("collectives", 2, "gloo")
     assert code == 0, err
 
 
-def test_torch_accepts_the_operators_and_compiles_them(run_ranks: Callable) -> None:
+def test_torch_accepts_the_operators_and_compiles_them(run_ranks: RunRanks) -> None:
     """opcheck; one graph of a block, with its collectives and no copies around them; `out` forms."""
     cases = ["operators", "block", "functions"]
     code, out, err = run_ranks("traced", 2, "shm", cases=cases)
@@ -74,7 +75,7 @@ def test_torch_accepts_the_operators_and_compiles_them(run_ranks: Callable) -> N
 
 
 @pytest.mark.parametrize("case", ["join", "late"])
-def test_a_rank_that_does_not_come_is_named(case: str, run_ranks: Callable, tmp_path: Path) -> None:
+def test_a_rank_that_does_not_come_is_named(case: str, run_ranks: RunRanks, tmp_path: Path) -> None:
     code, out, err = run_ranks("timeouts", 3, "shm", case=case, folder=str(tmp_path))
     assert code == 0, err
     assert f"rank 0 waited {'2.5' if case == 'join' else '1.5'} s for rank 1" in out
@@ -84,7 +85,7 @@ def test_a_rank_that_does_not_come_is_named(case: str, run_ranks: Callable, tmp_
     assert "[rank 2]" in out
 
 
-def test_ranks_that_call_different_things_are_told(run_ranks: Callable, tmp_path: Path) -> None:
+def test_ranks_that_call_different_things_are_told(run_ranks: RunRanks, tmp_path: Path) -> None:
     code, out, err = run_ranks("timeouts", 2, "shm", case="mismatch", folder=str(tmp_path))
     assert code == 0, err
     assert "rank 0 calls all_reduce with 8 elements" in out
@@ -92,7 +93,7 @@ def test_ranks_that_call_different_things_are_told(run_ranks: Callable, tmp_path
 
 
 def test_without_a_compiler_gloo_takes_over(
-    run_ranks: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path
+    run_ranks: RunRanks, monkeypatch: pytest.MonkeyPatch, tmp_path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "/nonexistent/compiler")

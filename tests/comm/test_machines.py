@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
+
+from tests.running import RunRanks
 
 
 @pytest.mark.parametrize("nodes", [(0, 0, 1, 1), (0, 0, 0, 2), (0, 1, 0), (5, 5)])
-def test_ranks_by_machine(nodes: tuple[int, ...], run_ranks: Callable) -> None:
+def test_ranks_by_machine(nodes: tuple[int, ...], run_ranks: RunRanks) -> None:
     code, _, err = run_ranks("machines", len(nodes), "gloo", nodes=nodes, compile=nodes == (0, 1, 0))
     assert code == 0, err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from base.errors import LaunchError
 from comm import optional
 from comm.optional import PackageError
 from launcher.doctor.backends import require_backend
-from tests.conftest import yoke
+from tests.running import RunRanks, yoke
 
 PACKAGES = {"ccl": "oneccl_bindings_for_pytorch", "deepspeed": "deepspeed"}
 
@@ -129,7 +128,7 @@ def test_a_rank_does_not_import_it_either(
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 @pytest.mark.parametrize("size", [2, 3])
-def test_deepspeed_sums_and_compiles(size: int, run_ranks: Callable) -> None:
+def test_deepspeed_sums_and_compiles(size: int, run_ranks: RunRanks) -> None:
     code, out, err = run_ranks("optional", size, "deepspeed")
     assert code == 0, err
     assert out == "done\n"

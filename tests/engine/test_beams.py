@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -30,6 +30,7 @@ from models.load import config_of, load_model
 from models.presets import PRESETS
 from models.tokenizer.codec import byte_codec
 from tests.models.families import make
+from tests.running import RunRanks, RunYoke
 from weights.formats.random_io import random_checkpoint
 from weights.open import open_checkpoint
 
@@ -161,7 +162,7 @@ def test_logits_that_are_not_numbers_are_refused(model: Decoder) -> None:
 
 
 def test_ranks_take_the_same_steps_and_find_the_same(
-    folder: Path, model: Decoder, run_ranks: Callable
+    folder: Path, model: Decoder, run_ranks: RunRanks
 ) -> None:
     job = {"prompts": prompts(4), "width": WIDTH, "penalty": 1.0, "count": COUNT, "stops": [3, 11, 19]}
     code, out, err = run_ranks("beams", 2, "shm", folder=str(folder), **job)
@@ -276,7 +277,7 @@ def test_compiled_steps_find_the_same_and_compile_nothing_more() -> None:
         assert [answer.tokens for answer in generate_beams(runner, requests)] == wanted
 
 
-def test_the_command_searches(run_yoke: Callable) -> None:
+def test_the_command_searches(run_yoke: RunYoke) -> None:
     words = ["model=tiny", "weights=random", "prompt=abc", "compile=false", "max_new_tokens=6"]
     done = run_yoke(
         "--ranks=2", *words, "num_beams=4", "max_seq_len=32", "dtype=float32", "output=json"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
 
 import pytest
 
+from tests.running import RunRanks
+
 
 @pytest.mark.slow
-def test_compiled_collectives_are_found_again(run_ranks: Callable) -> None:
+def test_compiled_collectives_are_found_again(run_ranks: RunRanks) -> None:
     number = random.random()  # so that nobody has compiled this step before
     for _ in range(2):  # in the first, one rank may find what the other has just made
         code, out, err = run_ranks("cached", 2, "shm", number=number)

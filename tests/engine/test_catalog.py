@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 
@@ -19,6 +18,7 @@ from models.decoder import BLOCKS
 from models.families import FAMILIES, family_of
 from models.presets import PRESETS
 from models.sizes import layout_of, num_active_parameters, num_parameters
+from tests.running import RunYoke
 from tp.shard import slices_of
 
 
@@ -137,7 +137,7 @@ def test_counts_have_three_digits() -> None:
     ]
 
 
-def test_the_command(run_yoke: Callable) -> None:
+def test_the_command(run_yoke: RunYoke) -> None:
     done = run_yoke("models", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

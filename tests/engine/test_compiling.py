@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from engine import compiling
 from engine.compiling import VARIABLE, CodeFolder, use_cache_folder
+from tests.running import RunYoke
 
 SEAL, MARK = "yoke-seal.json", "yoke-made-this"
 NAMES = ("aa/code.so", "aa/code.cpp", "b/c/d.py", "entries/fx/key", "x.lock")
@@ -182,7 +182,7 @@ def test_torch_calls_a_compiler_of_several_words(
 
 
 @pytest.mark.slow
-def test_a_run_survives_a_damaged_cache(tmp_path: Path, run_yoke: Callable) -> None:
+def test_a_run_survives_a_damaged_cache(tmp_path: Path, run_yoke: RunYoke) -> None:
     words = ["--ranks=2", "model=tiny", "num_layers=1", "weights=random", "prompt=ab", "output=json"]
     cache = tmp_path / "yoke"
     cache.mkdir(mode=0o700)

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 
 import pytest
 
 from models.presets import PRESETS
+from tests.running import RunRanks
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("comm", "dtype"), [("shm", "bfloat16"), ("gloo", "float32")])
 def test_steps_are_whole_graphs_and_later_prompts_compile_nothing(
-    comm: str, dtype: str, run_ranks: Callable
+    comm: str, dtype: str, run_ranks: RunRanks
 ) -> None:
     code, out, err = run_ranks("graph", 2, comm, dtype=dtype)
     assert code == 0, err

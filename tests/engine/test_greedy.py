@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.running import RunYoke
 
 PROMPT = "The capital of France is"
 NEW_TOKENS = 24
@@ -38,7 +39,7 @@ CASES = [(1, "auto", "false"), (1, "auto", "true")] + [
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "comm", "compiled"), CASES)
 def test_greedy_text_is_that_of_transformers(
-    ranks: int, comm: str, compiled: str, reference: list[int], run_yoke: Callable
+    ranks: int, comm: str, compiled: str, reference: list[int], run_yoke: RunYoke
 ) -> None:
     done = run_yoke(
         "--bind-cores-to-rank",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from engine.job import Job, parse_job, stop_texts
 from engine.memory import job_needs, smaller_batch, with_batch
 from engine.resolve import check_ranks, from_json, resolve, to_json
 from models.find import find_weights
+from tests.running import RunYoke
 
 GOOD = ["model=tiny", "weights=random", "prompt=hi"]
 
@@ -195,7 +195,7 @@ def test_a_revision_that_is_not_main_is_named(tmp_path: Path, monkeypatch: pytes
     ],
 )
 def test_the_command_refuses_with_one_message_and_code_2(
-    words: list[str], said: str, run_yoke: Callable
+    words: list[str], said: str, run_yoke: RunYoke
 ) -> None:
     done = run_yoke(*words)
     assert done.returncode == 2
@@ -205,7 +205,7 @@ def test_the_command_refuses_with_one_message_and_code_2(
     assert "Traceback" not in done.stderr
 
 
-def test_a_mistake_that_every_rank_meets_is_said_once(tmp_path: Path, run_yoke: Callable) -> None:
+def test_a_mistake_that_every_rank_meets_is_said_once(tmp_path: Path, run_yoke: RunYoke) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + b"\0" * 50)
     done = run_yoke("--ranks=3", f"model={broken}", "prompt=x")
@@ -215,7 +215,7 @@ def test_a_mistake_that_every_rank_meets_is_said_once(tmp_path: Path, run_yoke: 
     assert "Traceback" not in done.stderr
 
 
-def test_a_prompt_that_is_too_long_is_refused(run_yoke: Callable) -> None:
+def test_a_prompt_that_is_too_long_is_refused(run_yoke: RunYoke) -> None:
     long = ["--ranks=2", *GOOD, "compile=false", f"prompt={'x' * 1000}"]
     done = run_yoke(*long, "max_new_tokens=64")
     assert done.returncode == 2, done.stderr
@@ -227,7 +227,7 @@ def test_a_prompt_that_is_too_long_is_refused(run_yoke: Callable) -> None:
     assert json.loads(done.stdout)["tokens"] == 24 and "less room" in done.stderr
 
 
-def test_help_and_plan(run_yoke: Callable) -> None:
+def test_help_and_plan(run_yoke: RunYoke) -> None:
     for words in ([], ["--help"], ["-h"]):
         done = run_yoke(*words)
         assert done.returncode == 0
@@ -240,7 +240,7 @@ def test_help_and_plan(run_yoke: Callable) -> None:
     assert "Ranks (shm)" in run_yoke("plan").stdout
 
 
-def test_text_is_streamed_and_the_figures_follow(run_yoke: Callable) -> None:
+def test_text_is_streamed_and_the_figures_follow(run_yoke: RunYoke) -> None:
     done: subprocess.CompletedProcess[str] = run_yoke(
         "--ranks=2", *GOOD, "compile=false", "max_new_tokens=5", "dtype=float32"
     )
@@ -253,7 +253,7 @@ def test_text_is_streamed_and_the_figures_follow(run_yoke: Callable) -> None:
 
 
 def test_random_weights_and_seeds_give_the_same_text_for_any_number_of_ranks(
-    run_yoke: Callable,
+    run_yoke: RunYoke,
 ) -> None:
     words = [*GOOD, "compile=false", "dtype=float32", "temperature=0.8", "top_p=0.9", "output=json"]
     runs = [

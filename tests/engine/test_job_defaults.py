@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from models.config import Rope
 from models.presets import PRESETS
 from models.sampling import Sampling
 from tests.quantize.small import make_folder
+from tests.running import RunYoke
 
 RUN = ("compile=false", "dtype=float32", "output=json")
 
@@ -128,9 +128,7 @@ def test_a_gguf_file_has_its_own(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_tokens_are_transformers_with_its_defaults(
-    ranks: int, folder: Path, run_yoke: Callable[..., Any]
-) -> None:
+def test_tokens_are_transformers_with_its_defaults(ranks: int, folder: Path, run_yoke: RunYoke) -> None:
     """In fp32, and with less room than a default asks for: 24 tokens, of which the answer gets 16."""
     from transformers import AutoModelForCausalLM
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,6 +21,7 @@ from models.presets import PRESETS
 from models.reference import generate as plain_loop
 from models.sampling import Sampling
 from tests.quantize.small import make_folder, tensors_of
+from tests.running import RunYoke
 from weights.formats.random_io import random_checkpoint
 from weights.open import open_checkpoint
 
@@ -137,7 +136,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
 
 @pytest.mark.parametrize("comm", ["shm", "gloo"])
 def test_the_command_says_so(
-    comm: str, damaged: tuple[Path, list[int]], tmp_path: Path, run_yoke: Callable[..., Any]
+    comm: str, damaged: tuple[Path, list[int]], tmp_path: Path, run_yoke: RunYoke
 ) -> None:
     folder, good = damaged
     words = (f"model={folder}", "compile=false", "dtype=float32", "max_new_tokens=8", "max_seq_len=64")

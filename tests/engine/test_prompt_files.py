@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.running import RunYoke
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 WORDS = ("model=tiny", "weights=random", "compile=false", "dtype=float32")
@@ -32,7 +33,7 @@ def answers(out: str) -> list[dict]:
     return [json.loads(line) for line in out.splitlines()]
 
 
-def test_answers_come_in_order_whatever_the_batch_and_the_ranks(file: Path, run_yoke: Callable) -> None:
+def test_answers_come_in_order_whatever_the_batch_and_the_ranks(file: Path, run_yoke: RunYoke) -> None:
     runs = []
     for ranks, batch in ((1, 1), (2, 2), (2, 0)):
         done = run_yoke(
@@ -56,7 +57,7 @@ def test_answers_come_in_order_whatever_the_batch_and_the_ranks(file: Path, run_
     assert alone["token_ids"] == runs[0][3]
 
 
-def test_standard_input_and_text(run_yoke: Callable) -> None:
+def test_standard_input_and_text(run_yoke: RunYoke) -> None:
     command = [sys.executable, str(CHECKOUT / "launch.py"), *WORDS, "prompts=-", "max_new_tokens=4"]
     done = subprocess.run(command, input="abc\n\nde\n", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -64,7 +65,7 @@ def test_standard_input_and_text(run_yoke: Callable) -> None:
     assert [part.splitlines()[0] for part in parts if part] == ["[1] abc", "[2] de"]
 
 
-def test_one_prompt_that_does_not_fit_is_named(tmp_path: Path, run_yoke: Callable) -> None:
+def test_one_prompt_that_does_not_fit_is_named(tmp_path: Path, run_yoke: RunYoke) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("short\n" + "x" * 100 + "\n")
     done = run_yoke("--ranks=2", *WORDS, f"prompts={path}", "max_seq_len=80", "max_new_tokens=8")
@@ -73,7 +74,7 @@ def test_one_prompt_that_does_not_fit_is_named(tmp_path: Path, run_yoke: Callabl
     assert done.stderr.count("error: ") == 1
 
 
-def test_a_stop_text_ends_the_answer(run_yoke: Callable) -> None:
+def test_a_stop_text_ends_the_answer(run_yoke: RunYoke) -> None:
     words = (*WORDS, "prompt=hello", "max_new_tokens=30", "output=json")
     whole = json.loads(run_yoke(*words).stdout)
     stop = whole["text"][6:9]

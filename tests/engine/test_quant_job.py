@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from base.errors import InputError
 from engine.job import help_lines, parse_job
 from engine.memory import job_needs, keeps_quantized, with_batch
 from engine.resolve import check_ranks, resolve
+from tests.running import RunYoke
 from tests.weights.quant_files import Kind, write
 
 WORDS = ["model=llama-3.2-1b", "weights=random", "prompt=hi", "dtype=bfloat16"]
@@ -85,7 +85,7 @@ def test_auto_keeps_what_our_products_take() -> None:
     assert any("quant=" in line and "int4-g32" in line for line in help_lines())
 
 
-def test_a_run_tells_its_scheme_and_bad_words_end_with_2(gguf: Path, run_yoke: Callable) -> None:
+def test_a_run_tells_its_scheme_and_bad_words_end_with_2(gguf: Path, run_yoke: RunYoke) -> None:
     words = ["prompt=hi", "max_new_tokens=2", "max_seq_len=64", "compile=false", "output=json",
              "dtype=bfloat16"]  # fmt: skip
     for head, told in (

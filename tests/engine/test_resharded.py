@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import CHECKOUT
+from tests.running import CHECKOUT, RunYoke
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_resharded_model_gives_the_same_tokens(
-    ranks: int, gguf: Path, tmp_path: Path, run_yoke: Callable
+    ranks: int, gguf: Path, tmp_path: Path, run_yoke: RunYoke
 ) -> None:
     out = tmp_path / "resharded"
     command = [sys.executable, "-m", "tp.reshard", "--to", str(ranks), str(gguf), str(out)]

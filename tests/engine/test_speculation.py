@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from itertools import product
@@ -27,6 +27,7 @@ from models.load import load_model
 from models.presets import PRESETS
 from models.sampling import Sampling
 from tests.engine.chances import chi_square, limit
+from tests.running import RunRanks, RunYoke
 from weights.formats.random_io import random_checkpoint
 
 ALONE = Group(0, 1)
@@ -215,7 +216,7 @@ def test_sampled_texts_are_distributed_as_the_model_says(draft: str) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_and_one_make_the_same_texts_and_nothing_is_compiled_later(
-    run_ranks: Callable,
+    run_ranks: RunRanks,
 ) -> None:
     seen = []
     for size, compiled in ((2, False), (1, True)):
@@ -235,7 +236,7 @@ JOB = ("model=tiny", "weights=random", "prompt=abcabc", "max_new_tokens=30")
 
 
 @pytest.mark.slow
-def test_the_command_tells_how_many_guesses_were_right(run_yoke: Callable) -> None:
+def test_the_command_tells_how_many_guesses_were_right(run_yoke: RunYoke) -> None:
     words = ("compile=false", "dtype=float32", "max_seq_len=36", "output=json")
     reports = []
     for draft, ranks in (("lookup", 2), ("tiny", 1)):
@@ -269,7 +270,7 @@ def test_a_draft_is_a_model_of_the_same_vocabulary_or_look_up() -> None:
         check_ranks(wide, 8)
 
 
-def test_an_unknown_draft_is_refused_with_one_message(run_yoke: Callable) -> None:
+def test_an_unknown_draft_is_refused_with_one_message(run_yoke: RunYoke) -> None:
     done = run_yoke(*JOB, "draft=tinny")
     assert done.returncode == 2
     assert done.stderr.startswith("error: draft=tinny") and done.stderr.count("error") == 1

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
@@ -18,6 +16,7 @@ from engine.resolve import resolve
 from models.tokenizer.codec import byte_codec, within_vocabulary
 from models.tokenizer.open import load_codec
 from tests.quantize.small import make_folder
+from tests.running import RunYoke
 from weights.open import open_checkpoint
 
 MESSAGE = "a token of the text has id 128, and the model has a vocabulary of 128 (ids 0 to 127)"
@@ -41,7 +40,7 @@ def words(folder: Path) -> tuple[str, ...]:
     return (f"model={folder}", "compile=false", "dtype=float32", "max_new_tokens=2", "max_seq_len=64")
 
 
-def test_a_prompt_with_it_is_named(folder: Path, tmp_path: Path, run_yoke: Callable[..., Any]) -> None:
+def test_a_prompt_with_it_is_named(folder: Path, tmp_path: Path, run_yoke: RunYoke) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("fine\nthe cat <|r6|> and\n")
     done = run_yoke("--ranks=2", *words(folder), f"prompts={file}")

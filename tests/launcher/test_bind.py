@@ -13,7 +13,7 @@ import pytest
 
 from launcher.bind import openmp_runtime, thread_environment
 from launcher.plan import RankPlan
-from tests.conftest import CHECKOUT
+from tests.running import CHECKOUT, RunYoke
 
 PLAN = RankPlan(0, "cpu", (0,), (0, 2, 4), 3, "bind")
 
@@ -61,7 +61,7 @@ print(torch.get_num_threads(), sorted(masks))
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one cpu tells nothing")
-def test_torchs_threads_sit_on_cpus_of_their_own(run_yoke, tmp_path: Path) -> None:
+def test_torchs_threads_sit_on_cpus_of_their_own(run_yoke: RunYoke, tmp_path: Path) -> None:
     script = tmp_path / "threads.py"
     script.write_text(THREADS)
     first, second = sorted(os.sched_getaffinity(0))[:2]
@@ -115,7 +115,7 @@ def test_a_kernel_that_forbids_memory_policies_is_said_aloud(
 
 
 @pytest.mark.parametrize(("policy", "number"), [("bind", 2), ("preferred", 5), ("interleave", 3)])
-def test_policies_reach_the_kernel(run_yoke, tmp_path: Path, policy: str, number: int) -> None:
+def test_policies_reach_the_kernel(run_yoke: RunYoke, tmp_path: Path, policy: str, number: int) -> None:
     script = tmp_path / "policy.py"
     script.write_text(
         "import ctypes, platform\nnumber = {'x86_64': 239, 'aarch64': 236}[platform.machine()]\n"
@@ -132,7 +132,7 @@ def test_policies_reach_the_kernel(run_yoke, tmp_path: Path, policy: str, number
     assert "memory" not in result.stderr
 
 
-def test_placement_is_verified(run_yoke, tmp_path: Path) -> None:
+def test_placement_is_verified(run_yoke: RunYoke, tmp_path: Path) -> None:
     script = tmp_path / "grow.py"
     script.write_text("block = bytearray(64 << 20)\n")
     result = run_yoke("run", "--bind-cores-to-rank", "--verify-placement", "--ranks", "1", str(script))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from trees import write
 
 from launcher.machine.cgroup import Cgroup, read_cgroup
+from tests.launcher.trees import write
 
 UNLIMITED_V1 = "9223372036854771712"
 V2 = {

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pexpect
 import psutil
 import pytest
 
-from tests.conftest import CHECKOUT
+from tests.running import CHECKOUT, RunYoke
 
 MODULE = "tests.targets.echo_chat"
 # readline asks for pasted texts in brackets while it has the line, and until Enter is pressed.
@@ -392,7 +392,7 @@ def test_ctrl_z_without_a_shell_does_nothing(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_chat_cannot_do_is_refused(
-    run_yoke: Callable, words: list[str], env: dict[str, str], message: str
+    run_yoke: RunYoke, words: list[str], env: dict[str, str], message: str
 ) -> None:
     result = run_yoke("chat", *words, **env)
     assert result.returncode == 2

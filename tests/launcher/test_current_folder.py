@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.elastic import agent_command
-from tests.conftest import CHECKOUT
+from tests.running import CHECKOUT
 
 NAMES = (
     "torch", "numpy", "json", "argparse", "subprocess", "socket", "random", "typing", "base", "comm",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from trees import GPU_UUIDS, NODE, gpus, memory_only, two_sockets, write
 
 from launcher.machine.gpus import Gpu, read_gpus
 from launcher.machine.topology import read_topology
+from tests.launcher.trees import GPU_UUIDS, NODE, gpus, memory_only, two_sockets, write
 
 FIRST, SECOND, THIRD = "0000:3b:00.0", "0000:5e:00.0", "10000:01:00.0"
 

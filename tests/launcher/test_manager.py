@@ -25,7 +25,7 @@ from launcher.elastic import agent_command
 from launcher.manager import find_manager, first_host, interface_of, tasks_per_node
 from launcher.meeting import Meeting, meet
 from launcher.starter import is_typed_in_rank, was_started_by
-from tests.conftest import CHECKOUT
+from tests.running import CHECKOUT
 
 LAUNCH = str(CHECKOUT / "launch.py")
 GENERATE = ["model=tiny", "weights=random", "prompt=hello", "max_new_tokens=8", "compile=false",

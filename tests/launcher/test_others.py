@@ -22,9 +22,9 @@ from launcher.manager import Managed
 from launcher.meeting import meet
 from launcher.output import open_log
 from launcher.user_secret import read_secret, user_secret
-from tests.conftest import CHECKOUT
 from tests.leftovers import own_processes
 from tests.others import NOBODY, as_root, by_nobody, nobody_runs
+from tests.running import CHECKOUT
 
 
 def place(rank: int, run_id: str) -> Managed:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from trees import NODE, sockets_on_nodes, two_sockets, write
 
 from base.errors import LaunchError
 from launcher.draw import render_plain
 from launcher.fit import check_fit
 from launcher.machine.topology import Topology, read_topology
 from launcher.plan import MAX_RANKS, LaunchPlan, LaunchRequest, make_plan
-from tests.conftest import CHECKOUT
+from tests.launcher.trees import NODE, sockets_on_nodes, two_sockets, write
+from tests.running import CHECKOUT, RunYoke
 
 
 def planned(topology: Topology, **wishes) -> LaunchPlan:
@@ -66,7 +65,7 @@ def test_parts_of_a_unit_end_where_its_sockets_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sockets", [1, 2])
 def test_nodes_that_list_the_same_cpus_are_one_place(
-    sockets: int, tmp_path: Path, run_yoke: Callable
+    sockets: int, tmp_path: Path, run_yoke: RunYoke
 ) -> None:
     places = [(socket, socket) for socket in range(sockets) for _ in range(4)]
     root = write(tmp_path, sockets_on_nodes(places, numa_fake=4))

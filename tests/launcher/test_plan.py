@@ -15,6 +15,7 @@ from launcher.fit import check_fit, require_fit
 from launcher.flags import parse_flags
 from launcher.machine.topology import Core, Gpu, Node, Socket, Topology
 from launcher.plan import LaunchRequest, make_plan
+from tests.running import RunYoke
 
 
 def machine(
@@ -256,7 +257,7 @@ def test_flags_in_both_spellings_mean_the_same() -> None:
      "--unknown", "fly", "--sysfs /tmp model=tiny", "--nnodes 2", "--nnodes 0",
      "--nnodes 2 --node-rank 2 --rdzv-endpoint a:1", "--nnodes 2 --node-rank 0 --rdzv-endpoint a"],
 )  # fmt: skip
-def test_flags_that_make_no_sense_end_with_2(run_yoke, words: str) -> None:
+def test_flags_that_make_no_sense_end_with_2(run_yoke: RunYoke, words: str) -> None:
     more = [] if "fly" in words or "model" in words else ["model=tiny", "weights=random", "prompt=x"]
     result = run_yoke(*words.split(), *more, timeout=120)
     assert result.returncode == 2, result.stderr
@@ -299,7 +300,7 @@ def test_memory_is_divided_by_what_ranks_need() -> None:
     assert not any(fit.fits for fit in fits)
 
 
-def test_the_command_says_whether_a_model_fits(run_yoke) -> None:
+def test_the_command_says_whether_a_model_fits(run_yoke: RunYoke) -> None:
     words = ["plan", "--bind-cores-to-rank", "weights=random"]
     result = run_yoke(*words, "model=tiny", timeout=120)
     assert "fits" in result.stdout and "DOES NOT" not in result.stdout
@@ -314,8 +315,8 @@ def test_the_command_says_whether_a_model_fits(run_yoke) -> None:
         assert result.stderr.startswith("error: rank 0 needs")
 
 
-def test_a_quota_below_the_cores_is_a_reason(run_yoke, tmp_path) -> None:
-    from trees import two_sockets, write
+def test_a_quota_below_the_cores_is_a_reason(run_yoke: RunYoke, tmp_path) -> None:
+    from tests.launcher.trees import two_sockets, write
 
     files = two_sockets() | {
         "proc/self/cgroup": "0::/job",
@@ -334,9 +335,8 @@ def test_the_drawing_shows_every_core_in_its_ranks_color(unit: str, tmp_path) ->
     import subprocess
     import sys
 
-    from trees import two_sockets, write
-
-    from tests.conftest import CHECKOUT
+    from tests.launcher.trees import two_sockets, write
+    from tests.running import CHECKOUT
 
     root = write(tmp_path, two_sockets())
     master, slave = pty.openpty()

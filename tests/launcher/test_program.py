@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import pytest
 from base.errors import LaunchError
 from launcher.flags import parse_flags
 from launcher.program import check_program
-from tests.conftest import CHECKOUT
+from tests.running import CHECKOUT, RunYoke
 
 REPORT = """
 import json, os, sys
@@ -33,9 +32,7 @@ def reports(out: str) -> dict[int, dict]:
     return {int(line["rank"]): line for line in lines}
 
 
-def test_a_script_sees_torchruns_world_and_its_own_arguments(
-    run_yoke: Callable, tmp_path: Path
-) -> None:
+def test_a_script_sees_torchruns_world_and_its_own_arguments(run_yoke: RunYoke, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(REPORT)
     result = run_yoke("run", "--bind-cores-to-rank", "--ranks", "2", str(script), "--ranks", "7", "a=b")
@@ -80,7 +77,7 @@ def test_a_module_of_the_users_hides_ours(tmp_path: Path) -> None:
     ],
 )
 def test_how_a_program_ends_is_how_the_run_ends(
-    run_yoke: Callable, tmp_path: Path, ending: str, code: int, words: str
+    run_yoke: RunYoke, tmp_path: Path, ending: str, code: int, words: str
 ) -> None:
     script = tmp_path / "script.py"
     script.write_text(
@@ -94,7 +91,7 @@ def test_how_a_program_ends_is_how_the_run_ends(
         assert "launcher/" not in result.stderr
 
 
-def test_the_example_runs(run_yoke: Callable) -> None:
+def test_the_example_runs(run_yoke: RunYoke) -> None:
     result = run_yoke(
         "run",
         "--bind-cores-to-rank",

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -18,23 +17,23 @@ import pytest
 
 from launcher.flags import parse_flags
 from launcher.spawn import RunOptions
-from tests.conftest import CHECKOUT
+from tests.running import CHECKOUT, RunRanks
 
 
-def test_ranks_are_bound_and_told_their_place(run_ranks: Callable) -> None:
+def test_ranks_are_bound_and_told_their_place(run_ranks: RunRanks) -> None:
     code, out, err = run_ranks("endings", 2, case="place")
     assert code == 0, err
     assert "rank 0 of 2" in out
     assert "[rank 1] rank 1 of 2" in out
 
 
-def test_a_mistake_is_told_once_and_ends_with_2(run_ranks: Callable) -> None:
+def test_a_mistake_is_told_once_and_ends_with_2(run_ranks: RunRanks) -> None:
     code, _, err = run_ranks("endings", 3, case="mistake")
     assert code == 2
     assert err.strip() == "error: the value is wrong"
 
 
-def test_a_mistake_has_a_traceback_where_it_is_asked_for(run_ranks: Callable) -> None:
+def test_a_mistake_has_a_traceback_where_it_is_asked_for(run_ranks: RunRanks) -> None:
     code, _, err = run_ranks("endings", 3, case="mistake", options=RunOptions(tracebacks=True))
     assert code == 2
     assert err.startswith("Traceback") and err.endswith("\nerror: the value is wrong\n")
@@ -65,27 +64,27 @@ def test_where_ranks_cannot_meet_is_said_before_they_start(
     assert all(word in done.stderr for word in words)
 
 
-def test_an_exception_is_shown_once_with_its_rank(run_ranks: Callable) -> None:
+def test_an_exception_is_shown_once_with_its_rank(run_ranks: RunRanks) -> None:
     code, _, err = run_ranks("endings", 2, case="exception")
     assert code == 1
     assert err.count("ZeroDivisionError") == 1
     assert "rank 1 (pid" in err
 
 
-def test_exit_codes_of_ranks_are_kept(run_ranks: Callable) -> None:
+def test_exit_codes_of_ranks_are_kept(run_ranks: RunRanks) -> None:
     code, _, err = run_ranks("endings", 2, case="code")
     assert code == 7
     assert "rank 1" in err
 
 
-def test_a_rank_that_ends_early_is_an_error_that_names_the_others(run_ranks: Callable) -> None:
+def test_a_rank_that_ends_early_is_an_error_that_names_the_others(run_ranks: RunRanks) -> None:
     code, _, err = run_ranks("endings", 2, case="early", options=RunOptions(grace_s=1.0))
     assert code == 1
     assert "rank 1 (pid" in err
     assert "running: rank 0 (pid" in err
 
 
-def test_a_rank_that_ignores_the_request_is_killed(run_ranks: Callable, tmp_path: Path) -> None:
+def test_a_rank_that_ignores_the_request_is_killed(run_ranks: RunRanks, tmp_path: Path) -> None:
     start = time.monotonic()
     code, _, err = run_ranks(
         "endings", 2, case="stubborn", folder=str(tmp_path), options=RunOptions(grace_s=1.0)
@@ -95,7 +94,7 @@ def test_a_rank_that_ignores_the_request_is_killed(run_ranks: Callable, tmp_path
 
 
 def test_a_rank_that_the_kernel_does_not_let_go_is_named_and_left(
-    run_ranks: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run_ranks: RunRanks, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("launcher.watch._KILL_S", 0.5)
     kill = os.killpg
@@ -129,7 +128,7 @@ def test_a_rank_that_the_kernel_does_not_let_go_is_named_and_left(
     ],
 )
 def test_the_cause_is_the_rank_that_failed_and_not_the_one_that_noticed(
-    run_ranks: Callable, tmp_path: Path, cause: str, code: int, words: str
+    run_ranks: RunRanks, tmp_path: Path, cause: str, code: int, words: str
 ) -> None:
     found, _, err = run_ranks("endings", 2, case="noticed", folder=str(tmp_path), cause=cause)
     assert found == code, err
@@ -137,7 +136,7 @@ def test_the_cause_is_the_rank_that_failed_and_not_the_one_that_noticed(
     assert "gone" not in err
 
 
-def test_what_a_rank_started_goes_with_it(run_ranks: Callable, tmp_path: Path) -> None:
+def test_what_a_rank_started_goes_with_it(run_ranks: RunRanks, tmp_path: Path) -> None:
     code, _, err = run_ranks("endings", 2, case="grandchild", folder=str(tmp_path))
     assert code == 0, err
     pids = [int(file.read_text()) for file in tmp_path.iterdir()]
@@ -148,7 +147,7 @@ def test_what_a_rank_started_goes_with_it(run_ranks: Callable, tmp_path: Path) -
     assert not any(map(psutil.pid_exists, pids))
 
 
-def test_what_the_user_set_is_kept(run_ranks: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_user_set_is_kept(run_ranks: RunRanks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     code, out, err = run_ranks("endings", 1, case="place")
     assert code == 0, err
@@ -156,7 +155,7 @@ def test_what_the_user_set_is_kept(run_ranks: Callable, monkeypatch: pytest.Monk
     assert "OMP_NUM_THREADS=3 is kept" in err
 
 
-def test_starts_in_a_row_leave_nothing_open(run_ranks: Callable) -> None:
+def test_starts_in_a_row_leave_nothing_open(run_ranks: RunRanks) -> None:
     run_ranks("endings", 1, case="code")
     before, others = len(os.listdir("/proc/self/fd")), set(psutil.Process().children())
     for _ in range(5):

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lstopo import read_listing
-from trees import CPU, NODE, gpus, memory, memory_only, two_sockets, write
 
 from base.errors import LaunchError
 from launcher.machine.sysfs import parse_cpu_mask
 from launcher.machine.topology import Core, Topology, format_cpu_list, parse_cpu_list, read_topology
+from tests.launcher.lstopo import read_listing
+from tests.launcher.trees import CPU, NODE, gpus, memory, memory_only, two_sockets, write
 
 RECORDED = Path(__file__).resolve().parent.parent.parent.parent / "shared" / "topologies"
 NAMES = sorted(path.name.removesuffix(".tar.bz2") for path in RECORDED.glob("*.tar.bz2"))

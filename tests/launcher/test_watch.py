@@ -7,15 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.conftest import CHECKOUT
 from tests.leftovers import own_processes
+from tests.running import CHECKOUT, RunYoke
 
 PROGRAM = """
 import os, signal, subprocess, sys, time
@@ -129,7 +129,7 @@ def test_a_rank_whose_interpreter_is_stuck_shows_where(tmp_path: Path) -> None:
         assert 'program.py", line' in err
 
 
-def test_a_busy_rank_is_not_taken_for_stuck(run_yoke: Callable, tmp_path: Path) -> None:
+def test_a_busy_rank_is_not_taken_for_stuck(run_yoke: RunYoke, tmp_path: Path) -> None:
     script = tmp_path / "busy.py"
     script.write_text(
         "import time\nuntil = time.monotonic() + 5\nwhile time.monotonic() < until: pass\n"
@@ -138,7 +138,7 @@ def test_a_busy_rank_is_not_taken_for_stuck(run_yoke: Callable, tmp_path: Path) 
     assert result.returncode == 0, result.stderr
 
 
-def test_a_rank_that_does_not_start_is_named(tmp_path: Path, run_yoke: Callable) -> None:
+def test_a_rank_that_does_not_start_is_named(tmp_path: Path, run_yoke: RunYoke) -> None:
     # Python runs sitecustomize before anything of ours.
     (tmp_path / "sitecustomize.py").write_text(
         "import os, time\nif os.environ.get('RANK') == '1': time.sleep(300)\n"
@@ -172,7 +172,7 @@ def test_signals_that_programs_use_are_passed_on(tmp_path: Path) -> None:
 
 
 def test_logs_hold_each_ranks_output_and_rank_0_stays_untouched(
-    tmp_path: Path, run_yoke: Callable
+    tmp_path: Path, run_yoke: RunYoke
 ) -> None:
     script = tmp_path / "script.py"
     script.write_text(
@@ -214,7 +214,7 @@ def test_rank_0_keeps_a_terminal_with_logs(tmp_path: Path) -> None:
     assert (tmp_path / "logs" / "rank-0.log").read_text() == "terminal True\n"
 
 
-def test_fifty_starts_leave_nothing_behind(tmp_path: Path, run_yoke: Callable) -> None:
+def test_fifty_starts_leave_nothing_behind(tmp_path: Path, run_yoke: RunYoke) -> None:
     script = tmp_path / "script.py"
     script.write_text("import os, sys\nsys.exit(3 if os.environ['RANK'] == sys.argv[1] else 0)\n")
     before = {process.pid for process in own_processes()}

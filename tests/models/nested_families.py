@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import make as make_text
+
+from tests.models.families import make as make_text
 
 TOWER = {
     "hidden_size": 32,

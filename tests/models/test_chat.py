@@ -13,13 +13,13 @@ from typing import Any
 
 import psutil
 import pytest
-from hostile_texts import TEMPLATES as HOSTILE
 from tokenizers import Tokenizer, models
 
 from base.errors import InputError
 from models import chat
 from models.chat import apply_chat_template
 from models.tokenizer.codec import TextCodec
+from tests.models.hostile_texts import TEMPLATES as HOSTILE
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}

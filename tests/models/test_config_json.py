@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from vocabularies import SPECIAL, TEXTS, gguf_of, train_bytes
 
 from base.errors import InputError
 from models.config import ModelConfig, Rope
@@ -16,6 +15,7 @@ from models.config_hf import from_hf
 from models.config_json import to_hf
 from models.tokenizer.files import tokenizer_files
 from models.tokenizer.open import load_codec
+from tests.models.vocabularies import SPECIAL, TEXTS, gguf_of, train_bytes
 from weights.checkpoint import Checkpoint
 from weights.open import open_checkpoint
 

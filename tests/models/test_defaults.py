@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
 import torch
 
@@ -19,6 +18,8 @@ from models.config import ModelConfig
 from models.config_hf import ARCHITECTURES, from_hf
 from models.defaults import ALIASES, DEFAULTS, ROPE_DEFAULTS, gguf_defaults
 from models.keys import REQUIRED
+from tests.models import families
+from tests.running import RunRanks
 
 # Keys that are no fields of a class: rotary settings, and what it takes from any file that has them.
 NOT_FIELDS = {
@@ -104,7 +105,7 @@ SIZES: dict[str, dict[str, Any]] = {
 GPTJ_SIZES = {"n_embd": 128, "n_head": 2, "n_layer": 2}
 
 
-def test_models_of_files_with_sizes_alone(tmp_path: Path, run_ranks: Any) -> None:
+def test_models_of_files_with_sizes_alone(tmp_path: Path, run_ranks: RunRanks) -> None:
     """Their logits, against transformers on the same folder, on 1 and 2 ranks."""
     folders = {}
     for architecture in ARCHITECTURES:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import NAMES, run, save, wanted
 
 from base.errors import InputError
 from comm import ops
@@ -19,8 +18,10 @@ from comm.group import Group
 from models.config import expected_shapes
 from models.decoder import Decoder
 from models.load import config_of, destinations, load_model
+from tests.models.families import NAMES, run, save, wanted
 from tests.models.table import DEFAULTS_ABOUT, TITLES, defaults_table, described
 from tests.models.traces import expected, group_of_one, trace
+from tests.running import RunRanks
 from tp.shard import find_spec, plan_layout, slices_of
 from weights.open import open_checkpoint
 
@@ -70,7 +71,7 @@ def test_some_tokens_of_some_texts(name: str, saved: Callable[[str], Path]) -> N
 
 @pytest.mark.parametrize(("sizes", "names"), [([2], NAMES), ([3, 4, 5, 6, 7, 8], UP_TO_8)])
 def test_ranks(
-    sizes: list[int], names: tuple[str, ...], saved: Callable[[str], Path], run_ranks: Callable
+    sizes: list[int], names: tuple[str, ...], saved: Callable[[str], Path], run_ranks: RunRanks
 ) -> None:
     folders = {name: str(saved(name)) for name in names}
     code, out, err = run_ranks("families", max(sizes), "shm", folders=folders, sizes=sizes)

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import gguf as gguf_package
-import gguf_files
 import numpy as np
 import pytest
 import torch
-from families import run, save, wanted
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
 
 from comm.group import Group
 from models.load import config_of, load_model
+from tests.models import gguf_files
+from tests.models.families import run, save, wanted
 from weights.open import open_checkpoint
 
 # What GGUF cannot say is left at what llama.cpp takes for granted: Gemma's query scale, SmolLM3's

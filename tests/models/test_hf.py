@@ -9,13 +9,11 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hf_families import FAMILIES, add_tokenizer, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from base.errors import InputError
@@ -24,6 +22,8 @@ from engine.job import parse_job
 from engine.memory import job_needs
 from engine.resolve import check_ranks, resolve
 from models.hf.model import HfModel, build_model, load_hf_model
+from tests.models.hf_families import FAMILIES, add_tokenizer, save
+from tests.running import RunRanks, RunYoke
 from tests.targets.hf import run, wanted_of
 from tp.heads import split_heads
 from weights.formats.safetensors_io import open_safetensors
@@ -71,7 +71,7 @@ def test_one_rank_eager_and_traced(name: str, folders: dict[str, str], tokens: t
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "comm"), [(2, "shm"), (3, "gloo")])
-def test_ranks(size: int, comm: str, folders: dict[str, str], run_ranks: Callable) -> None:
+def test_ranks(size: int, comm: str, folders: dict[str, str], run_ranks: RunRanks) -> None:
     """Odd head counts, cut groups and replicated KV heads; batches of rows of different lengths. And
     each rank holds its part alone."""
     code, out, err = run_ranks("hf", size, comm, folders=folders)
@@ -91,7 +91,7 @@ def test_ranks(size: int, comm: str, folders: dict[str, str], run_ranks: Callabl
 
 
 @pytest.mark.slow
-def test_the_command_compiled(tmp_path: Path, run_yoke: Callable) -> None:
+def test_the_command_compiled(tmp_path: Path, run_yoke: RunYoke) -> None:
     """Greedy text of two compiled ranks is that of `generate`, and no step is compiled twice."""
     from tokenizers import Tokenizer
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from models.config import ModelConfig, expected_shapes
+from tests.running import RunRanks
 
 CONFIG = ModelConfig(2048, 8, 32, 8, 64, 8192, 32000, 2048)
 HF = {
@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_peak_memory_is_the_ranks_own_part(folder: Path, size: int, run_ranks: Callable) -> None:
+def test_peak_memory_is_the_ranks_own_part(folder: Path, size: int, run_ranks: RunRanks) -> None:
     code, out, err = run_ranks("memory", size, "gloo", folder=str(folder))
     assert code == 0, err
     lines = [json.loads(line[line.index("{") :]) for line in out.splitlines()]

@@ -12,10 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import make, run, wanted
-from hf_families import add_tokenizer
-from nested_families import NESTED
-from nested_families import save as save_nested
 from safetensors.torch import load_file, save_file
 
 from base.errors import InputError
@@ -25,6 +21,11 @@ from models.load import config_of, load_model
 from models.tokenizer.open import load_codec
 from reshard.plan import make_plan
 from reshard.run import Reader, write
+from tests.models.families import make, run, wanted
+from tests.models.hf_families import add_tokenizer
+from tests.models.nested_families import NESTED
+from tests.models.nested_families import save as save_nested
+from tests.running import RunRanks
 from weights.nested import WRAPPERS
 from weights.open import open_checkpoint
 
@@ -121,7 +122,7 @@ def test_one_rank(name: str, saved: Callable[[str], Path]) -> None:
     assert len(checkpoint.notes) == (name in NESTED), checkpoint.notes
 
 
-def test_two_ranks(saved: Callable[[str], Path], run_ranks: Callable) -> None:
+def test_two_ranks(saved: Callable[[str], Path], run_ranks: RunRanks) -> None:
     names = [*FOLDERS, "gemma3", "mistral3", "llava", "llava_onevision", "idefics3"]
     folders = {name: str(saved(name)) for name in names}
     code, out, err = run_ranks("families", 2, "shm", folders=folders, sizes=[2])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from comm.group import Group
 from kernels.load import load_kernels
 from models.config import ModelConfig, expected_shapes
 from models.load import load_model
+from tests.running import RunRanks
 from tests.targets.packed import logits_of
 from weights.formats.random_io import random_checkpoint
 
@@ -42,9 +42,7 @@ def test_logits_are_those_of_plain_weights(config: ModelConfig) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
 
 
-def test_ranks_compute_what_one_computes(
-    tmp_path: Path, run_ranks: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_ranks_compute_what_one_computes(tmp_path: Path, run_ranks: RunRanks) -> None:
     torch.save([(config, *wanted_of(config)) for config in CONFIGS], tmp_path / "cases.pt")
     code, _, err = run_ranks("packed", 2, file=str(tmp_path / "cases.pt"))
     assert code == 0, err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from reshard.plan import make_plan
 from reshard.run import Reader
 from reshard.run import write as write_parts
 from tests.models.expert_files import write_folder, write_gguf
+from tests.running import RunRanks
 from tests.targets.quant import TOKENS, logits_of, wanted_file
 from tests.weights.quant_files import CONFIG as KEYS
 from tests.weights.quant_files import Kind, save, write
@@ -192,9 +192,7 @@ def write_plain(folder: Path, tied: bool) -> Path:
     return folder / "model.safetensors"
 
 
-def test_ranks_compute_what_one_computes(
-    gguf: Path, tmp_path: Path, run_ranks: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_ranks_compute_what_one_computes(gguf: Path, tmp_path: Path, run_ranks: RunRanks) -> None:
     models = []
     for method, bits, group in (("pack-quantized", 4, 64), ("int-quantized", 8, 0)):
         folder = tmp_path / method

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from vocabularies import TEXTS
 
 from models.chat import apply_chat_template
 from models.tokenizer.codec import TextCodec, byte_codec
 from models.tokenizer.open import load_codec
+from tests.models.vocabularies import TEXTS
 from weights.checkpoint import Checkpoint
 from weights.open import open_checkpoint
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tokenizer_gguf import LLAMA_3, byte_level, patterns
 from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
-from vocabularies import CORPUS, SPECIAL, TEXTS, train_bytes, train_spm
 
 from base.errors import InputError
 from models.chat import apply_chat_template
 from models.tokenizer.byte_level import spell
 from models.tokenizer.codec import TextCodec
 from models.tokenizer.open import load_codec
+from tests.models.test_tokenizer_gguf import LLAMA_3, byte_level, patterns
+from tests.models.vocabularies import CORPUS, SPECIAL, TEXTS, train_bytes, train_spm
 from weights.checkpoint import Checkpoint
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vocabularies import SPECIAL, TEXTS, gguf_of, train_bytes, train_spm, write_gguf
 
 from base.errors import InputError
 from models.chat import apply_chat_template
@@ -20,6 +19,7 @@ from models.tokenizer.byte_level import SPLITTINGS, build_bytes
 from models.tokenizer.codec import TextCodec
 from models.tokenizer.open import load_codec
 from models.tokenizer.spm import read_spm
+from tests.models.vocabularies import SPECIAL, TEXTS, gguf_of, train_bytes, train_spm, write_gguf
 from weights.checkpoint import Checkpoint
 from weights.open import open_checkpoint
 
@@ -141,7 +141,7 @@ def test_a_word_that_is_a_token_is_taken_whole_where_the_model_does_so(
 
 def test_pre_tokenizers_are_told_apart() -> None:
     """Families share names, but no family is another by mistake: the texts tell them apart."""
-    from vocabularies import CORPUS
+    from tests.models.vocabularies import CORPUS
 
     def words(pre: str) -> str:
         tokenizer = train_bytes(MODELS[pre][0], MODELS[pre][1])

@@ -9,14 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hostile_texts import HARMLESS, PIPELINES, VOCABULARIES, escaped, plain_json, write_json
-from test_tokenizer_folder import read
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from vocabularies import CORPUS
 
 from base.errors import InputError
 from models.tokenizer.codec import make_codec
 from models.tokenizer.limits import check_json, check_length, divisions, guarded
+from tests.models.hostile_texts import (
+    HARMLESS,
+    PIPELINES,
+    VOCABULARIES,
+    escaped,
+    plain_json,
+    write_json,
+)
+from tests.models.test_tokenizer_folder import read
+from tests.models.vocabularies import CORPUS
 
 
 @contextmanager

@@ -25,8 +25,8 @@ from models.quant_rules import parse_asked
 from quantize.command import main
 from quantize.job import parse_job, searches, uses_gptq
 from quantize.plan import make_plan
-from tests.conftest import CHECKOUT
 from tests.quantize.small import CONFIG, TEXT, make_folder, tensors_of
+from tests.running import CHECKOUT
 from weights.open import open_checkpoint
 from weights.quant import parse_scheme
 from weights.quantize import quantize_rtn

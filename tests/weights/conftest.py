@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from samples import llama
+
+from tests.weights.samples import llama
 
 
 @pytest.fixture

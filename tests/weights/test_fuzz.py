@@ -18,7 +18,9 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import quantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from samples import (
+
+from base.errors import InputError
+from tests.weights.samples import (
     CONFIG,
     llama,
     tiny,
@@ -29,8 +31,6 @@ from samples import (
     write_meta,
     write_safetensors,
 )
-
-from base.errors import InputError
 from weights.open import open_checkpoint
 
 EXAMPLES = int(os.environ.get("YOKE_FUZZ", "0"))

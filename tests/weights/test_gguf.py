@@ -10,9 +10,9 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGUFReader
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
-from samples import HEADS, KV_HEADS, interleave, whole, write_gguf
 
 from base.errors import InputError
+from tests.weights.samples import HEADS, KV_HEADS, interleave, whole, write_gguf
 from weights.open import open_checkpoint
 
 ROWS, COLUMNS = 24, 1024

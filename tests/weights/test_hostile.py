@@ -11,10 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from lies import refused, save
-from samples import CONFIG, PARAMS, llama, tiny, write_bin, write_json, write_meta, write_safetensors
 
 from base.errors import InputError
+from tests.weights.lies import refused, save
+from tests.weights.samples import (
+    CONFIG,
+    PARAMS,
+    llama,
+    tiny,
+    write_bin,
+    write_json,
+    write_meta,
+    write_safetensors,
+)
 from weights.open import open_checkpoint
 
 pytestmark = pytest.mark.usefixtures("little_memory")

@@ -6,7 +6,8 @@ Processor time is asked and not the clock, so that other work on the machine cha
 from __future__ import annotations
 
 import pytest
-from hostile_files import CASES, cost_of
+
+from tests.weights.hostile_files import CASES, cost_of
 
 
 @pytest.mark.parametrize("name", CASES)

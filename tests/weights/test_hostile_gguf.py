@@ -6,10 +6,10 @@ import struct
 from pathlib import Path
 
 import pytest
-from lies import refused, save
-from samples import tiny, write_gguf
 
 from base.errors import InputError
+from tests.weights.lies import refused, save
+from tests.weights.samples import tiny, write_gguf
 from weights.open import open_checkpoint
 
 pytestmark = pytest.mark.usefixtures("little_memory")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from lies import refused, save
-from samples import tiny, write_json
 
+from tests.weights.lies import refused, save
+from tests.weights.samples import tiny, write_json
 from weights.open import open_checkpoint
 
 pytestmark = pytest.mark.usefixtures("little_memory")

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from samples import (
+from torch import Tensor
+
+from base.errors import InputError
+from engine.job import parse_job
+from engine.resolve import resolve
+from models.config import expected_shapes
+from models.config_hf import from_hf
+from tests.weights.samples import (
     CONFIG,
     HEADS,
     KV_HEADS,
@@ -28,13 +35,6 @@ from samples import (
     write_meta,
     write_safetensors,
 )
-from torch import Tensor
-
-from base.errors import InputError
-from engine.job import parse_job
-from engine.resolve import resolve
-from models.config import expected_shapes
-from models.config_hf import from_hf
 from weights.checkpoint import Checkpoint, Entry
 from weights.names import translate
 from weights.open import open_checkpoint

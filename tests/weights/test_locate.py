@@ -11,11 +11,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from quant_files import CONFIG as QUANTIZED
-from quant_files import LAYER, Kind, declared, write
-from quant_files import save as save_quantized
 from safetensors.torch import load_file, save_file
-from samples import llama, tiny, write_bin, write_json, write_meta, write_safetensors
 
 from base.errors import InputError
 from comm.group import Group
@@ -24,6 +20,11 @@ from engine.resolve import resolve
 from models.load import config_of, load_model
 from tests.models.families import save
 from tests.models.gguf_files import write as write_gguf
+from tests.running import RunRanks
+from tests.weights.quant_files import CONFIG as QUANTIZED
+from tests.weights.quant_files import LAYER, Kind, declared, write
+from tests.weights.quant_files import save as save_quantized
+from tests.weights.samples import llama, tiny, write_bin, write_json, write_meta, write_safetensors
 from weights.locate import locate, locate_in
 from weights.open import open_checkpoint
 from weights.outline import read_outline
@@ -215,7 +216,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
 
 
 def test_greedy_tokens_are_those_of_transformers(
-    plain: tuple[Path, list[int]], tmp_path: Path, run_ranks: Callable
+    plain: tuple[Path, list[int]], tmp_path: Path, run_ranks: RunRanks
 ) -> None:
     folder, wanted = plain
     tensors, config = load_file(folder / "model.safetensors"), (folder / "config.json").read_text()

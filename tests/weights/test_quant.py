@@ -10,9 +10,9 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
-from samples import interleave, write_gguf
 
 from base.errors import InputError
+from tests.weights.samples import interleave, write_gguf
 from weights.formats.gguf_blocks import SCHEMES as BLOCKS
 from weights.formats.gguf_blocks import from_blocks
 from weights.open import open_checkpoint

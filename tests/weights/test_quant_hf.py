@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from quant_files import DIM, FFN, LAYER, Kind, declared, module, save, write
 from torch import Tensor
 
 from base.errors import InputError
+from tests.weights.quant_files import DIM, FFN, LAYER, Kind, declared, module, save, write
 from weights.checkpoint import Entry
 from weights.open import open_checkpoint
 from weights.outline import read_outline

@@ -1,0 +1,28 @@
+"""Running the command, and running ranks: what the fixtures `run_yoke` and `run_ranks` are."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+# `run_yoke(*words, timeout=600, **environ)`
+RunYoke = Callable[..., "subprocess.CompletedProcess[str]"]
+# `run_ranks(name, size, comm, **payload)`: exit code, stdout, stderr
+RunRanks = Callable[..., tuple[int, str, str]]
+
+
+def yoke(*words: str, timeout: float = 600, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run `python launch.py words...` to its end."""
+    return subprocess.run(
+        [sys.executable, str(CHECKOUT / "launch.py"), *words],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environ},
+        stdin=subprocess.DEVNULL,
+    )
