@@ -29,7 +29,8 @@ from launcher.child import CHECKOUT, PROGRAM, RankEnv, env_to_json
 from launcher.guard import MARK, mark_of, remove_segments
 from launcher.output import open_channel, open_log, untouched, whole_lines
 from launcher.plan import LaunchPlan
-from launcher.watch import Rank, kill_groups, signal_pipe, watch
+from launcher.rank import Rank
+from launcher.watch import Limits, Run, kill_groups, signal_pipe, watch
 
 
 @dataclass(frozen=True)
@@ -87,16 +88,8 @@ def launch(
             channel.close()  # only rank 0 keeps this end, so the console notices when rank 0 ends
         guard.wait()  # reaps the guard's first process, which ends once the guard has detached itself
         selector.register(wakeup, selectors.EVENT_READ, None)
-        return watch(
-            ranks,
-            selector,
-            wakeup,
-            started,
-            grace_s=options.grace_s,
-            start_timeout_s=options.start_timeout_s,
-            hang_timeout_s=options.hang_timeout_s,
-            tracebacks=options.tracebacks,
-        )
+        limits = Limits(options.grace_s, options.start_timeout_s, options.hang_timeout_s)
+        return watch(Run(ranks, limits, started), selector, wakeup, options.tracebacks)
 
 
 def _start_guard(session: str, stack: ExitStack) -> tuple[subprocess.Popen[bytes], IO[bytes]]:

@@ -1,14 +1,17 @@
 """Watch started ranks until all have ended: one thread, one loop over pipes and signals.
 
-The first failure decides the exit code. The other ranks are then asked to stop (SIGTERM), and killed
-after `grace_s`. Nothing is polled: the loop wakes up for SIGCHLD when a rank ends, for a rank's pipe
-when it reports, and at deadlines.
+A run goes through phases: running, ending, asked to stop, killed, given up. The first failure decides
+the exit code. The other ranks are then asked to stop (SIGTERM), and killed after `grace_s`. Nothing is
+polled: the loop wakes up for SIGCHLD when a rank ends, for a rank's pipe when it reports, and at
+deadlines.
+
+What is not here: `launcher.rank` is a rank's process and reports, `launcher.verdict` what is said about
+a run that failed.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import selectors
@@ -17,173 +20,179 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, replace
+from enum import Enum, auto
 from typing import IO
 
 from base.streams import say
 from launcher.chat.console import Console, end_console
+from launcher.rank import Rank
+from launcher.verdict import Verdict, find_cause, message_of, on_failed, on_left, on_stuck
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Only passed on to the ranks: programs save checkpoints on USR1/2, ranks print their stacks on QUIT.
 _PASSED_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
-_KILL_S = (
-    10.0  # from killing a rank to giving it up: a rank that waits for a device or disk cannot be killed
-)
-_MAX_REPORT_BYTES = 1 << 20
-_STATES = {"T": "it is stopped", "t": "it is being traced", "D": "it waits in the kernel"}  # proc(5)
-
-
-@dataclass
-class Rank:
-    """A started rank and its state. The only mutable record of the launcher."""
-
-    rank: int
-    process: subprocess.Popen[bytes]
-    report: bytes = b""
-    code: int | None = None  # once it has ended: as subprocess's returncode, -n for signal n
-    started: bool = False  # whether the target's code is running
-    spawned_at: float = field(default_factory=time.monotonic)
-    seen_at: float = field(default_factory=time.monotonic)  # time of the last heartbeat or report
-
-    @property
-    def name(self) -> str:
-        return f"rank {self.rank} (pid {self.process.pid})"
-
-    def has_ended(self) -> bool:
-        """Whether the rank has ended; `code` is then set. The rank stays a zombie until `kill_groups`
-        reaps it, so no other process can get its pid or group id while we may still signal them."""
-        if self.code is None:
-            end = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if end is not None:
-                self.code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
-        return self.code is not None
-
-    def read_report(self, chunk: bytes) -> None:
-        """Take a chunk from the rank's report pipe: lines of JSON; an empty line is a heartbeat."""
-        self.seen_at = time.monotonic()
-        self.report = (self.report + chunk).lstrip(b"\n")[:_MAX_REPORT_BYTES]
-        if self.report.startswith(b'{"kind": "started"}\n'):
-            self.started = True
-            self.report = self.report[len(b'{"kind": "started"}\n') :].lstrip(b"\n")
+# From killing a rank to giving it up: a rank that waits for a device or disk cannot be killed.
+_KILL_S = 10.0
 
 
 @dataclass(frozen=True)
-class _Verdict:
-    """The exit code of the run and its message (empty: take it from the failed rank's report). `held`
-    names the ranks that were stopped or blocked in the kernel at that time."""
+class Limits:
+    """Limits in seconds; `start_s` and `hang_s` are off at 0. `grace_s`: from asking ranks to stop to
+    killing them. `start_s`: from the start to the target's first line. `hang_s`: how long a rank may
+    send no heartbeat."""
 
-    code: int
-    message: str = ""
-    held: str = ""
+    grace_s: float
+    start_s: float
+    hang_s: float
+
+    def due_at(self, rank: Rank) -> float:
+        """The time at which this rank counts as stuck."""
+        hang = rank.seen_at + (self.hang_s or math.inf)
+        return hang if rank.started else min(hang, rank.spawned_at + (self.start_s or math.inf))
 
 
-def watch(
-    ranks: Sequence[Rank],
-    selector: selectors.BaseSelector,
-    wakeup: int,
-    console: Console | None = None,
-    *,
-    grace_s: float,
-    start_timeout_s: float,
-    hang_timeout_s: float,
-    tracebacks: bool = False,
-) -> int:
+@dataclass(frozen=True)
+class Run:
+    """What is watched: ranks, and the console if there is one."""
+
+    ranks: Sequence[Rank]
+    limits: Limits
+    console: Console | None = None
+
+    def running(self) -> list[Rank]:
+        """The ranks whose end has not been noticed yet."""
+        return [rank for rank in self.ranks if rank.code is None]
+
+
+class Phase(Enum):
+    RUNNING = auto()
+    ENDING = auto()  # a rank or the console has ended well: the others have `grace_s` to end too
+    ASKED = auto()  # the run has failed, and the ranks that were left have been asked to stop
+    KILLED = auto()
+    GIVEN_UP = auto()  # the kernel does not end the ranks that are left
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The phase of a run and the time at which the next one begins. `first`: what ended well first, in
+    ENDING; `verdict`: why the run failed, from ASKED on."""
+
+    phase: Phase = Phase.RUNNING
+    deadline: float = math.inf
+    first: str = ""
+    verdict: Verdict | None = None
+
+
+def watch(run: Run, selector: selectors.BaseSelector, wakeup: int, tracebacks: bool = False) -> int:
     """Wait until all ranks have ended, print one message on stderr if the run failed, and return the
     exit code of the run.
 
     Rank pipes are registered in `selector` with a function that takes each chunk, `wakeup` (from
-    `signal_pipe`) with None. Times are in seconds; `start_timeout_s` and `hang_timeout_s` are off at 0.
-    The end of the console ends the run. `tracebacks`: show them for errors that have a message too.
+    `signal_pipe`) with None. The end of the console ends the run. `tracebacks`: show them for errors
+    that have a message too.
     """
-    running = list(ranks)
-    ended_well: list[str] = []
-    verdict: _Verdict | None = None
-    # Deadline of the next step: ask the running ranks to stop, then kill them, then give them up.
-    stop_at: float | None = None
-    killed = False
-
-    def decide(code: int, message: str = "", ask: int | None = signal.SIGTERM) -> None:
-        nonlocal verdict, stop_at
-        held = (
-            ""
-            if message
-            else "".join(f"; {rank.name}: {_state(rank)}" for rank in running if _state(rank))
-        )
-        verdict = _Verdict(code, message, held)
-        stop_at = time.monotonic() + grace_s
-        if ask is not None:
-            signal_groups(running, ask)
-        if console is not None and console.process.poll() is None:
-            console.process.terminate()
-
-    def due_at(rank: Rank) -> float:
-        """The time at which this rank counts as stuck."""
-        hang = rank.seen_at + (hang_timeout_s or math.inf)
-        return hang if rank.started else min(hang, rank.spawned_at + (start_timeout_s or math.inf))
-
-    while running:
-        deadlines = [] if stop_at is None else [stop_at]
-        if verdict is None:
-            deadlines += [due_at(rank) for rank in running]
-        for number in _wait(selector, wakeup, min(deadlines, default=math.inf)):
-            if number in _PASSED_SIGNALS:
-                _signal_ranks(running, number)
-            elif number == signal.SIGINT and console is not None and console.answers_interrupts:
-                pass
-            elif number in _STOP_SIGNALS and verdict is None:
-                decide(128 + number, f"stopped by {signal.Signals(number).name}", number)
-            elif number in _STOP_SIGNALS:  # a second signal: kill at once
-                signal_groups(running, signal.SIGKILL)
-        if console is not None and verdict is None and not ended_well:
-            code = console.process.poll()
-            if code:
-                decide(*console.failure())
-            elif code == 0:  # rank 0 sees its channel close, and ends the run
-                ended_well.append("the chat")
-                stop_at = time.monotonic() + grace_s
-        ended = [rank for rank in running if rank.has_ended()]
-        # If several ended together, one killed by a signal is the cause: the others failed without it.
-        for rank in sorted(ended, key=lambda rank: (rank.code or 0) >= 0):
-            running.remove(rank)
-            if rank.code == 0:
-                ended_well.append(rank.name)
-                stop_at = stop_at or time.monotonic() + grace_s
-            elif verdict is None:
-                decide(*_failure(rank))
-        now = time.monotonic()
-        if verdict is None and (stuck := [rank for rank in running if now >= due_at(rank)]):
-            _signal_ranks(stuck, signal.SIGQUIT)  # they print their stacks
-            message = _stuck(stuck, start_timeout_s, hang_timeout_s)
-            signal_groups([rank for rank in running if rank not in stuck], signal.SIGTERM)
-            decide(1, message, ask=None)
-        elif running and stop_at is not None and now >= stop_at:
-            if verdict is None:
-                names = ", ".join(rank.name for rank in running)
-                decide(
-                    1,
-                    f"{ended_well[0]} exited with code 0, and {grace_s:g} s later these were still "
-                    f"running: {names}; all ranks were stopped",
-                )
-            elif not killed:
-                signal_groups(running, signal.SIGKILL)
-                killed, stop_at = True, now + _KILL_S
-            else:
-                break  # the kernel does not end them
-    kill_groups(ranks)
-    if console is not None:
-        end_console(console)
+    stage = Stage()
+    while run.running() and stage.phase is not Phase.GIVEN_UP:
+        for number in _wait(selector, wakeup, _wake_at(run, stage)):
+            stage = after_signal(run, stage, number)
+        stage = after_console(run, stage)
+        stage = after_ends(run, stage)
+        stage = after_time(run, stage, time.monotonic())
+    kill_groups(run.ranks)
+    if run.console is not None:
+        end_console(run.console)
     _drain(selector)
-    if verdict is None:
+    if stage.verdict is None:
         return 0
     # Reports are read only now: one may still have been in its pipe when its rank was reaped.
-    verdict = _find_cause(ranks, verdict)
-    left = "".join(
-        f"; {rank.name} cannot be killed: {_state(rank) or 'it still runs'}" for rank in running
-    )
-    message = verdict.message or _reported(ranks, verdict.code, tracebacks) + verdict.held
-    say(message + left)
+    verdict = find_cause(run.ranks, stage.verdict)
+    say(message_of(verdict, run.ranks, tracebacks))
     return verdict.code
+
+
+def _wake_at(run: Run, stage: Stage) -> float:
+    """The time at which something must be done even if nothing happens."""
+    stuck = map(run.limits.due_at, run.running()) if stage.verdict is None else ()
+    return min(stage.deadline, *stuck, math.inf)
+
+
+def after_signal(run: Run, stage: Stage, number: int) -> Stage:
+    """The stage after this process got a signal."""
+    if number in _PASSED_SIGNALS:
+        _signal_ranks(run.running(), number)
+    elif number == signal.SIGINT and run.console is not None and run.console.answers_interrupts:
+        pass
+    elif number in _STOP_SIGNALS:
+        if stage.verdict is not None:  # a second signal: kill at once
+            return _kill(run, stage)
+        return _ask(run, Verdict(128 + number, f"stopped by {signal.Signals(number).name}"), number)
+    return stage
+
+
+def after_console(run: Run, stage: Stage) -> Stage:
+    """The stage after checking whether the console has ended."""
+    if run.console is None or stage.phase is not Phase.RUNNING:
+        return stage
+    code = run.console.process.poll()
+    if code:
+        return _ask(run, Verdict(*run.console.failure()))
+    # Rank 0 sees its channel close, and ends the run.
+    return stage if code is None else _end(run, "the chat")
+
+
+def after_ends(run: Run, stage: Stage) -> Stage:
+    """The stage after checking which ranks have ended."""
+    ended = [rank for rank in run.running() if rank.has_ended()]
+    # If several ended together, one killed by a signal is the cause: the others failed without it.
+    for rank in sorted(ended, key=lambda rank: (rank.code or 0) >= 0):
+        if rank.code != 0 and stage.verdict is None:
+            stage = _ask(run, on_failed(rank, run.running()))
+        elif rank.code == 0 and stage.phase is Phase.RUNNING:
+            stage = _end(run, rank.name)
+    return stage
+
+
+def after_time(run: Run, stage: Stage, now: float) -> Stage:
+    """The stage at the time `now`: whether ranks are stuck, and whether the next phase begins."""
+    running, limits = run.running(), run.limits
+    if stage.verdict is None and (stuck := [rank for rank in running if now >= limits.due_at(rank)]):
+        _signal_ranks(stuck, signal.SIGQUIT)  # they print their stacks, so they are not asked to stop
+        others = [rank for rank in running if rank not in stuck]
+        return _ask(run, on_stuck(stuck, limits.start_s, limits.hang_s), ranks=others)
+    if not running or now < stage.deadline:
+        return stage
+    if stage.phase is Phase.ENDING:
+        return _ask(run, on_left(stage.first, running, limits.grace_s))
+    if stage.phase is Phase.ASKED:
+        return _kill(run, stage)
+    return replace(stage, phase=Phase.GIVEN_UP)
+
+
+def _end(run: Run, first: str) -> Stage:
+    """Give the others the grace period to end, since `first` has ended well."""
+    return Stage(Phase.ENDING, time.monotonic() + run.limits.grace_s, first)
+
+
+def _ask(
+    run: Run,
+    verdict: Verdict,
+    number: int = signal.SIGTERM,
+    ranks: Sequence[Rank] | None = None,
+) -> Stage:
+    """Ask the running ranks (or only `ranks`) and the console to stop, since the run has failed."""
+    signal_groups(run.running() if ranks is None else ranks, number)
+    if run.console is not None and run.console.process.poll() is None:
+        run.console.process.terminate()
+    return Stage(Phase.ASKED, time.monotonic() + run.limits.grace_s, verdict=verdict)
+
+
+def _kill(run: Run, stage: Stage) -> Stage:
+    """Kill the groups of the ranks that have not ended."""
+    signal_groups(run.running(), signal.SIGKILL)
+    if stage.phase is Phase.KILLED:
+        return stage
+    return replace(stage, phase=Phase.KILLED, deadline=time.monotonic() + _KILL_S)
 
 
 def _wait(selector: selectors.BaseSelector, wakeup: int, deadline: float) -> Iterator[int]:
@@ -226,81 +235,6 @@ def _drain(selector: selectors.BaseSelector) -> None:
             selector.unregister(key.fileobj)
             key.data(b"")
             key.fileobj.close()  # type: ignore[union-attr]
-
-
-def _failure(rank: Rank) -> tuple[int, str]:
-    """Exit code and message of a rank that failed; "" if its report has the message."""
-    code = rank.code
-    assert code is not None
-    if code >= 0:
-        return code, ""
-    number = -code
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        name = f"signal {number}"
-    return 128 + number, f"{rank.name} was killed by {name}; the other ranks were stopped"
-
-
-def _stuck(stuck: Sequence[Rank], start_timeout_s: float, hang_timeout_s: float) -> str:
-    """The message about stuck ranks: which limit each exceeded, and its state in the kernel."""
-    parts = []
-    for rank in stuck:
-        silent_s = time.monotonic() - rank.seen_at
-        what = (
-            f"sent no heartbeat for {silent_s:.0f} s (--hang-timeout {hang_timeout_s:g})"
-            if hang_timeout_s and silent_s >= hang_timeout_s
-            else f"had not started its program after {start_timeout_s:g} s (--start-timeout)"
-        )
-        what += f"; {_state(rank)}" if _state(rank) else ""
-        parts.append(f"{rank.name} {what}")
-    return "; ".join(parts) + "; all ranks were stopped"
-
-
-def _state(rank: Rank) -> str:
-    """What keeps a rank from running (stopped, traced, in the kernel); "" if nothing does."""
-    with suppress(OSError, IndexError):
-        stat = Path(f"/proc/{rank.process.pid}/stat").read_text(errors="replace")
-        return _STATES.get(stat.rpartition(")")[2].split()[0], "")
-    return ""
-
-
-def _find_cause(ranks: Sequence[Rank], verdict: _Verdict) -> _Verdict:
-    """The verdict on the rank that failed by itself, if the given one is on a rank that only noticed
-    that its peer had gone: the closed connection of a rank can be noticed before its end."""
-    first = next((rank for rank in ranks if rank.code == verdict.code), None)
-    if verdict.message or first is None or _error_of(first).get("kind") != "peer":
-        return verdict
-    for rank in ranks:
-        if (rank.code or 0) < 0 and rank.code not in (-signal.SIGTERM, -signal.SIGKILL):
-            return _Verdict(*_failure(rank), verdict.held)
-    for rank in ranks:
-        if rank.code and rank.code > 0 and _error_of(rank).get("kind") != "peer":
-            return _Verdict(rank.code, "", verdict.held)
-    return verdict
-
-
-def _error_of(rank: Rank) -> dict[str, str]:
-    """The error that the rank reported, empty if it reported none."""
-    for line in rank.report.split(b"\n"):
-        with suppress(ValueError, KeyError, TypeError):
-            report: dict[str, str] = json.loads(line)
-            if report["kind"]:
-                return report
-    return {}
-
-
-def _reported(ranks: Sequence[Rank], code: int, tracebacks: bool) -> str:
-    """The message from the failed ranks' reports: a user error once, else the first one's traceback."""
-    failed = [rank for rank in ranks if rank.code == code]
-    for rank in failed:
-        error = _error_of(rank)
-        if error.get("kind") in ("error", "peer"):
-            return f"{error.get('traceback', '') if tracebacks else ''}error: {error['message']}"
-        if error:
-            return f"{rank.name} failed:\n{error['traceback'].rstrip()}"
-    names = ", ".join(rank.name for rank in failed)
-    return f"{names} exited with code {code}; the other ranks were stopped"
 
 
 def _signal_ranks(ranks: Sequence[Rank], number: int) -> None:
