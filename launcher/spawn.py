@@ -16,18 +16,18 @@ import selectors
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from base.errors import LaunchError
 from launcher.allocator import allocator_variables
 from launcher.chat.console import start_console
 from launcher.child import CHECKOUT, PROGRAM, RankEnv, env_to_json
 from launcher.guard import MARK, mark_of, remove_segments
-from launcher.output import open_channel, open_log, untouched, whole_lines
+from launcher.output import Sink, open_channel, open_log, untouched, whole_lines
 from launcher.plan import LaunchPlan
 from launcher.rank import Rank
 from launcher.watch import Limits, Run, kill_groups, signal_pipe, watch
@@ -83,7 +83,12 @@ def launch(
             started, channel = start_console(console, stack)
         ranks: list[Rank] = []
         stack.callback(kill_groups, ranks)
-        _start(plan, options, session, target, payload, channel, ranks, pipe, selector, stack)
+        start = _Start(plan, options, session, target, payload, selector, stack)
+        # Bound here and passed to rank 0, so no other process can take the port in between.
+        with socket.create_server(("127.0.0.1", 0), backlog=max(len(plan.ranks), 16)) as store:
+            for env in _environments(start, store, channel):
+                ranks.append(_start_rank(start, env))
+                pipe.write(b"%d\n" % ranks[-1].process.pid)
         if channel is not None:
             channel.close()  # only rank 0 keeps this end, so the console notices when rank 0 ends
         guard.wait()  # reaps the guard's first process, which ends once the guard has detached itself
@@ -117,108 +122,116 @@ def _start_guard(session: str, stack: ExitStack) -> tuple[subprocess.Popen[bytes
     return guard, pipe
 
 
-def _start(
-    plan: LaunchPlan,
-    options: RunOptions,
-    session: str,
-    target: str,
-    payload: str,
-    channel: socket.socket | None,
-    ranks: list[Rank],
-    guard: IO[bytes],
-    selector: selectors.BaseSelector,
-    stack: ExitStack,
-) -> None:
+@dataclass(frozen=True)
+class _Start:
+    """What all ranks of a run are started with. Their pipes are registered in `selector`; `stack` is
+    closed when the run has ended."""
+
+    plan: LaunchPlan
+    options: RunOptions
+    session: str
+    target: str
+    payload: str
+    selector: selectors.BaseSelector
+    stack: ExitStack
+
+
+def _environments(
+    start: _Start, store: socket.socket, channel: socket.socket | None
+) -> Iterator[RankEnv]:
+    """The settings of each rank. Rank 0 gets the listening socket of the store, and its end of the
+    channel to the console if there is one."""
+    plan, options = start.plan, start.options
     size = len(plan.ranks)
-    # The socket is bound here and passed to rank 0, so no other process can take the port in between.
-    with socket.create_server(("127.0.0.1", 0), backlog=max(size, 16)) as store:
-        env = RankEnv(
-            rank=0,
+    for place in plan.ranks:
+        first = place.rank == 0
+        yield RankEnv(
+            rank=place.rank,
             world_size=size,
-            local_rank=0,
+            local_rank=place.rank,
             local_world_size=size,
-            session=session,
+            session=start.session,
             backend=plan.backend,
             master_addr="127.0.0.1",
             master_port=store.getsockname()[1],
             comm_timeout_s=options.comm_timeout_s,
             start_timeout_s=options.start_timeout_s,
-            plan=plan.ranks[0],
+            plan=place,
             plans=[asdict(rank) for rank in plan.ranks],
             bind_cores=plan.bind_cores,
+            store_fd=store.fileno() if first else None,
+            channel_fd=channel.fileno() if first and channel is not None else None,
             verify_placement=options.verify_placement,
         )
-        for place in plan.ranks:
-            first = place.rank == 0
-            own = replace(
-                env,
-                rank=place.rank,
-                local_rank=place.rank,
-                plan=place,
-                store_fd=store.fileno() if first else None,
-                channel_fd=channel.fileno() if first and channel is not None else None,
-            )
-            log = None
-            if options.log_dir is not None:
-                log = stack.enter_context(open_log(options.log_dir, place.rank))
-            rank = _start_rank(own, target, payload, options, log, selector)
-            ranks.append(rank)
-            guard.write(b"%d\n" % rank.process.pid)
 
 
-def _start_rank(
-    env: RankEnv,
-    target: str,
-    payload: str,
-    options: RunOptions,
-    log: IO[bytes] | None,
-    selector: selectors.BaseSelector,
-) -> Rank:
-    read_end, write_end = os.pipe()
-    spec_fd = _anonymous_file(
-        {
-            "env": env_to_json(env),
-            "target": target,
-            "payload": payload,
-            "report_fd": write_end,
-            "parent_pid": os.getpid(),
-            "beat_s": min(options.hang_timeout_s / 4, 5.0),
-        }
-    )
-    # The user's program keeps its own allocator settings and sys.path. For our own ranks PYTHONSAFEPATH
-    # keeps what they start (torch's compile workers) from importing modules of the current folder.
-    own = target != PROGRAM
-    variables = {MARK: mark_of(env.session)}
-    variables |= {**allocator_variables(os.environ), "PYTHONSAFEPATH": "1"} if own else {}
+def _start_rank(start: _Start, env: RankEnv) -> Rank:
+    """Start a rank, and register its pipes. Raises LaunchError."""
+    log = None
+    if start.options.log_dir is not None:
+        log = start.stack.enter_context(open_log(start.options.log_dir, env.rank))
+    report, report_end = os.pipe()
+    spec = _write_spec(start, env, report_end)
     ours, theirs = _channels(env.rank, log)
     sockets = [fd for fd in (env.store_fd, env.channel_fd) if fd is not None]
     try:
         process = subprocess.Popen(
-            [sys.executable, *path_flags(), str(CHECKOUT / "launcher" / "entry.py"), str(spec_fd)],
-            env={**os.environ, **rank_variables(env), **variables},
-            pass_fds=[spec_fd, write_end, *sockets],
+            [sys.executable, *path_flags(), str(CHECKOUT / "launcher" / "entry.py"), str(spec)],
+            env={**os.environ, **rank_variables(env), **_own_variables(start)},
+            pass_fds=[spec, report_end, *sockets],
             process_group=0,
             stdin=None if env.rank == 0 and env.channel_fd is None else subprocess.DEVNULL,
             stdout=theirs[0] if theirs else None,
             stderr=theirs[1] if theirs else None,
         )
     except OSError as error:
-        for fd in (read_end, *ours):
+        for fd in (report, *ours):
             os.close(fd)
         raise LaunchError(f"rank {env.rank} cannot be started: {error}") from error
     finally:
-        for fd in (spec_fd, write_end, *theirs):
+        for fd in (spec, report_end, *theirs):
             os.close(fd)
     rank = Rank(env.rank, process)
-    selector.register(os.fdopen(read_end, "rb", buffering=0), selectors.EVENT_READ, rank.read_report)
+    _register(start.selector, report, rank.read_report)
     for fd, stream in zip(ours, (sys.stdout, sys.stderr), strict=False):
         if env.rank:
             sink = whole_lines(env.rank, stream, log)
         else:
             assert log is not None
             sink = untouched(stream, log)
-        selector.register(os.fdopen(fd, "rb", buffering=0), selectors.EVENT_READ, sink)
+        _register(start.selector, fd, sink)
     return rank
+
+
+def _register(selector: selectors.BaseSelector, fd: int, sink: Sink) -> None:
+    selector.register(os.fdopen(fd, "rb", buffering=0), selectors.EVENT_READ, sink)
+
+
+def _write_spec(start: _Start, env: RankEnv, report_fd: int) -> int:
+    """What `launcher.child` reads first, in an anonymous file; returns its descriptor."""
+    spec = {
+        "env": env_to_json(env),
+        "target": start.target,
+        "payload": start.payload,
+        "report_fd": report_fd,
+        "parent_pid": os.getpid(),
+        "beat_s": min(start.options.hang_timeout_s / 4, 5.0),
+    }
+    fd = os.memfd_create("yoke-rank")
+    with os.fdopen(os.dup(fd), "wb") as file:
+        file.write(json.dumps(spec).encode())
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _own_variables(start: _Start) -> dict[str, str]:
+    """The variables of a rank that are Yoke's own. The user's program keeps its own allocator settings
+    and sys.path. For our own ranks PYTHONSAFEPATH keeps what they start (torch's compile workers) from
+    importing modules of the current folder."""
+    variables = {MARK: mark_of(start.session)}
+    if start.target != PROGRAM:
+        variables |= {**allocator_variables(os.environ), "PYTHONSAFEPATH": "1"}
+    return variables
 
 
 def path_flags() -> list[str]:
@@ -232,14 +245,6 @@ def _channels(rank: int, log: IO[bytes] | None) -> tuple[tuple[int, ...], tuple[
         return (), ()
     pairs = [open_channel(rank == 0 and stream.isatty()) for stream in (sys.stdout, sys.stderr)]
     return tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
-
-
-def _anonymous_file(data: Mapping[str, Any]) -> int:
-    fd = os.memfd_create("yoke-rank")
-    with os.fdopen(os.dup(fd), "wb") as file:
-        file.write(json.dumps(data).encode())
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
 
 
 def rank_variables(env: RankEnv) -> dict[str, str]:
