@@ -12,7 +12,10 @@ from os.path import dirname, realpath
 
 if __name__ == "__main__":  # before any import: with `python -P` the checkout is not on sys.path
     checkout = dirname(realpath(__file__))
-    sys.path[:] = [checkout, *sys.path[not sys.flags.safe_path :]]
+    sys.path[:] = [checkout, *sys.path[not getattr(sys.flags, "safe_path", False) :]]
+    from base.venv import continue_in_venv
+
+    continue_in_venv(checkout)
 
 import os
 import platform
@@ -24,8 +27,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from base.command import typed
 from base.errors import LaunchError
 from base.streams import is_writable, running, say, show, show_json, silence, writing
+from base.venv import why_continued
 from comm.sizes import segment_bytes
 from launcher.chat.console import CHAT
 from launcher.child import PROGRAM
@@ -33,7 +38,8 @@ from launcher.doctor.backends import require_backend
 from launcher.draw import draw, plan_to_json, render_plain
 from launcher.elastic import agent_command, become_agent, check_nodes
 from launcher.fit import Fit, check_fit, machine_memory, require_fit, require_loopback, require_space
-from launcher.flags import Flags, help_text, parse_flags
+from launcher.flags import Flags, UnknownFlagError, parse_flags
+from launcher.help import help_text
 from launcher.join import join, local_plan
 from launcher.machine.cgroup import read_cgroup
 from launcher.machine.topology import Topology, read_topology
@@ -57,19 +63,26 @@ def main(argv: Sequence[str]) -> int:
         flags = parse_flags(argv)
         if not is_writable(sys.stdout):
             _do_without_output(flags)
+        if (reason := why_continued()) and flags.verbose:
+            say(f"note: {reason}")
         if flags.version:
             show(_version())
             return 0
-        if flags.command == "quantize":
-            return _quantize(flags)
+        if flags.command in ("quantize", "reshard"):
+            return _offline(flags)
         if flags.help or not argv:
             from engine.job import help_lines
 
-            show(help_text(help_lines()), end="")
+            show(help_text(help_lines(), flags.command if flags.named else ""), end="")
             return 0
         return run(flags)
     except ModuleNotFoundError as error:
         say(f"error: the package {error.name} is missing; run: make setup")
+        return 2
+    except UnknownFlagError as error:
+        from engine.job import KEYS
+
+        say(f"error: {error.message(KEYS, argv)}")
         return 2
     except ValueError as error:
         if getattr(error, "exit_code", 1) != 2:
@@ -78,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
         if _another_says_it():
             time.sleep(HEAR_SECONDS)
         else:
-            say(f"error: {error}")
+            say(typed(f"error: {error}"))
         return 2
 
 
@@ -162,13 +175,22 @@ def run(flags: Flags) -> int:
     return launch(plan, flags.options, new_session(), *_target(flags, job), console)
 
 
-def _quantize(flags: Flags) -> int:
-    """Quantize in one process without ranks, so flags that place or watch ranks are rejected."""
+def _offline(flags: Flags) -> int:
+    """`quantize` or `reshard`: one process without ranks, so flags that place ranks are rejected."""
+    words = [word for word in flags.head if word not in ("-v", "--verbose")]
+    if flags.command == "reshard":
+        from reshard.command import main as reshard
+
+        if words != ["reshard"]:
+            raise LaunchError(
+                f"reshard runs in one process, without ranks: leave out {' '.join(words[:-1])}"
+            )
+        return reshard(flags.program)
     from quantize.command import main as quantize
 
     if flags.help:
         return quantize(["--help"])
-    if len(flags.head) > len(flags.words) + 1:
+    if len(words) > len(flags.words) + 1:
         raise LaunchError("quantize runs in one process, without ranks: it takes only key=value words")
     return quantize(flags.words)
 
@@ -182,7 +204,7 @@ def _make_plan(flags: Flags) -> tuple[Topology, LaunchPlan]:
         warning = f"the cgroup quota is {quota:g} cpus, and the ranks use {len(cpus)}: they will stall"
         plan = replace(plan, reasons=(*plan.reasons, warning))
         if flags.command != "plan":
-            say(f"warning: {warning}; see: python launch.py doctor")
+            say(typed(f"warning: {warning}; see: python launch.py doctor"))
     return topology, plan
 
 

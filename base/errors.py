@@ -20,7 +20,12 @@ class LaunchError(ValueError):
     exit_code = 2
 
 
+def closest(key: str, keys: list[str]) -> str:
+    """The one of `keys` that is most similar to `key`; "" if none is."""
+    return next(iter(difflib.get_close_matches(key, keys, n=1, cutoff=0.5)), "")
+
+
 def nearest(key: str, keys: list[str]) -> str:
     """ ", did you mean ...?" if one of `keys` is similar to `key`, else ""."""
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
+    found = closest(key, keys)
+    return f", did you mean {found!r}?" if found else ""

@@ -1,4 +1,4 @@
-"""The flags of the command line: each is parsed and checked here once. Also the help text.
+"""The flags of the command line: each is parsed and checked here once.
 
 Every flag has two spellings: --bind-cores-to-rank, and DeepSpeed's --bind_cores_to_rank. The keys of
 a job (`model=...`) are not known here: they are passed on as words.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from base.errors import LaunchError
+from base.errors import LaunchError, closest, nearest
 from launcher.machine.topology import parse_cpu_list
 from launcher.plan import LaunchRequest
 from launcher.spawn import RunOptions
@@ -24,26 +24,20 @@ COMMANDS = {
     "run": "start your own program on every rank: run [flags] script.py args... | -m module",
     "plan": "show the machine, where the ranks would go, and why; start nothing",
     "doctor": "report what this machine has, what Yoke will use, and what to change",
-    "quantize": "write 8-bit or 4-bit weights: quantize model=... quant=... out=DIR; quantize --help",
+    "quantize": "write 8-bit or 4-bit weights: quantize model=... quant=... out=DIR",
+    "reshard": "convert a checkpoint to any number of ranks: reshard --to N CHECKPOINT OUT",
     "models": "list families and presets, with memory per rank: models [NAME...] [dtype=...]",
 }
-
-EXAMPLES = """
-examples:
-  python launch.py --bind-cores-to-rank model=smollm2-135m prompt="The capital of France is"
-  python launch.py --ranks 2 chat model=smollm2-135m                       a conversation
-  python launch.py plan --rank-per node model=llama-70b weights=random     does it fit, and where
-  python launch.py run --bind-cores-to-rank train.py --epochs 3            any torch.distributed script
-  torchrun --nproc-per-node 2 launch.py --bind-cores-to-rank model=... prompt=...    srun, mpirun too
-"""
 
 
 @dataclass(frozen=True)
 class Flags:
     """The parsed command line. `words` are the `key=value` words; `names` are the words after `models`;
-    `program` are those after `run`; `head` is the command line before the program."""
+    `program` are those after `run` or `reshard`; `head` is the command line before the program;
+    `named`: the command was given, not left to its default."""
 
     command: str
+    named: bool
     request: LaunchRequest
     options: RunOptions
     words: list[str]
@@ -57,30 +51,62 @@ class Flags:
     rdzv_endpoint: str | None
     help: bool
     version: bool
+    verbose: bool
+
+
+class UnknownFlagError(LaunchError):
+    """A flag that does not exist: `word` of the command line. `known` are the flags that there are."""
+
+    def __init__(self, word: str, known: Sequence[str]) -> None:
+        self.word, self.known = word, tuple(known)
+        super().__init__(self.message((), ()))
+
+    def message(self, keys: Sequence[str], argv: Sequence[str]) -> str:
+        """The message, where `keys` of a job may have been meant too. `argv`: the command line."""
+        flag, _, value = self.word.partition("=")
+        word = flag.lstrip("-").replace("-", "_")
+        found = closest(word, [*keys, *(known[2:].replace("-", "_") for known in self.known)])
+        if not found:
+            return f"there is no flag {flag}; see --help"
+        if found not in keys:
+            return f"there is no flag {flag}, did you mean --{found.replace('_', '-')}? See --help"
+        following = [*argv, ""][list(argv).index(self.word) + 1] if self.word in argv else ""
+        if not value and not following.startswith("-") and "=" not in following:
+            value = following
+        return f"there is no flag {flag}, did you mean {found}={value or '...'}? See --help"
 
 
 class _Parser(argparse.ArgumentParser):
     """argparse's parser, with errors raised as LaunchError."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            raise UnknownFlagError(unknown.partition(" ")[0], known)
         raise LaunchError(f"{message}; see --help")
 
 
-def _make_parser(words: str) -> _Parser:
+def make_parser(words: str, sections: Sequence[str] = (), usage: str = "") -> _Parser:
+    """The parser; `words` is how many words there are besides flags. `sections` and `usage` are those
+    that its help shows [all]."""
     commands = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    everything = f"python launch.py [flags] [{'|'.join(COMMANDS)}] key=value ...\n\n{commands}"
     parser = _Parser(
         prog="launch.py",
-        usage=f"python launch.py [flags] [{'|'.join(COMMANDS)}] key=value ...\n\n{commands}",
+        usage=usage or everything,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=31, width=104),
         add_help=False,
         allow_abbrev=False,
     )
 
-    def section(title: str) -> Any:
+    def section(key: str, title: str) -> Any:
         group = parser.add_argument_group(title)
 
-        def flag(name: str, **options: Any) -> None:
-            group.add_argument(name, **options)
+        def flag(name: str, *short: str, **options: Any) -> None:
+            if sections and key not in sections:
+                options["help"] = argparse.SUPPRESS
+            group.add_argument(*short, name, **options)
             other = "--" + name[2:].replace("-", "_")
             if other != name:
                 hidden = options | {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
@@ -88,7 +114,7 @@ def _make_parser(words: str) -> _Parser:
 
         return flag
 
-    flag = section("placing ranks (each of these flags except --ranks also binds them)")
+    flag = section("place", "placing ranks (each of these flags except --ranks also binds them)")
     flag("--bind-cores-to-rank", action="store_true", help="bind each rank to its cores and memory")
     flag("--ranks", type=int, metavar="N", help="number of ranks (default: one per socket)")
     flag("--rank-per", metavar="WHAT", help="socket, node, l3 or gpu: one rank on each")
@@ -97,14 +123,14 @@ def _make_parser(words: str) -> _Parser:
     flag("--reserve-cores", type=int, default=0, metavar="N", help="keep N cores free of ranks")
     flag("--smt", action="store_true", help="use all hardware threads, not only the first of each core")
     flag("--numa-memory", metavar="HOW", help="bind (default), preferred, interleave or none")
-    flag = section("communication between ranks")
+    flag = section("comm", "communication between ranks")
     names = "auto, shm (shared memory), gloo, nccl; where installed: ccl, deepspeed"
     flag("--comm", default="auto", metavar="NAME", help=names)
     flag("--nnodes", type=int, default=1, metavar="N", help="number of machines; each also needs:")
     flag("--node-rank", type=int, metavar="I", help="this machine's number, from 0")
     flag("--rdzv-endpoint", metavar="HOST:PORT", help="address of machine 0")
     flag("--secret-file", type=Path, metavar="FILE", help="the machines' secret (or YOKE_SECRET)")
-    flag = section("watching ranks (times in seconds)")
+    flag = section("watch", "watching ranks (times in seconds)")
     for name, default, text in (
         ("--comm-timeout", 60.0, "how long one rank waits for another"),
         ("--start-timeout", 300.0, "how long a rank may take to start its program"),
@@ -115,7 +141,8 @@ def _make_parser(words: str) -> _Parser:
     flag("--log-dir", type=Path, metavar="DIR", help="copy each rank's output to DIR/rank-N.log")
     flag("--verify-placement", action="store_true", help="report where pages and threads really were")
     flag("--traceback", action="store_true", help="show Python's traceback for user errors too")
-    flag = section("for plan, doctor and models")
+    flag("--verbose", "-v", action="store_true", help="say which Python continues the command, and why")
+    flag = section("read", "for plan, doctor and models")
     flag("--sysfs", type=Path, metavar="DIR", help="read the recorded machine in DIR, not this one")
     flag("--json", action="store_true", help="print JSON, for programs")
     parser.add_argument("-h", "--help", action="store_true", help=argparse.SUPPRESS)
@@ -126,18 +153,14 @@ def _make_parser(words: str) -> _Parser:
     return parser
 
 
-def help_text(keys: Sequence[str]) -> str:
-    """The help text: commands, flags, the job's keys (one line each in `keys`), examples."""
-    text = _make_parser("*").format_help().replace("usage: ", "", 1)
-    return text + "\nkeys of a job [default]:\n" + "\n".join(keys) + "\n" + EXAMPLES
-
-
 def parse_flags(argv: Sequence[str]) -> Flags:
     """Parse the command line. Raises LaunchError."""
-    # Parse up to the first word. If that is `run`, its program's arguments must not be parsed here.
-    early = _make_parser(argparse.REMAINDER).parse_args(argv)
-    if early.words[:1] == ["run"]:
-        found = _make_parser(argparse.REMAINDER).parse_args(early.words[1:], early)
+    # Parse up to the first word. What follows `run` or `reshard` must not be parsed here.
+    early = make_parser(argparse.REMAINDER).parse_args(argv)
+    if early.words[:1] == ["reshard"]:
+        found, command, words, names, program = early, "reshard", [], [], early.words[1:]
+    elif early.words[:1] == ["run"]:
+        found = make_parser(argparse.REMAINDER).parse_args(early.words[1:], early)
         command, words, names = "run", [], []
         program = ["-m", *found.module] if found.module is not None else found.words
         if found.module is not None and found.words:
@@ -145,7 +168,7 @@ def parse_flags(argv: Sequence[str]) -> Flags:
                 f"run got both {found.words[0]!r} and -m: it takes one program; see --help"
             )
     else:
-        found = _make_parser("*").parse_intermixed_args(argv)
+        found = make_parser("*").parse_intermixed_args(argv)
         if found.module is not None:
             raise LaunchError("-m is for the command run only; see --help")
         commands = [word for word in found.words if "=" not in word]
@@ -155,13 +178,15 @@ def parse_flags(argv: Sequence[str]) -> Flags:
         if command not in COMMANDS or (names and command != "models"):
             known = ", ".join(COMMANDS)
             raise LaunchError(
-                f"{commands[-1]!r} is not a command ({known}) and not key=value; see --help"
+                f"{commands[-1]!r} is not a command ({known}) and not key=value"
+                f"{nearest(commands[-1], list(COMMANDS))}; see --help"
             )
     for flag, value in (("--sysfs", found.sysfs), ("--json", found.json)):
         if value and command not in ("plan", "doctor", "models"):
             raise LaunchError(f"{flag} is for the commands plan, doctor and models only")
     return Flags(
         command=command,
+        named=command != "generate" or "generate" in found.words,
         request=_request(found),
         options=_options(found),
         words=words,
@@ -175,6 +200,7 @@ def parse_flags(argv: Sequence[str]) -> Flags:
         rdzv_endpoint=found.rdzv_endpoint,
         help=found.help,
         version=found.version,
+        verbose=found.verbose,
     )
 
 

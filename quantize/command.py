@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from base.command import typed
 from base.errors import InputError
 from base.folders import expand
 from base.streams import say, show, show_json, writing
@@ -27,14 +28,14 @@ from weights.output import (
 def main(words: Sequence[str]) -> int:
     """Run `quantize` with the words of its command line; returns the exit code."""
     if not words or set(words) & {"-h", "--help"}:
-        show(help_text(), end="")
+        show(typed(help_text()), end="")
         return 0
     try:
         job = parse_job(words)
         with interruptible():
             run(job)
     except InputError as error:
-        say(f"error: {error}")
+        say(typed(f"error: {error}"))
         return error.exit_code
     except Interrupted as stopped:
         left = left_by(stopped, expand(job.out).absolute())

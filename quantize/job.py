@@ -85,9 +85,11 @@ def parse_job(words: Sequence[str]) -> Job:
     for word in words:
         key, separator, text = word.partition("=")
         if not separator:
-            raise InputError(f"{word!r} is not key=value; see: quantize --help")
+            raise InputError(f"{word!r} is not key=value; see: python launch.py quantize --help")
         if key not in kinds:
-            raise InputError(f"unknown key {key!r}{nearest(key, list(kinds))}; see: quantize --help")
+            raise InputError(
+                f"unknown key {key!r}{nearest(key, list(kinds))}; see: python launch.py quantize --help"
+            )
         try:
             values[key] = kinds[key](text)
         except ValueError as error:
@@ -96,7 +98,7 @@ def parse_job(words: Sequence[str]) -> Job:
     job = Job(**values)  # type: ignore[arg-type]
     for key, what in (("model", "what to quantize"), ("quant", "a scheme"), ("out", "a new folder")):
         if not getattr(job, key):
-            raise InputError(f"{key}= is missing: {what}; see: quantize --help")
+            raise InputError(f"{key}= is missing: {what}; see: python launch.py quantize --help")
     _check(job)
     return job
 

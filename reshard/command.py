@@ -13,6 +13,7 @@ checks it, and `weights.output` makes OUT appear only when it is complete.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from base.errors import InputError
+from base.command import typed
+from base.errors import InputError, nearest
 from base.streams import say, show
+from base.venv import why_continued
 from weights.output import (
     Interrupted,
     check_space,
@@ -35,7 +38,9 @@ from weights.output import (
 if TYPE_CHECKING:  # torch is imported only after the command line has been parsed
     from reshard.plan import ReshardPlan
 
-USAGE = "python -m tp.reshard --to N [--from N] [flags] CHECKPOINT OUT"
+NAME = "python -m tp.reshard"
+USAGE = f"{NAME} --to N [--from N] [flags] CHECKPOINT OUT"
+EXAMPLE = {"--to": "16", "CHECKPOINT": "llama-2-70b/", "OUT": "llama-2-70b-16/"}
 EXAMPLES = """\
 examples:
   python -m tp.reshard --to 2 SmolLM2-135M-Instruct/ smollm2-2/       a Hugging Face folder for 2 ranks
@@ -46,29 +51,35 @@ examples:
 N can be any number of ranks up to the number of query heads. If there are more ranks than KV heads, a
 KV head is copied to each rank that needs it; on the way back the copies are compared and written once.
 Quantized tensors are copied block by block. A GGUF model gets Yoke's format even for one rank.
-OUT appears when all of it is on disk. If something fails, OUT does not appear."""
+OUT appears when all of it is on disk. If something fails, OUT does not appear.
+`yoke reshard` is the same command, in any folder (make setup puts yoke into .venv/bin)."""
 
 
 class _Parser(argparse.ArgumentParser):
     def print_help(self, file: Any = None) -> None:
-        show(self.format_help(), end="")  # argparse's own method ignores errors of writing
+        show(typed(self.format_help()), end="")  # argparse's own method ignores errors of writing
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see python -m tp.reshard --help")
+        unknown = message.removeprefix("unrecognized arguments: ").partition(" ")[0]
+        if message.startswith("unrecognized") and unknown.startswith("--"):
+            message += nearest(unknown, [flag for flag in self._option_string_actions if flag[2:]])
+        raise InputError(f"{message}; see {NAME} --help")
 
 
 def parser() -> argparse.ArgumentParser:
     made = _Parser(
-        prog="python -m tp.reshard",
+        prog=NAME,
         usage=USAGE,
         description="Convert a checkpoint from any number of ranks to any other.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a folder or a .gguf file")
-    made.add_argument("out", metavar="OUT", type=Path, help="a new or empty folder")
-    made.add_argument("--to", metavar="N", type=int, required=True, help="number of ranks to write")
+    made.add_argument(
+        "checkpoint", metavar="CHECKPOINT", nargs="?", type=Path, help="a folder or a .gguf file"
+    )
+    made.add_argument("out", metavar="OUT", nargs="?", type=Path, help="a new or empty folder")
+    made.add_argument("--to", metavar="N", type=int, help="number of ranks to write")
     made.add_argument(
         "--from", metavar="N", type=int, dest="source_ranks", help="ranks of CHECKPOINT [detected]"
     )
@@ -84,16 +95,37 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--verify-forward", action="store_true", help="run some tokens through both and compare logits"
     )
+    made.add_argument("-v", "--verbose", action="store_true", help="say which Python continues this")
     return made
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line. Raises InputError; for missing words it has a complete command."""
+    options = parser().parse_args(argv)
+    given = {"--to": options.to, "CHECKPOINT": options.checkpoint, "OUT": options.out}
+    missing = [name for name, value in given.items() if value is None]
+    if missing:
+        added = [f"--to {EXAMPLE['--to']}"] if options.to is None else []
+        added += [EXAMPLE[name] for name in missing if name != "--to"]
+        complete = " ".join([NAME, *map(shlex.quote, argv), *added])
+        verb = "is" if len(missing) == 1 else "are"
+        anywhere = " (in any other folder: yoke reshard ...)" if typed(NAME) == NAME else ""
+        raise InputError(
+            f"{', '.join(missing)} {verb} missing; a complete command{anywhere}:\n  {complete}\n"
+            f"see {NAME} --help"
+        )
+    return options
 
 
 def main(argv: Sequence[str]) -> int:
     try:
-        options = parser().parse_args(argv)
+        options = parse(argv)
+        if (reason := why_continued()) and options.verbose:
+            say(f"note: {reason}")
         with interruptible():
             run(options)
     except InputError as error:
-        say(f"reshard: {error}")
+        say(typed(f"reshard: {error}"))
         return error.exit_code
     except Interrupted as stopped:
         say(f"reshard: stopped by {stopped}; {left_by(stopped, options.out)}")

@@ -341,7 +341,7 @@ def test_verify_finds_what_the_disk_has_changed(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "required"),
+        (["--form", "2", "--to", "4", "hf", "out"], "did you mean '--from'?"),
         (["--to", "x", "hf", "out"], "'x'"),
         (["--to", "0", "hf", "out"], "at least one rank"),
         (["--to", "17", "hf", "out"], "17 ranks for 16 query heads"),
@@ -364,6 +364,24 @@ def test_mistakes_end_with_one_line(
     monkeypatch.chdir(fast)
     assert says in refused(capsys, *words)
     assert [path.name for path in fast.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize(
+    ("words", "complete"),
+    [
+        ("", "--to 16 llama-2-70b/ llama-2-70b-16/"),
+        ("--from 8 --to 16", "--from 8 --to 16 llama-2-70b/ llama-2-70b-16/"),
+        ("--to 4 hf", "--to 4 hf llama-2-70b-16/"),
+        ("hf out", "hf out --to 16"),
+    ],
+)
+def test_what_is_missing_comes_with_a_complete_example(
+    words: str, complete: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reshard.main(words.split()) == 2
+    said = capsys.readouterr().err
+    assert f"\n  python -m tp.reshard {complete}\n" in said
+    assert "missing" in said and "in any other folder: yoke reshard" in said
 
 
 def test_the_help_is_one_screen_and_a_dry_run_writes_nothing(
