@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from base.rank import RankSettings
 from comm import ops
 from comm.group import Group, Rendezvous, open_group
 
@@ -40,7 +41,7 @@ Call = Callable[[], object]
 AllReduce = Callable[[Tensor, Tensor], object]  # (x, out): the sum is in `out`, or in x if in place
 
 
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     """Measure as the payload says; rank 0 writes the result as JSON into the payload's file."""
     task = json.loads(payload)
     torch.set_num_threads(env.plan.num_threads)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from base.rank import RankSettings
 from bench.breakdown import RECORDED_KERNELS, Recorded, record_tokens, work_and_wait
 from comm import ops
 from comm.group import Group, Rendezvous, open_group
@@ -32,7 +33,7 @@ from weights.open import open_checkpoint
 
 
 @torch.no_grad()
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     """Measure as the payload says; rank 0 writes the result as JSON into the payload's file."""
     task = json.loads(payload)
     torch.set_num_threads(env.plan.num_threads)

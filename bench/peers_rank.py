@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from base.rank import RankSettings
 from comm import ops
 from engine.chat import Channel, open_channel, receive, send
 from engine.loop import generate
@@ -25,7 +25,7 @@ IDLE_S = 0.1  # a broadcast takes microseconds and does not disturb the other pr
 TEXT = Path(__file__).resolve().parent.parent / "docs" / "ARCHITECTURE.md"
 
 
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     """Take samples until the channel is closed; returns the exit code."""
     task = json.loads(payload)
     resolved = from_json(task["resolved"])
@@ -36,8 +36,9 @@ def main(env: Any, payload: str) -> int:
             found = engine.codec.encode(TEXT.read_text(), True)
             found = (found * (task["prompt"] // len(found) + 1))[: task["prompt"]]
         prompt = tuple(share(found, group, engine.runner.device))
-        channel = open_channel(env.channel_fd) if group.rank == 0 else None
-        if channel is not None:
+        channel = None
+        if env.channel_fd is not None:  # rank 0's
+            channel = open_channel(env.channel_fd)
             facts = {"dtype": engine.dtype, "comm": group.backend, "ranks": group.size}
             send(channel, {"ready": facts | {"placement": env.placement}, "prompt": prompt})
         waited = time.process_time()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from base.rank import RankSettings
 from comm import ops
 from comm.group import Group, Rendezvous, open_group
 from engine.compiling import use_cache_folder
@@ -31,7 +32,7 @@ RECORDED_KERNELS = {"cpp.enable_kernel_profile": True}
 
 
 @torch.no_grad()
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     """Measure as the payload says; rank 0 writes the result as JSON into the payload's file."""
     task = json.loads(payload)
     torch.set_num_threads(env.plan.num_threads)

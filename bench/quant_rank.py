@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from base.rank import RankSettings
 from bench.decode_rank import open_model, slowest, token_seconds, weights_read
 from bench.quant import EAGER, PLAIN
 from comm import ops
@@ -28,7 +28,7 @@ SHORT = 32  # tokens in the cache before the first step that is timed
 
 
 @torch.no_grad()
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     """Measure as the payload says; rank 0 writes the result as JSON into the payload's file."""
     task = json.loads(payload)
     torch.set_num_threads(env.plan.num_threads)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from base.errors import InputError
+from base.rank import RankSettings
 from comm import ops
 from engine.generate import encode_prompt, run_requests, shared_stops
 from engine.job import sampling_of, stop_texts
@@ -36,7 +37,7 @@ from models.tokenizer.codec import TextCodec
 IDLE_S = 0.04  # between two synchronizations of idle ranks; delays a first token by at most this
 
 
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     """Serve conversations until the channel ends; returns the exit code. Raises InputError,
     CommError."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -51,6 +52,7 @@ def main(env: Any, payload: str) -> int:
         channel = None
         if engine.codec is not None:
             check_chat(engine.codec, resolved.job.model)
+            assert env.channel_fd is not None  # rank 0 of `chat` has one
             channel = open_channel(env.channel_fd)
         if channel is not None:
             send(channel, {"ready": _facts(env, resolved, engine)})
@@ -246,7 +248,7 @@ def _answer(
     return answer
 
 
-def _facts(env: Any, resolved: ResolvedJob, engine: Opened) -> dict[str, Any]:
+def _facts(env: RankSettings, resolved: ResolvedJob, engine: Opened) -> dict[str, Any]:
     job = resolved.job
     return {
         "model": job.model,

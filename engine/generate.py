@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from base.errors import InputError
+from base.rank import RankSettings
 from base.streams import say, show
 from comm import ops
 from engine import speculation
@@ -44,7 +45,7 @@ from models.tokenizer.codec import TextCodec
 from models.tokenizer.limits import check_length
 
 
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     """Run one generation job on this rank; returns the exit code. Raises InputError, CommError."""
     # Python's own handler would not run while a rank waits in C++, so Ctrl-C would do nothing.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -58,7 +59,7 @@ def main(env: Any, payload: str) -> int:
     return 0
 
 
-def _run(env: Any, resolved: ResolvedJob, engine: Opened) -> None:
+def _run(env: RankSettings, resolved: ResolvedJob, engine: Opened) -> None:
     requests = share_requests(resolved, engine)
     stops = shared_stops(engine)
     started = time.perf_counter()

@@ -1,7 +1,4 @@
-"""What every rank does before the first token: join the group, load its shard of the model, compile.
-
-`env` is the launcher's `RankEnv` (duck-typed, so that this module does not depend on the launcher).
-"""
+"""What every rank does before the first token: join the group, load its shard of the model, compile."""
 
 from __future__ import annotations
 
@@ -18,6 +15,7 @@ import torch
 
 from base.errors import InputError
 from base.private import cache_folder
+from base.rank import RankSettings
 from base.streams import say
 from comm import ops
 from comm.build import build_extensions
@@ -64,7 +62,7 @@ class Opened:
 
 
 @contextmanager
-def joined(env: Any) -> Iterator[Group]:
+def joined(env: RankSettings) -> Iterator[Group]:
     """Join the group of all ranks of this run, and leave it at the end."""
     # The launcher chose this number; torch's own default may count all cores of the machine.
     torch.set_num_threads(env.plan.num_threads)
@@ -103,7 +101,7 @@ def all_cores(cpus: Collection[int]) -> Iterator[None]:
         os.sched_setaffinity(0, pinned)
 
 
-def open_engine(env: Any, resolved: ResolvedJob, group: Group, names: Sequence[str]) -> Opened:
+def open_engine(env: RankSettings, resolved: ResolvedJob, group: Group, names: Sequence[str]) -> Opened:
     """Load the job's model (and its draft model), allocate caches of `job.batch` slots and compile the
     steps `names`. Raises InputError."""
     job = resolved.job
@@ -156,7 +154,7 @@ def open_engine(env: Any, resolved: ResolvedJob, group: Group, names: Sequence[s
 
 
 @contextmanager
-def _code_folder(env: Any) -> Iterator[None]:
+def _code_folder(env: RankSettings) -> Iterator[None]:
     """Wraps compiling. On each machine, local rank 0 checks and seals the folder of compiled code."""
     try:
         folder = use_cache_folder()
@@ -171,7 +169,7 @@ def _code_folder(env: Any) -> Iterator[None]:
         yield
 
 
-def _build_operators(env: Any) -> None:
+def _build_operators(env: RankSettings) -> None:
     """Compile the C++ operators, on all cores of this machine's ranks, before anything loads them. If
     that fails, loading them later reports the reason and the fallback."""
     wanted = [COMM] if env.world_size > 1 and env.backend.startswith("shm") else []

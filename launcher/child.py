@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from base.rank import Target
 from base.streams import UNREAD, OutputError, prepare, say, silence, writing
 from launcher.bind import bind_this_process, die_with_parent
 from launcher.machine.topology import format_cpu_list
@@ -168,13 +169,13 @@ def _bind(env: RankEnv) -> RankEnv:
 
 def _run(env: RankEnv, target: str, payload: str, started: Callable[[], None]) -> int:
     _check_origin()
-    module = importlib.import_module(target)
+    entry: Target = importlib.import_module(target).main
     started()
     samples: list[Placement] = []
     if env.verify_placement:
         threading.Thread(target=_sample, args=(env, samples), daemon=True).start()
     try:
-        code = int(module.main(env, payload))
+        code = int(entry(env, payload))
     finally:
         if env.verify_placement:
             samples.append(check_placement(env.rank, env.plan.nodes, env.plan.cpus))

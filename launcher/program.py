@@ -14,9 +14,9 @@ import runpy
 import socket
 import sys
 from pathlib import Path
-from typing import Any
 
 from base.errors import LaunchError
+from base.rank import RankSettings
 
 CHECKOUT = str(Path(__file__).resolve().parent.parent)
 _LOADED = ("base", "launcher", "launch", "engine")  # Yoke's packages loaded before the program
@@ -33,7 +33,7 @@ def check_program(words: list[str]) -> str:
     return json.dumps({"module": module, "name": rest[0], "argv": rest[1:]})
 
 
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     """Run the program to its end and return its exit code."""
     program = json.loads(payload)
     if env.store_fd is not None:

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from base.rank import RankSettings
 from launcher.placement import Placement, check_placement
 from launcher.plan import LaunchPlan
 from launcher.spawn import RunOptions, launch, new_session
@@ -18,7 +19,7 @@ from launcher.spawn import RunOptions, launch, new_session
 _TOUCHED_BYTES = 32 << 20
 
 
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     """In each rank: write the rank's `Placement` as JSON into the folder `payload`."""
     block = bytearray(b"\1") * _TOUCHED_BYTES
     found = check_placement(env.rank, env.plan.nodes, env.plan.cpus)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from base.rank import RankSettings
 from comm import ops
 from comm.group import Group, Rendezvous, open_group
 from engine.beam_plan import Search
@@ -18,7 +18,7 @@ from models.load import config_of, load_model
 from weights.open import open_checkpoint
 
 
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     job = json.loads(payload)
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 120.0) as group:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
 
+from base.rank import RankSettings
 from comm import ops
 from comm.group import Rendezvous, open_group
 
 
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     number = json.loads(payload)["number"]
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 120.0) as group:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from base.rank import RankSettings
 from comm import ops
 from comm.errors import CommError
 from comm.group import Group, Rendezvous, open_group
@@ -64,7 +64,7 @@ def check_refusals(group: Group) -> None:
     ops.barrier(group)
 
 
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     slot = json.loads(payload).get("elements_per_slot", slot_bytes(env.world_size) // 4)
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 60.0) as group:

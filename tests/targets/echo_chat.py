@@ -17,12 +17,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from base.rank import RankSettings
+
 
 class Mistake(ValueError):
     exit_code = 2
 
 
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     options = json.loads(payload)
     folder = Path(options["folder"])
     (folder / f"new-{env.rank}").write_text(str(os.getpid()))

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+
+from base.rank import RankSettings
 
 
 class Mistake(ValueError):
@@ -23,7 +24,7 @@ class Noticed(RuntimeError):
     of_peer = True
 
 
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     options = json.loads(payload)
     case = options["case"]
     if case == "place":

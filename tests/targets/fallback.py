@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 
+from base.rank import RankSettings
 from comm import ops
 from comm.group import Rendezvous, open_group
 
 
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
     tell = lambda message: print(message, file=sys.stderr)  # noqa: E731
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 60.0, tell) as group:

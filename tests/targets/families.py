@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from base.rank import RankSettings
 from comm import ops
 from comm.group import Group, Rendezvous, open_group
 from models.load import config_of, load_model
@@ -19,7 +20,7 @@ from weights.open import open_checkpoint
 
 
 @torch.no_grad()
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     """Run the families in groups of the payload's sizes, one after the other, of the first ranks."""
     job = json.loads(payload)
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
 
+from base.rank import RankSettings
 from comm import ops
 from comm.group import Group, Rendezvous, open_group, set_timeout
 from engine.loop import generate
@@ -29,7 +29,7 @@ COLLECTIVES = {
 }
 
 
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     config = PRESETS["tiny"]
     graphs: list[list[str]] = []
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from base.rank import RankSettings
 from comm import ops
 from comm.group import Rendezvous, open_group
 from models.hf.model import load_hf_model
@@ -40,7 +41,7 @@ def wanted_of(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
     tokens = torch.randint(0, 301, (3, 20), generator=torch.Generator().manual_seed(1))
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 120.0) as group:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from base.rank import RankSettings
 from comm import ops
 from comm.group import Rendezvous, open_group
 from models.load import config_of, load_model
@@ -15,7 +15,7 @@ from models.reference import generate
 from weights.open import open_checkpoint
 
 
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     """Each of the payload's `models` (path, quant, prompt, wanted) on the first ranks of `sizes`."""
     job = json.loads(payload)
     torch.set_num_threads(env.plan.num_threads)

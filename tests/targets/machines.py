@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import torch
 
+from base.rank import RankSettings
 from comm import ops
 from comm.group import Rendezvous, open_group, set_timeout
 
 
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     options = json.loads(payload)
     node = options["nodes"][env.rank]
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd, node=node)

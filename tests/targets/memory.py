@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from base.rank import RankSettings
 from comm.group import Group
 from engine.generate import peak_rss_bytes
 from models.load import config_of, load_model
 from weights.open import open_checkpoint
 
 
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     torch.set_num_threads(env.plan.num_threads)
     checkpoint = open_checkpoint(Path(json.loads(payload)["folder"]))
     group = Group(env.rank, env.world_size)  # a layout: loading needs no transport

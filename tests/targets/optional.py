@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from base.rank import RankSettings
 from comm import ops
 from comm.group import Group, Rendezvous, open_group
 
@@ -23,7 +23,7 @@ def check(group: Group, dtype: torch.dtype, count: int) -> None:
     assert torch.equal(ops.all_gather(mine, group), torch.stack(everyone))
 
 
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 600.0) as group:
         assert group.backend == "deepspeed"

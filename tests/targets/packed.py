@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import tp.layers
+from base.rank import RankSettings
 from comm import ops
 from comm.group import Group, Rendezvous, open_group
 from kernels.load import load_kernels
@@ -20,7 +20,7 @@ TOKENS = 40  # more than a few rows
 
 
 @torch.no_grad()
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     """Compare with the tensors in the payload's file: (configuration, wanted, tolerance)."""
     torch.set_num_threads(env.plan.num_threads)
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)

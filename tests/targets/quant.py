@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from base.rank import RankSettings
 from comm import ops
 from comm.group import Group, Rendezvous, open_group
 from models.load import config_of, load_model
@@ -17,7 +17,7 @@ TOKENS = [[1, 17, 40, 63, 5, 111, 2, 90]]
 
 
 @torch.no_grad()
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     """Compare the logits of groups of the payload's sizes with `wanted_file` beside each model."""
     job = json.loads(payload)
     torch.set_num_threads(env.plan.num_threads)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 
+from base.rank import RankSettings
 from comm.group import Group, Rendezvous, open_group
 from engine import speculation
 from engine.loop import generate
@@ -30,7 +30,7 @@ def runner_of(group: Group, seed: int, compiled: bool) -> Runner:
     return make_runner(model, group, 100, compiled, num_rows=3)
 
 
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     compiled = json.loads(payload)["compiled"]
     requests = [
         Request(prompt, 12 + 7 * (i % 3), SAMPLINGS[i % len(SAMPLINGS)])

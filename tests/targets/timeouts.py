@@ -6,15 +6,15 @@ import json
 import stat
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from base.rank import RankSettings
 from comm import ops
 from comm.group import Rendezvous, open_group, set_timeout
 
 
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     words = json.loads(payload)
     case = words["case"]
     _gather(Path(words["folder"]), env)
@@ -42,7 +42,7 @@ def main(env: Any, payload: str) -> int:
     return 0
 
 
-def _gather(folder: Path, env: Any) -> None:
+def _gather(folder: Path, env: RankSettings) -> None:
     """Until all ranks are here: importing torch takes each its own time where processors are few."""
     (folder / f"rank-{env.rank}").touch()
     while len(list(folder.glob("rank-*"))) < env.world_size:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
+from base.rank import RankSettings
 from comm import ops
 from comm.group import Group, Rendezvous, open_group
 
@@ -188,7 +189,7 @@ def check_functions(group: Group) -> None:
 CASES = {"operators": check_operators, "block": check_block, "functions": check_functions}
 
 
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 120.0) as group:
         for case in json.loads(payload)["cases"]:
