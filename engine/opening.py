@@ -15,6 +15,7 @@ import torch
 
 from base.errors import InputError
 from base.private import cache_folder
+from base.progress import progress_bar
 from base.rank import RankSettings
 from base.streams import say
 from comm import ops
@@ -26,7 +27,7 @@ from engine.compiling import compiling, use_cache_folder
 from engine.dtypes import dtype_name, kv_dtype_name
 from engine.job import Job, fitted_length, quant_of
 from engine.memory import keeps_quantized
-from engine.report import build_progress, compile_progress, progress_bar
+from engine.report import build_progress, compile_progress
 from engine.resolve import ResolvedJob, check_draft, check_ranks
 from engine.steps import BEAMS, DECODE, EXTEND, GREEDY, AnyModel, Runner, make_runner, warm_up
 from kernels.load import KERNELS, has_kernels

@@ -92,22 +92,6 @@ def write_batch_summary(
 
 
 @contextmanager
-def progress_bar(title: str, enabled: bool) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function to call with (bytes done, bytes in all); draws a progress bar on stderr if that
-    is a terminal."""
-    if not (enabled and sys.stderr.isatty()):
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
 def count_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yields a function to call with how many of `total` are done; draws a progress bar on stderr if
     that is a terminal."""

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from launcher.fit import Fit, format_bytes
+from base.units import format_bytes
+from launcher.fit import Fit
 from launcher.machine.topology import Core, Node, Topology, format_cpu_list
 from launcher.plan import LaunchPlan, RankPlan
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from base.errors import LaunchError
+from base.units import format_bytes
 from launcher.machine.topology import Topology
 from launcher.plan import LaunchPlan
 
@@ -114,12 +115,3 @@ def require_loopback() -> None:
             f"ranks cannot connect at 127.0.0.1 ({error.strerror or error}): bring the loopback "
             "interface up (ip link set lo up), or use --comm shm"
         ) from error
-
-
-def format_bytes(size: float) -> str:
-    """1536 -> "1.5 KiB"."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"

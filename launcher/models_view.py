@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from launcher.fit import format_bytes
+from base.units import format_bytes
 
 Row = tuple[str, ...]
 NO_FIT = "!"  # after a size: all ranks together need more memory than the machine has

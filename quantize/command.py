@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from base.command import typed
 from base.errors import InputError
 from base.folders import expand
+from base.progress import progress_bar
 from base.streams import say, show, show_json, writing
 from models.config import HEAD
 from models.find import find_weights
@@ -81,7 +80,7 @@ def run(job: Job) -> None:
         calibration = settings, spread(tokens, job.samples, job.sample_len)
     start = time.perf_counter()
     with new_folder(out) as partial:
-        with progress_bar("quantizing") as progress:
+        with progress_bar("quantizing", in_bytes=False) as progress:
             errors = carry_out(plan, partial, searches(job), calibration, progress)
         seconds = time.perf_counter() - start
         before = after = None
@@ -117,18 +116,3 @@ def note(source: Path, blocks: set[str]) -> None:
             f"note: {source.name} is already quantized ({', '.join(sorted(blocks))}): its errors stay, "
             "and quantizing again adds new ones"
         )
-
-
-@contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, if that is a terminal. Call the yielded function with (done, total)."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(title), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -14,22 +14,21 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from base.command import typed
 from base.errors import InputError, nearest
+from base.progress import progress_bar
 from base.streams import say, show
+from base.units import format_bytes
 from base.venv import why_continued
 from weights.output import (
     Interrupted,
     check_space,
     check_target,
-    format_bytes,
     interruptible,
     left_by,
     new_folder,
@@ -226,18 +225,3 @@ def _heads(plan: ReshardPlan, rank: int, axis: str) -> range:
 
 def _span(heads: range) -> str:
     return f"{heads.start}" if len(heads) == 1 else f"{heads.start}-{heads.stop - 1}"
-
-
-@contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields a callback for (bytes done, bytes in total); it draws a bar if stderr is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -148,7 +148,7 @@ def test_the_launcher_needs_only_the_standard_library_and_psutil() -> None:
     for file in [*sources("launcher"), *sources("base")]:
         own = {"base"} if file.parent.name == "base" else {"base", "launcher", "psutil"}
         foreign = top(imported(file)) - set(sys.stdlib_module_names) - own - {"__future__"}
-        if file.name in ("draw.py", "view.py", "models_view.py"):
+        if file.name in ("draw.py", "view.py", "models_view.py", "progress.py"):
             foreign.discard("rich")  # what is drawn for people
         if file.name == "probe_torch.py":
             foreign.discard("torch")  # runs in a process of its own
