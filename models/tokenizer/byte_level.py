@@ -18,7 +18,7 @@ from tokenizers.normalizers import Normalizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
 from base.errors import InputError
-from models.tokenizer.limits import divisions
+from models.tokenizer.divisions import divisions
 from weights.files import DAMAGE, HEADER_LIMIT, damaged, regular_file
 from weights.texts import lines_of
 
@@ -199,7 +199,7 @@ def read_tiktoken(path: Path) -> dict[bytes, int]:
 def build_tiktoken(ranks: dict[bytes, int]) -> Tokenizer:
     """The pipeline of Llama 3's vocabulary. tiktoken merges the two neighbors whose union has the
     lowest rank. Here the unions are written as a list of merges, in that order."""
-    pairs = divisions(sorted(ranks, key=ranks.__getitem__), ranks)
+    pairs = divisions(sorted(ranks, key=ranks.__getitem__))
     merges = [(spell(left), spell(right)) for left, right in pairs]
     return build_bytes({spell(token): rank for token, rank in ranks.items()}, merges, _LLAMA_3)
 

@@ -3,11 +3,12 @@ it.
 
 The library has no limits. Forty steps that each write two letters for one make a terabyte of the first
 word; an added token takes eighty times its length in memory. So each step of a pipeline has a factor by
-which it can lengthen a text, and the product of the factors is limited. Added tokens are limited, and
-so are the ways to split pieces into other pieces. All limits are far above those of real tokenizers.
+which it can lengthen a text, and the product of the factors is limited. Added tokens are limited.
+All limits are far above those of real tokenizers.
 `guarded` converts a panic of the library, which is not an Exception, into an error that callers handle.
 
-What is not here: checks of invalid values, which the library itself refuses.
+What is not here: checks of invalid values, which the library itself refuses; the ways to split pieces
+into other pieces (`models.tokenizer.divisions` limits them).
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ _GROWTH = 64.0  # factor by which a pipeline may lengthen a text, beyond Unicode
 _AROUND = 4096  # tokens added around a text
 _ADDED = 4096  # characters of an added token
 _ADDED_ALL = 1 << 21  # characters of all added tokens
-_WORK = 64  # characters compared per character of the vocabulary, to split pieces into others
 _WORD = 1000  # characters of a word that is matched in quadratic time
 # If a file writes its keys without escapes, these values can be read without parsing its vocabulary.
 _PARTS = ("normalizer", "pre_tokenizer", "decoder", "post_processor", "added_tokens")
@@ -37,7 +37,6 @@ _FORMS = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Precompiled": 18, "Lowerc
 _FORMS |= {"BertNormalizer": 18}
 _BYTES = {"ByteLevel": 3.0, "Metaspace": 2.0, "WordPiece": 2.0, "CTC": 2.0, "BPEDecoder": 2.0}
 
-_T = TypeVar("_T", str, bytes)
 _R = TypeVar("_R")
 
 
@@ -173,27 +172,6 @@ def check_added(contents: Iterable[Any]) -> None:
         raise ValueError(f"an added token of {max(lengths)} characters; {_ADDED} is the most")
     if sum(lengths) > _ADDED_ALL:
         raise ValueError(f"added tokens of {sum(lengths)} characters; {_ADDED_ALL} is the most")
-
-
-def divisions(pieces: Iterable[_T], known: Mapping[_T, Any]) -> list[tuple[_T, _T]]:
-    """Every split of each piece into two known pieces, in order. Raises ValueError if finding them
-    takes far longer than reading the pieces."""
-    lengths = {len(piece) for piece in known}
-    ordered = sorted(lengths)
-    # For each length: the cuts where both parts have the length of some known piece.
-    cuts = {size: [cut for cut in ordered if cut < size and size - cut in lengths] for size in lengths}
-    budget = _WORK * sum(map(len, known)) + (1 << 20)
-    found = []
-    for piece in pieces:
-        size = len(piece)
-        budget -= size * len(cuts[size])
-        if budget < 0:
-            raise ValueError("its pieces can be put together from others in too many ways")
-        for cut in cuts[size]:
-            left, right = piece[:cut], piece[cut:]
-            if left in known and right in known:
-                found.append((left, right))
-    return found
 
 
 def check_length(length: int, longest: Callable[[], int], room: int) -> None:

@@ -7,13 +7,16 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from base.errors import InputError
 from models.tokenizer.codec import make_codec
-from models.tokenizer.limits import check_json, check_length, divisions, guarded
+from models.tokenizer.divisions import divisions
+from models.tokenizer.limits import check_json, check_length, guarded
 from tests.models.hostile_texts import (
     HARMLESS,
     PIPELINES,
@@ -54,7 +57,7 @@ def test_a_pipeline_without_proportion_is_refused(name: str, tmp_path: Path) -> 
                 read(tmp_path)
 
 
-REFUSED = ("every length", "a long normalization")
+REFUSED = ("a long piece", "long pieces", "every length", "a long normalization")
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
@@ -71,17 +74,37 @@ def test_a_vocabulary_is_read_in_proportion_or_refused(name: str, tmp_path: Path
 def test_pieces_are_divided_in_every_way() -> None:
     """Against trying every place."""
     words = sorted({word[:i] for text in CORPUS for word in text.split() for i in range(1, 9)})
-    known = {word: i for i, word in enumerate(words)}
-    expected = [
-        (word[:cut], word[cut:])
-        for word in words
-        for cut in range(1, len(word))
-        if word[:cut] in known and word[cut:] in known
-    ]
-    assert divisions(words, known) == expected and expected
-    many = {"a" * i: i for i in range(1, 1000)}
+    expected = every_division(words)
+    assert divisions(words) == expected and expected
+    in_bytes = [word.encode() for word in words]
+    assert divisions(in_bytes) == every_division(in_bytes)
+    assert divisions([""]) == divisions([]) == []
     with pytest.raises(ValueError, match="in too many ways"):
-        divisions(many, many)
+        divisions(["a" * i for i in range(1, 1000)])
+    with pytest.raises(ValueError, match="a piece of 5000 characters; 4096 is the most"):
+        divisions(["a", "a" * 5000])
+
+
+def test_many_pieces_are_divided_as_few_are() -> None:
+    """More than are hashed at once, of every kind of character, the longest ones too."""
+    random = Random(0)
+    letters = ["a", "b", "\0", "\u2581", "\u00e9", "\U0001f600", "\ud800", ""]
+    pieces = ["".join(random.choices(letters, k=random.randrange(9))) for _ in range(30_000)]
+    pieces += ["ab" * i for i in range(4, 2049, 200)] + ["ab" * 2048]
+    pieces = list(dict.fromkeys(pieces))
+    random.shuffle(pieces)
+    found = divisions(pieces)
+    assert found == every_division(pieces) and len(found) > 20_000
+
+
+def every_division(pieces: list[Any]) -> list[tuple[Any, Any]]:
+    known = set(pieces)
+    return [
+        (piece[:cut], piece[cut:])
+        for piece in pieces
+        for cut in range(1, len(piece))
+        if piece[:cut] in known and piece[cut:] in known
+    ]
 
 
 def test_steps_that_tokenizers_in_use_have_pass() -> None:
