@@ -44,7 +44,7 @@ from launcher.join import join, local_plan
 from launcher.machine.cgroup import read_cgroup
 from launcher.machine.topology import Topology, read_topology
 from launcher.manager import find_manager
-from launcher.plan import LaunchPlan, make_plan
+from launcher.plan import LaunchPlan, plan_launch
 from launcher.program import check_program
 from launcher.shared_secret import shared_secret
 from launcher.spawn import launch, new_session
@@ -151,7 +151,7 @@ def run(flags: Flags) -> int:
         job = _job(flags, place.world_size)
         plan = local_plan(place, flags.request)
         return join(place, plan, flags.options, *_target(flags, job))
-    topology, plan = _make_plan(flags)
+    topology, plan = _read_and_plan(flags)
     check_nodes(flags.nnodes, flags.node_rank, flags.rdzv_endpoint)
     job = _job(flags, len(plan.ranks) * flags.nnodes)
     if flags.nnodes > 1:
@@ -195,9 +195,9 @@ def _offline(flags: Flags) -> int:
     return quantize(flags.words)
 
 
-def _make_plan(flags: Flags) -> tuple[Topology, LaunchPlan]:
+def _read_and_plan(flags: Flags) -> tuple[Topology, LaunchPlan]:
     topology = _topology(flags)
-    plan = make_plan(topology, flags.request)
+    plan = plan_launch(topology, flags.request)
     quota = read_cgroup(flags.sysfs or Path("/")).cpu_quota
     cpus = {cpu for rank in plan.ranks for cpu in rank.cpus}
     if quota is not None and quota < len(cpus):
@@ -268,7 +268,7 @@ def _fits(
 
 
 def _plan(flags: Flags) -> int:
-    topology, plan = _make_plan(flags)
+    topology, plan = _read_and_plan(flags)
     fits: tuple[Fit, ...] = ()
     if flags.words:
         job = _job(flags, len(plan.ranks))

@@ -52,7 +52,7 @@ sys.path[0] = str(CHECKOUT)
 from launcher.doctor.backends import find_backends  # noqa: E402
 from launcher.draw import plan_to_json  # noqa: E402
 from launcher.machine.topology import Topology, format_cpu_list, read_topology  # noqa: E402
-from launcher.plan import LaunchPlan, LaunchRequest, make_plan  # noqa: E402
+from launcher.plan import LaunchPlan, LaunchRequest, plan_launch  # noqa: E402
 from launcher.spawn import RunOptions, launch, new_session  # noqa: E402
 
 KIB = 1024
@@ -171,7 +171,7 @@ def run(topology: Topology, ranks: int, cores_per_rank: int, task: dict[str, Any
     request = LaunchRequest(
         ranks=ranks, bind_cores=True, cores_per_rank=cores_per_rank or None if enough else None
     )
-    plan = make_plan(topology, request)
+    plan = plan_launch(topology, request)
     print(f"measuring {ranks} ranks ...", file=sys.stderr)
     code = launch(plan, RunOptions(), new_session(), "bench.allreduce_rank", json.dumps(task))
     if code:

@@ -30,7 +30,7 @@ import torch  # noqa: E402
 
 from bench.breakdown import draw, overhead_us  # noqa: E402
 from launcher.machine.topology import read_topology  # noqa: E402
-from launcher.plan import LaunchRequest, make_plan  # noqa: E402
+from launcher.plan import LaunchRequest, plan_launch  # noqa: E402
 from launcher.spawn import RunOptions, launch, new_session  # noqa: E402
 
 Found = dict[str, Any]
@@ -40,7 +40,7 @@ def measure(task: dict[str, Any], ranks: int, cores_per_rank: int | None) -> Fou
     """Run the ranks and return their result. Raises SystemExit with the launcher's exit code if it
     fails."""
     request = LaunchRequest(ranks=ranks, bind_cores=True, cores_per_rank=cores_per_rank)
-    plan = make_plan(read_topology(), request)
+    plan = plan_launch(read_topology(), request)
     with tempfile.TemporaryDirectory(prefix="yoke-bench-") as folder:
         out = Path(folder) / "out.json"
         payload = json.dumps({**task, "out": str(out)})

@@ -51,7 +51,7 @@ from bench.peers_gguf import FILE_TYPES, write_dequantized  # noqa: E402
 from engine.job import Job  # noqa: E402
 from engine.resolve import resolve, to_json  # noqa: E402
 from launcher.machine.topology import read_topology  # noqa: E402
-from launcher.plan import LaunchRequest, make_plan  # noqa: E402
+from launcher.plan import LaunchRequest, plan_launch  # noqa: E402
 from launcher.spawn import RunOptions, launch, new_session  # noqa: E402
 
 YOKE = "yoke"
@@ -121,7 +121,7 @@ def compare(flags: argparse.Namespace) -> int:
     file = resolved.checkpoint
     if file is None or file.suffix != ".gguf":
         raise InputError(f"--model {flags.model}: llama.cpp reads only GGUF files; give a .gguf file")
-    plan = make_plan(
+    plan = plan_launch(
         read_topology(), LaunchRequest(ranks=flags.ranks, bind_cores=True, cores_per_rank=1)
     )
     load = round(os.getloadavg()[0], 2)  # of other processes, before this benchmark starts

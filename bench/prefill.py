@@ -27,13 +27,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launcher.machine.topology import read_topology
-from launcher.plan import LaunchRequest, make_plan
+from launcher.plan import LaunchRequest, plan_launch
 from launcher.spawn import RunOptions, launch, new_session
 
 
 def measure(task: dict[str, Any], ranks: int) -> dict[str, Any]:
     """Run the ranks and return their samples: seconds per prompt, and peak operations per second."""
-    plan = make_plan(read_topology(), LaunchRequest(ranks=ranks, bind_cores=True))
+    plan = plan_launch(read_topology(), LaunchRequest(ranks=ranks, bind_cores=True))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         payload = json.dumps({**task, "out": str(out)})

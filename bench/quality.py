@@ -38,7 +38,7 @@ from models.find import find_weights  # noqa: E402
 from models.load import config_of  # noqa: E402
 from models.quant_rules import parse_asked  # noqa: E402
 from quantize.calibrate import Settings  # noqa: E402
-from quantize.plan import make_plan  # noqa: E402
+from quantize.plan import plan_quantize  # noqa: E402
 from quantize.read_back import read_back  # noqa: E402
 from quantize.report import output_error, products, weight_error  # noqa: E402
 from quantize.run import carry_out  # noqa: E402
@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if not any(row.startswith(f"{name} ") for row in asked):
             continue
         try:
-            plan = make_plan(checkpoint, parse_asked(name), untie="/" in name)
+            plan = plan_quantize(checkpoint, parse_asked(name), untie="/" in name)
         except InputError as error:
             print(f"{name}: {error}", flush=True)
             continue

@@ -30,7 +30,7 @@ from rich.table import Table  # noqa: E402
 
 from base.errors import InputError  # noqa: E402
 from launcher.machine.topology import read_topology  # noqa: E402
-from launcher.plan import LaunchRequest, make_plan  # noqa: E402
+from launcher.plan import LaunchRequest, plan_launch  # noqa: E402
 from launcher.spawn import RunOptions, launch, new_session  # noqa: E402
 from models.quant_rules import parse_asked  # noqa: E402
 
@@ -41,7 +41,7 @@ Found = dict[str, Any]
 def measure(task: dict[str, Any], ranks: int, cores_per_rank: int | None) -> Found:
     """Run the ranks and return their result. Raises SystemExit with the launcher's exit code if it
     fails."""
-    plan = make_plan(
+    plan = plan_launch(
         read_topology(), LaunchRequest(ranks=ranks, bind_cores=True, cores_per_rank=cores_per_rank)
     )
     with tempfile.TemporaryDirectory(prefix="yoke-bench-") as folder:

@@ -16,7 +16,7 @@ from launcher.child import PROGRAM, RankEnv, run_managed
 from launcher.machine.topology import format_cpu_list, read_topology
 from launcher.manager import Managed, interface_of
 from launcher.meeting import meet
-from launcher.plan import LaunchPlan, LaunchRequest, make_plan
+from launcher.plan import LaunchPlan, LaunchRequest, plan_launch
 from launcher.shared_secret import shared_secret
 from launcher.spawn import RunOptions, rank_variables
 
@@ -31,7 +31,7 @@ def local_plan(place: Managed, request: LaunchRequest) -> LaunchPlan:
     note, alone = _settle_mask(place, request.binds)
     count = 1 if alone else place.local_world_size
     topology = read_topology(Path("/"), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    plan = make_plan(topology, replace(request, ranks=count))
+    plan = plan_launch(topology, replace(request, ranks=count))
     first = place.rank - place.local_rank
     lines = [plan.ranks[0]] * place.local_world_size if alone else list(plan.ranks)
     backend = plan.backend

@@ -93,7 +93,7 @@ class _Place:
     gpu: Gpu | None = None
 
 
-def make_plan(topology: Topology, request: LaunchRequest) -> LaunchPlan:
+def plan_launch(topology: Topology, request: LaunchRequest) -> LaunchPlan:
     """Place the ranks. Raises LaunchError for a request that this machine cannot meet."""
     _check_request(request)
     _check_ranks(request.ranks, len(topology.cores))

@@ -54,7 +54,7 @@ def run(job: Job) -> None:
     from models.sizes import num_parameters
     from quantize import report as reports
     from quantize.calibrate import Settings
-    from quantize.plan import make_plan
+    from quantize.plan import plan_quantize
     from quantize.read_back import read_back
     from quantize.run import carry_out
     from quantize.texts import WINDOW, read_tokens, spread
@@ -64,7 +64,7 @@ def run(job: Job) -> None:
     named = job.quant_head != "auto"
     asked = parse_asked(f"{job.quant}/{job.quant_head}" if named else job.quant)
     checkpoint = open_checkpoint(source)
-    plan = make_plan(checkpoint, asked, untie=named)
+    plan = plan_quantize(checkpoint, asked, untie=named)
     check_space(out.parent, plan.needed_bytes)
     was = config_of(checkpoint, say=say)
     for line in checkpoint.notes:

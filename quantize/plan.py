@@ -55,7 +55,7 @@ class Plan:
         return sum(contents.file_bytes for contents in self.files.values())
 
 
-def make_plan(checkpoint: Checkpoint, asked: Asked, untie: bool = False) -> Plan:
+def plan_quantize(checkpoint: Checkpoint, asked: Asked, untie: bool = False) -> Plan:
     """The plan for a checkpoint. `untie`: a tied head that should be quantized gets weights of its own;
     otherwise it stays tied. Raises InputError if the source is quantized already, or if the rows of a
     weight are not a multiple of the scheme's group size."""
@@ -70,7 +70,7 @@ def make_plan(checkpoint: Checkpoint, asked: Asked, untie: bool = False) -> Plan
     shapes = expected_shapes(config)
     check_names(checkpoint, shapes, config.tie_embeddings)
     if untie and config.tie_embeddings and asked.head is not None:
-        return make_plan(_untied(checkpoint), asked)
+        return plan_quantize(_untied(checkpoint), asked)
     wanted = ((name, scheme_for(name, asked)) for name in shapes)
     schemes = {name: scheme for name, scheme in wanted if scheme is not None}
     grouped = [name for name, scheme in schemes.items() if scheme == asked.layers]

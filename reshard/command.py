@@ -137,7 +137,7 @@ def run(options: argparse.Namespace) -> None:
     out: Path = options.out.absolute()
     if not options.dry_run:
         check_target(out)
-    from reshard.plan import make_plan
+    from reshard.plan import plan_reshard
     from reshard.run import Reader, check_replicas, needed_bytes, write
     from reshard.verify import open_any, verify, verify_forward
     from weights.formats.yoke_io import open_folder
@@ -155,7 +155,7 @@ def run(options: argparse.Namespace) -> None:
     for note in checkpoint.notes:
         say(note)
     num_heads = folder.manifest.num_heads if folder else None
-    plan = make_plan(checkpoint, options.to, num_heads=num_heads, dequantize=options.dequantize)
+    plan = plan_reshard(checkpoint, options.to, num_heads=num_heads, dequantize=options.dequantize)
     needed = needed_bytes(plan, checkpoint)
     if options.dry_run:
         show("\n".join(describe(plan, checkpoint.world_size, needed)))

@@ -92,7 +92,7 @@ class ReshardPlan:
         return sum(file.file_bytes for file in self.files.values())
 
 
-def make_plan(
+def plan_reshard(
     checkpoint: Checkpoint, world_size: int, *, num_heads: int | None = None, dequantize: bool = False
 ) -> ReshardPlan:
     """Plan resharding to `world_size` ranks. Raises InputError if the checkpoint cannot be sharded so.

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from launcher.machine.topology import read_topology
-from launcher.plan import LaunchRequest, make_plan
+from launcher.plan import LaunchRequest, plan_launch
 from launcher.spawn import RunOptions, launch, new_session
 from tests.leftovers import MARK, expect_no_more_segments, segments
 from tests.running import CHECKOUT, RunRanks, RunYoke, yoke
@@ -91,7 +91,7 @@ def run_ranks(capfd: pytest.CaptureFixture[str]) -> RunRanks:
     def run(
         name: str, size: int, comm: str = "shm", *, options: RunOptions | None = None, **payload: Any
     ) -> tuple[int, str, str]:
-        plan = make_plan(read_topology(), LaunchRequest(ranks=size, bind_cores=True, comm=comm))
+        plan = plan_launch(read_topology(), LaunchRequest(ranks=size, bind_cores=True, comm=comm))
         capfd.readouterr()
         code = launch(
             plan,

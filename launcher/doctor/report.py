@@ -53,7 +53,7 @@ from launcher.doctor.probe import (
 from launcher.doctor.selfcheck import try_placement
 from launcher.machine.topology import Topology, format_cpu_list
 from launcher.placement import Placement
-from launcher.plan import LaunchRequest, RankPlan, make_plan
+from launcher.plan import LaunchRequest, RankPlan, plan_launch
 
 OLDEST_TORCH = (2, 11)
 INSTRUCTIONS = ("avx2", "avx512", "bf16", "vnni", "amx", "asimd", "i8mm", "sve")
@@ -127,7 +127,7 @@ def examine(
             return None
 
     torch_process = attempt("torch", lambda: start_torch_probe(checkout))  # runs in parallel
-    plan = attempt("plan", lambda: make_plan(topology, request))
+    plan = attempt("plan", lambda: plan_launch(topology, request))
     placements: tuple[Placement, ...] = ()
     if plan is not None and here:
         placements = attempt("placement", lambda: try_placement(plan)) or ()

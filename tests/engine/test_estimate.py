@@ -24,7 +24,7 @@ from models.decoder import Decoder
 from models.load import config_of, linears_of, load_model
 from models.presets import PRESETS
 from models.quant_rules import products_of
-from reshard.plan import make_plan
+from reshard.plan import plan_reshard
 from reshard.run import Reader
 from reshard.run import write as write_parts
 from tests.weights.quant_files import CONFIG, Kind, write
@@ -232,7 +232,7 @@ def test_the_outline_of_blocks_and_of_our_own_folders(gguf: Path, tmp_path: Path
     out = tmp_path / "two"
     out.mkdir()
     checkpoint = open_checkpoint(path)
-    write_parts(make_plan(checkpoint, 2), Reader(checkpoint), out, lambda done, total: None)
+    write_parts(plan_reshard(checkpoint, 2), Reader(checkpoint), out, lambda done, total: None)
     same_outline(out)
     assert check(path, "auto") == check(out, "auto")
 

@@ -30,7 +30,7 @@ from launcher.doctor.probe_torch import loaded_openmp
 from launcher.doctor.report import Facts, examine, to_change, will_use
 from launcher.doctor.view import render
 from launcher.machine.topology import Core, Socket, Topology, read_topology
-from launcher.plan import MAX_RANKS, LaunchRequest, make_plan
+from launcher.plan import MAX_RANKS, LaunchRequest, plan_launch
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 CODE = """
@@ -75,7 +75,7 @@ def two_sockets(tmp_path: Path) -> Topology:
 
 def healthy(topology: Topology) -> Facts:
     """Nothing to change."""
-    plan = make_plan(topology, LaunchRequest(bind_cores=True))
+    plan = plan_launch(topology, LaunchRequest(bind_cores=True))
     return Facts(
         ranks=plan.ranks,
         backend=plan.backend,

@@ -12,13 +12,13 @@ from base.errors import LaunchError
 from launcher.draw import render_plain
 from launcher.fit import check_fit
 from launcher.machine.topology import Topology, read_topology
-from launcher.plan import MAX_RANKS, LaunchPlan, LaunchRequest, make_plan
+from launcher.plan import MAX_RANKS, LaunchPlan, LaunchRequest, plan_launch
 from tests.launcher.trees import NODE, sockets_on_nodes, two_sockets, write
 from tests.running import CHECKOUT, RunYoke
 
 
 def planned(topology: Topology, **wishes) -> LaunchPlan:
-    return make_plan(topology, LaunchRequest(**{"bind_cores": True, **wishes}))
+    return plan_launch(topology, LaunchRequest(**{"bind_cores": True, **wishes}))
 
 
 def cpus(plan: LaunchPlan) -> list[tuple[int, ...]]:

@@ -14,7 +14,7 @@ from launcher.draw import plan_to_json, render_plain
 from launcher.fit import check_fit, require_fit
 from launcher.flags import parse_flags
 from launcher.machine.topology import Core, Gpu, Node, Socket, Topology
-from launcher.plan import LaunchRequest, make_plan
+from launcher.plan import LaunchRequest, plan_launch
 from tests.running import RunYoke
 
 
@@ -60,7 +60,7 @@ def with_hbm(topology: Topology) -> Topology:
 
 
 def plan(topology: Topology, **wishes):
-    return make_plan(topology, LaunchRequest(**{"bind_cores": True, **wishes}))
+    return plan_launch(topology, LaunchRequest(**{"bind_cores": True, **wishes}))
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 9), st.integers(1, 2), st.integers(1, 64))
@@ -224,7 +224,7 @@ def test_a_remainder_of_cores_is_used_and_said() -> None:
 
 
 def test_without_the_flag_nothing_is_bound() -> None:
-    made = make_plan(machine(2, 1, 4), LaunchRequest())
+    made = plan_launch(machine(2, 1, 4), LaunchRequest())
     assert [rank.cpus for rank in made.ranks] == [tuple(range(8))] * 2
     assert [rank.num_threads for rank in made.ranks] == [4, 4]
     assert {rank.memory_policy for rank in made.ranks} == {"none"}
@@ -292,7 +292,7 @@ def test_memory_is_divided_by_what_ranks_need() -> None:
     with pytest.raises(LaunchError, match=r"rank 1 needs 17\.0 GiB .*has 16\.0 GiB"):
         require_fit(fits)
     # Not bound, the same ranks share the whole machine.
-    assert all(fit.fits for fit in check_fit(topology, make_plan(topology, LaunchRequest()), needs))
+    assert all(fit.fits for fit in check_fit(topology, plan_launch(topology, LaunchRequest()), needs))
     # A cgroup's limit holds for all together.
     assert not any(fit.fits for fit in check_fit(topology, made, needs, limit_bytes=20 << 30))
     # Two ranks on one node have it together.

@@ -17,7 +17,7 @@ import torch
 
 from comm.group import Group
 from launcher.machine.topology import read_topology
-from launcher.plan import LaunchRequest, make_plan
+from launcher.plan import LaunchRequest, plan_launch
 from launcher.spawn import RunOptions, launch, new_session
 from models.defaults import DEFAULTS
 from models.families import FAMILIES as NAMED
@@ -128,7 +128,7 @@ def measure(folder: Path) -> dict[str, list[str]]:
         "sizes": [2],
         "figures": str(folder / "two"),
     }
-    plan = make_plan(read_topology(), LaunchRequest(ranks=2, bind_cores=True, comm="shm"))
+    plan = plan_launch(read_topology(), LaunchRequest(ranks=2, bind_cores=True, comm="shm"))
     code = launch(
         plan, RunOptions(grace_s=20.0), new_session(), "tests.targets.families", json.dumps(payload)
     )

@@ -19,7 +19,7 @@ from comm.group import Group
 from models.config_hf import from_hf
 from models.load import config_of, load_model
 from models.tokenizer.open import load_codec
-from reshard.plan import make_plan
+from reshard.plan import plan_reshard
 from reshard.run import Reader, write
 from tests.models.families import make, run, wanted
 from tests.models.hf_families import add_tokenizer
@@ -214,7 +214,7 @@ def test_resharded_and_back(name: str, tmp_path: Path, saved: Callable[[str], Pa
     for size in (2, 1):
         out = tmp_path / str(size)
         out.mkdir()
-        write(make_plan(source, size), Reader(source), out, lambda done, total: None)
+        write(plan_reshard(source, size), Reader(source), out, lambda done, total: None)
         source = open_checkpoint(out)
         model = load_model(config_of(source), source, Group(0, 1), torch.float32)
         wanted = torch.load(saved(name) / "wanted.pt")

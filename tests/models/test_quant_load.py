@@ -30,7 +30,7 @@ from models.quant_rules import (
     scheme_for,
 )
 from models.sizes import layout_of
-from reshard.plan import make_plan
+from reshard.plan import plan_reshard
 from reshard.run import Reader
 from reshard.run import write as write_parts
 from tests.models.expert_files import write_folder, write_gguf
@@ -216,7 +216,7 @@ def test_ranks_compute_what_one_computes(gguf: Path, tmp_path: Path, run_ranks: 
 
 def test_a_resharded_file_keeps_the_bits(gguf: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(gguf)
-    plan = make_plan(checkpoint, 2)
+    plan = plan_reshard(checkpoint, 2)
     out = tmp_path / "two"
     out.mkdir()
     write_parts(plan, Reader(checkpoint), out, lambda done, total: None)

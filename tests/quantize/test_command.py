@@ -24,7 +24,7 @@ from models.load import config_of, load_model
 from models.quant_rules import parse_asked
 from quantize.command import main
 from quantize.job import parse_job, searches, uses_gptq
-from quantize.plan import make_plan
+from quantize.plan import plan_quantize
 from tests.quantize.small import CONFIG, TEXT, make_folder, tensors_of
 from tests.running import CHECKOUT
 from weights.open import open_checkpoint
@@ -200,7 +200,7 @@ def test_the_head_of_a_gguf_file_is_untied(gguf: Path) -> None:
     checkpoint = open_checkpoint(gguf)
     assert config_of(checkpoint).tie_embeddings
     for head, tied in (("same", False), ("none", True)):
-        plan = make_plan(checkpoint, parse_asked(f"int4-g32/{head}"), untie=True)
+        plan = plan_quantize(checkpoint, parse_asked(f"int4-g32/{head}"), untie=True)
         assert from_hf(json.loads(plan.texts["config.json"]), "config.json") == plan.config
         assert plan.config.tie_embeddings == tied == ("lm_head.weight" not in plan.schemes)
 

@@ -18,7 +18,7 @@ from models.quant_rules import parse_asked
 from quantize import calibrate
 from quantize.calibrate import Settings
 from quantize.grid import Grid
-from quantize.plan import make_plan
+from quantize.plan import plan_quantize
 from quantize.read_back import read_back
 from quantize.run import carry_out
 from quantize.texts import spread
@@ -90,7 +90,7 @@ def test_inputs_are_those_of_the_quantized_model(
     """What each product's Hessian was made of, against the inputs of the same product in the model that
     came out, run whole."""
     checkpoint = open_checkpoint(make_folder(tmp_path / "model"))
-    plan = make_plan(checkpoint, parse_asked("int4-g32"))
+    plan = plan_quantize(checkpoint, parse_asked("int4-g32"))
     seen: list[Tensor] = []
     plain = calibrate.gptq
 
@@ -122,7 +122,7 @@ def test_inputs_are_those_of_the_quantized_model(
 
 def test_gptq_keeps_outputs_nearer_than_rounding(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_folder(tmp_path / "model"))
-    plan = make_plan(checkpoint, parse_asked("int4-g32"))
+    plan = plan_quantize(checkpoint, parse_asked("int4-g32"))
     text = spread(torch.tensor([ord(c) for c in TEXT]), 100, 50)
     settings = Settings(plan.scheme, True, 0.01, True)
     walk = Walk(checkpoint, plan.config, text)

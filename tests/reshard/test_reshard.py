@@ -27,7 +27,7 @@ from comm.group import Group
 from models.load import config_of, load_model
 from reshard import command as reshard
 from reshard import run as reshard_run
-from reshard.plan import make_plan
+from reshard.plan import plan_reshard
 from tests.reshard.reshard_cases import (
     SMALL,
     Kind,
@@ -401,7 +401,7 @@ def test_the_help_is_one_screen_and_a_dry_run_writes_nothing(
 def test_the_plan_says_exactly_what_is_written(fast: Path) -> None:
     write_hf(fast / "hf", small(9, 3, ffn_dim=75, vocab_size=41))
     for ranks in (1, 2, 7):
-        plan = make_plan(open_checkpoint(fast / "hf"), ranks)
+        plan = plan_reshard(open_checkpoint(fast / "hf"), ranks)
         run("--to", ranks, fast / "hf", fast / f"out{ranks}")
         for name, contents in plan.files.items():
             assert (fast / f"out{ranks}" / name).stat().st_size == contents.file_bytes

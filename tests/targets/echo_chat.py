@@ -110,10 +110,10 @@ def serve(channel: socket.socket, pause_s: float, folder: Path) -> None:
 if __name__ == "__main__":
     from launcher.chat.console import CHAT
     from launcher.machine.topology import read_topology
-    from launcher.plan import LaunchRequest, make_plan
+    from launcher.plan import LaunchRequest, plan_launch
     from launcher.spawn import RunOptions, launch, new_session
 
     ranks = json.loads(sys.argv[1]).get("ranks", 1)
-    plan = make_plan(read_topology(), LaunchRequest(ranks=ranks, comm="gloo"))
+    plan = plan_launch(read_topology(), LaunchRequest(ranks=ranks, comm="gloo"))
     me = "tests.targets.echo_chat"
     sys.exit(launch(plan, RunOptions(grace_s=2.0), new_session(), me, sys.argv[1], CHAT))

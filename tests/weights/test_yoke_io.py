@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from base.errors import InputError
 from reshard import command as reshard
-from reshard.plan import layout_of, make_plan
+from reshard.plan import layout_of, plan_reshard
 from tests.reshard.reshard_cases import SMALL, random_tensors, same, small, whole, write_hf
 from tp.heads import split_heads
 from tp.shard import slices_of
@@ -116,7 +116,7 @@ def mapped() -> set[str]:
 
 
 def test_a_rank_reads_its_own_file_and_no_other(yoke: Path) -> None:
-    dims = make_plan(open_checkpoint(yoke), 1).dims
+    dims = plan_reshard(open_checkpoint(yoke), 1).dims
     for rank in (3, 15):
         checkpoint = open_yoke(yoke, prefer=rank)
         layout = layout_of(dims, rank, 16)
