@@ -136,7 +136,8 @@ def run(flags: Flags) -> int:
     if flags.sysfs is None:
         require_backend(flags.request.comm)
     if "device=cuda" in flags.words and flags.request.rank_per is None:
-        flags = replace(flags, request=replace(flags.request, rank_per="gpu"))
+        request = replace(flags.request, rank_per="gpu", gpu_word="device=cuda")
+        flags = replace(flags, request=request)
     if flags.command == "plan":
         return _plan(flags)
     place = find_manager(os.environ, os.getppid())

@@ -229,6 +229,7 @@ def _check_values(job: Job) -> None:
 def _check_modes(job: Job) -> None:
     """Raise InputError for keys that do not go together."""
     check_beams(job, sampling_of(job))
+    check_shown(job, job.logprobs)
     if job.num_beams > 1:
         for key, given in (
             ("draft", bool(job.draft)),
@@ -281,6 +282,16 @@ def quant_of(job: Job) -> str:
     """Returns the quantization for the loader, as `models.load_quant` parses it: SCHEME/HEAD, or "auto"
     or "none"."""
     return f"{job.quant}/{job.quant_head}" if job.quant in SCHEMES else job.quant
+
+
+def check_shown(job: Job, logprobs: int) -> None:
+    """Raise InputError if log-probabilities are asked for (0 or more), and the output cannot show
+    them."""
+    if logprobs >= 0 and job.output != "json":
+        raise InputError(
+            f"logprobs={logprobs} is shown only with output=json, and output={job.output} would leave "
+            "them out; add output=json, or leave logprobs= out"
+        )
 
 
 def check_beams(job: Job, sampling: Sampling) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from base.errors import InputError, nearest
 from base.folders import expand
-from engine.job import Job, check_beams, sampling_of
+from engine.job import Job, check_beams, check_shown, sampling_of
 from models.sampling_params import Sampling, check_sampling
 from weights.files import parse_json
 from weights.texts import lines_of, not_unicode
@@ -206,6 +206,7 @@ def _sampling(name: str, data: dict[str, Any], job: Job, default: Sampling) -> S
     try:
         check_sampling(sampling, None)
         check_beams(job, sampling)
+        check_shown(job, sampling.logprobs)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     return sampling

@@ -133,12 +133,14 @@ def main(spec_fd: int) -> int:
     except Exception as error:
         code = getattr(error, "exit_code", None)
         kind = "peer" if getattr(error, "of_peer", False) else "error"
+        exit_code = 1 if code is None else int(code)
         report(
             "exception" if code is None else kind,
             message=str(error) or type(error).__name__,
+            code=exit_code,
             traceback=_traceback(error)[-50000:],  # the end matters most
         )
-        return 1 if code is None else int(code)
+        return exit_code
 
 
 def run_managed(env: RankEnv, target: str, payload: str, tracebacks: bool) -> int:

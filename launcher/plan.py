@@ -30,6 +30,7 @@ class LaunchRequest:
     """What the flags ask for. None leaves the choice to the plan.
 
     `core_list` holds logical cpus; `reserve_cores` is the number of physical cores that no rank gets.
+    `gpu_word`: how the user asked for a rank on each GPU, for errors.
     """
 
     ranks: int | None = None
@@ -41,6 +42,7 @@ class LaunchRequest:
     smt: bool = False
     numa_memory: str | None = None
     comm: str = "auto"
+    gpu_word: str = "--rank-per gpu"
 
     @property
     def binds(self) -> bool:
@@ -248,8 +250,13 @@ def _gpu_places(
         gpus = tuple(gpus[rank % len(gpus)] for rank in range(count))
     if not gpus or count > len(gpus):
         raise LaunchError(
-            f"--rank-per gpu: {len(gpus)} GPUs are visible"
-            + (f", {count} ranks were asked for" if gpus else " here (check CUDA_VISIBLE_DEVICES)")
+            f"{request.gpu_word}: {len(gpus)} GPUs are visible"
+            + (
+                f", {count} ranks were asked for"
+                if gpus
+                else f" here; leave {request.gpu_word} out to run on the CPUs, or check the driver "
+                "(nvidia-smi) and CUDA_VISIBLE_DEVICES"
+            )
         )
     reasons.append(f"one rank per GPU, on the cores near it: {count}")
     near: dict[tuple[Core, ...], list[Gpu]] = {}

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from launcher.rank import Rank
 
@@ -15,11 +16,16 @@ from launcher.rank import Rank
 @dataclass(frozen=True)
 class Verdict:
     """The exit code of the run and its message (empty: take it from the failed rank's report). `held`
-    names the ranks that were stopped or blocked in the kernel at that time."""
+    names the ranks that were stopped or blocked in the kernel at that time; `rest` says what became of
+    the other ranks, where there are any."""
 
     code: int
     message: str = ""
     held: str = ""
+    rest: str = ""
+
+
+_OTHERS, _ALL = "; the other ranks were stopped", "; all ranks were stopped"
 
 
 def on_failed(rank: Rank, running: Sequence[Rank]) -> Verdict:
@@ -34,7 +40,7 @@ def on_failed(rank: Rank, running: Sequence[Rank]) -> Verdict:
         name = signal.Signals(number).name
     except ValueError:
         name = f"signal {number}"
-    return Verdict(128 + number, f"{rank.name} was killed by {name}; the other ranks were stopped")
+    return Verdict(128 + number, f"{rank.name} was killed by {name}", rest=_OTHERS)
 
 
 def on_stuck(stuck: Sequence[Rank], start_s: float, hang_s: float) -> Verdict:
@@ -49,7 +55,7 @@ def on_stuck(stuck: Sequence[Rank], start_s: float, hang_s: float) -> Verdict:
         )
         held = rank.held
         parts.append(f"{rank.name} {what}" + (f"; {held}" if held else ""))
-    return Verdict(1, "; ".join(parts) + "; all ranks were stopped")
+    return Verdict(1, "; ".join(parts), rest=_ALL)
 
 
 def on_left(first: str, running: Sequence[Rank], grace_s: float) -> Verdict:
@@ -57,8 +63,8 @@ def on_left(first: str, running: Sequence[Rank], grace_s: float) -> Verdict:
     names = ", ".join(rank.name for rank in running)
     return Verdict(
         1,
-        f"{first} exited with code 0, and {grace_s:g} s later these were still running: {names}; all "
-        "ranks were stopped",
+        f"{first} exited with code 0, and {grace_s:g} s later these were still running: {names}",
+        rest=_ALL,
     )
 
 
@@ -72,9 +78,17 @@ def find_cause(ranks: Sequence[Rank], verdict: Verdict) -> Verdict:
         if (rank.code or 0) < 0 and rank.code not in (-signal.SIGTERM, -signal.SIGKILL):
             return on_failed(rank, ())
     for rank in ranks:
-        if rank.code and rank.code > 0 and _error_of(rank).get("kind") != "peer":
-            return Verdict(rank.code, "", verdict.held)
+        if (code := _code_of(rank)) > 0 and _error_of(rank).get("kind") != "peer":
+            return Verdict(code, "", verdict.held)
     return verdict
+
+
+def _code_of(rank: Rank) -> int:
+    """The exit code, 0 if the rank has not ended. If the launcher's signal reached it after it had
+    reported its error, it is the code that the rank was about to end with."""
+    if rank.code in (-signal.SIGTERM, -signal.SIGKILL):
+        return int(_error_of(rank).get("code", rank.code))
+    return rank.code or 0
 
 
 def message_of(verdict: Verdict, ranks: Sequence[Rank], tracebacks: bool) -> str:
@@ -84,14 +98,16 @@ def message_of(verdict: Verdict, ranks: Sequence[Rank], tracebacks: bool) -> str
         for rank in ranks
         if rank.code is None
     )
-    return (verdict.message or _reported(ranks, verdict.code, tracebacks) + verdict.held) + left
+    if not verdict.message:
+        return _reported(ranks, verdict.code, tracebacks) + verdict.held + left
+    return verdict.message + (verdict.rest if len(ranks) > 1 else "") + left
 
 
-def _error_of(rank: Rank) -> dict[str, str]:
+def _error_of(rank: Rank) -> dict[str, Any]:
     """The error that the rank reported, empty if it reported none."""
     for line in rank.report.split(b"\n"):
         with suppress(ValueError, KeyError, TypeError):
-            report: dict[str, str] = json.loads(line)
+            report: dict[str, Any] = json.loads(line)
             if report["kind"]:
                 return report
     return {}
@@ -99,7 +115,7 @@ def _error_of(rank: Rank) -> dict[str, str]:
 
 def _reported(ranks: Sequence[Rank], code: int, tracebacks: bool) -> str:
     """The message from the failed ranks' reports: a user error once, else the first one's traceback."""
-    failed = [rank for rank in ranks if rank.code == code]
+    failed = [rank for rank in ranks if _code_of(rank) == code]
     for rank in failed:
         error = _error_of(rank)
         if error.get("kind") in ("error", "peer"):
@@ -107,4 +123,4 @@ def _reported(ranks: Sequence[Rank], code: int, tracebacks: bool) -> str:
         if error:
             return f"{rank.name} failed:\n{error['traceback'].rstrip()}"
     names = ", ".join(rank.name for rank in failed)
-    return f"{names} exited with code {code}; the other ranks were stopped"
+    return f"{names} exited with code {code}" + (_OTHERS if len(ranks) > 1 else "")

@@ -302,10 +302,10 @@ def test_the_command_searches(run_yoke: RunYoke) -> None:
      "logit_bias=5:1", "logprobs=0", "draft=lookup", "engine=hf", "stop=."],
 )  # fmt: skip
 def test_what_does_not_go_with_beams_is_refused(word: str, tmp_path: Path) -> None:
-    given = ["model=tiny", "weights=random", "num_beams=4"]
+    given = ["model=tiny", "weights=random", "output=json", "num_beams=4"]
     with pytest.raises(InputError, match=rf"num_beams=4 does not go with {word}"):
         parse_job([*given, "prompt=x", word])
-    parse_job([*given[:2], "prompt=x", word])
+    parse_job([*given[:3], "prompt=x", word])
     key, _, value = word.partition("=")
     if key in ("draft", "engine", "stop"):
         return
@@ -314,4 +314,4 @@ def test_what_does_not_go_with_beams_is_refused(word: str, tmp_path: Path) -> No
     lines.write_text(json.dumps({"prompt": "x"}) + "\n" + json.dumps({"prompt": "y", key: own}))
     with pytest.raises(InputError, match=rf"line 2: num_beams=4 does not go with {key}="):
         read_prompts(parse_job([*given, f"prompts={lines}"]))
-    assert len(read_prompts(parse_job([*given[:2], f"prompts={lines}"]))) == 2
+    assert len(read_prompts(parse_job([*given[:3], f"prompts={lines}"]))) == 2

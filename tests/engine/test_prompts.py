@@ -69,6 +69,8 @@ def _as_dict(prompt: object) -> dict[str, object]:
         ('{"prompt": "a", "temperature": "hot"}', "line 2: temperature='hot' must be a number"),
         ('{"prompt": "a", "top_k": 1.5}', "line 2: top_k=1.5 must be a whole number"),
         ('{"prompt": "a", "top_p": 2}', "line 2: top_p=2"),
+        ('{"prompt": "a", "logprobs": 2}', "line 2: logprobs=2 is shown only with output=json"),
+        ("plain text", "line 2 is not JSON"),
         ('{"prompt": "a", "logit_bias": 5}', "line 2: logit_bias must be like"),
         ("[" * 100000, "line 2 is not JSON"),
         (

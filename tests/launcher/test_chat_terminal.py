@@ -146,7 +146,7 @@ def test_a_file_of_turns_may_end_at_any_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "options", "code", "message"),
     [
-        ("die", {}, 137, "rank 0 (pid {0}) was killed by SIGKILL; the other ranks were stopped"),
+        ("die", {}, 137, "rank 0 (pid {0}) was killed by SIGKILL"),
         ("die 1", {"ranks": 2}, 137,
          "rank 1 (pid {1}) was killed by SIGKILL; the other ranks were stopped"),
         ("mistake", {"ranks": 2}, 2, "error: no such thing"),

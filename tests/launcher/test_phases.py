@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from launcher.rank import Rank
-from launcher.verdict import find_cause, message_of, on_failed
+from launcher.verdict import find_cause, message_of, on_failed, on_stuck
 from launcher.watch import (
     Limits,
     Phase,
@@ -112,7 +112,7 @@ def test_a_stuck_rank_is_not_asked_to_stop_while_it_prints_its_stack(run: Run) -
     assert not stuck.has_ended()
 
 
-def reporting(number: int, code: int | None, **report: str) -> Rank:
+def reporting(number: int, code: int | None, /, **report: object) -> Rank:
     rank = Rank(number, subprocess.Popen(["true"]), code=code)
     rank.process.wait()
     rank.read_report(json.dumps(report).encode() + b"\n" if report else b"")
@@ -136,3 +136,22 @@ def test_the_cause_is_the_rank_that_failed_by_itself(
     verdict = find_cause([noticed, failed], on_failed(noticed, [failed]))
     assert verdict.code == (3 if code == -signal.SIGTERM else 128 - code if code < 0 else code)
     assert message in message_of(verdict, [noticed, failed], tracebacks=False)
+
+
+def test_an_error_counts_that_was_reported_before_the_launchers_signal() -> None:
+    noticed = reporting(0, 3, kind="peer", message="rank 1 is gone", code=3)
+    failed = reporting(1, -signal.SIGTERM, kind="error", message="the value is wrong", code=2)
+    verdict = find_cause([noticed, failed], on_failed(noticed, [failed]))
+    assert verdict.code == 2
+    assert message_of(verdict, [noticed, failed], False) == "error: the value is wrong"
+
+
+@pytest.mark.parametrize("code", [-signal.SIGKILL, 7])
+def test_one_rank_is_not_the_other_ranks(code: int) -> None:
+    one, other = reporting(0, code), reporting(1, 0)
+    verdict = on_failed(one, [])
+    assert message_of(verdict, [one, other], False).endswith("; the other ranks were stopped")
+    assert "other" not in message_of(verdict, [one], tracebacks=False)
+    stuck = on_stuck([one], start_s=1.0, hang_s=0.0)
+    assert message_of(stuck, [one, other], False).endswith("; all ranks were stopped")
+    assert message_of(stuck, [one], tracebacks=False).endswith("(--start-timeout)")
