@@ -93,7 +93,7 @@ def test_ranks_that_call_different_things_are_told(run_ranks: RunRanks, tmp_path
 
 
 def test_without_a_compiler_gloo_takes_over(
-    run_ranks: RunRanks, monkeypatch: pytest.MonkeyPatch, tmp_path
+    run_ranks: RunRanks, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "/nonexistent/compiler")

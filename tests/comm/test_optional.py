@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,7 @@ def test_a_rank_does_not_import_it_either(
     """Where the launcher saw another path than the rank does: the same check again."""
     install(tmp_path, distribution, version, PACKAGES[comm])
     monkeypatch.syspath_prepend(tmp_path)
-    refused = {
+    refused: dict[str, Callable[[], object]] = {
         "ccl": optional.load_ccl,
         "deepspeed": lambda: optional.open_deepspeed(0, 2, "none", 0, "none"),
     }

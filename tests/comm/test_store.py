@@ -103,14 +103,17 @@ def test_what_is_read_is_what_a_rank_wrote_for_that_name(connect: Callable[[], A
     names = [name for name in stranger.list_keys() if name != "init/"]
     assert not {"0", "1", "c"} & set(names)
     values = {name: stranger.get(name) for name in names}
-    reads = {"0": lambda: one.get("0"), "c": lambda: one.compare_set("c", "newer", "x")}
-    for key, read in reads.items():
+    reads: dict[str, Callable[[], bytes]] = {
+        "0": lambda: one.get("0"),
+        "c": lambda: one.compare_set("c", "newer", "x"),
+    }
+    for place, read in reads.items():
         # Their own address, nothing, and what a rank has signed for another name.
-        for planted in (b"their address" * 9, b"", values[one._name("c" if key == "0" else "0")]):
-            stranger.set(one._name(key), planted)
-            with pytest.raises(CommError, match=f"somebody else writes .*: {key} is not"):
+        for planted in (b"their address" * 9, b"", values[one._name("c" if place == "0" else "0")]):
+            stranger.set(one._name(place), planted)
+            with pytest.raises(CommError, match=f"somebody else writes .*: {place} is not"):
                 read()
-            stranger.set(one._name(key), values[one._name(key)])
+            stranger.set(one._name(place), values[one._name(place)])
     assert one.get("0") == b"address of 0"
 
 

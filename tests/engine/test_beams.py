@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -21,7 +21,7 @@ from engine.beams import beam_search, find, generate_beams
 from engine.job import parse_job
 from engine.loop import Watcher, generate
 from engine.prompts import read_prompts
-from engine.requests import Request
+from engine.requests import Answer, Request
 from engine.steps import BEAMS, EXTEND, Runner, make_runner, warm_up
 from models.attention import CachedAttention
 from models.config import expected_shapes
@@ -114,11 +114,16 @@ def test_answers_have_no_stop_token_and_say_why_they_end(model: Decoder) -> None
     runner = make_runner(model, Group(0, 1), 64, compiled=False, num_rows=WIDTH)
     requests = [Request(tuple(prompt), COUNT) for prompt in prompts(8)]
     shown: list[list[int]] = [[] for _ in requests]
-    ended = []
-    watcher = Watcher(
-        on_token=lambda request, token: bool(shown[request].append(token)),
-        on_end=lambda request, answer: ended.append((request, answer)),
-    )
+    ended: list[tuple[int, Answer]] = []
+
+    def on_token(request: int, token: int) -> bool:
+        shown[request].append(token)
+        return False
+
+    def on_end(request: int, answer: Answer) -> None:
+        ended.append((request, answer))
+
+    watcher = Watcher(on_token, on_end=on_end)
     answers = generate_beams(runner, requests, STOPS, 1.0, watcher)
     assert {answer.finish for answer in answers} == {"stop", "length"}
     assert [list(answer.tokens) for answer in answers] == shown
@@ -141,17 +146,18 @@ def test_one_beam_is_the_greedy_loop(model: Decoder) -> None:
 
 def test_a_search_that_nobody_waits_for_is_given_up(model: Decoder) -> None:
     runner = make_runner(model, Group(0, 1), 64, compiled=False, num_rows=WIDTH)
-    asked = []
+    asked = 0
 
     def cancelled() -> set[int]:
-        asked.append(None)
-        return {1} if len(asked) > COUNT + 3 else set()
+        nonlocal asked
+        asked += 1
+        return {1} if asked > COUNT + 3 else set()
 
     requests = [Request((1, 2), COUNT), Request((3,), COUNT), Request((4, 5, 6), COUNT)]
     answers = generate_beams(runner, requests, watcher=Watcher(cancelled=cancelled))
     assert [a.finish for a in answers] == ["length", "cancelled", "length"]
     assert [len(a.tokens) for a in answers] == [COUNT, 0, COUNT]
-    assert len(asked) == COUNT + 4 + COUNT
+    assert asked == COUNT + 4 + COUNT
 
 
 def test_logits_that_are_not_numbers_are_refused(model: Decoder) -> None:
@@ -203,7 +209,7 @@ def _table_runner(width: int) -> tuple[Runner, Tensor]:
         texts = cache[sources.long(), torch.arange(16)][:, : positions[0] + 1]
         return torch.stack([_next(text) for text in texts.tolist()])
 
-    steps = {EXTEND: run, BEAMS: beams}
+    steps: dict[str, Callable[..., Tensor]] = {EXTEND: run, BEAMS: beams}
     return Runner(
         Group(0, 1), torch.device("cpu"), width, 16, 16, 4, 8, False, True, False, steps
     ), cache

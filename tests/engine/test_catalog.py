@@ -12,7 +12,7 @@ from base.errors import InputError
 from engine.catalog import catalog, select
 from engine.memory import rank_needs
 from launcher.models_view import format_count, model_rows, notes, render
-from models import config_gguf, config_hf
+from models import config_hf
 from models.config import ModelConfig, expected_shapes
 from models.decoder import BLOCKS
 from models.families import FAMILIES, family_of
@@ -20,6 +20,7 @@ from models.presets import PRESETS
 from models.sizes import layout_of, num_active_parameters, num_parameters
 from tests.running import RunYoke
 from tp.shard import slices_of
+from weights.formats import gguf_names
 
 
 def counted_one_by_one(config: ModelConfig, rank: int, size: int) -> int:
@@ -75,7 +76,7 @@ def test_families_are_what_the_readers_read() -> None:
     assert [family.hf for family in FAMILIES] == sorted(
         config_hf.ARCHITECTURES, key=[family.hf for family in FAMILIES].index
     )
-    assert set(config_gguf.ARCHITECTURES) <= {family.gguf for family in FAMILIES}
+    assert set(gguf_names.ARCHITECTURES) <= {family.gguf for family in FAMILIES}
     assert {family.block for family in FAMILIES} == set(BLOCKS)
     for name, config in PRESETS.items():
         assert family_of(name).block == config.block, name

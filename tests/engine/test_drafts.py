@@ -121,6 +121,11 @@ def test_penalties_count_the_tokens_that_were_kept() -> None:
     start_row(sampler, 0, Sampling(presence_penalty=2.0), [0])
     logits = torch.tensor([[0.0, 0.5, 1.0, 0.2]]).expand(3, VOCAB)
     kept: list[int] = []
-    verdicts = judge(sampler, logits, {0: [2, 2]}, {0: 0}, lambda row, token, _: kept.append(token))
+
+    def keep(row: int, token: int, choice: Choice) -> bool:
+        kept.append(token)
+        return False
+
+    verdicts = judge(sampler, logits, {0: [2, 2]}, {0: 0}, keep)
     assert kept == [2, 1]
     assert (verdicts[0].accepted, verdicts[0].token) == (1, 1)

@@ -113,7 +113,7 @@ def test_how_many_texts_are_made_at_once(tmp_path: Path) -> None:
     assert three["weights"] == one["weights"]
 
 
-def test_a_model_in_the_hub_cache_is_found(tmp_path: Path, monkeypatch) -> None:
+def test_a_model_in_the_hub_cache_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")

@@ -136,7 +136,7 @@ def test_tokens_are_transformers_with_its_defaults(ranks: int, folder: Path, run
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | more))
     write(folder, repetition_penalty=1.4, suppress_tokens=[ord("d"), ord("e")], do_sample=False)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompt = torch.tensor([[ord(c) for c in "the dogs"]])
     wanted = model.generate(prompt, max_new_tokens=16, pad_token_id=0)[0, 8:].tolist()
     done = run_yoke(f"--ranks={ranks}", *RUN, f"model={folder}", "prompt=the dogs")

@@ -93,7 +93,12 @@ def test_what_is_in_the_cache_is_not_run_again() -> None:
     engine = runner(1)
     counted: list[int] = []
     step = engine.steps["extend"]
-    engine.steps["extend"] = lambda where, wanted: counted.append(where.shape[1]) or step(where, wanted)
+
+    def watched(where: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        counted.append(where.shape[1])
+        return step(where, wanted)
+
+    engine.steps["extend"] = watched
     first = generate(engine, [Request((5, 9, 2, 4, 4, 4), 6)])[0]
     longer = (5, 9, 2, 4, 4, 4, *first.tokens, 77, 78)
     again = generate(engine, [Request(longer, 6, cached=6 + len(first.tokens) - 1)])[0]

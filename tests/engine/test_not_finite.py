@@ -55,6 +55,16 @@ def run(way: str, runner: Runner, requests: list[Request], watcher: Watcher) -> 
         speculation.generate(runner, requests, watcher=watcher, draft_tokens=3)
 
 
+def keeping(shown: list[int]) -> Watcher:
+    """Puts every token that is shown into `shown`."""
+
+    def on_token(request: int, token: int) -> bool:
+        shown.append(token)
+        return False
+
+    return Watcher(on_token)
+
+
 @pytest.mark.parametrize("way", ["loop", "lookup", "sampled"])
 @pytest.mark.parametrize("step", [0, 3])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -64,7 +74,7 @@ def test_nothing_is_shown_from_there_on(value: float, step: int, way: str) -> No
     broken = model()
     poison(broken, value, step)
     shown: list[int] = []
-    watcher = Watcher(lambda _, token: bool(shown.append(token)))
+    watcher = keeping(shown)
     request = Request(PROMPT, COUNT, sampling, name="line 4")
     with pytest.raises(InputError, match=f"largest logit of line 4.* is {value}, not a finite number"):
         run(
@@ -113,7 +123,7 @@ def test_a_draft_model_that_is_damaged_is_named() -> None:
     poison(draft, torch.nan, 1)
     runners = [make_runner(part, ALONE, 64, compiled=False) for part in (model(), draft)]
     shown: list[int] = []
-    watcher = Watcher(lambda _, token: bool(shown.append(token)))
+    watcher = keeping(shown)
     with pytest.raises(InputError, match="largest logit of the draft model for the prompt is nan"):
         speculation.generate(runners[0], [Request(PROMPT, COUNT)], watcher=watcher, draft=runners[1])
     assert shown == plain_loop(model(), ALONE, list(PROMPT), COUNT)[: len(shown)]

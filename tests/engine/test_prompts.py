@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -43,13 +44,7 @@ def test_json_lines_have_settings_of_their_own(tmp_path: Path) -> None:
     assert three.messages == ({"role": "user", "content": "c"},)
     assert three.sampling.logit_bias == ((5, -1.5),)
     for prompt in (one, two, three):
-        assert prompt_from_dict(json.loads(json.dumps(_as_dict(prompt)))) == prompt
-
-
-def _as_dict(prompt: object) -> dict[str, object]:
-    from dataclasses import asdict
-
-    return asdict(prompt)  # type: ignore[call-overload, no-any-return]
+        assert prompt_from_dict(json.loads(json.dumps(asdict(prompt)))) == prompt
 
 
 @pytest.mark.parametrize(

@@ -62,14 +62,23 @@ def runners(
     return model, make_runner(kinds[draft], ALONE, max_seq_len, False, num_rows)
 
 
-def guessed(draft: str, requests: Sequence[Request], *more: object, k: int = 4, rows: int = 3):
+def guessed(
+    draft: str,
+    requests: Sequence[Request],
+    stops: frozenset[int] = frozenset(),
+    watcher: Watcher | None = None,
+    k: int = 4,
+    rows: int = 3,
+) -> list[Answer]:
     """Answers with guesses, in a cache without a position to spare."""
     model, small = runners(draft, needed(requests), rows)
-    return speculation.generate(model, requests, *more, draft=small, draft_tokens=k)
+    return speculation.generate(model, requests, stops, watcher, draft=small, draft_tokens=k)
 
 
-def plain(requests: Sequence[Request], *more: object, rows: int = 3) -> list[Answer]:
-    return generate(runners("", needed(requests), rows)[0], requests, *more)
+def plain(
+    requests: Sequence[Request], stops: frozenset[int] = frozenset(), watcher: Watcher | None = None
+) -> list[Answer]:
+    return generate(runners("", needed(requests))[0], requests, stops, watcher)
 
 
 def needed(requests: Sequence[Request]) -> int:
@@ -133,9 +142,9 @@ def test_a_text_ends_exactly_wherever_in_a_guess_its_end_is(draft: str) -> None:
         assert answer.accepted <= max(length - 2, 0)  # not the first, and one of each round
     for at, stop in enumerate(whole):
         requests = [Request(PROMPTS[0], 12), Request(PROMPTS[1], 12)]
-        ends = [frozenset({stop})]
-        answers = guessed(draft, requests, *ends, k=5)
-        assert texts(answers) == texts(plain(requests, *ends))
+        ends = frozenset({stop})
+        answers = guessed(draft, requests, ends, k=5)
+        assert texts(answers) == texts(plain(requests, ends))
         assert answers[0].finish == "stop" and len(answers[0].tokens) == whole.index(stop) <= at
 
 
@@ -181,7 +190,12 @@ def test_many_rows_share_the_guesses_that_one_call_has_room_for() -> None:
     model, _ = runners("lookup", 10, 200, SMALL)
     calls: list[int] = []
     step = model.steps[EXTEND]
-    model.steps[EXTEND] = lambda where, wanted: (calls.append(where.shape[1]), step(where, wanted))[1]
+
+    def watched(where: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        calls.append(where.shape[1])
+        return step(where, wanted)
+
+    model.steps[EXTEND] = watched
     answers = speculation.generate(model, requests, draft_tokens=4)
     assert max(calls) <= model.chunk
     assert len(calls) < 15  # a call a round: none was divided

@@ -50,8 +50,8 @@ def test_two_models_in_one_process() -> None:
     large = PRESETS["tiny"]
     pairs = [pair(large), pair(replace(large, num_layers=1, embedding_scale=3.0))]
     found = [[texts(runner) for runner in runners] for _, *runners in pairs]
-    for compiled, plain in found:
-        assert compiled == plain
+    for of_compiled, of_plain in found:
+        assert of_compiled == of_plain
     assert found[0] != found[1]
     # What an argument may be is still looked at: another number of rows is another graph.
     both, (model, compiled, _) = torch.tensor([3, 5]), pairs[0]

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -29,7 +30,7 @@ SOON_S = 60.0  # on a machine that is busy; the text goes on for longer, and so 
 
 
 @pytest.fixture
-def generating(request: pytest.FixtureRequest) -> subprocess.Popen[str]:
+def generating(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
     """A run that is in the middle of its text; the parameter is a transport, and more flags."""
     flags = f"--comm={getattr(request, 'param', 'auto')}".split()
     process = subprocess.Popen(

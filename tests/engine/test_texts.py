@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,7 +41,7 @@ def test_the_text_ends_before_the_first_stop(text: str, stops: list[str]) -> Non
         assert shown == text
 
 
-def test_half_a_character_is_not_shown(gguf) -> None:
+def test_half_a_character_is_not_shown(gguf: Path) -> None:
     from models.tokenizer.open import load_codec
     from weights.open import open_checkpoint
 

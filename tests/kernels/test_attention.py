@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -243,7 +245,7 @@ def test_the_layer_makes_the_same_with_torchs_attention(
     qkv = torch.randn(2 * length, (part.num_q + 2 * part.num_kv) * 16)
     rows = torch.arange(2).repeat_interleave(length)
     positions = torch.tensor([3, 20]).repeat_interleave(length) + torch.arange(length).repeat(2)
-    angles = Angles(*torch.randn(2, 24, 8), False)
+    angles = Angles(torch.randn(24, 8), torch.randn(24, 8), False)
     step = Step(rows if length > 1 else None, positions, None, angles, angles)
     assert can_attend(qkv.device, qkv.dtype)
     own = layer(qkv, angles, step)
@@ -266,6 +268,9 @@ def test_what_is_not_in_use_is_not_read() -> None:
                 assert attend(q, cache, rows, positions, [(0, 2, 0, 1)], 1.0, 0.0, 3).isfinite().all()
 
 
+STRIDED = torch.zeros(2, 2, 16, 8).transpose(2, 3)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -281,15 +286,15 @@ def test_what_is_not_in_use_is_not_read() -> None:
         ({"runs": [(0, 4, 0, 3)]}, "runs of heads"),
         ({"runs": [(0, 5, 0, 1)]}, "runs of heads"),
         ({"runs": [(0, 3, 0, 1)]}, "runs of heads"),
-        ({"cache": KVCache(*torch.zeros(2, 2, 2, 16, 8).transpose(3, 4), None, None)}, "contiguous"),
+        ({"cache": KVCache(STRIDED, STRIDED, None, None)}, "contiguous"),
         ({"cache": new_cache(2, 2, 8, 16, INT8, "cpu")._replace(k_scale=None)}, "scales go with"),
         ({"sources": torch.full((2, 8), 2, dtype=torch.int32)}, "source 2 of a cache of 2"),
         ({"sources": torch.zeros(2, 2, dtype=torch.int32)}, "sources for 2"),
         ({"sources": torch.zeros(2, 8)}, "sources must be int32"),
     ],
 )
-def test_what_does_not_go_together_is_refused(change: dict, message: str) -> None:
-    given = {
+def test_what_does_not_go_together_is_refused(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {
         "q": torch.zeros(2, 4, 16),
         "cache": new_cache(2, 2, 8, 16, FP32, "cpu"),
         "rows": torch.tensor([0, 1]),

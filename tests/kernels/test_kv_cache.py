@@ -44,8 +44,10 @@ def test_write_puts_each_token_in_its_place(name: str, dtype: torch.dtype) -> No
         write(own, k, v, rows, positions)
         write_reference(wanted, k, v, rows, positions)
         for got, there in zip(own, wanted, strict=True):
-            assert (got is None) == (there is None)
-            assert got is None or torch.equal(got, there)
+            if got is None or there is None:
+                assert got is there
+            else:
+                assert torch.equal(got, there)
 
 
 @pytest.mark.parametrize("given", [FP32, BF16, FP16])
@@ -75,6 +77,11 @@ def test_the_last_write_wins(dtype: torch.dtype) -> None:
 
 class Layer(torch.nn.Module):
     """Writes and attends, its cache in buffers, as the models' do."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    k_scale: torch.Tensor | None
+    v_scale: torch.Tensor | None
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -159,8 +166,8 @@ def test_they_are_operators_that_torch_can_trace(dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.yoke_kernels.attend.default, args, test_utils=tests)
     new = torch.randn(2, 2, 2, 16)
     for where in (rows, None):
-        args = (*cache, new[0], new[1], where, positions)
-        torch.library.opcheck(torch.ops.yoke_kernels.write_kv.default, args, test_utils=tests)
+        written = (*cache, new[0], new[1], where, positions)
+        torch.library.opcheck(torch.ops.yoke_kernels.write_kv.default, written, test_utils=tests)
 
 
 def test_what_cannot_be_written_is_refused() -> None:

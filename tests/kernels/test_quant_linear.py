@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -145,6 +147,7 @@ def test_what_is_packed_can_be_unpacked(
 def test_the_layout_is_the_one_that_is_drawn(bits: int) -> None:
     weight = random_weight(70, 96, bits, 32, True, True, 0)
     packed, q = pack(weight), weight.integers()
+    assert packed.scale is not None
     for n, k in ((0, 0), (15, 31), (16, 33), (37, 64), (69, 95), (50, 43)):
         panel, tile, row = n // 32, n // 16 % 2, n % 16
         step, pair, odd = k // 32, k % 32 // 2, k % 2
@@ -169,7 +172,8 @@ def test_an_offset_that_no_half_holds() -> None:
     weight = random_weight(40, 64, 4, 32, True, True, 5)
     assert weight.offset is not None
     mixed = QuantWeight(weight.data, weight.scale, weight.offset.float() * 1e6, 4, 32)
-    assert pack(mixed).scale.dtype == torch.float32
+    scale = pack(mixed).scale
+    assert scale is not None and scale.dtype == torch.float32
     check(random_x(2, 64, 5), mixed, None)
 
 
@@ -300,6 +304,7 @@ def test_what_cannot_be_laid_out_is_refused(k: int, group: int) -> None:
 
 
 X, GOOD = torch.zeros(1, 64).bfloat16(), pack(random_weight(40, 64, 4, 32, True, True, 0))
+assert GOOD.scale is not None
 
 
 @pytest.mark.parametrize(
@@ -330,7 +335,7 @@ X, GOOD = torch.zeros(1, 64).bfloat16(), pack(random_weight(40, 64, 4, 32, True,
     ],
 )
 def test_what_does_not_go_together_is_refused(
-    x: torch.Tensor, change: dict[str, object], message: str
+    x: torch.Tensor, change: dict[str, Any], message: str
 ) -> None:
     packed: Packed = GOOD._replace(**change)
     with pytest.raises(RuntimeError, match=message):

@@ -132,7 +132,7 @@ def test_a_file_of_turns_may_end_at_any_place(tmp_path: Path) -> None:
     for text, answers in (("", ""), ('"""a\nb', "a\nb\n"), ("a\\", "a\n"), ("a\n/quit\nb\n", "a\n")):
         result = piped(tmp_path, text)
         assert (result.returncode, result.stdout) == (0, answers), (text, result.stderr)
-    result = subprocess.run(
+    odd = subprocess.run(
         command(tmp_path),
         # A byte-order mark goes; a lone carriage return and U+2028 end no turn.
         input=b"\xef\xbb\xbf\xff\xfe caf\xc3\xa9\r\na\rb\xe2\x80\xa8c\ncount\n",
@@ -140,7 +140,7 @@ def test_a_file_of_turns_may_end_at_any_place(tmp_path: Path) -> None:
         timeout=60,
         cwd=CHECKOUT,
     )
-    assert (result.returncode, result.stdout.decode()) == (0, "\ufffd\ufffd café\na\rb\u2028c\n5\n")
+    assert (odd.returncode, odd.stdout.decode()) == (0, "\ufffd\ufffd café\na\rb\u2028c\n5\n")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import pytest
 
 from base.errors import LaunchError
 from launcher.elastic import agent_command
-from launcher.manager import find_manager, first_host, interface_of, tasks_per_node
+from launcher.manager import Managed, find_manager, first_host, interface_of, tasks_per_node
 from launcher.meeting import Meeting, meet
 from launcher.starter import is_typed_in_rank, was_started_by
 from tests.running import CHECKOUT
@@ -125,7 +125,7 @@ def test_slurms_lists() -> None:
 
 
 def test_ranks_of_one_machine_agree_on_a_port() -> None:
-    def place(rank: int):
+    def place(rank: int) -> Managed:
         environ = {
             "OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": "3",
             "OMPI_COMM_WORLD_LOCAL_RANK": str(rank), "OMPI_COMM_WORLD_LOCAL_SIZE": "3",
@@ -294,7 +294,7 @@ def own_report(ranks: int, comm: str) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-def lines(out: str) -> dict[int, dict]:
+def lines(out: str) -> dict[int, dict[str, Any]]:
     found = [json.loads(line) for line in out.splitlines() if line.startswith('{"rank"')]
     return {line["rank"]: line for line in found}
 

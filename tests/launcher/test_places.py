@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from tests.launcher.trees import NODE, sockets_on_nodes, two_sockets, write
 from tests.running import CHECKOUT, RunYoke
 
 
-def planned(topology: Topology, **wishes) -> LaunchPlan:
+def planned(topology: Topology, **wishes: Any) -> LaunchPlan:
     return plan_launch(topology, LaunchRequest(**{"bind_cores": True, **wishes}))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,7 +16,7 @@ from launcher.draw import plan_to_json, render_plain
 from launcher.fit import check_fit, require_fit
 from launcher.flags import parse_flags
 from launcher.machine.topology import Core, Gpu, Node, Socket, Topology
-from launcher.plan import LaunchRequest, plan_launch
+from launcher.plan import LaunchPlan, LaunchRequest, plan_launch
 from tests.running import RunYoke
 
 
@@ -59,7 +61,7 @@ def with_hbm(topology: Topology) -> Topology:
     return replace(topology, nodes=(*topology.nodes, *more), allowed_nodes=tuple(range(3 * count)))
 
 
-def plan(topology: Topology, **wishes):
+def plan(topology: Topology, **wishes: Any) -> LaunchPlan:
     return plan_launch(topology, LaunchRequest(**{"bind_cores": True, **wishes}))
 
 
@@ -315,7 +317,7 @@ def test_the_command_says_whether_a_model_fits(run_yoke: RunYoke) -> None:
         assert result.stderr.startswith("error: rank 0 needs")
 
 
-def test_a_quota_below_the_cores_is_a_reason(run_yoke: RunYoke, tmp_path) -> None:
+def test_a_quota_below_the_cores_is_a_reason(run_yoke: RunYoke, tmp_path: Path) -> None:
     from tests.launcher.trees import two_sockets, write
 
     files = two_sockets() | {
@@ -329,7 +331,7 @@ def test_a_quota_below_the_cores_is_a_reason(run_yoke: RunYoke, tmp_path) -> Non
 
 
 @pytest.mark.parametrize("unit", ["socket", "node", "l3"])
-def test_the_drawing_shows_every_core_in_its_ranks_color(unit: str, tmp_path) -> None:
+def test_the_drawing_shows_every_core_in_its_ranks_color(unit: str, tmp_path: Path) -> None:
     import os
     import pty
     import subprocess

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ print(json.dumps({
 """
 
 
-def reports(out: str) -> dict[int, dict]:
+def reports(out: str) -> dict[int, dict[str, Any]]:
     """By rank, whether the line has a prefix or not."""
     lines = [json.loads(line[line.index("{") :]) for line in out.splitlines()]
     return {int(line["rank"]): line for line in lines}

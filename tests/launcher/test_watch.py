@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -41,9 +42,18 @@ while time.monotonic() < until:
 SOON_S = 120.0  # on a machine that is busy: less than the program takes, and than the longest grace
 
 
+@dataclass(frozen=True)
+class Run:
+    """`ranks` are their pids, `pids` those and their children's."""
+
+    process: subprocess.Popen[str]
+    ranks: list[int]
+    pids: list[int]
+
+
 @contextmanager
-def running(tmp_path: Path, case: str, *flags: str, ranks: int = 2) -> Iterator[subprocess.Popen[str]]:
-    """A run of PROGRAM whose ranks are all up; `process.pids` are theirs and their children's."""
+def running(tmp_path: Path, case: str, *flags: str, ranks: int = 2) -> Iterator[Run]:
+    """A run of PROGRAM whose ranks are all up."""
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
     words = ["run", "--ranks", str(ranks), *flags, str(script), case]
@@ -54,20 +64,19 @@ def running(tmp_path: Path, case: str, *flags: str, ranks: int = 2) -> Iterator[
         assert process.stdout is not None
         lines = [process.stdout.readline().split() for _ in range(ranks)]
         places = {int(words[-3]): (int(words[-2]), int(words[-1])) for words in lines}
-        process.ranks = [places[rank][0] for rank in range(ranks)]  # type: ignore[attr-defined]
-        process.pids = [pid for pair in places.values() for pid in pair]  # type: ignore[attr-defined]
+        own = [places[rank][0] for rank in range(ranks)]
         try:
-            yield process
+            yield Run(process, own, [pid for pair in places.values() for pid in pair])
         finally:
             process.kill()
 
 
-def expect_end(process: subprocess.Popen[str], code: int, words: str) -> str:
+def expect_end(run: Run, code: int, words: str) -> str:
     """It ends long before its program does, or its grace."""
-    _, err = process.communicate(timeout=SOON_S)
-    assert process.returncode == code, err
+    _, err = run.process.communicate(timeout=SOON_S)
+    assert run.process.returncode == code, err
     assert words in err
-    expect_gone(process.pids)
+    expect_gone(run.pids)
     return err
 
 
@@ -80,52 +89,52 @@ def expect_gone(pids: list[int]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_launcher_stops_all(tmp_path: Path, number: signal.Signals) -> None:
-    with running(tmp_path, "plain", "--grace", "200") as process:
-        process.send_signal(number)
-        expect_end(process, 128 + number, f"stopped by {number.name}")
+    with running(tmp_path, "plain", "--grace", "200") as run:
+        run.process.send_signal(number)
+        expect_end(run, 128 + number, f"stopped by {number.name}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_deaf_ranks_are_killed_after_the_grace(tmp_path: Path, number: signal.Signals) -> None:
-    with running(tmp_path, "deaf", "--grace", "1") as process:
-        process.send_signal(number)
-        expect_end(process, 128 + number, f"stopped by {number.name}")
+    with running(tmp_path, "deaf", "--grace", "1") as run:
+        run.process.send_signal(number)
+        expect_end(run, 128 + number, f"stopped by {number.name}")
 
 
 def test_asked_twice_is_at_once(tmp_path: Path) -> None:
-    with running(tmp_path, "deaf", "--grace", "200") as process:
-        process.send_signal(signal.SIGINT)
+    with running(tmp_path, "deaf", "--grace", "200") as run:
+        run.process.send_signal(signal.SIGINT)
         time.sleep(0.3)
-        process.send_signal(signal.SIGINT)
-        expect_end(process, 130, "stopped by SIGINT")
+        run.process.send_signal(signal.SIGINT)
+        expect_end(run, 130, "stopped by SIGINT")
 
 
 def test_a_killed_launcher_leaves_nothing(tmp_path: Path) -> None:
-    with running(tmp_path, "deaf") as process:
-        process.kill()
-        process.wait(SOON_S)
-        expect_gone(process.pids)  # the ranks, and what they had started
+    with running(tmp_path, "deaf") as run:
+        run.process.kill()
+        run.process.wait(SOON_S)
+        expect_gone(run.pids)  # the ranks, and what they had started
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_is_named(tmp_path: Path, victim: int, number: signal.Signals) -> None:
-    with running(tmp_path, "plain", "--grace", "200") as process:
-        os.kill(process.ranks[victim], number)
-        name = f"rank {victim} (pid {process.ranks[victim]}) was killed by {number.name}"
-        expect_end(process, 128 + number, name)
+    with running(tmp_path, "plain", "--grace", "200") as run:
+        os.kill(run.ranks[victim], number)
+        name = f"rank {victim} (pid {run.ranks[victim]}) was killed by {number.name}"
+        expect_end(run, 128 + number, name)
 
 
 def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
-    with running(tmp_path, "stopped", "--hang-timeout", "3", "--grace", "1") as process:
-        err = expect_end(process, 1, f"rank 1 (pid {process.ranks[1]}) sent no heartbeat")
+    with running(tmp_path, "stopped", "--hang-timeout", "3", "--grace", "1") as run:
+        err = expect_end(run, 1, f"rank 1 (pid {run.ranks[1]}) sent no heartbeat")
         assert "it is stopped" in err
-        assert f"rank 0 (pid {process.ranks[0]})" not in err
+        assert f"rank 0 (pid {run.ranks[0]})" not in err
 
 
 def test_a_rank_whose_interpreter_is_stuck_shows_where(tmp_path: Path) -> None:
-    with running(tmp_path, "interpreter", "--hang-timeout", "3", "--grace", "1") as process:
-        err = expect_end(process, 1, f"rank 1 (pid {process.ranks[1]}) sent no heartbeat")
+    with running(tmp_path, "interpreter", "--hang-timeout", "3", "--grace", "1") as run:
+        err = expect_end(run, 1, f"rank 1 (pid {run.ranks[1]}) sent no heartbeat")
         assert 'program.py", line' in err
 
 
@@ -156,19 +165,19 @@ def test_a_rank_that_does_not_start_is_named(tmp_path: Path, run_yoke: RunYoke) 
 
 
 def test_signals_that_programs_use_are_passed_on(tmp_path: Path) -> None:
-    with running(tmp_path, "saves", "--grace", "200") as process:
+    with running(tmp_path, "saves", "--grace", "200") as run:
         time.sleep(0.2)
-        process.send_signal(signal.SIGUSR1)
-        assert process.stdout is not None
+        run.process.send_signal(signal.SIGUSR1)
+        process = run.process
+        assert process.stdout is not None and process.stderr is not None
         lines = {process.stdout.readline().split("] ")[-1].strip() for _ in range(2)}
         assert lines == {"rank 0 saves", "rank 1 saves"}
-        process.send_signal(signal.SIGQUIT)  # every rank shows its stacks, and goes on
-        assert process.stderr is not None
+        run.process.send_signal(signal.SIGQUIT)  # every rank shows its stacks, and goes on
         while "program.py" not in process.stderr.readline():
             pass
         assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
-        expect_end(process, 143, "stopped by SIGTERM")
+        run.process.send_signal(signal.SIGTERM)
+        expect_end(run, 143, "stopped by SIGTERM")
 
 
 def test_logs_hold_each_ranks_output_and_rank_0_stays_untouched(

@@ -49,11 +49,12 @@ def write_folder(folder: Path, kind: Kind, mixtral: bool = True) -> Path:
     """A mixture of experts whose linear layers are quantized, in the names of its family."""
     random, generator = np.random.default_rng(3), torch.Generator().manual_seed(3)
     config = replace(MIXTRAL, qk_norm=not mixtral)
-    stored = {}
+    stored: dict[str, torch.Tensor] = {}
     for name, shape in expected_shapes(config).items():
         called = in_mixtral(name) if mixtral else name
         if is_linear(name):
-            parts, _ = module(kind, *shape, random)
+            n, k = shape
+            parts, _ = module(kind, n, k, random)
             base = called.removesuffix(".weight")
             stored |= {f"{base}.{end}": tensor for end, tensor in parts.items()}
         else:

@@ -105,7 +105,7 @@ FAMILIES: dict[str, tuple[str, int, int, int, int, dict[str, Any]]] = {
 NAMES = tuple(FAMILIES)
 
 
-def make(name: str, **changes: Any) -> torch.nn.Module:
+def make(name: str, **changes: Any) -> Any:
     """A model of transformers, in evaluation mode; the same at every call. `changes` to the keys of its
     configuration; None takes transformers' default."""
     family, heads, kv_heads, head_dim, ffn, more = FAMILIES[name]
@@ -136,7 +136,7 @@ def make(name: str, **changes: Any) -> torch.nn.Module:
     return build(family, values)
 
 
-def build(family: str, values: dict[str, Any]) -> torch.nn.Module:
+def build(family: str, values: dict[str, Any]) -> Any:
     """A random model of the class, of these keys."""
     import transformers
 
@@ -150,7 +150,7 @@ def build(family: str, values: dict[str, Any]) -> torch.nn.Module:
     return model.eval()
 
 
-def save(name: str, folder: Path, **changes: Any) -> torch.nn.Module:
+def save(name: str, folder: Path, **changes: Any) -> Any:
     model = make(name, **changes)
     model.save_pretrained(folder)
     return model

@@ -44,7 +44,7 @@ FAMILIES: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make(name: str, **changes: Any) -> torch.nn.Module:
+def make(name: str, **changes: Any) -> Any:
     """A model of transformers in evaluation mode; the same at every call."""
     import transformers
 
@@ -69,7 +69,7 @@ def make(name: str, **changes: Any) -> torch.nn.Module:
     return model.eval()
 
 
-def save(name: str, folder: Path, **changes: Any) -> torch.nn.Module:
+def save(name: str, folder: Path, **changes: Any) -> Any:
     model = make(name, **changes)
     model.save_pretrained(folder)
     return model

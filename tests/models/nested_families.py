@@ -54,7 +54,7 @@ NESTED: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make(kind: str, **changes: Any) -> torch.nn.Module:
+def make(kind: str, **changes: Any) -> Any:
     """A model of transformers in evaluation mode; the same at every call. `changes` to its config."""
     import transformers
 
@@ -76,7 +76,7 @@ def make(kind: str, **changes: Any) -> torch.nn.Module:
     return model
 
 
-def save(kind: str, folder: Path, **changes: Any) -> torch.nn.Module:
+def save(kind: str, folder: Path, **changes: Any) -> Any:
     model = make(kind, **changes)
     model.save_pretrained(folder)
     return model

@@ -213,7 +213,7 @@ def test_refused_by_name(architecture: str, keys: dict[str, Any], match: str) ->
         read(architecture, **keys)
 
 
-ODD = (
+ODD: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 3, 1 << 40, 1 << 63, 0.0, -2.5, 1e-320, 1e308, float("nan"),
     float("inf"), "", "yarn", [], [1], ["x"], [[1]], [float("nan")] * 8, {}, {"factor": 2.0},
     {"full_attention": {}, "sliding_attention": []},

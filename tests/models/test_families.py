@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -151,11 +152,19 @@ def test_one_collective_for_each_sum(
     name: str, saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Attention and MLP one after the other take a sum each, side by side one for both."""
-    calls = []
-    for collective in ("all_reduce", "all_reduce_add_rms_norm"):
+    calls: list[str] = []
+
+    def watch(collective: str) -> None:
         plain = getattr(ops, collective)
-        spy = lambda *args, plain=plain, name=collective: (calls.append(name), plain(*args))[1]  # noqa: E731
+
+        def spy(*args: Any) -> Any:
+            calls.append(collective)
+            return plain(*args)
+
         monkeypatch.setattr(ops, collective, spy)
+
+    for collective in ("all_reduce", "all_reduce_add_rms_norm"):
+        watch(collective)
     checkpoint = open_checkpoint(saved(name))
     config = config_of(checkpoint)
     model = load_model(config, checkpoint, Group(0, 1), torch.float32)

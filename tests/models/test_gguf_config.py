@@ -43,7 +43,7 @@ OTHERS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.w
 
 def test_plain() -> None:
     assert read() == ModelConfig(64, 4, 4, 2, 16, 96, 100, 128, norm_eps=1e-6)
-    assert read(**{"tokenizer.ggml.tokens": ["a"] * 7}).vocab_size == 7
+    assert read(**dict[str, Any]({"tokenizer.ggml.tokens": ["a"] * 7})).vocab_size == 7
     assert read(names=()).tie_embeddings
     assert read(attention__key_length=24, attention__value_length=24).head_dim == 24
 
@@ -57,11 +57,11 @@ def test_numbers_are_those_that_were_written() -> None:
 
 
 def test_one_value_for_each_layer() -> None:
-    lists = {"feed_forward_length": [96] * 4, "attention__head_count_kv": [2] * 4}
+    lists: dict[str, Any] = {"feed_forward_length": [96] * 4, "attention__head_count_kv": [2] * 4}
     assert read(**lists) == read()
     for key in lists:
         with pytest.raises(InputError, match=rf"here: .*{key.split('__')[-1]} is \[1, 2\]"):
-            read(**{key: [1, 2]})
+            read(**dict[str, Any]({key: [1, 2]}))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_what_llama_cpp_takes_for_absent_keys() -> None:
     granite = read("granite", logit_scale=4.0)
     assert (granite.embedding_scale, granite.residual_scale) == (1.0, 1.0)
     assert granite.attention_scale == 0.0  # that of the head's size
-    experts = {"expert_count": 4, "expert_used_count": 2}
+    experts: dict[str, Any] = {"expert_count": 4, "expert_used_count": 2}
     assert read("qwen3moe", **experts).expert_dim == 48
     assert read("llama", **experts).expert_dim == 96
 
@@ -144,9 +144,9 @@ def test_windows() -> None:
     assert read("phi3", attention__sliding_window=0).window == 0
     assert (read("gemma2").window, read("gemma2").windowed) == (4096, (0, 2))
     assert read("gemma3", attention__sliding_window=5, block_count=8).windowed == (0, 1, 2, 3, 4, 6, 7)
-    keys = {"attention__sliding_window": 5, "attention__sliding_window_pattern": 3}
+    keys: dict[str, Any] = {"attention__sliding_window": 5, "attention__sliding_window_pattern": 3}
     assert read("gemma3", **keys).windowed == (0, 1, 3)
-    keys["attention__sliding_window_pattern"] = [False, True, True, False]  # type: ignore[assignment]
+    keys["attention__sliding_window_pattern"] = [False, True, True, False]
     assert read("gemma3", **keys).windowed == (1, 2)
     assert read("smollm3", block_count=9).no_rope == (3, 7)
 
@@ -167,7 +167,7 @@ def test_the_largest_gemmas_scale_queries_by_the_width_of_a_head() -> None:
 
 
 def test_experts() -> None:
-    keys = {"expert_count": 4, "expert_used_count": 2}
+    keys: dict[str, Any] = {"expert_count": 4, "expert_used_count": 2}
     config = read(**keys)
     assert (config.num_experts, config.experts_per_token, config.expert_dim) == (4, 2, 96)
     assert config.norm_topk and config.dense_layers == ()
@@ -231,7 +231,7 @@ def test_refused_by_name(keys: dict[str, Any], match: str) -> None:
         read(**keys)
 
 
-ODD = (
+ODD: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 3, 1 << 40, 1 << 63, 0.0, -2.5, 1e-320, 1e308, float("nan"),
     float("inf"), "", "yarn", [], [1], [1, 2], ["x"], [[1]], [float("nan")] * 8, [1e308] * 8, {},
 )  # fmt: skip

@@ -65,7 +65,7 @@ SAME_MODEL = ("llama", "mistral", "qwen2", "falcon")
 
 
 @functools.cache
-def made(name: str) -> tuple[torch.nn.Module, torch.Tensor, Path]:
+def made(name: str) -> tuple[Any, torch.Tensor, Path]:
     """The model of a family, what it says, and its folder with a GGUF file."""
     folder = Path(FOLDER.name) / name
     model = save(name, folder, **CASES[name])

@@ -209,7 +209,7 @@ def test_before_any_rank(
 def test_stretched_contexts_have_their_length(scaling: dict[str, Any] | None, length: int) -> None:
     config = LlamaConfig(
         hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8, vocab_size=9,
-        max_position_embeddings=64, rope_scaling=scaling,
+        max_position_embeddings=64, **dict[str, Any](rope_scaling=scaling),
     )  # fmt: skip
     with torch.device("meta"):
         inner = LlamaForCausalLM(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,16 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from base.errors import InputError
 from comm.group import Group
-from models.config import ModelConfig
+from models.config import ModelConfig, expected_shapes
 from models.config_gguf import from_gguf
 from models.config_hf import from_hf
-from models.load import config_of, expected_shapes, load_model
+from models.load import config_of, load_model
 from models.presets import PRESETS
 from models.reference import generate
 from weights.formats.random_io import random_checkpoint
 from weights.open import open_checkpoint
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "mha": {"num_attention_heads": 4, "num_key_value_heads": 4},
     "gqa": {"num_attention_heads": 6, "num_key_value_heads": 2},
     "mqa": {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 12},
@@ -28,21 +29,20 @@ SHAPES = {
 }
 
 
-def save_hf(folder: Path, shape: dict[str, object]) -> torch.nn.Module:
+def save_hf(folder: Path, shape: dict[str, Any]) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    heads = int(str(shape["num_attention_heads"]))
+    heads = shape["num_attention_heads"]
     config = LlamaConfig(
         hidden_size=heads * 16,
         intermediate_size=112,
         num_hidden_layers=3,
         vocab_size=301,
         max_position_embeddings=256,
-        rope_theta=5000.0,
         initializer_range=0.3,
         eos_token_id=None,
-        **shape,
+        **{"rope_theta": 5000.0, **shape},
     )
     model = LlamaForCausalLM(config).eval()
     model.save_pretrained(folder)
@@ -120,7 +120,7 @@ HF = {
         ({"vocab_size": 0}, "vocab_size=0"),
     ],
 )
-def test_a_config_that_is_not_supported_is_refused(change: dict, match: str) -> None:
+def test_a_config_that_is_not_supported_is_refused(change: dict[str, Any], match: str) -> None:
     assert from_hf(HF, "here") == ModelConfig(64, 2, 4, 4, 16, 128, 100, 2048, norm_eps=1e-6)
     with pytest.raises(InputError, match=match):
         from_hf({**HF, **change}, "here")

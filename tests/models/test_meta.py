@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from weights.open import open_checkpoint
 
 
 @pytest.mark.parametrize(("more", "factor"), [({}, 32.0), ({"rope_scaling_factor": 8.0}, 8.0)])
-def test_scaled_rope(more: dict[str, float], factor: float, tmp_path: Path) -> None:
+def test_scaled_rope(more: dict[str, Any], factor: float, tmp_path: Path) -> None:
     """The waves that are stretched are thousands of tokens long: a short text hardly shows it, so the
     frequencies are compared, too."""
     theta = 1e12

@@ -63,7 +63,7 @@ FOLDERS: dict[str, tuple[str, dict[str, Any], Callable[[Path], None]]] = {
     "the same head": ("llama", TIED, lambda f: add_head(f, lambda e: e)),
     "another dtype": ("llama", TIED, lambda f: add_head(f, lambda e: e.to(torch.float64))),
     "no architectures": ("qwen2", {}, lambda f: edit(f, architectures=None)),
-    "architectures null": ("granite", {}, lambda f: edit(f) or _null(f)),
+    "architectures null": ("granite", {}, lambda f: _null(f)),
     "base llama": ("llama", TIED, lambda f: edit(f, _base, architectures=["LlamaModel"])),
     "base qwen3": ("qwen3", TIED, lambda f: edit(f, _base)),
     "base gemma3": ("gemma3", {}, lambda f: edit(f, _base, architectures=["Gemma3TextModel"])),

@@ -75,8 +75,12 @@ def llama(architecture: str, dim: int, layers: int, heads: int, kv: int, ffn: in
 
 
 def gemma(*dims: Any, **more: Any) -> dict[str, Any]:
-    activations = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
-    return llama(*dims, attention_bias=False, **activations, **more)
+    more |= {
+        "attention_bias": False,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+    }
+    return llama(*dims, **more)
 
 
 QWEN3_MOE = {

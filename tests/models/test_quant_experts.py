@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-import gguf
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Form
 
 from base.errors import InputError
 from comm.group import Group
@@ -108,15 +108,15 @@ def test_experts_are_kept_as_a_folder_has_them(kind: Kind, mixtral: bool, tmp_pa
     }
 
 
-Form = gguf.GGMLQuantizationType
-
-
 @pytest.mark.parametrize("form", ["Q4_0", "Q4_1", "Q8_0", "mixed"])
 def test_experts_are_kept_in_ggufs_blocks(form: str, tmp_path: Path) -> None:
     own = {"blk.0.ffn_down_exps": Form.Q5_0, "blk.0.ffn_up_exps": Form.Q4_0}
-    path = write_gguf(
-        tmp_path / "m.gguf", lambda name: own.get(name, Form.Q4_0) if form == "mixed" else Form[form]
-    )
+    forms = {"Q4_0": Form.Q4_0, "Q4_1": Form.Q4_1, "Q8_0": Form.Q8_0}
+
+    def form_of(name: str) -> Form:
+        return own.get(name, Form.Q4_0) if form == "mixed" else forms[form]
+
+    path = write_gguf(tmp_path / "m.gguf", form_of)
     checkpoint = open_checkpoint(path)
     found, model, said = logits(checkpoint, "auto")
     close(found, logits(checkpoint, "none")[0])

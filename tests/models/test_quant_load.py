@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,11 @@ import tp.layers
 from base.errors import InputError
 from comm.group import Group
 from kernels.quant_linear import Packed, unpack_bf16
-from models.config import HEAD, ModelConfig, expected_shapes
+from models.config import EMBEDDING, HEAD, ModelConfig, expected_shapes
 from models.decoder import Decoder
 from models.load import config_of, linears_of, load_model
 from models.load_quant import plan_layers, read_layer, read_rounded
 from models.quant_rules import (
-    EMBEDDING,
     HEAD_SCHEME,
     Asked,
     check_quant,
@@ -134,7 +134,9 @@ def test_a_tied_head_that_stays_is_the_table(packed: bool, monkeypatch: pytest.M
     assert torch.equal(model.head(rows), plain.head(rows))
 
 
-def parts_of(checkpoint: Checkpoint, config: ModelConfig, quant: str, size: int) -> dict:
+def parts_of(
+    checkpoint: Checkpoint, config: ModelConfig, quant: str, size: int
+) -> dict[str, list[QuantWeight]]:
     """Each layer's part on each rank, by the name of its first weight."""
     found: dict[str, list[QuantWeight]] = {}
     for rank in range(size):
@@ -209,8 +211,8 @@ def test_ranks_compute_what_one_computes(gguf: Path, tmp_path: Path, run_ranks: 
         models += [(file, f"int4-g32{head}") for head in ("", "/same", "/none")]
     for file, quant in models:
         torch.save(logits_of(file, quant, ALONE), wanted_file(file, quant))
-    models = [(str(file), quant) for file, quant in models]
-    code, _, err = run_ranks("quant", 3, sizes=[2, 3], models=models)
+    words = [(str(file), quant) for file, quant in models]
+    code, _, err = run_ranks("quant", 3, sizes=[2, 3], models=words)
     assert code == 0, err
 
 
@@ -260,9 +262,10 @@ def test_a_layer_of_mixed_parts_is_dequantized_and_said_so(tmp_path: Path) -> No
     config = config_of(checkpoint)
     model = load_model(config, mixed, ALONE, torch.bfloat16, quant="auto", say=lines.append)
     assert lines == ["layers: 3 of int4-g64, 1 dequantized (Q6_K/gptq int4-g64)"]
-    assert model.layers[0].attention.out.packing is not None
-    assert model.layers[0].attention.out.packing.bits == 4
-    qkv = model.layers[0].attention.qkv
+    attention: Any = model.layers[0].attention
+    assert attention.out.packing is not None
+    assert attention.out.packing.bits == 4
+    qkv = attention.qkv
     held = qkv.weight
     if qkv.packing is not None:  # which this processor prefers
         held = unpack_bf16(Packed(qkv.packed_data, None, None, *qkv.packing[:3]), config.dim)
@@ -298,7 +301,7 @@ def test_biases_of_zeros_that_a_model_lacks_are_passed_over(tmp_path: Path) -> N
     checkpoint = open_checkpoint(tmp_path)
     name = "model.layers.0.mlp.down_proj.bias"
     for value, fine in ((0.0, True), (0.5, False)):
-        bias = Entry((192,), "F16", lambda slices, value=value: torch.full((192,), value)[slices])
+        bias = Entry((192,), "F16", torch.full((192,), value).__getitem__)
         more = replace(checkpoint, entries=dict(checkpoint.entries) | {name: bias})
         if fine:
             load_model(config_of(checkpoint), more, ALONE, torch.bfloat16, quant="auto")

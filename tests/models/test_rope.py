@@ -80,7 +80,7 @@ def test_frequencies(kind: str, theta: float, head_dim: int) -> None:
             assert ours.attention_factor == pytest.approx(scale, rel=1e-6), values
 
 
-SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+SIZES: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
 HALF = [1.0 + i / 5 for i in range(8)]
 PHI3 = {"short_factor": HALF, "long_factor": [2 * each for each in HALF]}
 
@@ -109,7 +109,8 @@ def test_phi3_calls_longrope_by_other_names(keys: dict[str, Any]) -> None:
     theirs = Phi3Config(**SIZES, **copy.deepcopy(keys))
     ours = read("Phi3", **keys)
     assert ours.rope.kind == "longrope" and ours.max_seq_len == 8192
-    assert ours.rope.original_max_seq_len == theirs.rope_parameters["original_max_position_embeddings"]
+    parameters: Any = theirs.rope_parameters
+    assert ours.rope.original_max_seq_len == parameters["original_max_position_embeddings"]
     for length in (4, 9, 20, 5000):
         wanted, scale = ROPE_INIT_FUNCTIONS["longrope"](theirs, torch.device("cpu"), seq_len=length)
         torch.testing.assert_close(frequencies(ours.rope, 16, length), wanted)
@@ -131,7 +132,7 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
     ],
 )
 def test_gemma3_has_rotary_embeddings_for_each_type_of_layer(keys: dict[str, Any]) -> None:
-    theirs = Gemma3TextConfig(**SIZES, **copy.deepcopy(keys)).rope_parameters
+    theirs: Any = Gemma3TextConfig(**SIZES, **copy.deepcopy(keys)).rope_parameters
     ours = read("Gemma3", **keys)
     for rope, wanted in ((ours.rope, "full_attention"), (ours.local_rope, "sliding_attention")):
         assert rope is not None
@@ -186,8 +187,12 @@ def test_gemma3_has_an_object_for_each_type_of_layer(parameters: dict[str, Any])
 
 def test_keys_that_change_nothing_are_left_alone() -> None:
     plain = read(rope_scaling=LINEAR, max_position_embeddings=64)
-    more = {"original_max_position_embeddings": 64, "finetuned": True, "attention_factor": 1.0}
-    more |= {"beta_fast": None}
+    more = {
+        "original_max_position_embeddings": 64,
+        "finetuned": True,
+        "attention_factor": 1.0,
+        "beta_fast": None,
+    }
     assert read(rope_scaling=LINEAR | more, max_position_embeddings=64) == plain
     both = dict.fromkeys(("full_attention", "sliding_attention"), LINEAR)
     assert read(rope_parameters=both, max_position_embeddings=64) == plain

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -47,7 +49,7 @@ def of_transformers(logits: Tensor, sampling: Sampling, seen: list[int]) -> Tens
         hf.TemperatureLogitsWarper(sampling.temperature),
     ]
     if sampling.logit_bias:
-        bias = [[[token], value] for token, value in sampling.logit_bias]
+        bias: list[list[list[int] | float]] = [[[token], value] for token, value in sampling.logit_bias]
         processors.insert(0, hf.SequenceBiasLogitsProcessor(bias))
     if sampling.top_k:
         processors.append(hf.TopKLogitsWarper(sampling.top_k))
@@ -57,7 +59,7 @@ def of_transformers(logits: Tensor, sampling: Sampling, seen: list[int]) -> Tens
     return logits.softmax(-1)
 
 
-WISHES = {
+WISHES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "temperature": {"temperature": st.floats(0.1, 5)},
     "top_k": {"top_k": st.integers(1, 700)},
     "top_p": {"top_p": st.floats(0.01, 0.99)},
@@ -72,7 +74,9 @@ WISHES["combined"] = {name: values for wish in list(WISHES.values()) for name, v
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_distributions_are_those_of_transformers(wish: str, data: st.DataObject) -> None:
-    values = data.draw(st.fixed_dictionaries({"temperature": st.just(1.0), **WISHES[wish]}))
+    values: dict[str, Any] = data.draw(
+        st.fixed_dictionaries({"temperature": st.just(1.0), **WISHES[wish]})
+    )
     sampling = Sampling(**values)
     # Beyond the first candidates, and flat enough that top_p wants more of them.
     vocab_size = data.draw(st.sampled_from([40, 600]))
@@ -105,15 +109,16 @@ def test_the_reference_tells_limits_apart() -> None:
     """What the test above compares does depend on every wish, and on the order of the limits."""
     logits = torch.linspace(-2, 2, 40).unsqueeze(0)
     base = of_transformers(logits, Sampling(1.0), [1, 39])
-    for change in (
+    changes: list[dict[str, Any]] = [
         {"temperature": 2.0},
         {"top_k": 5},
         {"top_p": 0.5},
         {"min_p": 0.5},
         {"repetition_penalty": 1.5},
         {"logit_bias": ((7, 5.0),)},
-    ):
-        sampling = Sampling(**{"temperature": 1.0, **change})  # type: ignore[arg-type]
+    ]
+    for change in changes:
+        sampling = Sampling(**{"temperature": 1.0, **change})
         other = of_transformers(logits, sampling, [1, 39])
         assert not torch.allclose(base, other, atol=1e-3)
         mine = distribution(sampler_of(sampling, vocab_size=40, prompt=(1, 39)), logits)
@@ -198,8 +203,14 @@ def test_draws_are_those_of_the_whole_distribution() -> None:
 
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 3000, generator=generator) * 2
-    for limits in ({}, {"top_k": 40}, {"top_p": 0.8}, {"top_p": 0.95, "top_k": 900, "min_p": 0.01}):
-        sampler = sampler_of(Sampling(0.9, seed=5, **limits), vocab_size=3000)  # type: ignore[arg-type]
+    settings: list[dict[str, Any]] = [
+        {},
+        {"top_k": 40},
+        {"top_p": 0.8},
+        {"top_p": 0.95, "top_k": 900, "min_p": 0.01},
+    ]
+    for limits in settings:
+        sampler = sampler_of(Sampling(0.9, seed=5, **limits), vocab_size=3000)
         p = distribution(sampler, logits)[0]
         for made in range(40):
             token = int(choose(sampler, logits, torch.tensor([made])).tokens)
@@ -296,15 +307,16 @@ def test_equal_logits_resolve_to_the_lowest_tokens(vocab_size: int) -> None:
         mass = coarse.double().softmax(-1)[ordered]
         assert mass.sum() > top_p - 1e-5 and mass[:-1].sum() < top_p + 1e-5
     half = distribution(sampler_of(Sampling(1.0, top_p=0.5), vocab_size=vocab_size), flat[None])
-    kept = half[0].nonzero().squeeze(1).tolist()
-    assert kept == list(range(len(kept))) and abs(len(kept) - vocab_size // 2) <= 1
+    first = half[0].nonzero().squeeze(1).tolist()
+    assert first == list(range(len(first))) and abs(len(first) - vocab_size // 2) <= 1
 
 
 def test_extreme_logits() -> None:
     banned = torch.full((400,), -torch.inf)
     banned[[3, 9]] = 1.0
-    for limits in ({}, {"top_k": 300}, {"top_p": 0.9}, {"min_p": 0.5}):
-        sampling = Sampling(1.0, **limits)  # type: ignore[arg-type]
+    settings: list[dict[str, Any]] = [{}, {"top_k": 300}, {"top_p": 0.9}, {"min_p": 0.5}]
+    for limits in settings:
+        sampling = Sampling(1.0, **limits)
         p = distribution(sampler_of(sampling, vocab_size=400), banned[None])[0]
         assert p[3] == p[9] == 0.5
         assert {int(choose_one(sampling, banned, i).tokens) for i in range(20)} == {3, 9}
@@ -355,9 +367,9 @@ def test_tokens_beyond_the_vocabulary_are_ignored_in_prompts() -> None:
         ({"logprobs": True}, "logprobs=True"),
     ],
 )
-def test_values_out_of_range_are_refused(change: dict[str, object], match: str) -> None:
+def test_values_out_of_range_are_refused(change: dict[str, Any], match: str) -> None:
     with pytest.raises(InputError, match=match):
-        check_sampling(Sampling(**change), 50)  # type: ignore[arg-type]
+        check_sampling(Sampling(**change), 50)
 
 
 def test_values_at_the_ends_of_their_ranges_work() -> None:
@@ -374,12 +386,13 @@ def test_values_at_the_ends_of_their_ranges_work() -> None:
 
 def test_plain_is_greedy_and_nothing_else() -> None:
     assert Sampling(top_k=3, top_p=0.5, min_p=0.1, seed=9).is_plain
-    for change in (
+    changes: list[dict[str, Any]] = [
         {"temperature": 0.1},
         {"repetition_penalty": 1.1},
         {"presence_penalty": 0.1},
         {"frequency_penalty": 0.1},
         {"logit_bias": ((1, 1.0),)},
         {"logprobs": 0},
-    ):
-        assert not Sampling(**change).is_plain  # type: ignore[arg-type]
+    ]
+    for change in changes:
+        assert not Sampling(**change).is_plain

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -22,7 +23,7 @@ def codec(gguf: Path) -> TextCodec:
 
 
 @pytest.fixture(scope="module")
-def reference(gguf: Path):
+def reference(gguf: Path) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -38,13 +39,13 @@ def reference(gguf: Path):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_tokens_and_text_are_those_of_transformers(text: str, codec: TextCodec, reference) -> None:
+def test_tokens_and_text_are_those_of_transformers(text: str, codec: TextCodec, reference: Any) -> None:
     tokens = codec.encode(text, True)
     assert tokens == reference.encode(text)
     assert codec.decode(tokens) == reference.decode(tokens, skip_special_tokens=True)
 
 
-def test_every_special_token_is_found_in_a_text(codec: TextCodec, reference) -> None:
+def test_every_special_token_is_found_in_a_text(codec: TextCodec, reference: Any) -> None:
     special = [token.content for token in reference.added_tokens_decoder.values()]
     assert len(special) == 17
     text = "x".join(special) + "".join(reversed(special))
@@ -64,7 +65,9 @@ def test_the_stream_is_the_text_and_never_half_a_character(text: str, codec: Tex
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_a_conversation_is_rendered_and_encoded_as_transformers_does(codec, reference) -> None:
+def test_a_conversation_is_rendered_and_encoded_as_transformers_does(
+    codec: TextCodec, reference: Any
+) -> None:
     talk = [
         {"role": "user", "content": "Hello {{ 1 }}"},
         {"role": "assistant", "content": " Hi <|im_end|>\n"},

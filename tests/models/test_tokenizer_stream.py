@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -143,7 +143,7 @@ def test_a_long_text_streams_in_time_that_grows_with_it(tmp_path: Path) -> None:
     codec = make_codec(tokenizer)
     longest = 0
 
-    def decode(tokens: list[int]) -> str:
+    def decode(tokens: Sequence[int]) -> str:
         nonlocal longest
         longest = max(longest, len(tokens))
         return codec.decode(tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def quantized_by_hand(
         if ".experts." in errors.name:
             break  # attention is quantized
     experts = next(module for module in block.modules() if isinstance(module, Experts))
-    original = load_model(config, checkpoint, Group(0, 1), torch.float32).layers[0].mlp
+    original: Any = load_model(config, checkpoint, Group(0, 1), torch.float32).layers[0].mlp
     own = []
     for x in walk.inputs(block, experts):
         probabilities = torch.softmax(F.linear(x, experts.router.weight), -1)

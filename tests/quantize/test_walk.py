@@ -17,7 +17,8 @@ from models.perplexity import perplexity
 from models.quant_rules import parse_asked
 from quantize import calibrate
 from quantize.calibrate import Settings
-from quantize.grid import Grid
+from quantize.gptq import gptq
+from quantize.grid import Grid, search_grid
 from quantize.plan import plan_quantize
 from quantize.read_back import read_back
 from quantize.run import carry_out
@@ -68,9 +69,9 @@ def test_a_layer_at_a_time_is_the_whole_model(name: str) -> None:
         wanted = model.hidden(text, positions, torch.zeros_like(positions))
         torch.testing.assert_close(model.norm(state), wanted)
     assert all(parameter.is_meta for layer in walk.model.layers for parameter in layer.parameters())
-    text = texts(20)
-    assert perplexity_of(checkpoint, config, text) == pytest.approx(
-        perplexity(model, text[0][None]), rel=1e-5
+    whole = texts(20)
+    assert perplexity_of(checkpoint, config, whole) == pytest.approx(
+        perplexity(model, whole[0][None]), rel=1e-5
     )
 
 
@@ -92,11 +93,10 @@ def test_inputs_are_those_of_the_quantized_model(
     checkpoint = open_checkpoint(make_folder(tmp_path / "model"))
     plan = plan_quantize(checkpoint, parse_asked("int4-g32"))
     seen: list[Tensor] = []
-    plain = calibrate.gptq
 
     def watched(weight: Tensor, hessian: Tensor, grid: Grid, damp: float, sort: bool) -> Tensor:
         seen.append(hessian.clone())
-        return plain(weight, hessian, grid, damp, sort)
+        return gptq(weight, hessian, grid, damp, sort)
 
     monkeypatch.setattr(calibrate, "gptq", watched)
     text = spread(torch.tensor([ord(c) for c in TEXT]), 100, 50)
@@ -132,9 +132,11 @@ def test_gptq_keeps_outputs_nearer_than_rounding(tmp_path: Path) -> None:
         if path == "mlp.up":
             continue
         product = block.get_submodule(path)
-        hessian = calibrate.hessian_of(walk.inputs(block, product), product.weight.shape[1])
-        grid = calibrate.search_grid(product.weight, plan.scheme)
-        change = grid.values(grid.integers(product.weight)) - product.weight
+        weight = product.get_parameter("weight")
+        hessian = calibrate.hessian_of(walk.inputs(block, product), weight.shape[1])
+        assert hessian is not None
+        grid = search_grid(weight, plan.scheme)
+        change = grid.values(grid.integers(weight)) - weight
         rounded.append(float((change @ hessian * change).sum()))
     errors = [one for one, _ in calibrate.quantize_block(walk, block, 0, settings)]
     assert [one.name.split(".")[-2] for one in errors] == [

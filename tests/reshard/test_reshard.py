@@ -12,9 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -172,7 +173,8 @@ def test_metas_files_become_a_folder_that_transformers_loads(fast: Path) -> None
 
     write_meta(fast / "meta", 2, num_heads=4, num_kv_heads=2, head_dim=8)
     run("--to", 1, fast / "meta", fast / "hf")
-    theirs, info = LlamaForCausalLM.from_pretrained(fast / "hf", output_loading_info=True)
+    loaded: Any = LlamaForCausalLM.from_pretrained(fast / "hf", output_loading_info=True)
+    theirs, info = loaded
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert same(
         {name: tensor.bfloat16() for name, tensor in theirs.state_dict().items()},
@@ -498,7 +500,7 @@ def test_an_interruption_at_any_line_leaves_nothing_or_all(fast: Path) -> None:
     while not complete:
         countdown = at = at + 1
 
-        def trace(frame: FrameType, event: str, _: object) -> object:
+        def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
             nonlocal countdown
             code = frame.f_code
             if code.co_filename != reshard_output.__file__ or code.co_name not in inside:

@@ -240,7 +240,8 @@ def segment_of_another() -> None:
         time.sleep(0.1)
         first = fork(0, join_and_sum(session, 2))
         assert [wait_for(rank, "returned")["value"] for rank in (first, second)] == ["joined"] * 2
-        stop(first), stop(second)
+        stop(first)
+        stop(second)
         assert not path.exists()
     for garbage, wanted in (
         (b"\xff" * size, "has a header that is not Yoke's for 2 ranks (magic ffffffffffffffff"),
@@ -273,7 +274,8 @@ def garbled_header() -> None:
             file.write(garbage)
         second = fork(1, join_and_sum(session, 2, 2.0))
         said = [wait_for(rank, "returned")["value"] for rank in (first, second)]
-        stop(first), stop(second)
+        stop(first)
+        stop(second)
         assert "has a header that is not Yoke's" in said[1] and wanted in said[1], said
         assert said[0].startswith("rank 0 waited 2 s for rank 1 to join"), said
         assert not path.exists()

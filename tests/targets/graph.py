@@ -15,7 +15,8 @@ from comm.group import Group, Rendezvous, open_group, set_timeout
 from engine.loop import generate
 from engine.requests import Request
 from engine.steps import EXTEND, GREEDY, Runner, make_runner, warm_up
-from models.load import expected_shapes, load_model
+from models.config import expected_shapes
+from models.load import load_model
 from models.presets import PRESETS
 from weights.formats.random_io import random_checkpoint
 

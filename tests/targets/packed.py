@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
-import tp.layers
 from base.rank import RankSettings
 from comm import ops
 from comm.group import Group, Rendezvous, open_group
@@ -38,11 +38,9 @@ def main(env: RankSettings, payload: str) -> int:
 def logits_of(config: ModelConfig, group: Group, dtype: torch.dtype, packed: bool) -> torch.Tensor:
     """Of a random model, whatever this processor prefers: float32 [1, TOKENS, vocab_size]."""
     assert load_kernels()
-    preferred, tp.layers.prefers_packed = tp.layers.prefers_packed, lambda: packed
-    try:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("tp.layers.prefers_packed", lambda: packed)
         model = load_model(config, random_checkpoint(expected_shapes(config), 3), group, dtype)
-    finally:
-        tp.layers.prefers_packed = preferred
     held = model.head.packing is not None
     assert held == (packed and dtype == torch.bfloat16)
     if held:

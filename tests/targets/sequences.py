@@ -425,8 +425,8 @@ def refusals() -> None:
                 ("was not built", lambda: yoke.shm_set_simd(handle, "none")),
             ]
 
-            def norm(*tensors: Tensor) -> Any:
-                return ops.all_reduce_add_rms_norm(*tensors, 1e-5, group)
+            def norm(x: Tensor, residual: Tensor, weight: Tensor) -> object:
+                return ops.all_reduce_add_rms_norm(x, residual, weight, 1e-5, group)
 
             for message, call in wrong:
                 with pytest.raises((RuntimeError, ValueError), match=message):

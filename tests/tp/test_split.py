@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from base.errors import InputError
-from models.load import expected_shapes
+from models.config import expected_shapes
 from models.presets import PRESETS
 from models.sizes import layout_of
 from tp.heads import split_heads

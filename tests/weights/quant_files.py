@@ -23,7 +23,7 @@ SHAPES = {
     "mlp.up_proj": (FFN, DIM),
     "mlp.down_proj": (DIM, FFN),
 }
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": DIM,
     "num_hidden_layers": 1,

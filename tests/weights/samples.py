@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import gguf as gguf_package
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,7 +19,7 @@ from weights.checkpoint import Checkpoint
 
 HEADS, KV_HEADS, HEAD_DIM, DIM, FFN, VOCAB, LAYERS = 4, 2, 16, 64, 96, 112, 2
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": DIM,
     "num_hidden_layers": LAYERS,
@@ -164,9 +167,9 @@ def write_gpt_fast(folder: Path, tensors: dict[str, Tensor]) -> Path:
 def write_gguf(
     path: Path,
     arrays: dict[str, np.ndarray],
-    kinds: dict[str, int] | None = None,
+    kinds: Mapping[str, GGMLQuantizationType] | None = None,
     name: str = "llama",
-    expert_count: object = None,
+    expert_count: int | Sequence[int] | None = None,
 ) -> Path:
     """A file of these arrays; `kinds` gives the type of those that are stored in blocks."""
     writer = gguf_package.GGUFWriter(path, name)

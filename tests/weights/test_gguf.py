@@ -10,6 +10,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGUFReader
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
+from torch import Tensor
 
 from base.errors import InputError
 from tests.weights.samples import HEADS, KV_HEADS, interleave, whole, write_gguf
@@ -46,6 +47,7 @@ def test_slices_of_every_quantization(name: str, tmp_path: Path) -> None:
             np.testing.assert_array_equal(part, wanted[rows, columns])
     if block == 1:
         return
+    assert entry.read_raw is not None
     raw = entry.read_raw((slice(3, 9), slice(block, 3 * block))).numpy()
     np.testing.assert_array_equal(raw, stored[3:9, block_bytes : 3 * block_bytes])
 
@@ -55,7 +57,9 @@ def test_slices_of_every_quantization(name: str, tmp_path: Path) -> None:
 def test_rows_of_query_and_key(name: str, kind: Kind, tmp_path: Path) -> None:
     """Interleaved by the converter for Llama and what is derived from it. Any rows can be asked for,
     also raw."""
-    wanted, arrays, kinds = {}, {}, {}
+    wanted: dict[str, Tensor] = {}
+    arrays: dict[str, np.ndarray] = {}
+    kinds: dict[str, Kind] = {}
     for letter, heads in (("q", HEADS), ("k", KV_HEADS)):
         values = torch.randn(heads * 16, 64)
         if kind == Kind.Q8_0:
@@ -124,7 +128,7 @@ def test_tensors_that_no_model_has(
 
 
 @pytest.mark.parametrize("count", [None, 0, 1 << 20, [2, 3]])
-def test_experts_that_are_not_counted(count: object, tmp_path: Path) -> None:
+def test_experts_that_are_not_counted(count: int | list[int] | None, tmp_path: Path) -> None:
     arrays = {"blk.0.ffn_up_exps.weight": np.ones((2, 4, 4), np.float32)}
     path = write_gguf(tmp_path / "m.gguf", arrays, expert_count=count)
     with pytest.raises(InputError, match=r"llama\.expert_count must be from 1 to"):

@@ -8,6 +8,7 @@ import json
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,7 +112,10 @@ def test_what_an_index_names(form: str, tmp_path: Path) -> None:
     }.items():
         write_json(index, {"weight_map": {names[0]: place}})
         refused(folder, pattern, index)
-    for content in ({}, {"weight_map": []}, {"weight_map": {"a": 3}}, {"weight_map": {}}):
+    contents: tuple[dict[str, Any], ...] = (
+        {}, {"weight_map": []}, {"weight_map": {"a": 3}}, {"weight_map": {}},
+    )  # fmt: skip
+    for content in contents:
         write_json(index, content)
         refused(folder, "weight_map", index)
     write_json(index, {"weight_map": {"phantom": good}})
@@ -125,7 +129,7 @@ def raw_safetensors(header: object, data: bytes = b"\0" * 16) -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
-def described(dtype: object = "F32", shape: object = (4,), offsets: object = (0, 16)) -> dict:
+def described(dtype: object = "F32", shape: object = (4,), offsets: object = (0, 16)) -> dict[str, Any]:
     return {"w": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
 
 
@@ -177,7 +181,7 @@ def test_every_truncation_of_safetensors(tmp_path: Path) -> None:
 def test_numbers_of_params(key: str, value: object, tmp_path: Path) -> None:
     if key in ("norm_eps", "rope_theta") and value in (0.5, 1 << 70) and value is not True:
         return
-    folder = write_meta(tmp_path / "m", llama(), 1, **{key: value})
+    folder = write_meta(tmp_path / "m", llama(), 1, **dict[str, Any]({key: value}))
     refused(folder, rf"params\.json: {key} must be", folder)
 
 

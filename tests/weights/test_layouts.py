@@ -251,7 +251,9 @@ def test_a_folder_with_several_formats(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["a.gguf", "model.safetensors", "pytorch_model.bin", "consolidated.00.pth", "yoke.json"]
 )
-def test_the_hub_cache_may_hold_any_format(name: str, tmp_path: Path, monkeypatch) -> None:
+def test_the_hub_cache_may_hold_any_format(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot / "README.md").touch()

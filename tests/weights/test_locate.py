@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -208,8 +209,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
     folder = tmp_path_factory.mktemp("plain")
     torch.manual_seed(3)
     # Heads of whole blocks: a border of two ranks cuts none.
-    sizes = {"hidden_size": 128, "intermediate_size": 128, "vocab_size": 301}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128, "vocab_size": 301}
+    heads: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.2)).eval()
     model.save_pretrained(folder)
     return folder, greedy(model)

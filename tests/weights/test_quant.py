@@ -13,11 +13,11 @@ from gguf.quants import dequantize, quantize
 
 from base.errors import InputError
 from tests.weights.samples import interleave, write_gguf
-from weights.formats.gguf_blocks import SCHEMES as BLOCKS
 from weights.formats.gguf_blocks import from_blocks
 from weights.open import open_checkpoint
 from weights.quant import join_rows
 from weights.quantize import quantize_rtn
+from weights.schemes import GGUF_SCHEMES as BLOCKS
 from weights.schemes import SCHEMES, parse_scheme
 
 

@@ -79,7 +79,8 @@ def test_act_order_is_dequantized(tmp_path: Path) -> None:
 
 Q, DOWN = f"{LAYER}self_attn.q_proj", f"{LAYER}mlp.down_proj"
 GPTQ, AWQ, PACKED, INTS = KINDS[0], KINDS[3], KINDS[4], KINDS[7]
-Stored, About = dict[str, Tensor], dict[str, Any]
+Stored = dict[str, Tensor]
+About = dict[str, Any]
 
 
 def drop(name: str) -> Callable[[Stored, About], None]:
