@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import signal
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 from launcher.machine.topology import read_topology
 from launcher.plan import LaunchRequest, plan_launch
 from launcher.spawn import RunOptions, launch, new_session
+from tests.child import pack
 from tests.leftovers import MARK, expect_no_more_segments, segments
 from tests.running import CHECKOUT, RunRanks, RunYoke, yoke
 
@@ -97,8 +97,8 @@ def run_ranks(capfd: pytest.CaptureFixture[str]) -> RunRanks:
             plan,
             options or RunOptions(grace_s=20.0),
             new_session(),
-            f"tests.targets.{name}",
-            json.dumps(payload),
+            "tests.child",
+            pack(name, payload),
         )
         out, err = capfd.readouterr()
         return code, out, err

@@ -26,3 +26,17 @@ def yoke(*words: str, timeout: float = 600, **environ: str) -> subprocess.Comple
         env={**os.environ, **environ},
         stdin=subprocess.DEVNULL,
     )
+
+
+def run_case(module: str, case: str, before: tuple[str, ...] = ()) -> str:
+    """Run a case of tests/targets/MODULE in a process of its own, which forks ranks; what it printed.
+    `before` are words that run a command differently, such as those of `unshare`."""
+    done = subprocess.run(
+        [*before, sys.executable, "-m", "tests.child", module, case],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=CHECKOUT,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout

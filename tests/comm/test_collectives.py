@@ -2,57 +2,41 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.running import RunRanks
-
-CHECKOUT = Path(__file__).resolve().parents[2]
-
-
-def run_sequences(case: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.targets.sequences", case],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        cwd=CHECKOUT,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout
+from tests.running import RunRanks, run_case
 
 
 def test_random_sequences_in_worlds_of_1_to_8() -> None:
     """All operators, dtypes, sizes, views and `out` forms; two groups in turn; gloo beside them."""
-    run_sequences("worlds")
+    run_case("sequences", "worlds")
 
 
 def test_sixty_four_ranks() -> None:
-    run_sequences("crowd")
+    run_case("extremes", "crowd")
 
 
 def test_messages_of_64_mib() -> None:
-    run_sequences("large_messages")
+    run_case("extremes", "large_messages")
 
 
 def test_two_groups_at_once_from_two_threads() -> None:
-    run_sequences("threads")
+    run_case("sequences", "threads")
 
 
 def test_what_cannot_be_is_refused_and_the_group_goes_on() -> None:
-    run_sequences("refusals")
+    run_case("extremes", "refusals")
 
 
 def test_every_instruction_set_gives_the_same_bits() -> None:
-    assert "instruction sets: base" in run_sequences("instruction_sets")
+    assert "instruction sets: base" in run_case("extremes", "instruction_sets")
 
 
 def test_four_ranks_on_few_cores_do_not_crawl() -> None:
     """A loose bound: one that waits for the scheduler takes tens of milliseconds."""
-    print(run_sequences("latency"))
+    print(run_case("extremes", "latency"))
 
 
 @pytest.mark.parametrize("size", [1, 3])

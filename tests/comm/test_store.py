@@ -111,6 +111,9 @@ def test_what_is_read_is_what_a_rank_wrote_for_that_name(connect: Callable[[], A
         # Their own address, nothing, and what a rank has signed for another name.
         for planted in (b"their address" * 9, b"", values[one._name("c" if place == "0" else "0")]):
             stranger.set(one._name(place), planted)
+            assert (
+                stranger.get(one._name(place)) == planted
+            )  # nobody answers to a set: it is done by now
             with pytest.raises(CommError, match=f"somebody else writes .*: {place} is not"):
                 read()
             stranger.set(one._name(place), values[one._name(place)])
