@@ -157,11 +157,13 @@ def parse_flags(argv: Sequence[str]) -> Flags:
     """Parse the command line. Raises LaunchError."""
     # Parse up to the first word. What follows `run` or `reshard` must not be parsed here.
     early = make_parser(argparse.REMAINDER).parse_args(argv)
+    words: list[str] = []
+    names: list[str] = []
     if early.words[:1] == ["reshard"]:
-        found, command, words, names, program = early, "reshard", [], [], early.words[1:]
+        found, command, program = early, "reshard", early.words[1:]
     elif early.words[:1] == ["run"]:
         found = make_parser(argparse.REMAINDER).parse_args(early.words[1:], early)
-        command, words, names = "run", [], []
+        command = "run"
         program = ["-m", *found.module] if found.module is not None else found.words
         if found.module is not None and found.words:
             raise LaunchError(

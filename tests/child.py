@@ -16,6 +16,8 @@ from typing import Any
 from _pytest.assertion import install_importhook
 from _pytest.config import get_config
 
+from base.rank import RankSettings
+
 
 def target(name: str) -> ModuleType:
     """tests.targets.NAME, its asserts rewritten as pytest rewrites those of its own process."""
@@ -28,7 +30,7 @@ def pack(name: str, payload: dict[str, Any]) -> str:
     return json.dumps({"target": name, "payload": json.dumps(payload)})
 
 
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     words = json.loads(payload)
     return int(target(words["target"]).main(env, words["payload"]))
 

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import pytest
 from base.venv import PACKAGES, why_continued
 from engine.job import KEYS
 from launcher.flags import COMMANDS, UnknownFlagError, parse_flags
-from tests.conftest import CHECKOUT
+from tests.running import CHECKOUT, RunYoke
 
 LAUNCH = str(CHECKOUT / "launch.py")
 
@@ -102,7 +101,7 @@ def test_make_puts_yoke_where_it_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_examples(command: str, run_yoke: Callable) -> None:
+def test_every_command_has_help_with_examples(command: str, run_yoke: RunYoke) -> None:
     done = run_yoke(command, "--help", YOKE_NAME="yoke")
     assert done.returncode == 0, done.stderr
     usage, _, examples = done.stdout.partition("examples:\n")
@@ -116,7 +115,7 @@ def test_every_command_has_help_with_examples(command: str, run_yoke: Callable) 
     assert ("prompt" in keys) == (command in ("generate", "plan"))
 
 
-def test_the_help_of_all_names_each_command(run_yoke: Callable) -> None:
+def test_the_help_of_all_names_each_command(run_yoke: RunYoke) -> None:
     shown = run_yoke("--help").stdout
     assert "COMMAND --help" in shown and "python launch.py" in shown
     assert all(f"\n  {name}" in shown for name in COMMANDS)
@@ -143,7 +142,7 @@ def test_a_flag_that_is_misspelt(words: str, hint: str) -> None:
     assert hint in raised.value.message(KEYS, argv)
 
 
-def test_a_misspelt_flag_is_one_message(run_yoke: Callable) -> None:
+def test_a_misspelt_flag_is_one_message(run_yoke: RunYoke) -> None:
     done = run_yoke("--model", "llama-8b")
     assert done.returncode == 2
     assert done.stderr == "error: there is no flag --model, did you mean model=llama-8b? See --help\n"

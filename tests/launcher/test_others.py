@@ -21,6 +21,7 @@ from launcher.guard import MARK, kill_groups, mark_of, remove_segments
 from launcher.manager import Managed
 from launcher.meeting import meet
 from launcher.output import open_log
+from launcher.rank import Rank
 from launcher.user_secret import read_secret, user_secret
 from tests.leftovers import own_processes
 from tests.others import NOBODY, as_root, by_nobody, nobody_runs
@@ -154,7 +155,7 @@ def test_a_log_that_another_user_has_planted(tmp_path: Path) -> None:
 
 def test_a_rank_keeps_its_number_until_its_group_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], process_group=0)
-    rank = watch.Rank(0, process)
+    rank = Rank(0, process)
     deadline = time.monotonic() + 60
     while not rank.has_ended():
         assert time.monotonic() < deadline

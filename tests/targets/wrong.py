@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from base.rank import RankSettings
 
 
-def main(env: Any, payload: str) -> int:
+def main(env: RankSettings, payload: str) -> int:
     check(env.rank)
     return 0
 
