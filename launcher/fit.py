@@ -90,8 +90,8 @@ def require_space(folder: Path, needed_bytes: int) -> None:
     try:
         space = os.statvfs(folder)
     except OSError as error:
-        way_out = "mount a tmpfs there, or use --comm gloo"
-        raise LaunchError(f"{folder}: {error.strerror}; {way_out}") from error
+        advice = "mount a tmpfs there, or use --comm gloo"
+        raise LaunchError(f"{folder}: {error.strerror}; {advice}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise LaunchError(
             f"{folder} cannot be written to, and the ranks need it for shared memory: make it writable "

@@ -38,9 +38,9 @@ class Managed:
     @property
     def claim(self) -> str:
         """For messages: the place found, the variables that state it, and how to start without them."""
-        told = " ".join(f"{key}={value}" for key, value in self.variables)
+        variables = " ".join(f"{key}={value}" for key, value in self.variables)
         return (
-            f"{told} in the environment says that {self.manager} started this process as rank "
+            f"{variables} in the environment says that {self.manager} started this process as rank "
             f"{self.rank} of {self.world_size}; if it did not: env -u {self.variables[0][0]} "
             "python launch.py ..."
         )

@@ -24,21 +24,21 @@ from launcher.manager import Managed
 from launcher.user_secret import user_secret
 
 _PATIENCE_S = 5.0  # from the start of a wait to the message about it
-_TURN_S = 0.5  # longest wait between two checks of the clock
+_POLL_S = 0.5  # longest wait between two checks of the clock
 _TOKEN = 16  # characters of a session token
 _ANSWER = f"<I{_TOKEN}s"  # the port and the token
 
-Turn = Callable[[str], float]
+NextTimeout = Callable[[str], float]
 
 
-def _turns(place: Managed, deadline_s: float) -> Turn:
+def _start_wait(place: Managed, deadline_s: float) -> NextTimeout:
     """A function to call repeatedly while waiting, with a text on what is missing. It returns how long
     to wait next, in seconds. After a few seconds it prints once what the wait is for. It raises
     LaunchError after `deadline_s` seconds."""
     start = time.monotonic()
     said = False
 
-    def turn(missing: str) -> float:
+    def next_timeout(missing: str) -> float:
         nonlocal said
         waited = time.monotonic() - start
         if waited >= deadline_s:
@@ -46,9 +46,9 @@ def _turns(place: Managed, deadline_s: float) -> Turn:
         if waited >= _PATIENCE_S and not said:
             said = True
             say(f"waiting: {missing} yet; {place.claim}")
-        return min(deadline_s - waited, _TURN_S if said else max(_PATIENCE_S - waited, 0.01))
+        return min(deadline_s - waited, _POLL_S if said else max(_PATIENCE_S - waited, 0.01))
 
-    return turn
+    return next_timeout
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ def meet(place: Managed, deadline_s: float) -> Meeting:
     the machine sends token and port to the others. Ranks on other machines meet later, at the port that
     the manager gave. Raises LaunchError that names the ranks still missing after `deadline_s` seconds.
     """
-    turn = _turns(place, deadline_s)
+    next_timeout = _start_wait(place, deadline_s)
     if place.world_size > 1 and (place.agent_store or not place.is_on_one_machine):
         _expect_store(place)
     if place.place_here:
-        return _ask(place, turn)
+        return _ask_first_rank(place, next_timeout)
     store, port = None, place.master_port
     if place.world_size > 1 and not port:
         store = socket.create_server(("127.0.0.1", 0), backlog=place.world_size)
@@ -80,7 +80,7 @@ def meet(place: Managed, deadline_s: float) -> Meeting:
     meeting = Meeting(secrets.token_hex(_TOKEN // 2), port, store)
     try:
         if place.local_world_size > 1:
-            _tell(place, turn, meeting)
+            _answer_ranks(place, next_timeout, meeting)
     except BaseException:
         if store is not None:
             store.close()
@@ -88,51 +88,51 @@ def meet(place: Managed, deadline_s: float) -> Meeting:
     return meeting
 
 
-def _door(place: Managed) -> str:
+def _socket_name(place: Managed) -> str:
     """The name of the socket. Other users cannot compute it, so they cannot bind it first."""
     name = hashlib.sha256(user_secret() + place.run.encode()).hexdigest()[:32]
     return f"\0yoke-{name}-{place.node}"
 
 
-def _tell(place: Managed, turn: Turn, meeting: Meeting) -> None:
+def _answer_ranks(place: Managed, next_timeout: NextTimeout, meeting: Meeting) -> None:
     answer = struct.pack(_ANSWER, meeting.port, meeting.session.encode())
     missing = set(range(1, place.local_world_size))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         try:
-            door.bind(_door(place))
+            listener.bind(_socket_name(place))
         except OSError as error:
             raise LaunchError(
                 f"{_holder(place)} already runs as {place.rank_here} 0 of this run ({error.strerror}); "
                 f"{place.claim}"
             ) from None
-        door.listen(place.local_world_size)
+        listener.listen(place.local_world_size)
         while missing:
             names = ", ".join(map(str, sorted(missing)))
-            door.settimeout(
-                turn(
+            listener.settimeout(
+                next_timeout(
                     f"{len(missing)} of {place.local_world_size} ranks did not connect "
                     f"({place.rank_here} {names})"
                 )
             )
             with suppress(OSError):
-                peer, _ = door.accept()
+                peer, _ = listener.accept()
                 with peer:
-                    peer.settimeout(_TURN_S)
+                    peer.settimeout(_POLL_S)
                     if _uid(peer) == os.getuid() and len(data := peer.recv(4)) == 4:
                         peer.sendall(answer)
                         missing.discard(struct.unpack("<I", data)[0])
 
 
-def _ask(place: Managed, turn: Turn) -> Meeting:
+def _ask_first_rank(place: Managed, next_timeout: NextTimeout) -> Meeting:
     who = place.rank_here
     while True:
-        seconds = turn(f"{who} 0 did not answer {who} {place.place_here}")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as line, suppress(OSError):
-            line.settimeout(seconds)
-            line.connect(_door(place))
-            if _uid(line) == os.getuid():
-                line.sendall(struct.pack("<I", place.place_here))
-                data = line.recv(struct.calcsize(_ANSWER))
+        seconds = next_timeout(f"{who} 0 did not answer {who} {place.place_here}")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection, suppress(OSError):
+            connection.settimeout(seconds)
+            connection.connect(_socket_name(place))
+            if _uid(connection) == os.getuid():
+                connection.sendall(struct.pack("<I", place.place_here))
+                data = connection.recv(struct.calcsize(_ANSWER))
                 if len(data) == struct.calcsize(_ANSWER):
                     port, token = struct.unpack(_ANSWER, data)
                     return Meeting(token.decode(), port)
@@ -141,11 +141,11 @@ def _ask(place: Managed, turn: Turn) -> Meeting:
 
 def _holder(place: Managed) -> str:
     """For a message: who has bound the socket."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as line, suppress(OSError):
-        line.settimeout(_TURN_S)
-        line.connect(_door(place))
-        if _uid(line) != os.getuid():
-            return f"a process of user {_uid(line)}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection, suppress(OSError):
+        connection.settimeout(_POLL_S)
+        connection.connect(_socket_name(place))
+        if _uid(connection) != os.getuid():
+            return f"a process of user {_uid(connection)}"
     return "another process"
 
 
@@ -170,7 +170,7 @@ def _expect_store(place: Managed) -> None:
     say(f"waiting: nothing listens at {where} yet; {place.claim}")
 
 
-def _uid(line: socket.socket) -> int:
+def _uid(connection: socket.socket) -> int:
     """The user id of the process at the other end."""
-    _, uid, _ = struct.unpack("3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return int(uid)

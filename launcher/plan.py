@@ -195,11 +195,11 @@ def _reserve(
     if count >= len(cores):
         raise LaunchError(f"--reserve-cores {count}: of {len(cores)} cores, ranks need at least one")
     sockets = [list(group) for _, group in groupby(cores, key=socket_of)]
-    kept_back: list[Core] = []
-    while len(kept_back) < count:
+    reserved: list[Core] = []
+    while len(reserved) < count:
         # From the socket with the most cores left; of equals, the last.
-        kept_back.append(max(reversed(sockets), key=len).pop())
-    cpus = tuple(sorted(cpu for core in kept_back for cpu in core.cpus))
+        reserved.append(max(reversed(sockets), key=len).pop())
+    cpus = tuple(sorted(cpu for core in reserved for cpu in core.cpus))
     reasons.append(f"cpus {format_cpu_list(cpus)} are kept free (--reserve-cores {count})")
     return tuple(core for socket in sockets for core in socket), cpus
 

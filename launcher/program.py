@@ -47,12 +47,12 @@ def main(env: RankSettings, payload: str) -> int:
             del sys.modules[loaded]
     try:
         if program["module"]:
-            _go_first(os.getcwd())
+            _prepend_path(os.getcwd())
             sys.argv = [name, *argv]
             runpy.run_module(name, run_name="__main__", alter_sys=True)
         else:
             path = str(Path(name).resolve())
-            _go_first(str(Path(path).parent))
+            _prepend_path(str(Path(path).parent))
             sys.argv = [name, *argv]
             runpy.run_path(path, run_name="__main__")
     except SystemExit as end:
@@ -60,7 +60,7 @@ def main(env: RankSettings, payload: str) -> int:
     return 0
 
 
-def _go_first(folder: str) -> None:
+def _prepend_path(folder: str) -> None:
     """Put `folder` first on sys.path, unless the user turned that off (-P, PYTHONSAFEPATH)."""
     if not sys.flags.safe_path:
         sys.path.insert(0, folder)

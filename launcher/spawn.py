@@ -30,7 +30,7 @@ from launcher.guard import MARK, mark_of, remove_segments
 from launcher.output import Sink, open_channel, open_log, untouched, whole_lines
 from launcher.plan import LaunchPlan
 from launcher.rank import Rank
-from launcher.watch import Limits, Run, kill_groups, signal_pipe, watch
+from launcher.watch import Run, TimeLimits, kill_groups, signal_pipe, watch
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def launch(
             channel.close()  # only rank 0 keeps this end, so the console notices when rank 0 ends
         guard.wait()  # reaps the guard's first process, which ends once the guard has detached itself
         selector.register(wakeup, selectors.EVENT_READ, None)
-        limits = Limits(options.grace_s, options.start_timeout_s, options.hang_timeout_s)
+        limits = TimeLimits(options.grace_s, options.start_timeout_s, options.hang_timeout_s)
         return watch(Run(ranks, limits, started), selector, wakeup, options.tracebacks)
 
 

@@ -28,10 +28,10 @@ def was_started_by(manager: str, pid: int, root: Path = Path("/proc")) -> bool:
     """Whether a process of the manager is among the ancestors of process `pid`."""
     pattern = _STARTERS.get(manager)
     for _ in range(_MAX_DEPTH):
-        pid = _look(pid, root).parent
+        pid = _read_process(pid, root).parent
         if pattern is None or pid <= 0:
             return False
-        if re.search(pattern, " ".join(_words(pid, root)[:6])):
+        if re.search(pattern, " ".join(_command_line(pid, root)[:6])):
             return True
     return False
 
@@ -39,8 +39,8 @@ def was_started_by(manager: str, pid: int, root: Path = Path("/proc")) -> bool:
 def is_typed_in_rank(variables: Mapping[str, str], pid: int, root: Path = Path("/proc")) -> bool:
     """Whether process `pid` was typed at the prompt of a shell that was itself started with these
     variables. Then the shell is the rank that they describe."""
-    own = _look(pid, root)
-    shell = _look(own.parent, root)
+    own = _read_process(pid, root)
+    shell = _read_process(own.parent, root)
     # An interactive shell gives each job its own process group; a shell that runs a script does not.
     is_job = own.group == pid != shell.group and own.terminal != 0
     if shell.name not in _SHELLS or not is_job or not variables:
@@ -62,7 +62,7 @@ class _Process:
     terminal: int = 0
 
 
-def _look(pid: int, root: Path) -> _Process:
+def _read_process(pid: int, root: Path) -> _Process:
     try:
         text = (root / str(pid) / "stat").read_text(errors="replace")
     except OSError:
@@ -72,10 +72,10 @@ def _look(pid: int, root: Path) -> _Process:
     return _Process(before.partition("(")[2], int(parent), int(group), int(terminal))
 
 
-def _words(pid: int, root: Path) -> list[str]:
+def _command_line(pid: int, root: Path) -> list[str]:
     """The command line, or the process's name if that is hidden (slurmstepd rewrites its own)."""
     try:
         text = (root / str(pid) / "cmdline").read_text(errors="replace")
     except OSError:
         text = ""
-    return [word for word in text.split("\0") if word] or [_look(pid, root).name]
+    return [word for word in text.split("\0") if word] or [_read_process(pid, root).name]

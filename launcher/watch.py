@@ -37,7 +37,7 @@ _KILL_S = 10.0
 
 
 @dataclass(frozen=True)
-class Limits:
+class TimeLimits:
     """Limits in seconds; `start_s` and `hang_s` are off at 0. `grace_s`: from asking ranks to stop to
     killing them. `start_s`: from the start to the target's first line. `hang_s`: how long a rank may
     send no heartbeat."""
@@ -57,7 +57,7 @@ class Run:
     """What is watched: ranks, and the console if there is one."""
 
     ranks: Sequence[Rank]
-    limits: Limits
+    limits: TimeLimits
     console: Console | None = None
 
     def running(self) -> list[Rank]:
@@ -126,7 +126,9 @@ def after_signal(run: Run, stage: Stage, number: int) -> Stage:
     elif number in _STOP_SIGNALS:
         if stage.verdict is not None:  # a second signal: kill at once
             return _kill(run, stage)
-        return _ask(run, Verdict(128 + number, f"stopped by {signal.Signals(number).name}"), number)
+        return _ask_to_stop(
+            run, Verdict(128 + number, f"stopped by {signal.Signals(number).name}"), number
+        )
     return stage
 
 
@@ -136,7 +138,7 @@ def after_console(run: Run, stage: Stage) -> Stage:
         return stage
     code = run.console.process.poll()
     if code:
-        return _ask(run, Verdict(*run.console.failure()))
+        return _ask_to_stop(run, Verdict(*run.console.failure()))
     # Rank 0 sees its channel close, and ends the run.
     return stage if code is None else _end(run, "the chat")
 
@@ -147,7 +149,7 @@ def after_ends(run: Run, stage: Stage) -> Stage:
     # If several ended together, one killed by a signal is the cause: the others failed without it.
     for rank in sorted(ended, key=lambda rank: (rank.code or 0) >= 0):
         if rank.code != 0 and stage.verdict is None:
-            stage = _ask(run, on_failed(rank, run.running()))
+            stage = _ask_to_stop(run, on_failed(rank, run.running()))
         elif rank.code == 0 and stage.phase is Phase.RUNNING:
             stage = _end(run, rank.name)
     return stage
@@ -159,11 +161,11 @@ def after_time(run: Run, stage: Stage, now: float) -> Stage:
     if stage.verdict is None and (stuck := [rank for rank in running if now >= limits.due_at(rank)]):
         _signal_ranks(stuck, signal.SIGQUIT)  # they print their stacks, so they are not asked to stop
         others = [rank for rank in running if rank not in stuck]
-        return _ask(run, on_stuck(stuck, limits.start_s, limits.hang_s), ranks=others)
+        return _ask_to_stop(run, on_stuck(stuck, limits.start_s, limits.hang_s), ranks=others)
     if not running or now < stage.deadline:
         return stage
     if stage.phase is Phase.ENDING:
-        return _ask(run, on_left(stage.first, running, limits.grace_s))
+        return _ask_to_stop(run, on_left(stage.first, running, limits.grace_s))
     if stage.phase is Phase.ASKED:
         return _kill(run, stage)
     return replace(stage, phase=Phase.GIVEN_UP)
@@ -174,7 +176,7 @@ def _end(run: Run, first: str) -> Stage:
     return Stage(Phase.ENDING, time.monotonic() + run.limits.grace_s, first)
 
 
-def _ask(
+def _ask_to_stop(
     run: Run,
     verdict: Verdict,
     number: int = signal.SIGTERM,

@@ -53,9 +53,9 @@ from launcher.chat.terminal import (
     apply,
     can_be_continued,
     knows_escapes,
-    quieten,
     read_modes,
     restore,
+    turn_echo_off,
 )
 
 
@@ -95,7 +95,7 @@ def main(fd: int, launcher_pid: int) -> int:
         die_with_parent(launcher_pid, signal.SIGTERM)
         chat.launcher = os.pidfd_open(launcher_pid)
         if modes is not None:
-            quieten(modes)
+            turn_echo_off(modes)
             open_editor(path)
         facts = receive(chat.link)["ready"]
         chat.max_seq_len = facts["max_seq_len"]
@@ -163,7 +163,7 @@ def _converse(chat: Chat) -> None:
     warned = False
     while True:
         try:
-            turn = read_turn(lambda goes_on: _next_line(chat, goes_on))
+            turn = read_turn(lambda continued: _next_line(chat, continued))
         except EOFError:
             if chat.modes is not None:
                 _write(chat, "\n")
@@ -183,14 +183,14 @@ def _converse(chat: Chat) -> None:
             remember(turn, chat.history)
         if not turn.command:
             _answer(chat, turn.text)
-        elif not _obey(chat, turn):
+        elif not _execute(chat, turn):
             return
 
 
-def _next_line(chat: Chat, goes_on: bool) -> str:
+def _next_line(chat: Chat, continued: bool) -> str:
     if chat.modes is None:
-        return line_from_pipe(goes_on)
-    prompt = "... " if goes_on else "> "
+        return line_from_pipe(continued)
+    prompt = "... " if continued else "> "
     if _colors() and marks_escapes():
         prompt = f"\001\x1b[1;36m\002{prompt}\001\x1b[0m\002"
     apply(chat.modes)
@@ -203,11 +203,11 @@ def _next_line(chat: Chat, goes_on: bool) -> str:
         chat.at_prompt = False
         raise
     chat.at_prompt = False
-    quieten(chat.modes)
+    turn_echo_off(chat.modes)
     return line
 
 
-def _obey(chat: Chat, turn: Turn) -> bool:
+def _execute(chat: Chat, turn: Turn) -> bool:
     """Execute a command; return False if it ends the chat."""
     word, *rest = turn.text.split(maxsplit=1)
     if word == "/quit":

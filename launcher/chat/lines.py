@@ -51,14 +51,14 @@ class ResumedError(Exception):
 
 
 def read_turn(next_line: Callable[[bool], str]) -> Turn:
-    """Read one turn from `next_line(goes_on)`, which raises EOFError at the end of the input. In the
+    """Read one turn from `next_line(continued)`, which raises EOFError at the end of the input. In the
     middle of a turn the end of the input ends the turn; before it, EOFError is raised."""
     first = next_line(False)
     if first.lstrip().startswith(_FENCE):
         lines = [first.lstrip()[len(_FENCE) :]]
         while not lines[-1].rstrip().endswith(_FENCE):
             try:
-                lines.append(_more(next_line))
+                lines.append(_continuation(next_line))
             except EOFError:
                 break
         return Turn("\n".join(lines).rstrip().removesuffix(_FENCE).strip(), False)
@@ -66,11 +66,11 @@ def read_turn(next_line: Callable[[bool], str]) -> Turn:
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
         with suppress(EOFError):
-            lines.append(_more(next_line))
+            lines.append(_continuation(next_line))
     return Turn("\n".join(lines).strip(), first.startswith("/"))
 
 
-def _more(next_line: Callable[[bool], str]) -> str:
+def _continuation(next_line: Callable[[bool], str]) -> str:
     try:
         return next_line(True)
     except AbandonedError:

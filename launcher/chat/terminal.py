@@ -35,7 +35,7 @@ def read_modes() -> Modes | None:
     return termios.tcgetattr(0) if is_interactive() else None
 
 
-def quieten(modes: Modes) -> None:
+def turn_echo_off(modes: Modes) -> None:
     """Turn off echo while an answer is printed. What is typed meanwhile is kept unchanged for the next
     prompt; keys that send signals still send them."""
     apply([*modes[:3], modes[3] & ~(termios.ECHO | termios.ICANON), *modes[4:]])

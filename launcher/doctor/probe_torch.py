@@ -28,27 +28,27 @@ def probe() -> dict[str, Any]:
     torch = importlib.import_module("torch")
     failed: list[str] = []
 
-    def told(what: str, look: Callable[[], Any]) -> Any:
+    def attempt(what: str, read: Callable[[], Any]) -> Any:
         try:
-            return look()
+            return read()
         except Exception as error:
             failed.append(f"{what}: {type(error).__name__}: {error}")
             return None
 
     return {
         "version": str(torch.__version__),
-        "openmp": told(
+        "openmp": attempt(
             "openmp", lambda: loaded_openmp(Path("/proc/self/maps").read_text(errors="replace"))
         ),
-        "num_threads": told("num_threads", torch.get_num_threads),
-        "cpu_capability": told("cpu_capability", torch.backends.cpu.get_cpu_capability),
-        "mkl": told("mkl", torch.backends.mkl.is_available),
-        "onednn": told("onednn", torch.backends.mkldnn.is_available),
+        "num_threads": attempt("num_threads", torch.get_num_threads),
+        "cpu_capability": attempt("cpu_capability", torch.backends.cpu.get_cpu_capability),
+        "mkl": attempt("mkl", torch.backends.mkl.is_available),
+        "onednn": attempt("onednn", torch.backends.mkldnn.is_available),
         "cuda": torch.version.cuda,
-        "cuda_devices": told("cuda_devices", lambda: _cuda_devices(torch)),
-        "nccl": told("nccl", lambda: _nccl_version(torch)),
-        "extension": told("extension", _built_extension),
-        "segment_bytes_per_rank": told("segment_bytes_per_rank", _segment_bytes_per_rank),
+        "cuda_devices": attempt("cuda_devices", lambda: _cuda_devices(torch)),
+        "nccl": attempt("nccl", lambda: _nccl_version(torch)),
+        "extension": attempt("extension", _built_extension),
+        "segment_bytes_per_rank": attempt("segment_bytes_per_rank", _segment_bytes_per_rank),
         "failed": failed,
     }
 

@@ -83,19 +83,19 @@ def read_sockets(
     elif wrong:
         notes.append("the sibling lists contradict every package's number: the numbers are used")
     if unnamed:
-        _guess_sockets(socket_of, unnamed, node_of, notes)
+        _infer_sockets(socket_of, unnamed, node_of, notes)
     return socket_of
 
 
-def _package_siblings(folder: str, cpu: int, unless_told: set[int]) -> set[int]:
+def _package_siblings(folder: str, cpu: int, default: set[int]) -> set[int]:
     topology = f"{folder}/cpu{cpu}/topology"
     listed = read_cpus(f"{topology}/package_cpus", f"{topology}/package_cpus_list") or read_cpus(
         f"{topology}/core_siblings", f"{topology}/core_siblings_list"
     )
-    return set(listed or unless_told)
+    return set(listed or default)
 
 
-def _guess_sockets(
+def _infer_sockets(
     socket_of: dict[int, int | None],
     unnamed: list[int],
     node_of: Mapping[int, int],
@@ -163,10 +163,10 @@ def _first_threads(base: str, online: tuple[int, ...], notes: list[str]) -> dict
         return cpus and tuple(other for other in known & set(cpus) if core_id(other) == core_id(cpu))
 
     known = set(online)
-    first, untold, wrong = _partition(online, siblings, lambda cpus: True)
-    if untold:
+    first, unlisted, wrong = _partition(online, siblings, lambda cpus: True)
+    if unlisted:
         notes.append(
-            f"cpus {format_cpu_list(untold)} list no hardware threads: each is treated as a core"
+            f"cpus {format_cpu_list(unlisted)} list no hardware threads: each is treated as a core"
         )
     if wrong:
         notes.append(
@@ -220,7 +220,7 @@ def _partition(
     """
     known = set(online)
     first: dict[int, int] = {}
-    untold: list[int] = []
+    unlisted: list[int] = []
     wrong: list[int] = []
     for cpu in sorted(known):
         if cpu in first:
@@ -228,12 +228,12 @@ def _partition(
         cpus = listed(cpu)
         members = known.intersection(cpus or ())
         if not cpus:
-            untold.append(cpu)
+            unlisted.append(cpu)
         elif not members or min(members) != cpu or members & first.keys() or not acceptable(members):
             wrong.append(cpu)
         else:
             first |= dict.fromkeys(members, cpu)
-    return first, untold, wrong
+    return first, unlisted, wrong
 
 
 def _kinds(base: str, online: tuple[int, ...], first_thread: Mapping[int, int]) -> dict[int, str]:
@@ -246,14 +246,14 @@ def _kinds(base: str, online: tuple[int, ...], first_thread: Mapping[int, int]) 
         for cpu in read_list(f"{devices}/{name}/cpus") or ()
     }
     if not fast or not slow:  # Arm
-        capacity = _told(base, online, "cpu_capacity")
+        capacity = _read_by_cpu(base, online, "cpu_capacity")
         enough = _BIG_CAPACITY * max(capacity.values(), default=0)
         fast = {cpu for cpu, amount in capacity.items() if amount >= enough}
         slow = capacity.keys() - fast
     if not fast or not slow:
         # Intel without those units. The clock rate alone is not enough: servers can give a few of their
         # equal cores a higher one (Speed Select). Efficiency cores also have only one thread.
-        clock = _told(base, online, "cpufreq/base_frequency")
+        clock = _read_by_cpu(base, online, "cpufreq/base_frequency")
         fast = {cpu for cpu, rate in clock.items() if rate == max(clock.values())}
         slow = clock.keys() - fast
         num_threads = Counter(first_thread.values())
@@ -264,7 +264,7 @@ def _kinds(base: str, online: tuple[int, ...], first_thread: Mapping[int, int]) 
     return dict.fromkeys(fast, "performance") | dict.fromkeys(slow, "efficiency")
 
 
-def _told(base: str, online: tuple[int, ...], name: str) -> dict[int, int]:
+def _read_by_cpu(base: str, online: tuple[int, ...], name: str) -> dict[int, int]:
     """The number in the file `name` of each cpu. If the first cpu has none, the others are not read and
     the result is empty."""
     folder = f"{base}/sys/devices/system/cpu"

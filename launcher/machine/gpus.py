@@ -81,8 +81,8 @@ def gpu_memory_nodes(base: str) -> frozenset[int]:
     """Memory nodes that belong to a GPU (POWER9, Grace Hopper): they must not be used as host
     memory."""
     folder = f"{base}/proc/driver/nvidia/gpus"
-    told = (read(f"{folder}/{pci}/numa_status") or "" for pci in names(folder))
-    matches = (re.search(r"^Node:\s*([0-9]{1,5})$", text, re.MULTILINE) for text in told)
+    statuses = (read(f"{folder}/{pci}/numa_status") or "" for pci in names(folder))
+    matches = (re.search(r"^Node:\s*([0-9]{1,5})$", text, re.MULTILINE) for text in statuses)
     return frozenset(int(match[1]) for match in matches if match)
 
 

@@ -185,5 +185,5 @@ def _kind(base: str, node: int, dax: str | None, near: tuple[int, ...]) -> str:
 
 def _read_bandwidth(base: str, node: int) -> int | None:
     folder = f"{base}/sys/devices/system/node/node{node}"
-    told = (read_int(f"{folder}/{access}/initiators/read_bandwidth") for access in _ACCESS)
-    return next((number for number in told if number), None)
+    bandwidths = (read_int(f"{folder}/{access}/initiators/read_bandwidth") for access in _ACCESS)
+    return next((number for number in bandwidths if number), None)

@@ -86,7 +86,7 @@ def read_topology(root: Path = Path("/"), visible_gpus: str | None = None) -> To
             f"{base}/sys/devices/system/node is missing: all cpus are treated as memory node {only}"
         )
         cpus_of = {only: online}
-    cpus_of = _with_homeless(cpus_of, online, notes)
+    cpus_of = _with_unlisted(cpus_of, online, notes)
     # Cpus that several nodes share get the lowest node that may be used.
     order = sorted(cpus_of, key=lambda node: (mems is None or node in mems, -node))
     node_of = {cpu: node for node in order for cpu in cpus_of[node]}
@@ -194,17 +194,17 @@ def _allowed_mems(
     return both or status
 
 
-def _with_homeless(
+def _with_unlisted(
     cpus_of: dict[int, tuple[int, ...]], online: tuple[int, ...], notes: list[str]
 ) -> dict[int, tuple[int, ...]]:
     """`cpus_of`, with the cpus that no node lists added to the first node that has cpus."""
-    homeless = set(online).difference(*cpus_of.values())
-    if not homeless:
+    unlisted = set(online).difference(*cpus_of.values())
+    if not unlisted:
         return cpus_of
     first = min((node for node, cpus in cpus_of.items() if cpus), default=min(cpus_of))
     if len(cpus_of) > 1:
-        notes.append(f"cpus {format_cpu_list(homeless)} name no memory node: treated as {first}")
-    return cpus_of | {first: tuple(sorted({*cpus_of[first], *homeless}))}
+        notes.append(f"cpus {format_cpu_list(unlisted)} name no memory node: treated as {first}")
+    return cpus_of | {first: tuple(sorted({*cpus_of[first], *unlisted}))}
 
 
 def _sockets(

@@ -93,7 +93,7 @@ def test_where_ranks_meet_cannot_be_guessed(tmp_path: Path, monkeypatch: pytest.
     names = set()
     for user in ("a", "b"):
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / user))
-        names |= {meeting._door(place(rank, "job 1")) for rank in range(2)}
+        names |= {meeting._socket_name(place(rank, "job 1")) for rank in range(2)}
     assert len(names) == 2  # the same for all ranks of a user, and another for another
 
 
@@ -105,7 +105,8 @@ def test_a_name_that_another_user_has_taken(monkeypatch: pytest.MonkeyPatch) -> 
     run_id = secrets.token_hex(8)
     code = (
         "import socket\ndoor = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
-        f"door.bind({meeting._door(place(0, run_id))!r})\ndoor.listen()\nprint('up', flush=True)\n"
+        f"door.bind({meeting._socket_name(place(0, run_id))!r})\n"
+        "door.listen()\nprint('up', flush=True)\n"
         "while True:\n    peer, _ = door.accept()\n    peer.send(b'x' * 20)\n"
     )
     command = by_nobody(os.path.realpath(sys.executable), "-I", "-S", "-c", code)

@@ -14,10 +14,10 @@ import pytest
 from launcher.rank import Rank
 from launcher.verdict import find_cause, message_of, on_failed, on_stuck
 from launcher.watch import (
-    Limits,
     Phase,
     Run,
     Stage,
+    TimeLimits,
     after_ends,
     after_signal,
     after_time,
@@ -34,7 +34,7 @@ def run() -> Iterator[Run]:
         Rank(number, subprocess.Popen(["sleep", "300"], process_group=0), started=True)
         for number in range(2)
     ]
-    yield Run(ranks, Limits(GRACE_S, start_s=300.0, hang_s=120.0))
+    yield Run(ranks, TimeLimits(GRACE_S, start_s=300.0, hang_s=120.0))
     kill_groups(ranks)
 
 
