@@ -33,13 +33,14 @@ from base.streams import is_writable, running, say, show, show_json, silence, wr
 from base.venv import why_continued
 from comm.sizes import segment_bytes
 from launcher.chat.console import CHAT
+from launcher.chat.terminal import is_interactive
 from launcher.child import PROGRAM
 from launcher.doctor.backends import require_backend
 from launcher.draw import draw, plan_to_json, render_plain
 from launcher.elastic import agent_command, become_agent, check_nodes
 from launcher.fit import Fit, check_fit, machine_memory, require_fit, require_loopback, require_space
 from launcher.flags import Flags, UnknownFlagError, parse_flags
-from launcher.help import help_text
+from launcher.help import NOT_IN_CHAT, help_text
 from launcher.join import join, local_plan
 from launcher.machine.cgroup import read_cgroup
 from launcher.machine.topology import Topology, read_topology
@@ -141,6 +142,8 @@ def run(flags: Flags) -> int:
     if flags.command == "plan":
         return _plan(flags)
     place = find_manager(os.environ, os.getppid())
+    if place is None and flags.nnodes == 1:
+        flags = _without_prompt(flags)
     if flags.command == "chat" and (place is not None or flags.nnodes > 1):
         raise LaunchError(
             "chat needs a terminal of its own and ranks on one machine: start it without torchrun, "
@@ -174,6 +177,20 @@ def run(flags: Flags) -> int:
             require_loopback()
     console = CHAT if flags.command == "chat" else None
     return launch(plan, flags.options, new_session(), *_target(flags, job), console)
+
+
+def _without_prompt(flags: Flags) -> Flags:
+    """A generate command without a prompt: a chat at a terminal, else prompts from standard input. At a
+    terminal, one that says `generate`, or has keys that a chat does not take, misses its prompt."""
+    keys = {word.partition("=")[0] for word in flags.words}
+    if flags.command != "generate" or keys & {"prompt", "prompts"}:
+        return flags
+    if not sys.stdin.isatty():
+        return replace(flags, words=[*flags.words, "prompts=-"])
+    words = [word for word in flags.words if word != "chat=true"]
+    if flags.named or not is_interactive() or {word.partition("=")[0] for word in words} & NOT_IN_CHAT:
+        return flags
+    return replace(flags, command="chat", words=words)
 
 
 def _offline(flags: Flags) -> int:
@@ -221,12 +238,13 @@ def _job(flags: Flags, world_size: int) -> ResolvedJob | None:
     from engine.resolve import check_ranks, resolve
 
     chat = flags.command == "chat"
-    job = parse_job(flags.words, need_prompt=flags.command == "generate")
-    for key in ("prompt", "prompts", "chat", "output", "num_beams", "batch"):
-        if chat and key in job.given:
+    for word in flags.words if chat else ():
+        if word.partition("=")[0] in NOT_IN_CHAT:
             raise LaunchError(
-                f"{key}= goes with generate; leave it out: chat reads its messages from the terminal"
+                f"{word.partition('=')[0]}= goes with generate; leave it out: chat reads its messages "
+                "from the terminal"
             )
+    job = parse_job(flags.words, need_prompt=flags.command == "generate")
     if chat and "max_new_tokens" not in job.given:
         # An answer ends with a stop token, or when the sequence is full.
         job = replace(job, max_new_tokens=job.max_seq_len - 1)

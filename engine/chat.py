@@ -14,6 +14,7 @@ import signal
 import socket
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from base.errors import InputError
 from base.rank import RankSettings
 from comm import ops
 from engine.generate import encode_prompt, run_requests, shared_stops
-from engine.job import sampling_of, stop_texts
+from engine.job import Job, sampling_of, stop_texts
 from engine.loop import Watcher
 from engine.opening import Opened, joined, open_engine, share, step_names
 from engine.prompts import Prompt
@@ -51,22 +52,12 @@ def main(env: RankSettings, payload: str) -> int:
         check_sampling(sampling, engine.runner.vocab_size)
         channel = None
         if engine.codec is not None:
-            check_chat(engine.codec, resolved.job.model)
             assert env.channel_fd is not None  # rank 0 of `chat` has one
             channel = open_channel(env.channel_fd)
         if channel is not None:
             send(channel, {"ready": _facts(env, resolved, engine)})
         _serve(resolved, engine, channel)
     return 0
-
-
-def check_chat(codec: TextCodec, model: str) -> None:
-    """Raise InputError for a model without a chat template."""
-    if not codec.chat_templates:
-        raise InputError(
-            f"model={model} has no chat template: it can only continue texts; use generate, or a model "
-            "whose name ends in -instruct, -chat or -it"
-        )
 
 
 @dataclass(frozen=True)
@@ -181,9 +172,9 @@ def next_task(
         return {"id": None}
     if "id" not in message:
         return None  # a cancel message for an answer that has already ended
-    job, number = resolved.job, message["id"]
+    number = message["id"]
     try:
-        prompt = Prompt("", job.max_new_tokens, sampling_of(job), tuple(message["messages"]))
+        prompt, most = asked_of(resolved, codec, message["messages"])
         tokens = encode_prompt(codec, prompt, max_seq_len)
         room = max_seq_len - len(tokens)
         if room < 1:
@@ -199,10 +190,24 @@ def next_task(
     return {
         "id": number,
         "tokens": tokens,
-        "max_new_tokens": min(room, job.max_new_tokens),
+        "max_new_tokens": min(room, most),
         # A draft model's cache may lack tokens of the earlier turns.
         "cached": 0 if resolved.draft is not None else same,
     }
+
+
+def asked_of(
+    resolved: ResolvedJob, codec: TextCodec, messages: Sequence[dict[str, str]]
+) -> tuple[Prompt, int]:
+    """The prompt of a conversation, and the length of its answer at most. A model without a chat
+    template continues the last message alone: nothing says where its text would end, so its length is
+    that of `generate`."""
+    job = resolved.job
+    sampling = sampling_of(job)
+    if codec.chat_templates:
+        return Prompt("", job.max_new_tokens, sampling, tuple(messages)), job.max_new_tokens
+    most = job.max_new_tokens if "max_new_tokens" in job.given else Job.max_new_tokens
+    return Prompt(messages[-1]["content"], most, sampling), most
 
 
 def _answer(
@@ -249,10 +254,10 @@ def _answer(
 
 
 def _facts(env: RankSettings, resolved: ResolvedJob, engine: Opened) -> dict[str, Any]:
-    job = resolved.job
     return {
-        "model": job.model,
+        "model": resolved.job.model,
         "max_seq_len": engine.runner.max_seq_len,
+        "continues": engine.codec is not None and not engine.codec.chat_templates,
         "dtype": engine.dtype,
         "quant": engine.quant,
         "comm": engine.group.backend,

@@ -15,18 +15,21 @@ from __future__ import annotations
 import json
 import math
 import re
+import select
 import sys
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from base.errors import InputError, nearest
 from base.folders import expand
+from base.streams import say
 from engine.job import Job, check_beams, check_shown, sampling_of
 from models.sampling_params import Sampling, check_sampling
 from weights.files import parse_json
 from weights.texts import lines_of, not_unicode
 
 MAX_BYTES = 1 << 30  # largest file of prompts
+_QUIET_S = 1.0  # after this wait for standard input, it is said that it is read
 _ID_DEPTH = 32  # deeper nesting could hit Python's recursion limits on its way to the answer
 _SAMPLING = tuple(field.name for field in fields(Sampling))
 _KEYS = ("prompt", "messages", "id", "max_new_tokens", *_SAMPLING)
@@ -60,11 +63,17 @@ def read_prompts(job: Job) -> tuple[Prompt, ...]:
         return (_plain("the prompt", job.prompt, job, sampling),)
     if not job.prompts:
         return ()
+    source = "standard input" if job.prompts == "-" else job.prompts
     named = [
-        (f"{job.prompts} line {i}", line)
+        (f"{source} line {i}", line)
         for i, data in enumerate(_read(job.prompts), 1)
-        if (line := _decoded(f"{job.prompts} line {i}", data)).strip()
+        if (line := _decoded(f"{source} line {i}", data)).strip()
     ]
+    if not named and job.prompts == "-":
+        raise InputError(
+            "prompt= is missing, and standard input has no prompt: write one on each line, or give "
+            "prompt=TEXT or prompts=FILE"
+        )
     if not named:
         raise InputError(f"prompts={job.prompts} has no prompt; write one on each line")
     if job.prompts.lower().endswith(".jsonl") or _opens_object(named[0][1]):
@@ -93,13 +102,16 @@ def _read(source: str) -> list[bytes]:
     """The lines of a file, or of standard input for "-"."""
     try:
         if source == "-":
+            if not select.select([sys.stdin], [], [], _QUIET_S)[0]:
+                say("reading prompts from standard input, one on each line, until it ends (Ctrl-D)")
             data = sys.stdin.buffer.read(MAX_BYTES + 1)
         else:
             with expand(source).open("rb") as file:
                 data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise InputError(f"prompts={source} cannot be read: {error.strerror}") from error
-    except (AttributeError, ValueError, RuntimeError) as error:  # no stdin; a name with a null; no home
+    # no stdin; a name with a null; no home
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"prompts={source} cannot be read: {error}") from error
     if len(data) > MAX_BYTES:
         raise InputError(f"prompts={source} is larger than {MAX_BYTES >> 20} MiB; split the file")

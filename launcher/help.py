@@ -23,6 +23,10 @@ python launch.py COMMAND --help has more on each command.
 """
 
 
+# The keys of a job that a chat does not take.
+NOT_IN_CHAT = frozenset(("prompt", "prompts", "batch", "chat", "output", "logprobs", "num_beams"))
+
+
 @dataclass(frozen=True)
 class _Page:
     """The help of a command. `sections` are those of its flags; `without` are the keys of a job that it
@@ -32,7 +36,7 @@ class _Page:
     text: str
     examples: str
     sections: tuple[str, ...] = ("place", "comm", "watch")
-    without: tuple[str, ...] | None = None
+    without: frozenset[str] | None = None
 
 
 _PAGES = {
@@ -48,7 +52,7 @@ it opens a chat at a terminal, and in a pipe it reads prompts from standard inpu
   echo "Once upon a time" | python launch.py model=smollm2-135m temperature=0.8 seed=7
   python launch.py --ranks 2 model=llama-70b weights=random num_layers=2 prompt="a quick look"
 """,
-        without=(),
+        without=frozenset(),
     ),
     "chat": _Page(
         "[flags] chat model=MODEL key=value ...",
@@ -61,7 +65,7 @@ what is typed.""",
   python launch.py chat model=smollm2-135m temperature=0.7 seed=3
   printf 'Name a color.\\nAnother one.\\n' | python launch.py chat model=smollm2-135m > answers.txt
 """,
-        without=("prompt", "prompts", "batch", "chat", "output", "logprobs", "num_beams"),
+        without=NOT_IN_CHAT,
     ),
     "run": _Page(
         "[flags] run [flags] SCRIPT.py ARGUMENTS ... | -m MODULE ARGUMENTS ...",
@@ -85,7 +89,7 @@ Shows this machine, where the ranks would go, and why; with model=, whether it f
   python launch.py plan --ranks 4 --json
 """,
         sections=("place", "comm", "read"),
-        without=(),
+        without=frozenset(),
     ),
     "doctor": _Page(
         "doctor [flags]",

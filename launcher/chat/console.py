@@ -16,7 +16,8 @@ The channel is a socket with a JSON object on each line, in UTF-8:
     console -> rank 0   {"id": n, "messages": [{"role": str, "content": str}, ...]}
                         {"cancel": n}
                         (end of the stream: rank 0 exits with code 0)
-    rank 0 -> console   {"ready": {"model": str, "max_seq_len": int, ...}}     once
+    rank 0 -> console   {"ready": {"model": str, "max_seq_len": int, ...}}     once; "continues": true
+                            where the model has no chat template, so that it continues each message
                         {"id": n, "text": str}                                 a piece of the answer
                         {"id": n, "done": {"finish": "stop" | "length" | "cancelled",
                             "prompt_tokens": int, "cached_tokens": int, "tokens": int,

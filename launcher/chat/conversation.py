@@ -67,6 +67,7 @@ class Chat:
     modes: Modes | None
     history: Path | None
     max_seq_len: int = 0
+    continues: bool = False  # the model has no chat template: it continues each message
     system: str = ""
     messages: list[dict[str, str]] = field(default_factory=list)  # without the system message
     answers: list[Done] = field(default_factory=list)  # of the whole session
@@ -99,6 +100,7 @@ def main(fd: int, launcher_pid: int) -> int:
             open_editor(path)
         facts = receive(chat.link)["ready"]
         chat.max_seq_len = facts["max_seq_len"]
+        chat.continues = facts.get("continues", False)
         if modes is not None:
             # Overwrite what a progress bar may have left on this line.
             show("\r\x1b[K" if knows_escapes() else "\n", end="", escapes=True)
@@ -218,6 +220,8 @@ def _execute(chat: Chat, turn: Turn) -> bool:
         _write(chat, view.stats(chat.answers, chat.turns, chat.max_seq_len) + "\n")
     elif word == "/reset":
         _reset(chat)
+    elif word == "/system" and chat.continues:
+        _note(chat, "this model has no chat template, so it takes no system message")
     elif word == "/system" and rest:
         chat.system = "" if rest[0] == '""' else rest[0]
         _reset(chat)

@@ -32,14 +32,18 @@ def unknown(word: str) -> str:
 
 
 def greeting(facts: Mapping[str, Any]) -> str:
-    """Two lines: the model, its maximum sequence length and whatever else rank 0 reports; help."""
+    """Two lines: the model, its maximum sequence length and whatever else rank 0 reports; help. A third
+    says that a model only continues texts."""
     others = [
         str(value) if isinstance(value, str) else f"{key} {value}"
         for key, value in facts.items()
-        if key not in ("model", "max_seq_len")
+        if key not in ("model", "max_seq_len", "continues")
     ]
     parts = [str(facts["model"]), f"room for {facts['max_seq_len']} tokens", *others]
-    return " | ".join(parts) + "\n/help lists the commands, Ctrl-D ends"
+    lines = [" | ".join(parts), "/help lists the commands, Ctrl-D ends"]
+    if facts.get("continues"):
+        lines.append("this model has no chat template: it continues each text that is typed")
+    return "\n".join(lines)
 
 
 def figures(done: Done) -> str:

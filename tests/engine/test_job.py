@@ -183,7 +183,7 @@ def test_a_revision_that_is_not_main_is_named(tmp_path: Path, monkeypatch: pytes
     ("words", "said"),
     [
         (["model=llama-70b", "prompt=x"], "weights=random"),
-        (["model=tiny", "weights=random"], "prompt= is missing"),
+        (["model=tiny", "weights=random"], "prompt= is missing, and standard input has no prompt"),
         (["--ranks=7", *GOOD], "7 ranks for 6 query heads"),
         (["--ranks=0", *GOOD], "--ranks 0: must be 1 to 64 here"),
         (["--ranks=two", *GOOD], "argument --ranks"),

@@ -59,11 +59,30 @@ def test_answers_come_in_order_whatever_the_batch_and_the_ranks(file: Path, run_
 
 
 def test_standard_input_and_text(run_yoke: RunYoke) -> None:
-    command = [sys.executable, str(CHECKOUT / "launch.py"), *WORDS, "prompts=-", "max_new_tokens=4"]
-    done = subprocess.run(command, input="abc\n\nde\n", capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    parts = done.stdout.split("\n\n")
-    assert [part.splitlines()[0] for part in parts if part] == ["[1] abc", "[2] de"]
+    """Read for `prompts=-`, and where there is no prompt."""
+    command = [sys.executable, str(CHECKOUT / "launch.py"), *WORDS, "max_new_tokens=4"]
+    for words in (["prompts=-"], []):
+        done = subprocess.run(
+            [*command, *words], input="abc\n\nde\n", capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        parts = done.stdout.split("\n\n")
+        assert [part.splitlines()[0] for part in parts if part] == ["[1] abc", "[2] de"]
+    lines = 'abc\n{"prompt": "x"}\n'
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: standard input line 2 begins like a JSON object")
+
+
+def test_a_wait_for_standard_input_is_said() -> None:
+    command = [sys.executable, str(CHECKOUT / "launch.py"), *WORDS, "max_new_tokens=4"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("reading prompts from standard input")
+        process.communicate("\n")
+    assert process.returncode == 2
 
 
 def test_one_prompt_that_does_not_fit_is_named(tmp_path: Path, run_yoke: RunYoke) -> None:

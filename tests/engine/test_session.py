@@ -13,8 +13,10 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from base.errors import InputError
-from engine.chat import check_chat
+from engine.chat import asked_of
+from engine.generate import encode_prompt
+from engine.job import parse_job
+from engine.resolve import resolve
 from models.tokenizer.codec import byte_codec
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
@@ -101,7 +103,7 @@ def test_control_c_stops_the_answer_and_not_the_chat(tmp_path: Path) -> None:
         terminal.close(force=True)
 
 
-@pytest.mark.parametrize("word", ["prompt=x", "prompts=x", "num_beams=2", "output=json"])
+@pytest.mark.parametrize("word", ["prompt=x", "prompts=x", "num_beams=2", "output=json", "logprobs=1"])
 def test_what_belongs_to_generate_is_refused(word: str) -> None:
     chat = start(*WORDS, word)
     _, err = chat.communicate("", timeout=60)
@@ -109,8 +111,47 @@ def test_what_belongs_to_generate_is_refused(word: str) -> None:
     assert "goes with generate" in err
 
 
-def test_a_model_without_a_template_is_refused() -> None:
+def test_a_model_without_a_template_continues_the_last_message() -> None:
+    words = ["model=tiny", "weights=random", "max_seq_len=500"]
+    messages = [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]
     codec = byte_codec(256)
-    check_chat(codec, "tiny")
-    with pytest.raises(InputError, match="model=base has no chat template"):
-        check_chat(replace(codec, chat_templates={}), "base")
+    base = replace(codec, chat_templates={})
+    # `chat` asks for answers that may fill the sequence; a text that goes on would do so.
+    job = replace(parse_job(words, need_prompt=False), max_new_tokens=499)
+    prompt, most = asked_of(resolve(job), codec, messages)
+    assert (prompt.messages, most) == (tuple(messages), 499)
+    prompt, most = asked_of(resolve(job), base, messages)
+    assert (prompt.text, prompt.messages, most) == ("two", (), 64)
+    assert encode_prompt(base, prompt, 500) == base.encode("two", True)
+    job = parse_job([*words, "max_new_tokens=200"], need_prompt=False)
+    assert asked_of(resolve(job), base, messages)[1] == 200
+
+
+def test_without_a_prompt_a_terminal_gets_a_chat(tmp_path: Path) -> None:
+    env = {**os.environ, "TERM": "xterm", "NO_COLOR": "1", "XDG_STATE_HOME": str(tmp_path)}
+    terminal = pexpect.spawn(
+        sys.executable, [str(CHECKOUT / "launch.py"), *WORDS, "max_new_tokens=3", "chat=true"],
+        env=env, encoding="utf-8", timeout=60, dimensions=(24, 100),
+    )  # fmt: skip
+    try:
+        terminal.expect_exact("/help lists the commands")
+        terminal.expect_exact("> ")
+        terminal.send("hello\r")
+        terminal.expect(r"\[.*3 tokens")
+        terminal.sendeof()
+        terminal.expect(pexpect.EOF)
+        terminal.wait()
+        assert terminal.exitstatus == 0
+    finally:
+        terminal.close(force=True)
+
+
+@pytest.mark.parametrize("words", [("generate",), ("output=json",), ("batch=2",)])
+def test_a_terminal_that_cannot_mean_a_chat_is_asked_for_a_prompt(words: tuple[str, ...]) -> None:
+    terminal = pexpect.spawn(
+        sys.executable, [str(CHECKOUT / "launch.py"), *words, *WORDS], encoding="utf-8", timeout=60
+    )
+    terminal.expect_exact("error: prompt= is missing")
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 2

@@ -19,6 +19,7 @@ import pexpect
 import psutil
 import pytest
 
+from launcher.chat.view import greeting
 from tests.running import CHECKOUT, RunYoke
 
 MODULE = "tests.targets.echo_chat"
@@ -126,6 +127,17 @@ def test_a_pipeline_hears_the_answers_and_nothing_else(tmp_path: Path) -> None:
         "no command /nothing; there are: /help  /reset  /system  /stats  /quit",
     ]
     expect_gone(pids(tmp_path))
+
+
+def test_a_model_that_only_continues_takes_no_system_message(tmp_path: Path) -> None:
+    result = piped(tmp_path, "/system be kind\nfirst\n", continues=True)
+    assert (result.returncode, result.stdout) == (0, "user first\n")
+    assert "no chat template, so it takes no system message" in result.stderr
+    facts = {"model": "m", "max_seq_len": 9, "continues": True}
+    assert greeting(facts).endswith(
+        "\nthis model has no chat template: it continues each text that is typed"
+    )
+    assert "template" not in greeting(facts | {"continues": False})
 
 
 def test_a_file_of_turns_may_end_at_any_place(tmp_path: Path) -> None:

@@ -47,18 +47,18 @@ def main(env: RankSettings, payload: str) -> int:
     if options.get("broken"):
         raise Mistake("the file is broken")
     with socket.socket(fileno=env.channel_fd) as channel:
-        serve(channel, options.get("pause_s", 0.01), folder)
+        serve(channel, options.get("pause_s", 0.01), folder, options.get("continues", False))
     (folder / "end").touch()
     return 0
 
 
-def serve(channel: socket.socket, pause_s: float, folder: Path) -> None:
+def serve(channel: socket.socket, pause_s: float, folder: Path, continues: bool) -> None:
     lines = channel.makefile("rb")
 
     def tell(**message: Any) -> None:
         channel.sendall(json.dumps(message).encode() + b"\n")
 
-    tell(ready={"model": "echo", "max_seq_len": 100, "dtype": "words"})
+    tell(ready={"model": "echo", "max_seq_len": 100, "continues": continues, "dtype": "words"})
     cached = 0
     for line in lines:
         request = json.loads(line)
