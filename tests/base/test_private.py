@@ -52,7 +52,7 @@ def test_sticky_folders_may_lie_above_but_not_hold_code(tmp_path: Path) -> None:
     (tmp_path / "a").chmod(0o1777)
     assert make_private(folder) == folder
     folder.chmod(0o1777)
-    with pytest.raises(NotPrivateError):
+    with pytest.raises(NotPrivateError, match=f"other users can write to {folder}"):
         make_private(folder)
 
 
@@ -62,7 +62,7 @@ def test_a_link_is_followed_to_where_it_leads_and_that_is_checked(tmp_path: Path
     link.symlink_to(real)
     assert make_private(link / "x") == real / "x"
     real.chmod(0o777)
-    with pytest.raises(NotPrivateError):
+    with pytest.raises(NotPrivateError, match=f"other users can write to {real}"):
         make_private(link / "x")
 
 
@@ -83,13 +83,13 @@ def test_a_file_must_be_a_plain_one_that_nobody_else_can_write_to(tmp_path: Path
     file.chmod(0o644)
     check_private_file(file)
     file.chmod(0o664)
-    with pytest.raises(NotPrivateError):
+    with pytest.raises(NotPrivateError, match=f"other users can write to {file}"):
         check_private_file(file)
     file.chmod(0o600)
     link.symlink_to(file)
     os.mkfifo(pipe)
     for other in (link, pipe, tmp_path):
-        with pytest.raises(NotPrivateError):
+        with pytest.raises(NotPrivateError, match=f"{other} is not a (plain )?file"):
             check_private_file(other)
 
 

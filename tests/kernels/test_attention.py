@@ -21,10 +21,10 @@ from kernels.attention import (
 from kernels.load import load_kernels
 from kernels.rotary import Angles
 from models.attention import CachedAttention, Step
+from tests.kernels.sets import EACH, SETS
 from tp.heads import split_heads
 
 assert load_kernels()
-SETS = torch.ops.yoke_kernels.instruction_sets()
 pytestmark = pytest.mark.usefixtures("one_thread")
 BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
 PAIRS = [(q, q) for q in (BF16, FP16, FP32)] + [
@@ -84,7 +84,7 @@ def tokens_of(segments: list[tuple[int, int, int]]) -> tuple[torch.Tensor, torch
     return torch.cat(rows), torch.cat([torch.arange(at, at + count) for _, at, count in segments])
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", EACH)
 @settings(max_examples=60, deadline=None)
 @given(
     heads=st.tuples(st.integers(1, 4), st.integers(1, 5)),
@@ -152,7 +152,7 @@ def test_a_prompts_chunk_over_many_blocks(dtypes: tuple[torch.dtype, torch.dtype
 
 
 @pytest.mark.parametrize("dtypes", PAIRS)
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", EACH)
 def test_a_row_does_not_depend_on_the_others(
     name: str, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:

@@ -12,12 +12,12 @@ from kernels.gated_mlp import ACTIVATIONS, gated_mlp, gated_mlp_reference
 from kernels.load import load_kernels
 from kernels.packed import pack_bf16
 from kernels.quant_linear import Packed, pack, quant_linear
+from tests.kernels.sets import EACH, SETS
 from weights.quantize import quantize_rtn
 from weights.schemes import parse_scheme
 
 assert load_kernels()
 OPS = torch.ops.yoke_kernels
-SETS = OPS.instruction_sets()
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -50,7 +50,7 @@ def check(m: int, k: int, width: int, n: int, activation: str, with_bias: bool, 
     assert ((got.double() - wanted).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", EACH)
 @settings(max_examples=25, deadline=None)
 @given(
     m=st.integers(1, 80),
@@ -80,7 +80,7 @@ def test_at_the_borders(activation: str, m: int, k: int, width: int, n: int) -> 
     check(m, k, width, n, activation, True, m)
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_far_gates(name: str, activation: str) -> None:
     """Where a power would overflow, and what is no number stays none."""

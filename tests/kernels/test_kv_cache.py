@@ -9,9 +9,9 @@ from torch._inductor.utils import run_and_get_code
 
 from kernels.attention import KVCache, attend, attend_reference, new_cache, write, write_reference
 from kernels.load import load_kernels
+from tests.kernels.sets import EACH
 
 assert load_kernels()
-SETS = torch.ops.yoke_kernels.instruction_sets()
 pytestmark = pytest.mark.usefixtures("one_thread")
 BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
 
@@ -31,7 +31,7 @@ def some_cache(
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16, INT8])
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", EACH)
 def test_write_puts_each_token_in_its_place(name: str, dtype: torch.dtype) -> None:
     torch.ops.yoke_kernels.use_instruction_set(name)
     for source in (FP32, BF16, FP16):

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from kernels.linear import linear
 from kernels.load import has_kernels, load_kernels
+from tests.kernels.sets import EACH, SETS
 
 assert load_kernels()
-SETS = torch.ops.yoke_kernels.instruction_sets()
 
 
 def test_whether_there_are_kernels_is_a_constant_of_compiled_code() -> None:
@@ -42,7 +42,7 @@ def check(m: int, n: int, k: int, with_bias: bool, seed: int) -> None:
     assert ((got.double() - wanted).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", EACH)
 @settings(max_examples=60, deadline=None)
 @given(
     m=st.integers(1, 40),
@@ -92,7 +92,7 @@ def test_a_row_is_the_same_whatever_the_others_are(n: int, k: int) -> None:
         assert torch.equal(part, whole[start : start + rows])
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("rows", [2, 90])
 def test_many_threads_make_the_same(name: str, rows: int) -> None:
     torch.ops.yoke_kernels.use_instruction_set(name)
@@ -111,7 +111,7 @@ def test_many_threads_make_the_same(name: str, rows: int) -> None:
         torch.testing.assert_close(three, one)
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", EACH)
 def test_rows_do_not_depend_on_each_other(name: str) -> None:
     torch.ops.yoke_kernels.use_instruction_set(name)
     x, weight = torch.randn(7, 96).bfloat16(), torch.randn(40, 96).bfloat16()
@@ -154,7 +154,7 @@ def test_many_rows_without_matrix_units_are_torchs() -> None:
     assert torch.equal(linear(x, weight), wanted)
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", EACH)
 def test_the_peak_counts_what_it_does(name: str) -> None:
     torch.ops.yoke_kernels.use_instruction_set(name)
     once = torch.ops.yoke_kernels.peak(10)

@@ -19,10 +19,10 @@ from kernels.packed import (
     prefers_packed,
 )
 from kernels.quant_linear import quant_linear, quant_linear_reference, unpack_bf16
+from tests.kernels.sets import EACH, SETS
 
 assert load_kernels()
 OPS = torch.ops.yoke_kernels
-SETS = OPS.instruction_sets()
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:
@@ -42,7 +42,7 @@ def check(m: int, n: int, k: int, with_bias: bool, seed: int) -> None:
     assert ((got.double() - wanted).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", EACH)
 @settings(max_examples=40, deadline=None)
 @given(
     m=st.integers(1, 70),
@@ -78,7 +78,7 @@ def test_products_at_the_borders(name: str, m: int, n: int, k: int) -> None:
     check(m, n, k, True, m)
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("k", [320, 331])
 def test_a_row_is_the_same_whatever_the_others_are(name: str, k: int) -> None:
     """Bit for bit, among few rows and among many."""

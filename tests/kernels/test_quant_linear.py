@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from base.errors import InputError
 from kernels.load import load_kernels
 from kernels.quant_linear import Packed, pack, quant_linear, quant_linear_reference, unpack
+from tests.kernels.sets import EACH, SETS, parameters
 from weights.quant import QuantWeight, pack_nibbles
 
 assert load_kernels()
 OPS = torch.ops.yoke_kernels
-SETS = OPS.instruction_sets()
-WITH_TILES = [name for name in SETS if name in ("avx512bf16", "amx")]
+WITH_TILES = parameters("avx512bf16", "amx")
 
 
 def random_weight(
@@ -97,7 +97,7 @@ def group_of(steps: int, seed: int) -> int:
     return 32 * fitting[seed % len(fitting)]
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", EACH)
 @settings(max_examples=25, deadline=None)
 @given(m=st.sampled_from([1, 2, 3, 4, 5, 17, 64]), with_bias=st.booleans(), **shapes)
 def test_any_shape(
@@ -177,7 +177,7 @@ def test_an_offset_that_no_half_holds() -> None:
     check(random_x(2, 64, 5), mixed, None)
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_row_is_the_same_whatever_the_others_are(name: str, bits: int) -> None:
     """Bit for bit among numbers of rows that go the same way."""
@@ -192,7 +192,7 @@ def test_a_row_is_the_same_whatever_the_others_are(name: str, bits: int) -> None
                 assert torch.equal(got, wanted[start : start + count])
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("m", [2, 7, 40])
 def test_what_is_not_finite_stays_in_its_row(name: str, m: int) -> None:
     OPS.use_instruction_set(name)
@@ -207,7 +207,7 @@ def test_what_is_not_finite_stays_in_its_row(name: str, m: int) -> None:
         assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", EACH)
 def test_rows_of_zeros_and_of_tiny_numbers(name: str) -> None:
     OPS.use_instruction_set(name)
     weight, x = random_weight(50, 160, 4, 32, True, True, 3), random_x(3, 160, 3)
@@ -217,7 +217,7 @@ def test_rows_of_zeros_and_of_tiny_numbers(name: str) -> None:
     assert (got[1] == 0).all() and (got[2].abs() < 1e-30).all() and got[0].abs().min() > 0
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("rows", [2, 40])
 def test_many_threads_make_the_same(name: str, rows: int) -> None:
     OPS.use_instruction_set(name)
@@ -254,7 +254,7 @@ def test_tiles_are_the_weights_rounded(
     assert ((got - wanted).abs() <= wanted.abs() * 2**-8 + lost).all()
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", EACH)
 def test_bfloat16_in_the_same_layout(name: str) -> None:
     OPS.use_instruction_set(name)
     weight = torch.randn(90, 160).bfloat16()

@@ -17,9 +17,9 @@ from kernels.attention import (
 )
 from kernels.load import load_kernels
 from kernels.rotary import Angles, rotate
+from tests.kernels.sets import EACH
 
 assert load_kernels()
-SETS = torch.ops.yoke_kernels.instruction_sets()
 pytestmark = pytest.mark.usefixtures("one_thread")
 BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
 
@@ -35,7 +35,7 @@ def bits(cache: KVCache) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", EACH)
 def test_it_is_torchs_rotation_bit_by_bit(name: str, dtype: torch.dtype, interleaved: bool) -> None:
     """Whole heads and parts of them, of widths that are no whole registers, in prompts and in steps."""
     torch.ops.yoke_kernels.use_instruction_set(name)

@@ -98,23 +98,30 @@ def test_variables_of_each_manager() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"RANK": "4"}, {"RANK": "-1"}, {"RANK": "x"}, {"LOCAL_RANK": "2"}, {"LOCAL_WORLD_SIZE": "5"},
-     {"MASTER_PORT": "http"}, {"MASTER_ADDR": ""}],
-)  # fmt: skip
-def test_variables_that_contradict_themselves(changes: dict[str, str]) -> None:
+    ("changes", "says"),
+    [
+        ({"RANK": "4"}, "rank 4 of 4, .* that is impossible"),
+        ({"RANK": "-1"}, "RANK=-1: must be a number"),
+        ({"RANK": "x"}, "RANK=x: must be a number"),
+        ({"LOCAL_RANK": "2"}, "local rank 2 of 2: that is impossible"),
+        ({"LOCAL_WORLD_SIZE": "5"}, "local rank 1 of 5: that is impossible"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT=http: must be a number"),
+        ({"MASTER_ADDR": ""}, "4 ranks on several machines need the address of rank 0"),
+    ],
+)
+def test_variables_that_contradict_themselves(changes: dict[str, str], says: str) -> None:
     environ = {
         "RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "a", "MASTER_PORT": "1",
     }  # fmt: skip
     assert find_manager(environ, 1) is not None
-    with pytest.raises(LaunchError):
+    with pytest.raises(LaunchError, match=says):
         find_manager(environ | changes, 1)
 
 
 def test_slurms_lists() -> None:
     assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
-    with pytest.raises(LaunchError):
+    with pytest.raises(LaunchError, match="TASKS_PER_NODE=two is not a list"):
         tasks_per_node("two")
     assert [first_host(t) for t in ("a,b", "cn[07-09],x", "cn[3,5]-ib", "")] == [
         "a",

@@ -66,7 +66,7 @@ def test_more_ranks_than_query_heads_are_refused() -> None:
 @given(st.integers(1, 4000), st.sampled_from([1, 32, 128]), st.integers(1, 64))
 def test_units_cover_a_width_and_are_not_cut(size: int, unit: int, ranks: int) -> None:
     if size < ranks:
-        with pytest.raises(InputError):
+        with pytest.raises(InputError, match=f"{ranks} ranks cannot share an MLP width of {size}"):
             split_units(size, unit, 0, ranks)
         return
     parts = [split_units(size, unit, rank, ranks) for rank in range(ranks)]

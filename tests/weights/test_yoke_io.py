@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import shutil
 import struct
@@ -284,7 +285,7 @@ def test_a_manifest_that_is_no_json_is_refused(text: str, yoke: Path) -> None:
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_change_of_a_value_is_refused_or_harmless(data: st.DataObject, made: Path) -> None:
-    """Whatever stands in a manifest, reading it ends well or with an InputError."""
+    """Whatever stands in a manifest: reading gives the tensors that were written, or an InputError."""
     manifest = json.loads((made / MANIFEST).read_text())
     place: Any = manifest
     while True:
@@ -297,9 +298,16 @@ def test_any_change_of_a_value_is_refused_or_harmless(data: st.DataObject, made:
     place[key] = data.draw(scalars | st.lists(scalars, max_size=3))
     changed = replace_manifest(made, manifest)
     try:
-        whole(open_yoke(changed))
+        found = whole(open_yoke(changed))
     except InputError as error:
         event(str(error)[-40:])
+    else:
+        assert same(found, written(made))
+
+
+@functools.cache
+def written(made: Path) -> dict[str, torch.Tensor]:
+    return whole(open_yoke(made))
 
 
 def replace_manifest(made: Path, manifest: dict[str, Any]) -> Path:
