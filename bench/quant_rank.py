@@ -23,6 +23,7 @@ from engine.opening import all_cores
 from engine.steps import EXTEND, GREEDY, Runner, extend, make_runner, warm_up
 from kernels.load import load_kernels
 from models.load import load_model
+from models.quant_rules import parse_quant
 
 SHORT = 32  # tokens in the cache before the first step that is timed
 
@@ -44,7 +45,9 @@ def main(env: RankSettings, payload: str) -> int:
             for name in names:
                 quant = PLAIN if name == EAGER else name
                 with products_of(name):
-                    model = load_model(*open_model(task["model"]), group, torch.bfloat16, quant=quant)
+                    model = load_model(
+                        *open_model(task["model"]), group, torch.bfloat16, quant=parse_quant(quant)
+                    )
                     runner = make_runner(model, group, length, name != EAGER, task["batch"])
                     warm_up(runner, (EXTEND, GREEDY))
                 runners[name], weights[name] = runner, weights_read(model)

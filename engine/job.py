@@ -278,12 +278,6 @@ def fitted_length(job: Job, limit: int | None, stretched_from: int | None = None
     return job.max_seq_len
 
 
-def quant_of(job: Job) -> str:
-    """Returns the quantization for the loader, as `models.load_quant` parses it: SCHEME/HEAD, or "auto"
-    or "none"."""
-    return f"{job.quant}/{job.quant_head}" if job.quant in SCHEMES else job.quant
-
-
 def check_shown(job: Job, logprobs: int) -> None:
     """Raise InputError if log-probabilities are asked for (0 or more), and the output cannot show
     them."""

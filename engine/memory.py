@@ -13,17 +13,16 @@ from dataclasses import replace
 
 from base.errors import InputError
 from engine.dtypes import BYTES, dtype_name, kv_dtype_name
-from engine.job import Job, fitted_length, quant_of
+from engine.job import Job, fitted_length
 from engine.resolve import ResolvedJob
 from models.config import EMBEDDING, HEAD, ModelConfig
 from models.config_gguf import from_gguf
 from models.config_hf import from_hf
-from models.quant_rules import Held, held_quantized, parse_asked, products_of, weight_bytes
+from models.quant_rules import Held, held_quantized, products_of, weight_bytes
 from models.sizes import layout_of
 from weights.files import read_json
 from weights.locate import locate
 from weights.outline import Outline, Stored, read_outline, same_numbers
-from weights.schemes import SCHEMES
 
 # The interpreter, torch, the compiled code and memory that compiling leaves allocated; measured as a
 # rank's peak resident memory minus its weights and cache (docs/log.md).
@@ -103,7 +102,7 @@ def job_needs(
     if config is None:
         return []
     job = resolved.job
-    held = _held(job, config, outline, world_size)
+    held = _held(resolved, config, outline, world_size)
     guesses = job.draft_tokens if job.draft else 0
     if max_seq_len is None:
         own = job.engine != "hf"  # with engine=hf the rank reads the limit from transformers' config
@@ -132,11 +131,15 @@ def job_needs(
     return needs
 
 
-def _held(job: Job, config: ModelConfig, outline: Outline | None, world_size: int) -> list[Held]:
+def _held(
+    resolved: ResolvedJob, config: ModelConfig, outline: Outline | None, world_size: int
+) -> list[Held]:
     """The linears that hold quantized weights, by the loader's own rule. A weight that the header does
     not list counts as plain."""
-    asked = parse_asked(quant_of(job)) if job.quant in SCHEMES else None
-    if asked is None and (outline is None or not keeps_quantized(job)):
+    quant = resolved.quant
+    if quant is None:
+        return []
+    if quant.asked is None and (outline is None or not keeps_quantized(resolved.job)):
         return []
     known = {} if outline is None else outline.weights
     with_experts = sum(map(config.has_experts, range(config.num_layers)))
@@ -145,7 +148,7 @@ def _held(job: Job, config: ModelConfig, outline: Outline | None, world_size: in
     products = products_of(config)
     plain = Stored("BF16")
     stored = {name: known.get(name, plain) for names in products for name in names}
-    return held_quantized(config, products, stored, asked, world_size)
+    return held_quantized(config, products, stored, quant.asked, world_size)
 
 
 def keeps_quantized(job: Job, device: str = "cpu") -> bool:

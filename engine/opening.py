@@ -25,7 +25,7 @@ from comm.group import Group, Rendezvous, open_group, set_timeout
 from comm.sources import COMM
 from engine.compiling import compiling, use_cache_folder
 from engine.dtypes import dtype_name, kv_dtype_name
-from engine.job import Job, fitted_length, quant_of
+from engine.job import Job, fitted_length
 from engine.memory import keeps_quantized
 from engine.report import build_progress, compile_progress
 from engine.resolve import ResolvedJob, check_draft, check_ranks
@@ -34,6 +34,7 @@ from kernels.load import KERNELS, has_kernels
 from models.config import expected_shapes
 from models.decoder import Decoder
 from models.load import config_of, load_model
+from models.quant_rules import Quant
 from models.tokenizer.codec import TextCodec, byte_codec, within_vocabulary
 from models.tokenizer.open import load_codec
 from weights.checkpoint import Checkpoint
@@ -246,7 +247,7 @@ def _open_own(resolved: ResolvedJob, group: Group, device: str) -> _Source:
         assert resolved.config is not None
         config = resolved.config
         checkpoint = random_checkpoint(expected_shapes(config), job.seed)
-    check_ranks(ResolvedJob(job, resolved.checkpoint, config), group.size)
+    check_ranks(replace(resolved, config=config, draft=None), group.size)
     return _Source(
         checkpoint,
         config.vocab_size,
@@ -254,16 +255,17 @@ def _open_own(resolved: ResolvedJob, group: Group, device: str) -> _Source:
         config.stretched_from,
         lambda progress: load_model(
             config, checkpoint, group, _dtype(job.dtype, device), progress, device,
-            _quant(job, device), job.activations == "int8", tell,
+            _quant(resolved, device), tell,
         ),
     )  # fmt: skip
 
 
-def _quant(job: Job, device: str) -> str:
-    """The quantization for the loader. quant=auto keeps quantized weights where our kernels run."""
-    if job.quant == "auto" and not (keeps_quantized(job, device) and has_kernels()):
-        return "none"
-    return quant_of(job)
+def _quant(resolved: ResolvedJob, device: str) -> Quant | None:
+    """What the loader is asked for. quant=auto keeps quantized weights where our kernels run."""
+    quant = resolved.quant
+    if quant is None or quant.asked is not None:
+        return quant
+    return quant if keeps_quantized(resolved.job, device) and has_kernels() else None
 
 
 def _open_hf(resolved: ResolvedJob, group: Group, device: str) -> _Source:

@@ -12,27 +12,28 @@ from typing import Any
 
 from base.errors import InputError, nearest
 from engine.generation import with_defaults
-from engine.job import LOOKUP, Job, quant_of
+from engine.job import LOOKUP, Job
 from engine.prompts import Prompt, prompt_from_dict, read_prompts
 from models.config import OVERRIDES, ModelConfig, from_dict, override
 from models.find import find_weights
 from models.hf import config as hf_config
 from models.presets import PRESETS
-from models.quant_rules import check_quant, parse_asked
+from models.quant_rules import Quant, ask, check_quant, quant_from_dict
 from tp.heads import check_world_size
 from weights.locate import locate
-from weights.schemes import SCHEMES
 
 
 @dataclass(frozen=True)
 class ResolvedJob:
     """A job and the model that was found for it. `checkpoint`: path of the weights, None for random
-    ones. `config`: the dimensions, None if they are not known without opening the file. `draft`: the
-    same for the draft model. `notes`: lines for the user that say which settings came from a file."""
+    ones. `config`: the dimensions, None if they are not known without opening the file. `quant`: what
+    quant=, quant_head= and activations= ask for, None for quant=none. `draft`: the same for the draft
+    model. `notes`: lines for the user that say which settings came from a file."""
 
     job: Job
     checkpoint: Path | None
     config: ModelConfig | None
+    quant: Quant | None = None
     prompts: tuple[Prompt, ...] = ()
     draft: ResolvedJob | None = None
     notes: tuple[str, ...] = ()
@@ -77,6 +78,7 @@ def check_draft(vocab_size: int, draft_vocab_size: int, name: str) -> None:
 
 def _resolve_model(job: Job, key: str = "model") -> ResolvedJob:
     """`key`: the key of the command line that named `job.model`, for errors."""
+    quant = _quant(job)
     overrides = {key: getattr(job, key) for key in OVERRIDES if getattr(job, key) is not None}
     preset = PRESETS.get(job.model)
     if job.engine == "hf":
@@ -89,7 +91,7 @@ def _resolve_model(job: Job, key: str = "model") -> ResolvedJob:
                 f"{key}={job.model}: weights=random needs a preset, one of {', '.join(PRESETS)}"
                 + nearest(job.model, list(PRESETS))
             )
-        return ResolvedJob(job, None, override(preset, **overrides))
+        return ResolvedJob(job, None, override(preset, **overrides), quant)
     if overrides:
         raise InputError(
             f"{next(iter(overrides))}= changes the shape of the model, but its weights exist in one "
@@ -98,17 +100,24 @@ def _resolve_model(job: Job, key: str = "model") -> ResolvedJob:
     found = find_weights(job.model, key, (LOOKUP,) if key == "draft" else ())
     if job.engine == "hf":
         hf_config.check_folder(found)
-        return ResolvedJob(job, found, None)
+        return ResolvedJob(job, found, None, quant)
     locate(found)  # refuses incomplete or ambiguous checkpoints before any rank exists
-    return ResolvedJob(job, found, preset)
+    return ResolvedJob(job, found, preset, quant)
+
+
+def _quant(job: Job) -> Quant | None:
+    if job.quant == "none":
+        return None
+    asked = None if job.quant == "auto" else ask(job.quant, job.quant_head)
+    return Quant(asked, round_prompts=job.activations == "int8")
 
 
 def check_ranks(resolved: ResolvedJob, world_size: int) -> None:
     """Raise InputError if the model is known not to split over `world_size` ranks."""
     if resolved.config is not None:
         check_world_size(resolved.config.num_heads, world_size)
-        if resolved.job.quant in SCHEMES:
-            check_quant(resolved.config, parse_asked(quant_of(resolved.job)), world_size)
+        if resolved.quant is not None and resolved.quant.asked is not None:
+            check_quant(resolved.config, resolved.quant.asked, world_size)
     elif resolved.job.engine == "hf" and resolved.checkpoint is not None:
         hf_config.check_ranks(resolved.checkpoint, world_size)
     if resolved.draft is not None:
@@ -133,6 +142,7 @@ def _to_dict(resolved: ResolvedJob) -> dict[str, Any]:
         "job": asdict(resolved.job),
         "checkpoint": None if resolved.checkpoint is None else str(resolved.checkpoint),
         "config": None if resolved.config is None else asdict(resolved.config),
+        "quant": None if resolved.quant is None else asdict(resolved.quant),
         "prompts": [asdict(prompt) for prompt in resolved.prompts],
         "draft": None if resolved.draft is None else _to_dict(resolved.draft),
         "notes": resolved.notes,
@@ -144,6 +154,7 @@ def _from_dict(data: dict[str, Any]) -> ResolvedJob:
         job=Job(**data["job"] | {"given": tuple(data["job"]["given"])}),
         checkpoint=None if data["checkpoint"] is None else Path(data["checkpoint"]),
         config=None if data["config"] is None else from_dict(data["config"]),
+        quant=None if data["quant"] is None else quant_from_dict(data["quant"]),
         prompts=tuple(prompt_from_dict(prompt) for prompt in data["prompts"]),
         draft=None if data["draft"] is None else _from_dict(data["draft"]),
         notes=tuple(data["notes"]),

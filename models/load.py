@@ -34,7 +34,7 @@ from models.load_quant import (
     summary,
 )
 from models.mlp import Experts, ExpertStack
-from models.quant_rules import is_linear
+from models.quant_rules import Quant, is_linear
 from models.tying import settle_head
 from tp.layers import (
     ColumnLinear,
@@ -75,15 +75,14 @@ def load_model(
     dtype: torch.dtype,
     progress: Callable[[int, int], None] = lambda done, total: None,
     device: torch.device | str = "cpu",
-    quant: str = "none",
-    round_prompts: bool = False,
+    quant: Quant | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Decoder:
     """Build this rank's part of the model on `device` and fill it.
 
     `progress` is called with the bytes filled so far and in total, `say` with lines for the user: the
-    checkpoint's notes, and how quantized weights are held. `quant` is as in `models.load_quant`,
-    `round_prompts` as in `tp.layers.hold_quantized`. Raises InputError.
+    checkpoint's notes, and how quantized weights are held. `quant` is as in `models.load_quant`. Raises
+    InputError.
     """
     shapes = expected_shapes(config)
     check_names(checkpoint, shapes, config.tie_embeddings)
@@ -138,6 +137,7 @@ def load_model(
             unreleased = 0
         progress(done, total)
 
+    round_prompts = quant is not None and quant.round_prompts
     for each in planned:
         filled = size_of(each)
         if isinstance(each.layer, ExpertStack):
@@ -171,7 +171,7 @@ def load_model(
     for note in checkpoint.notes:
         say(note)
     line = summary(planned, linears, checkpoint, quant)
-    if line and quant != "none":
+    if line:
         say(line)
     return model.eval()
 

@@ -1,9 +1,9 @@
 """Reads the weights of layers that hold them quantized (`models.quant_rules` decides which do).
 
-`quant` is "none" (dequantize all quantized weights), "auto" (keep the schemes that the matmuls support)
-or what `models.quant_rules.parse_asked` reads, a scheme with or without the head's: plain weights are
-rounded to it as they are read. A layer of fused weights is one matmul, so its parts must have the same
-scheme; where a file mixes schemes (GGUF's K-quants beside others) the layer is dequantized.
+With `quant` None all quantized weights are dequantized. Else the schemes that the matmuls support are
+kept, and plain weights are rounded as they are read, if that is asked for (`models.quant_rules.Quant`).
+A layer of fused weights is one matmul, so its parts must have the same scheme; where a file mixes
+schemes (GGUF's K-quants beside others) the layer is dequantized.
 
 Shard first, pack last: a rank reads its part of each weight in the logical form (weights.quant), with
 the same bits at any world size, and then packs it. Rounding works on whole rows or groups, before the
@@ -23,9 +23,9 @@ from models.config import EMBEDDING, HEAD, ModelConfig
 from models.mlp import ExpertStack
 from models.quant_rules import (
     Asked,
+    Quant,
     check_quant,
     held_quantized,
-    parse_asked,
     product_scheme,
 )
 from tp.layers import Linear
@@ -57,19 +57,18 @@ def plan_layers(
     config: ModelConfig,
     checkpoint: Checkpoint,
     linears: Sequence[tuple[Holder, tuple[str, ...]]],
-    quant: str,
+    quant: Quant | None,
     world_size: int,
 ) -> list[PackedLayer]:
     """Those of `linears` (layers with the names of their weights) that will hold quantized weights.
     Raises InputError if the file or the model does not allow `quant`."""
-    if quant == "none":
+    if quant is None:
         return []
-    asked = None if quant == "auto" else parse_asked(quant)
-    if asked is not None:
-        check_quant(config, asked, world_size)
+    asked = quant.asked
     entries = checkpoint.entries
     layers = {names: layer for layer, names in linears}
     if asked is not None:
+        check_quant(config, asked, world_size)
         for names in layers:
             _check_asked(checkpoint, names, asked)
     return [
@@ -153,8 +152,11 @@ def read_rounded(entry: Entry, slices: Slices, scheme: Scheme) -> QuantWeight:
 
 
 def summary(planned: Sequence[PackedLayer], linears: Sequence[tuple[Holder, tuple[str, ...]]],
-            checkpoint: Checkpoint, quant: str) -> str:  # fmt: skip
-    """One line for the user on how the weights are held; "" if nothing differs from the file."""
+            checkpoint: Checkpoint, quant: Quant | None) -> str:  # fmt: skip
+    """One line for the user on how the weights are held; "" if nothing differs from the file, or if
+    all of it is dequantized (`quant` None)."""
+    if quant is None:
+        return ""
     held = {id(each.layer) for each in planned}
     counts = Counter(each.scheme.name for each in planned)
     told = [f"{count} of {name}" for name, count in counts.most_common()]
@@ -171,7 +173,7 @@ def summary(planned: Sequence[PackedLayer], linears: Sequence[tuple[Holder, tupl
             rounded["/".join(sorted(kinds))] += 1
     told += [f"{count} dequantized ({kind})" for kind, count in undone.items()]
     told += [f"{count} rounded again ({kind})" for kind, count in rounded.items()]
-    if quant == "auto" and not undone:
+    if quant.asked is None and not undone:
         return ""  # all weights are kept as stored
     return f"layers: {', '.join(told)}" if told else ""
 

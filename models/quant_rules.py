@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 from base.errors import InputError
 from models.config import EMBEDDING, HEAD, ModelConfig, expected_shapes
@@ -61,15 +61,46 @@ class Asked:
         return f"{words} quant_head={'none' if self.head is None else 'same'}"
 
 
-def parse_asked(text: str) -> Asked:
-    """Parses the name of a scheme, optionally with "/" and one of `HEADS` for the head: "int4-g32",
-    "int4-g32/same". Raises InputError."""
-    name, slash, head = text.partition("/")
-    layers = parse_scheme(name)
-    heads = dict(zip(HEADS, (HEAD_SCHEME, layers, None), strict=True))
-    if slash and head not in heads:
+@dataclass(frozen=True)
+class Quant:
+    """How a model holds quantized weights, if it does not dequantize all: those that its file has
+    quantized stay so, and plain ones are rounded to the schemes `asked` for (None: they stay plain).
+    `round_prompts` is as in `tp.layers.hold_quantized`."""
+
+    asked: Asked | None = None
+    round_prompts: bool = False
+
+
+def ask(layers: str, head: str = HEADS[0]) -> Asked:
+    """The schemes that the name of a scheme and one of `HEADS` ask for. Raises InputError."""
+    scheme = parse_scheme(layers)
+    heads = dict(zip(HEADS, (HEAD_SCHEME, scheme, None), strict=True))
+    if head not in heads:
         raise InputError(f"quant_head={head}: must be one of {', '.join(HEADS)}")
-    return Asked(layers, heads[head] if slash else HEAD_SCHEME)
+    return Asked(scheme, heads[head])
+
+
+def parse_asked(text: str) -> Asked:
+    """`ask` of one word: "int4-g32", "int4-g32/same". Raises InputError."""
+    layers, slash, head = text.partition("/")
+    return ask(layers, head) if slash else ask(layers)
+
+
+def parse_quant(text: str) -> Quant | None:
+    """As `parse_asked`; also "auto" (what the file has quantized stays so) and "none" (None: all is
+    dequantized)."""
+    if text == "none":
+        return None
+    return Quant(None if text == "auto" else parse_asked(text))
+
+
+def quant_from_dict(data: Mapping[str, Any]) -> Quant:
+    """The inverse of `dataclasses.asdict`."""
+    asked = data["asked"]
+    if asked is not None:
+        head = asked["head"]
+        asked = Asked(Scheme(**asked["layers"]), None if head is None else Scheme(**head))
+    return Quant(asked, data["round_prompts"])
 
 
 @dataclass(frozen=True)

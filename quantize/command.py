@@ -50,7 +50,7 @@ def run(job: Job) -> None:
     source = find_weights(job.model)
     # torch is imported only after the command line has been checked.
     from models.load import config_of
-    from models.quant_rules import parse_asked
+    from models.quant_rules import ask
     from models.sizes import num_parameters
     from quantize import report as reports
     from quantize.calibrate import Settings
@@ -62,7 +62,7 @@ def run(job: Job) -> None:
     from weights.open import open_checkpoint
 
     named = job.quant_head != "auto"
-    asked = parse_asked(f"{job.quant}/{job.quant_head}" if named else job.quant)
+    asked = ask(job.quant, job.quant_head) if named else ask(job.quant)
     checkpoint = open_checkpoint(source)
     plan = plan_quantize(checkpoint, asked, untie=named)
     check_space(out.parent, plan.needed_bytes)

@@ -23,7 +23,7 @@ from engine.resolve import ResolvedJob, resolve
 from models.decoder import Decoder
 from models.load import config_of, linears_of, load_model
 from models.presets import PRESETS
-from models.quant_rules import products_of
+from models.quant_rules import parse_quant, products_of
 from reshard.plan import plan_reshard
 from reshard.run import Reader
 from reshard.run import write as write_parts
@@ -99,7 +99,7 @@ def held(path: Path, quant: str, rank: int, size: int) -> tuple[int, int]:
     filled up with: less than a panel of rows and a step of columns each."""
     checkpoint = open_checkpoint(path)
     model = load_model(
-        config_of(checkpoint), checkpoint, Group(rank, size), torch.bfloat16, quant=quant
+        config_of(checkpoint), checkpoint, Group(rank, size), torch.bfloat16, quant=parse_quant(quant)
     )
     tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}.values()
     packed = [

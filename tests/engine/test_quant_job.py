@@ -10,9 +10,11 @@ import pytest
 from base.errors import InputError
 from engine.job import help_lines, parse_job
 from engine.memory import job_needs, keeps_quantized, with_batch
-from engine.resolve import check_ranks, resolve
+from engine.resolve import check_ranks, from_json, resolve, to_json
+from models.quant_rules import Asked, Quant, parse_quant
 from tests.running import RunYoke
 from tests.weights.quant_files import Kind, write
+from weights.schemes import Scheme
 
 WORDS = ["model=llama-3.2-1b", "weights=random", "prompt=hi", "dtype=bfloat16"]
 
@@ -58,6 +60,20 @@ def test_a_draft_keeps_what_its_file_has() -> None:
         resolved = resolve(parse_job([*WORDS, "draft=llama-3.2-1b", f"quant={quant}", *head]))
         assert resolved.draft is not None
         assert resolved.draft.job.quant == wanted
+        assert resolved.draft.quant == parse_quant(wanted)
+
+
+def test_what_is_asked_is_one_value_that_ranks_get_too() -> None:
+    for words, wanted in (
+        ([], Quant()),
+        (["quant=none"], None),
+        (["quant=int8", "activations=int8"], Quant(Asked(Scheme(8, 0)), round_prompts=True)),
+        (["quant=int4-g32", "quant_head=same"], Quant(Asked(Scheme(4, 32), Scheme(4, 32)))),
+        (["quant=int4-g64-asym", "quant_head=none"], Quant(Asked(Scheme(4, 64, False), None))),
+    ):
+        resolved = resolve(parse_job([*WORDS, *words]))
+        assert resolved.quant == wanted
+        assert from_json(to_json(resolved)) == resolved
 
 
 def test_the_estimate_counts_packed_weights(tmp_path: Path) -> None:

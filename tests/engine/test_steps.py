@@ -17,6 +17,7 @@ from models.config import ModelConfig, expected_shapes
 from models.decoder import Decoder
 from models.load import load_model
 from models.presets import PRESETS
+from models.quant_rules import parse_quant
 from weights.formats.random_io import random_checkpoint
 
 ALONE = Group(0, 1)
@@ -79,7 +80,7 @@ def test_steps_that_call_from_cpp_are_the_eager_ones(experts: int, quant: str) -
     weights = random_checkpoint(expected_shapes(config), 1)
     found = []
     for compiled in (True, False):
-        model = load_model(config, weights, ALONE, torch.float32, quant=quant)
+        model = load_model(config, weights, ALONE, torch.float32, quant=parse_quant(quant))
         runner = make_runner(model, ALONE, 32, compiled, num_rows=2)
         logits = []
         for position in range(3):

@@ -21,7 +21,7 @@ from models.decoder import Decoder
 from models.load import config_of, load_model
 from models.load_quant import read_rounded
 from models.mlp import Experts, run_experts, run_experts_dense
-from models.quant_rules import check_quant, parse_asked, scheme_for
+from models.quant_rules import check_quant, parse_asked, parse_quant, scheme_for
 from tests.models.expert_files import CONFIG, DIM, MIXTRAL, WIDTH, write_folder, write_gguf
 from tests.targets.quant import TOKENS
 from tests.weights.quant_files import Kind
@@ -40,7 +40,9 @@ def logits(
 ) -> tuple[torch.Tensor, Decoder, list[str]]:
     said: list[str] = []
     config = config or config_of(checkpoint)
-    model = load_model(config, checkpoint, ALONE, torch.float32, quant=quant, say=said.append)
+    model = load_model(
+        config, checkpoint, ALONE, torch.float32, quant=parse_quant(quant), say=said.append
+    )
     model.setup(1, 32)
     tokens = torch.tensor(TOKENS)
     return model.all_logits(tokens, torch.arange(tokens.shape[1])), model, said
@@ -131,7 +133,11 @@ def test_experts_are_kept_in_ggufs_blocks(form: str, tmp_path: Path) -> None:
         for rank, need in enumerate(job_needs(job, size, thorough=False)):
             with mock.patch("tp.layers.prefers_packed", return_value=False):  # which fills weights up
                 part = load_model(
-                    config_of(checkpoint), checkpoint, Group(rank, size), torch.bfloat16, quant="auto"
+                    config_of(checkpoint),
+                    checkpoint,
+                    Group(rank, size),
+                    torch.bfloat16,
+                    quant=parse_quant("auto"),
                 )
             assert need["weights"] == sum(t.nbytes for t in (*part.parameters(), *part.buffers()))
 
@@ -164,7 +170,7 @@ def test_what_experts_cannot_be_cut_into_is_refused() -> None:
 def test_every_expert_for_every_token_is_the_same(quant: str) -> None:
     """The slow reference, which GPUs run."""
     checkpoint = random_checkpoint(expected_shapes(CONFIG), 3)
-    experts = experts_of(load_model(CONFIG, checkpoint, ALONE, torch.float32, quant=quant))
+    experts = experts_of(load_model(CONFIG, checkpoint, ALONE, torch.float32, quant=parse_quant(quant)))
     x = torch.randn(7, DIM, generator=torch.Generator().manual_seed(1))
     weights, chosen = experts.route(x)
     (gate_up, up_form), (down, down_form) = experts.gate_ups.operands(), experts.downs.operands()
@@ -176,7 +182,7 @@ def test_every_expert_for_every_token_is_the_same(quant: str) -> None:
 @torch.no_grad()
 def test_quantized_experts_are_one_graph_for_any_number_of_tokens() -> None:
     checkpoint = random_checkpoint(expected_shapes(MIXTRAL), 3)
-    model = load_model(MIXTRAL, checkpoint, ALONE, torch.bfloat16, quant="int4-g32")
+    model = load_model(MIXTRAL, checkpoint, ALONE, torch.bfloat16, quant=parse_quant("int4-g32"))
     model.setup(1, 64)
     torch._dynamo.reset()  # of other models, whose code is the same
     step = torch.compile(model.extend, backend="eager", fullgraph=True, dynamic=True)

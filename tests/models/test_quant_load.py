@@ -26,6 +26,7 @@ from models.quant_rules import (
     held_quantized,
     is_linear,
     parse_asked,
+    parse_quant,
     products_of,
     scheme_for,
 )
@@ -75,7 +76,7 @@ def dequantized(found: Checkpoint, quant: str) -> Checkpoint:
 
 @torch.no_grad()
 def logits(config: ModelConfig, checkpoint: Checkpoint, quant: str) -> torch.Tensor:
-    model = load_model(config, checkpoint, ALONE, torch.float32, quant=quant)
+    model = load_model(config, checkpoint, ALONE, torch.float32, quant=parse_quant(quant))
     model.setup(1, 32)
     tokens = torch.tensor(TOKENS)
     return model.all_logits(tokens, torch.arange(tokens.shape[1]))
@@ -103,7 +104,7 @@ def test_a_model_computes_with_its_rounded_weights(quant: str, tied: bool) -> No
 def test_a_tied_head_is_a_copy_and_the_embedding_stays(quant: str, bits: int, said: str) -> None:
     lines: list[str] = []
     model = load_model(
-        CONFIG, checkpoint_of(CONFIG), ALONE, torch.bfloat16, quant=quant, say=lines.append
+        CONFIG, checkpoint_of(CONFIG), ALONE, torch.bfloat16, quant=parse_quant(quant), say=lines.append
     )
     assert model.quantized == "int4-g32"
     assert lines == [f"layers: {said}"]
@@ -120,7 +121,14 @@ def test_a_tied_head_that_stays_is_the_table(packed: bool, monkeypatch: pytest.M
     monkeypatch.setattr(tp.layers, "prefers_packed", lambda: packed)
     lines: list[str] = []
     model, plain = (
-        load_model(CONFIG, checkpoint_of(CONFIG), ALONE, torch.bfloat16, quant=quant, say=lines.append)
+        load_model(
+            CONFIG,
+            checkpoint_of(CONFIG),
+            ALONE,
+            torch.bfloat16,
+            quant=parse_quant(quant),
+            say=lines.append,
+        )
         for quant in ("int4-g32/none", "none")
     )
     assert lines == ["layers: 8 of int4-g32"]
@@ -142,7 +150,7 @@ def parts_of(
     for rank in range(size):
         with torch.device("meta"):
             model = Decoder(config, Group(rank, size))
-        for each in plan_layers(config, checkpoint, list(linears_of(model)), quant, size):
+        for each in plan_layers(config, checkpoint, list(linears_of(model)), parse_quant(quant), size):
             shapes = [entry.shape for entry in each.entries]
             slices = [
                 slices_of(name, shape, model.layout)
@@ -248,7 +256,7 @@ def test_the_embedded_model_kept_in_its_blocks(gguf: Path) -> None:
     assert float((found[0] - found[1]).abs().max()) < 0.02 * float(found[0].abs().max())
     assert torch.equal(found[0].argmax(-1), found[1].argmax(-1))
     with pytest.raises(InputError, match=r"quantized already, .* as int4-g32-asym \(Q4_1\)"):
-        load_model(config, checkpoint, ALONE, torch.bfloat16, quant="int8")
+        load_model(config, checkpoint, ALONE, torch.bfloat16, quant=parse_quant("int8"))
 
 
 def test_a_layer_of_mixed_parts_is_dequantized_and_said_so(tmp_path: Path) -> None:
@@ -260,7 +268,9 @@ def test_a_layer_of_mixed_parts_is_dequantized_and_said_so(tmp_path: Path) -> No
     mixed = replace(checkpoint, entries=dict(checkpoint.entries) | {name: odd})
     lines: list[str] = []
     config = config_of(checkpoint)
-    model = load_model(config, mixed, ALONE, torch.bfloat16, quant="auto", say=lines.append)
+    model = load_model(
+        config, mixed, ALONE, torch.bfloat16, quant=parse_quant("auto"), say=lines.append
+    )
     assert lines == ["layers: 3 of int4-g64, 1 dequantized (Q6_K/gptq int4-g64)"]
     attention: Any = model.layers[0].attention
     assert attention.out.packing is not None
@@ -286,14 +296,14 @@ def test_a_head_that_a_file_has_quantized(tmp_path: Path) -> None:
     ):
         lines: list[str] = []
         model = load_model(
-            config, mixed, ALONE, torch.float32, quant=f"int4-g64{head}", say=lines.append
+            config, mixed, ALONE, torch.float32, quant=parse_quant(f"int4-g64{head}"), say=lines.append
         )
         assert lines == [said]
         assert (model.head.packing and model.head.packing.bits) == bits
     with pytest.raises(
         InputError, match=r"quant=int4-g64 quant_head=same: .* already, lm_head\.weight as Q6_K"
     ):
-        load_model(config, mixed, ALONE, torch.float32, quant="int4-g64/same")
+        load_model(config, mixed, ALONE, torch.float32, quant=parse_quant("int4-g64/same"))
 
 
 def test_biases_of_zeros_that_a_model_lacks_are_passed_over(tmp_path: Path) -> None:
@@ -304,10 +314,12 @@ def test_biases_of_zeros_that_a_model_lacks_are_passed_over(tmp_path: Path) -> N
         bias = Entry((192,), "F16", torch.full((192,), value).__getitem__)
         more = replace(checkpoint, entries=dict(checkpoint.entries) | {name: bias})
         if fine:
-            load_model(config_of(checkpoint), more, ALONE, torch.bfloat16, quant="auto")
+            load_model(config_of(checkpoint), more, ALONE, torch.bfloat16, quant=parse_quant("auto"))
         else:
             with pytest.raises(InputError, match=r"does not have, such as .*down_proj.bias"):
-                load_model(config_of(checkpoint), more, ALONE, torch.bfloat16, quant="auto")
+                load_model(
+                    config_of(checkpoint), more, ALONE, torch.bfloat16, quant=parse_quant("auto")
+                )
 
 
 def test_what_is_asked_of_the_head() -> None:
@@ -372,7 +384,9 @@ def test_what_cannot_be_cut_is_refused_with_the_numbers_that_can() -> None:
 @torch.no_grad()
 def test_a_model_of_packed_layers_is_one_graph_for_any_number_of_tokens() -> None:
     config = replace(CONFIG, num_layers=1)
-    model = load_model(config, checkpoint_of(config), ALONE, torch.bfloat16, quant="int4-g32")
+    model = load_model(
+        config, checkpoint_of(config), ALONE, torch.bfloat16, quant=parse_quant("int4-g32")
+    )
     model.setup(1, 64)
     torch._dynamo.reset()  # of other models, whose code is the same
     # Captured, not compiled: what is asked is whether there is one graph.

@@ -21,7 +21,7 @@ from base.errors import InputError
 from comm.group import Group
 from models.config_hf import from_hf
 from models.load import config_of, load_model
-from models.quant_rules import parse_asked
+from models.quant_rules import parse_asked, parse_quant
 from quantize.command import main
 from quantize.job import parse_job, searches, uses_gptq
 from quantize.plan import plan_quantize
@@ -156,7 +156,9 @@ def test_an_lm_head_that_is_the_embedding_stays(tmp_path: Path) -> None:
 def held(folder: Path, quant: str) -> dict[str, Tensor]:
     """All that a run holds of a model which it loads so."""
     checkpoint = open_checkpoint(folder)
-    model = load_model(config_of(checkpoint), checkpoint, Group(0, 1), torch.bfloat16, quant=quant)
+    model = load_model(
+        config_of(checkpoint), checkpoint, Group(0, 1), torch.bfloat16, quant=parse_quant(quant)
+    )
     return {**dict(model.named_parameters()), **dict(model.named_buffers(remove_duplicate=False))}
 
 

@@ -19,6 +19,7 @@ from comm.group import Group
 from models.config import ModelConfig, expected_shapes
 from models.load import config_of, load_model
 from models.mlp import ACTIVATIONS, Experts
+from models.quant_rules import parse_quant
 from quantize.calibrate import Settings, hessian_of, quantize_block, quantize_product
 from quantize.command import main
 from quantize.walk import Walk
@@ -64,7 +65,9 @@ def tensors() -> dict[str, Tensor]:
 @torch.no_grad()
 def logits(path: Path, quant: str) -> Tensor:
     checkpoint = open_checkpoint(path)
-    model = load_model(config_of(checkpoint), checkpoint, Group(0, 1), torch.float32, quant=quant)
+    model = load_model(
+        config_of(checkpoint), checkpoint, Group(0, 1), torch.float32, quant=parse_quant(quant)
+    )
     model.setup(1, 64)
     tokens = torch.tensor([[ord(char) for char in TEXT[:50]]])
     return model.all_logits(tokens, torch.arange(50))

@@ -11,6 +11,7 @@ from base.rank import RankSettings
 from comm import ops
 from comm.group import Rendezvous, open_group
 from models.load import config_of, load_model
+from models.quant_rules import parse_quant
 from models.reference import generate
 from weights.open import open_checkpoint
 
@@ -26,7 +27,11 @@ def main(env: RankSettings, payload: str) -> int:
                 for path, quant, prompt, wanted in job["models"]:
                     checkpoint = open_checkpoint(Path(path))
                     model = load_model(
-                        config_of(checkpoint), checkpoint, group, torch.float32, quant=quant
+                        config_of(checkpoint),
+                        checkpoint,
+                        group,
+                        torch.float32,
+                        quant=parse_quant(quant),
                     )
                     found = generate(model, group, prompt, len(wanted))
                     assert found == wanted, f"{path}: {found} instead of {wanted}"

@@ -11,6 +11,7 @@ from base.rank import RankSettings
 from comm import ops
 from comm.group import Group, Rendezvous, open_group
 from models.load import config_of, load_model
+from models.quant_rules import parse_quant
 from weights.open import open_checkpoint
 
 TOKENS = [[1, 17, 40, 63, 5, 111, 2, 90]]
@@ -46,7 +47,9 @@ def wanted_file(path: Path, quant: str) -> Path:
 @torch.no_grad()
 def logits_of(path: Path, quant: str, group: Group) -> torch.Tensor:
     checkpoint = open_checkpoint(path)
-    model = load_model(config_of(checkpoint), checkpoint, group, torch.float32, quant=quant)
+    model = load_model(
+        config_of(checkpoint), checkpoint, group, torch.float32, quant=parse_quant(quant)
+    )
     assert model.quantized
     model.setup(1, 32)
     tokens = torch.tensor(TOKENS)
