@@ -248,16 +248,15 @@ def _open_own(resolved: ResolvedJob, group: Group, device: str) -> _Source:
         config = resolved.config
         checkpoint = random_checkpoint(expected_shapes(config), job.seed)
     check_ranks(replace(resolved, config=config, draft=None), group.size)
-    return _Source(
-        checkpoint,
-        config.vocab_size,
-        config.max_seq_len,
-        config.stretched_from,
-        lambda progress: load_model(
-            config, checkpoint, group, _dtype(job.dtype, device), progress, device,
-            _quant(resolved, device), tell,
-        ),
-    )  # fmt: skip
+
+    def load(progress: Callable[[int, int], None]) -> Decoder:
+        dtype, quant = _dtype(job.dtype, device), _quant(resolved, device)
+        model = load_model(config, checkpoint, group, dtype, progress, device, quant)
+        for line in (*checkpoint.notes, *([model.about_quant] if model.about_quant else [])):
+            tell(line)
+        return model
+
+    return _Source(checkpoint, config.vocab_size, config.max_seq_len, config.stretched_from, load)
 
 
 def _quant(resolved: ResolvedJob, device: str) -> Quant | None:

@@ -60,7 +60,8 @@ class Decoder(nn.Module):
             head = nn.Parameter(torch.empty(head.shape), requires_grad=False)
         self.head = LMHead(layout.vocab_block, config.vocab_size, head, group, config.head_bias)
         self.embedding_scale = config.embedding_scale
-        self.quantized = ""  # the scheme of most layers, set when the weights are loaded
+        # Set when the weights are loaded: the scheme of most layers, and a line for the user.
+        self.quantized = self.about_quant = ""
 
     def setup(self, num_rows: int, cache_len: int, kv_dtype: torch.dtype | None = None) -> None:
         """Allocate KV caches for `num_rows` sequences and the rotary tables for positions

@@ -46,7 +46,7 @@ from tp.layers import (
     packed_parts,
     share_packed,
 )
-from tp.shard import find_spec, slices_of
+from tp.shard import Layout, find_spec, slices_of
 from weights.checkpoint import Checkpoint, Entry, Slices
 from weights.pages import release_pages
 
@@ -76,13 +76,11 @@ def load_model(
     progress: Callable[[int, int], None] = lambda done, total: None,
     device: torch.device | str = "cpu",
     quant: Quant | None = None,
-    say: Callable[[str], None] = lambda line: None,
 ) -> Decoder:
     """Build this rank's part of the model on `device` and fill it.
 
-    `progress` is called with the bytes filled so far and in total, `say` with lines for the user: the
-    checkpoint's notes, and how quantized weights are held. `quant` is as in `models.load_quant`. Raises
-    InputError.
+    `progress` is called with the bytes filled so far and in total. `quant` is as in
+    `models.load_quant`. Raises InputError.
     """
     shapes = expected_shapes(config)
     check_names(checkpoint, shapes, config.tie_embeddings)
@@ -90,46 +88,61 @@ def load_model(
         model = Decoder(config, group)
     linears = list(linears_of(model))
     planned = plan_layers(config, checkpoint, linears, quant, group.size)
+    _allocate(model, linears, planned, dtype, device)
+    targets: dict[str, Tensor | PackedRows] = {**destinations(model)}
+    targets.update(_packed_destinations(model, linears))
+    names = targets.keys() | {name for each in planned for name in each.names}
+    assert names == shapes.keys(), names ^ shapes.keys()
+    total = sum(target.nbytes for target in targets.values())
+    total += sum(_rank_bytes(each, model.layout) for each in planned)
+    count = _counting(checkpoint, total, progress)
+    _fill_quantized(model, planned, device, quant is not None and quant.round_prompts, count)
+    _fill_plain(model, checkpoint, targets, count)
+    model.quantized = name_of(planned)
+    model.about_quant = summary(planned, linears, checkpoint, quant)
+    return model.eval()
+
+
+def _allocate(
+    model: Decoder,
+    linears: Sequence[tuple[Holder, tuple[str, ...]]],
+    planned: Sequence[PackedLayer],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> None:
+    """Give a model on the meta device its memory on `device`, except for the weights that will be held
+    quantized as `planned`. Of `linears`, those that are faster packed get their packed form."""
     for each in planned:
         each.layer.weight = None  # type: ignore[assignment]
-    model = model.to(dtype)
-    packed = [
-        (layer, names)
-        for layer, names in linears
-        if not isinstance(layer, ExpertStack) and can_pack(layer, device)
-    ]
-    for layer, _ in packed:
-        hold_packed(layer)
-    if config.tie_embeddings and model.head.packing is not None:
+    model.to(dtype)
+    for layer, _ in linears:
+        if not isinstance(layer, ExpertStack) and can_pack(layer, device):
+            hold_packed(layer)
+    tied = model.config.tie_embeddings
+    if tied and model.head.packing is not None:
         model.embed.weight = None  # type: ignore[assignment]
-    model = model.to_empty(device=device)
-    if config.tie_embeddings and model.head.packing is not None:
+    model.to_empty(device=device)
+    if tied and model.head.packing is not None:
         share_packed(model.embed, model.head)
-    elif config.tie_embeddings and model.head.weight is not None:
+    elif tied and model.head.weight is not None:
         model.head.weight = model.embed.weight  # to_empty gave each its own memory
     # Zero the rows of the last ranks' vocabulary blocks that are past the end of the vocabulary.
     used = model.layout.vocab_stop - model.layout.vocab_start
     for padded in (model.embed.weight, model.head.weight, model.head.bias):
         if padded is not None:
             padded[used:].zero_()
-    targets: dict[str, Tensor | PackedRows] = {**destinations(model)}
-    for layer, parts in packed:
-        targets.update(zip(parts, packed_parts(layer, _sizes(model, layer, parts)), strict=True))
-    names = targets.keys() | {name for each in planned for name in each.names}
-    assert names == shapes.keys(), names ^ shapes.keys()
 
-    def local(each: PackedLayer) -> list[Slices]:
-        return [slices_of(name, shapes[name], model.layout) for name in each.names]
 
-    def size_of(each: PackedLayer) -> int:
-        return sum(each.scheme.nbytes(r.stop - r.start, c.stop - c.start) for r, c in local(each))
+Count = Callable[[int, int], None]
 
-    total = sum(target.nbytes for target in targets.values()) + sum(map(size_of, planned))
+
+def _counting(checkpoint: Checkpoint, total: int, progress: Callable[[int, int], None]) -> Count:
+    """Returns a function that reports progress: `filled` more bytes of the model, for which `read`
+    bytes of files were read. It releases pages of the files: they stay in the page cache, but not in
+    this process's memory."""
     done = unreleased = 0
 
     def count(filled: int, read: int) -> None:
-        """Report progress: `filled` bytes of the model, for which `read` bytes of files were read. File
-        pages are released: they stay in the page cache, but not in this process's memory."""
         nonlocal done, unreleased
         done, unreleased = done + filled, unreleased + read
         if unreleased >= RELEASE_BYTES:
@@ -137,43 +150,65 @@ def load_model(
             unreleased = 0
         progress(done, total)
 
-    round_prompts = quant is not None and quant.round_prompts
+    return count
+
+
+def _slices(each: PackedLayer, layout: Layout) -> list[Slices]:
+    """This rank's part of each of a layer's weights."""
+    pairs = zip(each.names, each.entries, strict=True)
+    return [slices_of(name, entry.shape, layout) for name, entry in pairs]
+
+
+def _rank_bytes(each: PackedLayer, layout: Layout) -> int:
+    """The bytes of this rank's part of a quantized layer."""
+    parts = _slices(each, layout)
+    return sum(each.scheme.nbytes(r.stop - r.start, c.stop - c.start) for r, c in parts)
+
+
+def _fill_quantized(
+    model: Decoder,
+    planned: Sequence[PackedLayer],
+    device: torch.device | str,
+    round_prompts: bool,
+    count: Count,
+) -> None:
+    """Read this rank's part of each of the layers `planned`, and pack it."""
     for each in planned:
-        filled = size_of(each)
+        filled = _rank_bytes(each, model.layout)
+        slices = _slices(each, model.layout)
         if isinstance(each.layer, ExpertStack):
             one = filled // each.layer.num_experts
             told = partial(count, one, one if each.kept else 4 * one)
-            each.layer.hold_quantized(read_experts(each, local(each), told), device, round_prompts)
+            each.layer.hold_quantized(read_experts(each, slices, told), device, round_prompts)
             continue
-        weight = read_layer(each, local(each))
+        weight = read_layer(each, slices)
         if each.layer is model.head:
             weight = weight.padded(model.layout.vocab_block)
         hold_quantized(each.layer, weight, device, round_prompts)
         count(filled, filled if each.kept else RELEASE_BYTES)
+
+
+def _fill_plain(
+    model: Decoder, checkpoint: Checkpoint, targets: Mapping[str, Tensor | PackedRows], count: Count
+) -> None:
+    """Copy this rank's slice of each of the other weights to its place."""
     for name, target in targets.items():
-        entry = checkpoint.entries[name]
-        if isinstance(target, Tensor) and find_spec(name).axis == "first" and group.rank:
+        if isinstance(target, Tensor) and find_spec(name).axis == "first" and model.group.rank:
             target.zero_()  # only rank 0 adds it
             count(target.nbytes, 0)
-        else:
-            for first, part in _parts(entry, slices_of(name, shapes[name], model.layout)):
-                last = first + part.shape[0]
-                if isinstance(target, PackedRows):
-                    room = target.rows(first, last)
-                    room.fill(part)
-                    count(room.nbytes, part.nbytes)
-                    continue
-                rows = target[first:last]
-                assert part.shape == rows.shape, (name, part.shape, target.shape)
-                rows.copy_(part)
-                count(rows.nbytes, part.nbytes)
-    model.quantized = name_of(planned)
-    for note in checkpoint.notes:
-        say(note)
-    line = summary(planned, linears, checkpoint, quant)
-    if line:
-        say(line)
-    return model.eval()
+            continue
+        entry = checkpoint.entries[name]
+        for first, part in _parts(entry, slices_of(name, entry.shape, model.layout)):
+            last = first + part.shape[0]
+            if isinstance(target, PackedRows):
+                room = target.rows(first, last)
+                room.fill(part)
+                count(room.nbytes, part.nbytes)
+                continue
+            rows = target[first:last]
+            assert part.shape == rows.shape, (name, part.shape, target.shape)
+            rows.copy_(part)
+            count(rows.nbytes, part.nbytes)
 
 
 def _parts(entry: Entry, slices: Slices) -> Iterator[tuple[int, Tensor]]:
@@ -188,16 +223,6 @@ def _parts(entry: Entry, slices: Slices) -> Iterator[tuple[int, Tensor]]:
     for start in range(rows.start, rows.stop, size):
         block = slice(start, min(start + size, rows.stop))
         yield start - rows.start, entry.read((block, *others))
-
-
-def _sizes(model: Decoder, layer: Linear, names: tuple[str, ...]) -> Sequence[int]:
-    """The row count of each fused weight of a layer; for the head, the rows within the vocabulary."""
-    if layer is model.head:
-        return (model.layout.vocab_stop - model.layout.vocab_start,)
-    assert layer.packing is not None
-    if isinstance(layer, ColumnLinear) and len(names) > 1:
-        return layer.parts
-    return (layer.packing.num_rows,)
 
 
 def linears_of(model: Decoder) -> Iterator[tuple[Holder, tuple[str, ...]]]:
@@ -320,6 +345,28 @@ def destinations(model: Decoder) -> dict[str, Tensor]:
         if model.head.bias is not None:
             targets["lm_head.bias"] = model.head.bias[:used]
     return targets
+
+
+def _packed_destinations(
+    model: Decoder, linears: Sequence[tuple[Holder, tuple[str, ...]]]
+) -> dict[str, PackedRows]:
+    """The same for the weights of `linears` that are held packed, in bfloat16."""
+    targets: dict[str, PackedRows] = {}
+    for layer, names in linears:
+        if not isinstance(layer, ExpertStack) and layer.packing is not None:
+            parts = packed_parts(layer, _sizes(model, layer, names))
+            targets.update(zip(names, parts, strict=True))
+    return targets
+
+
+def _sizes(model: Decoder, layer: Linear, names: tuple[str, ...]) -> Sequence[int]:
+    """The row count of each fused weight of a layer; for the head, the rows within the vocabulary."""
+    if layer is model.head:
+        return (model.layout.vocab_stop - model.layout.vocab_start,)
+    assert layer.packing is not None
+    if isinstance(layer, ColumnLinear) and len(names) > 1:
+        return layer.parts
+    return (layer.packing.num_rows,)
 
 
 def _experts_of(model: Decoder) -> Iterator[tuple[str, Experts]]:

@@ -37,15 +37,12 @@ ALONE = Group(0, 1)
 @torch.no_grad()
 def logits(
     checkpoint: Checkpoint, quant: str, config: ModelConfig | None = None
-) -> tuple[torch.Tensor, Decoder, list[str]]:
-    said: list[str] = []
+) -> tuple[torch.Tensor, Decoder, str]:
     config = config or config_of(checkpoint)
-    model = load_model(
-        config, checkpoint, ALONE, torch.float32, quant=parse_quant(quant), say=said.append
-    )
+    model = load_model(config, checkpoint, ALONE, torch.float32, quant=parse_quant(quant))
     model.setup(1, 32)
     tokens = torch.tensor(TOKENS)
-    return model.all_logits(tokens, torch.arange(tokens.shape[1])), model, said
+    return model.all_logits(tokens, torch.arange(tokens.shape[1])), model, model.about_quant
 
 
 def experts_of(model: Decoder) -> Experts:
@@ -78,7 +75,7 @@ def test_a_mixture_computes_with_its_rounded_weights(quant: str) -> None:
     checkpoint = random_checkpoint(expected_shapes(CONFIG), 3)
     found, model, said = logits(checkpoint, quant, CONFIG)
     close(found, logits(dequantized(checkpoint, quant), "none", CONFIG)[0])
-    assert said == [f"layers: 8 of {quant}, 1 of int8" if quant != "int8" else "layers: 9 of int8"]
+    assert said == (f"layers: 8 of {quant}, 1 of int8" if quant != "int8" else "layers: 9 of int8")
     experts = experts_of(model)
     for stack in (experts.gate_ups, experts.downs):
         assert stack.weight is None
@@ -100,7 +97,7 @@ def test_experts_are_kept_as_a_folder_has_them(kind: Kind, mixtral: bool, tmp_pa
     checkpoint = open_checkpoint(write_folder(tmp_path, kind, mixtral))
     found, model, said = logits(checkpoint, "auto")
     close(found, logits(checkpoint, "none")[0])
-    assert said == []  # all is kept
+    assert said == ""  # all is kept
     assert experts_of(model).gate_ups.packing is not None
     assert experts_of(model).downs.packing is not None
     outline = read_outline(tmp_path)
@@ -125,7 +122,7 @@ def test_experts_are_kept_in_ggufs_blocks(form: str, tmp_path: Path) -> None:
     experts = experts_of(model)
     assert experts.gate_ups.packing is not None
     assert (experts.downs.packing is None) == (form == "mixed")
-    assert said == (["layers: 3 of int4-g32, 1 dequantized (Q5_0)"] if form == "mixed" else [])
+    assert said == ("layers: 3 of int4-g32, 1 dequantized (Q5_0)" if form == "mixed" else "")
     # The estimate counts what is held.
     words = [f"model={path}", "prompt=x", "dtype=bfloat16", "max_seq_len=32", "max_new_tokens=2"]
     job = with_batch(resolve(parse_job(words)))
@@ -149,7 +146,7 @@ def test_experts_of_several_schemes_are_dequantized_and_said_so(tmp_path: Path) 
     odd = replace(entry, scheme=None, quant=None, stored_as="Q6_K")
     mixed = replace(checkpoint, entries=dict(checkpoint.entries) | {name: odd})
     _, model, said = logits(mixed, "auto")
-    assert said == ["layers: 3 of int4-g32-asym, 1 dequantized (Q6_K/compressed-tensors int4-g32-asym)"]
+    assert said == "layers: 3 of int4-g32-asym, 1 dequantized (Q6_K/compressed-tensors int4-g32-asym)"
     assert experts_of(model).gate_ups.packing is None
     wanted = entry.read((slice(0, WIDTH), slice(0, DIM)))
     assert torch.equal(experts_of(model).gate_ups.weight[2, WIDTH:], wanted)

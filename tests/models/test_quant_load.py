@@ -102,12 +102,9 @@ def test_a_model_computes_with_its_rounded_weights(quant: str, tied: bool) -> No
     [("int4-g32", 8, "8 of int4-g32, 1 of int8"), ("int4-g32/same", 4, "9 of int4-g32")],
 )
 def test_a_tied_head_is_a_copy_and_the_embedding_stays(quant: str, bits: int, said: str) -> None:
-    lines: list[str] = []
-    model = load_model(
-        CONFIG, checkpoint_of(CONFIG), ALONE, torch.bfloat16, quant=parse_quant(quant), say=lines.append
-    )
+    model = load_model(CONFIG, checkpoint_of(CONFIG), ALONE, torch.bfloat16, quant=parse_quant(quant))
     assert model.quantized == "int4-g32"
-    assert lines == [f"layers: {said}"]
+    assert model.about_quant == f"layers: {said}"
     assert model.embed.weight.dtype == torch.bfloat16
     assert model.head.weight is None
     assert model.head.packing is not None
@@ -119,7 +116,6 @@ def test_a_tied_head_is_a_copy_and_the_embedding_stays(quant: str, bits: int, sa
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_tied_head_that_stays_is_the_table(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tp.layers, "prefers_packed", lambda: packed)
-    lines: list[str] = []
     model, plain = (
         load_model(
             CONFIG,
@@ -127,11 +123,10 @@ def test_a_tied_head_that_stays_is_the_table(packed: bool, monkeypatch: pytest.M
             ALONE,
             torch.bfloat16,
             quant=parse_quant(quant),
-            say=lines.append,
         )
         for quant in ("int4-g32/none", "none")
     )
-    assert lines == ["layers: 8 of int4-g32"]
+    assert (model.about_quant, plain.about_quant) == ("layers: 8 of int4-g32", "")
     if packed:
         assert model.embed.weight is None and model.head.weight is None
         assert model.embed.packed_data is model.head.packed_data
@@ -266,12 +261,9 @@ def test_a_layer_of_mixed_parts_is_dequantized_and_said_so(tmp_path: Path) -> No
     entry = checkpoint.entries[name]
     odd = replace(entry, scheme=None, quant=None, stored_as="Q6_K")
     mixed = replace(checkpoint, entries=dict(checkpoint.entries) | {name: odd})
-    lines: list[str] = []
     config = config_of(checkpoint)
-    model = load_model(
-        config, mixed, ALONE, torch.bfloat16, quant=parse_quant("auto"), say=lines.append
-    )
-    assert lines == ["layers: 3 of int4-g64, 1 dequantized (Q6_K/gptq int4-g64)"]
+    model = load_model(config, mixed, ALONE, torch.bfloat16, quant=parse_quant("auto"))
+    assert model.about_quant == "layers: 3 of int4-g64, 1 dequantized (Q6_K/gptq int4-g64)"
     attention: Any = model.layers[0].attention
     assert attention.out.packing is not None
     assert attention.out.packing.bits == 4
@@ -294,11 +286,8 @@ def test_a_head_that_a_file_has_quantized(tmp_path: Path) -> None:
         ("", 8, "layers: 4 of int4-g64, 1 of int8, 1 rounded again (Q6_K)"),
         ("/none", None, "layers: 4 of int4-g64, 1 dequantized (Q6_K)"),
     ):
-        lines: list[str] = []
-        model = load_model(
-            config, mixed, ALONE, torch.float32, quant=parse_quant(f"int4-g64{head}"), say=lines.append
-        )
-        assert lines == [said]
+        model = load_model(config, mixed, ALONE, torch.float32, quant=parse_quant(f"int4-g64{head}"))
+        assert model.about_quant == said
         assert (model.head.packing and model.head.packing.bits) == bits
     with pytest.raises(
         InputError, match=r"quant=int4-g64 quant_head=same: .* already, lm_head\.weight as Q6_K"
