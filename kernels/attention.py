@@ -18,7 +18,7 @@ What is not here: which row and position a token has (`engine`), and rotary angl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,28 @@ from kernels.rotary import Angles, rotate
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Runs = Sequence[tuple[int, int, int, int]]
+
+
+class Rule(NamedTuple):
+    """How a layer attends. In each of `runs`, (first query head, end, first KV head, end), the query
+    heads share the KV heads in equal groups. Scores are multiplied by `scale` and, with a `cap`,
+    soft-capped to cap * tanh(score / cap). A token attends only to the last `window` positions up to
+    its own (0: to all)."""
+
+    runs: Runs
+    scale: float
+    cap: float = 0.0
+    window: int = 0
+
+
+class Places(NamedTuple):
+    """Where N tokens are in a cache. rows and positions: int64 [N]; rows None: token i has row i. With
+    `sources`, int32 [N, S], token i reads position t from row sources[i, t], and `rows` says only where
+    it is written."""
+
+    rows: Tensor | None
+    positions: Tensor
+    sources: Tensor | None = None
 
 
 class KVCache(NamedTuple):
@@ -77,46 +99,20 @@ def write(cache: KVCache, k: Tensor, v: Tensor, rows: Tensor | None, positions: 
         write_reference(cache, k, v, rows, positions)
 
 
-def attend(
-    q: Tensor,
-    cache: KVCache,
-    rows: Tensor | None,
-    positions: Tensor,
-    runs: Runs,
-    scale: float,
-    cap: float = 0.0,
-    window: int = 0,
-    sources: Tensor | None = None,
-) -> Tensor:
+def attend(q: Tensor, cache: KVCache, at: Places, rule: Rule) -> Tensor:
     """q [N, H, h] of N tokens -> [N, H, h].
 
-    Token i attends to cache row rows[i], up to and including positions[i], and only to the last
-    `window` of these (0: all). `rows` and `positions` are int64 [N]; rows None: token i has row i, and
-    the cache has N rows. With `sources`, int32 [N, S], token i reads position t from row sources[i, t],
-    and `rows` is ignored.
-
-    The cache has q's dtype, float16 or int8. In each of `runs`, (first query head, end, first KV head,
-    end), the query heads share the KV heads in equal groups. Scores are multiplied by `scale` and, with
-    a `cap`, soft-capped to cap * tanh(score / cap). Raises RuntimeError for inconsistent positions,
-    rows or shapes.
+    Each token attends to its cache row, or its sources, up to and including its position, as `rule`
+    says. Without rows, the cache has N rows. The cache has q's dtype, float16 or int8. Raises
+    RuntimeError for inconsistent positions, rows or shapes.
     """
     if not can_attend(q.device, q.dtype):
-        return attend_reference(q, cache, rows, positions, runs, scale, cap, window, sources)
-    flat = [number for run in runs for number in run]
-    return torch.ops.yoke_kernels.attend(q, *cache, rows, positions, flat, scale, cap, window, sources)
+        return attend_reference(q, cache, at, rule)
+    return torch.ops.yoke_kernels.attend(q, *cache, *_flat(at, rule))
 
 
 def write_and_attend(
-    qkv: Tensor,
-    angles: Angles | None,
-    cache: KVCache,
-    rows: Tensor | None,
-    positions: Tensor,
-    runs: Runs,
-    scale: float,
-    cap: float = 0.0,
-    window: int = 0,
-    sources: Tensor | None = None,
+    qkv: Tensor, angles: Angles | None, cache: KVCache, at: Places, rule: Rule
 ) -> Tensor:
     """All between a layer's linears: [N, (H + 2 K) * h] -> [N, H * h]. `qkv` holds the heads of
     queries, keys and values of N tokens.
@@ -126,35 +122,19 @@ def write_and_attend(
     docstrings describe the other arguments and the errors.
     """
     if not can_attend(qkv.device, qkv.dtype):
-        return write_and_attend_reference(
-            qkv, angles, cache, rows, positions, runs, scale, cap, window, sources
-        )
-    flat = [number for run in runs for number in run]
-    return torch.ops.yoke_kernels.write_and_attend(
-        qkv,
-        *(angles or (None, None, False)),
-        *cache,
-        rows,
-        positions,
-        flat,
-        scale,
-        cap,
-        window,
-        sources,
-    )
+        return write_and_attend_reference(qkv, angles, cache, at, rule)
+    rotation = angles or (None, None, False)
+    return torch.ops.yoke_kernels.write_and_attend(qkv, *rotation, *cache, *_flat(at, rule))
+
+
+def _flat(at: Places, rule: Rule) -> tuple[Any, ...]:
+    """As arguments of the operators, whose schemas know tensors, numbers and lists of them only."""
+    heads = [number for run in rule.runs for number in run]
+    return at.rows, at.positions, heads, rule.scale, rule.cap, rule.window, at.sources
 
 
 def write_and_attend_reference(
-    qkv: Tensor,
-    angles: Angles | None,
-    cache: KVCache,
-    rows: Tensor | None,
-    positions: Tensor,
-    runs: Runs,
-    scale: float,
-    cap: float = 0.0,
-    window: int = 0,
-    sources: Tensor | None = None,
+    qkv: Tensor, angles: Angles | None, cache: KVCache, at: Places, rule: Rule
 ) -> Tensor:
     """As `write_and_attend`, in plain torch, on any device."""
     _, num_kv, _, head_dim = cache.k.shape
@@ -162,10 +142,10 @@ def write_and_attend_reference(
     num_q = heads.shape[-2] - 2 * num_kv
     qk, v = heads.split((num_q + num_kv, num_kv), dim=-2)
     if angles is not None:  # rotates queries and keys together, in one kernel
-        qk = rotate(qk, angles.cos[positions], angles.sin[positions], angles.interleaved)
+        qk = rotate(qk, angles.cos[at.positions], angles.sin[at.positions], angles.interleaved)
     q, k = qk.split((num_q, num_kv), dim=-2)
-    write_reference(cache, k, v, rows, positions)
-    return attend_reference(q, cache, rows, positions, runs, scale, cap, window, sources).flatten(1)
+    write_reference(cache, k, v, at.rows, at.positions)
+    return attend_reference(q, cache, at, rule).flatten(1)
 
 
 def write_reference(
@@ -185,39 +165,28 @@ def write_reference(
         into[rows, :, positions] = (new.float() * factor.unsqueeze(-1)).round().to(torch.int8)
 
 
-def attend_reference(
-    q: Tensor,
-    cache: KVCache,
-    rows: Tensor | None,
-    positions: Tensor,
-    runs: Runs,
-    scale: float,
-    cap: float = 0.0,
-    window: int = 0,
-    sources: Tensor | None = None,
-) -> Tensor:
+def attend_reference(q: Tensor, cache: KVCache, at: Places, rule: Rule) -> Tensor:
     """As `attend`, in plain torch, on any device, with static shapes, over the whole cache.
 
     It copies the cache, unless that has q's dtype and either rows=None or a single row.
     """
     num_rows, _, cache_len, _ = cache.k.shape
+    rows, positions, sources = at
     keys, values = (
         _numbers(*part, q.dtype) for part in ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
     )
-    mask = causal_mask(positions.unsqueeze(1), cache_len, q.dtype, window)  # [N, 1, 1, S]
+    mask = causal_mask(positions.unsqueeze(1), cache_len, q.dtype, rule.window)  # [N, 1, 1, S]
     if sources is not None:
-        at = torch.arange(sources.shape[1], device=q.device)
-        keys, values = (x[sources, :, at].transpose(1, 2) for x in (keys, values))  # [N, K, S, h]
+        every = torch.arange(sources.shape[1], device=q.device)
+        keys, values = (x[sources, :, every].transpose(1, 2) for x in (keys, values))  # [N, K, S, h]
         mask = mask[..., : sources.shape[1]]
     elif rows is not None:
         # Treats all cache rows as one long row; the mask limits each token to its own part.
         keys, values = (x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (keys, values))
         other = rows.unsqueeze(1) != torch.arange(num_rows, device=q.device)  # [N, R]
         mask = mask.squeeze(1).masked_fill(other.unsqueeze(2), float("-inf"))  # [N, R, S]
-        return attend_in_groups(
-            q.unsqueeze(0), keys, values, mask.flatten(1)[None, None], runs, scale, cap
-        )[0]
-    return attend_in_groups(q.unsqueeze(1), keys, values, mask, runs, scale, cap).squeeze(1)
+        return attend_in_groups(q.unsqueeze(0), keys, values, mask.flatten(1)[None, None], rule)[0]
+    return attend_in_groups(q.unsqueeze(1), keys, values, mask, rule).squeeze(1)
 
 
 def _numbers(cached: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -226,31 +195,23 @@ def _numbers(cached: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tenso
     return (cached * scales.unsqueeze(-1)).to(dtype)
 
 
-def attend_in_groups(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    runs: Runs,
-    scale: float,
-    cap: float,
-) -> Tensor:
+def attend_in_groups(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:
     """torch's attention over all of keys and values [B, K, S, h]: q [B, T, H, h] -> [B, T, H, h].
 
-    `mask` [B, 1, T, S] is added to the scores; `runs`, `scale` and `cap` are as in `attend`. This is
-    the slow reference, for any device and compiler.
+    `mask` [B, 1, T, S], which has the rule's window, is added to the scores. This is the slow
+    reference, for any device and compiler.
     """
     batch, length, _, size = q.shape
     heads = q.transpose(1, 2)
     parts = []
-    for q_start, q_stop, kv_start, kv_stop in runs:
+    for q_start, q_stop, kv_start, kv_stop in rule.runs:
         # The g query heads that share a KV head become more query rows of that head, so the cache is
         # read once and never repeated: [B, k * g, T, h] -> [B, k, g * T, h].
         count = kv_stop - kv_start
         group = (q_stop - q_start) // count
         rows = heads[:, q_start:q_stop].reshape(batch, count, group * length, size)
         own = keys[:, kv_start:kv_stop], values[:, kv_start:kv_stop]
-        attended = _softmax_attention(rows, *own, mask.repeat(1, 1, group, 1), scale, cap)
+        attended = _softmax_attention(rows, *own, mask.repeat(1, 1, group, 1), rule.scale, rule.cap)
         parts.append(attended.reshape(batch, count * group, length, size))
     return torch.cat(parts, dim=1).transpose(1, 2)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kernels.attention import KVCache, new_cache, write_and_attend
+from kernels.attention import KVCache, Places, Rule, new_cache, write_and_attend
 from kernels.rotary import Angles
 from models.config import ModelConfig
 from models.norms import norm_of
@@ -25,15 +25,11 @@ from tp.shard import Layout
 class Step(NamedTuple):
     """What all layers of a call share.
 
-    rows: the cache row of each token, [N] (None: token i has row i). positions: [N]. sources: [N, S],
-    the cache row that holds each of a token's keys (None: the token's own row). full, windowed: the
-    angles of layers without and with a sliding window. wanted: set for the last layer only, the
-    indices [M] of the tokens whose results are read (None: all); the other tokens only write their
-    keys and values."""
+    at: where the tokens are in the cache. full, windowed: the angles of layers without and with a
+    sliding window. wanted: set for the last layer only, the indices [M] of the tokens whose results are
+    read (None: all); the other tokens only write their keys and values."""
 
-    rows: Tensor | None
-    positions: Tensor
-    sources: Tensor | None
+    at: Places
     full: Angles
     windowed: Angles
     wanted: Tensor | None = None
@@ -96,10 +92,8 @@ class CachedAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.head_dim = head_dim
-        self.scale = scale or head_dim**-0.5
-        self.cap = cap
-        self.window = window
-        self.runs = [(run.q_start, run.q_stop, run.kv_start, run.kv_stop) for run in heads.runs]
+        runs = [(run.q_start, run.q_stop, run.kv_start, run.kv_stop) for run in heads.runs]
+        self.rule = Rule(runs, scale or head_dim**-0.5, cap, window)
 
     def setup(
         self, num_rows: int, cache_len: int, dtype: torch.dtype, device: torch.device | str = "cpu"
@@ -111,7 +105,4 @@ class CachedAttention(nn.Module):
     def forward(self, qkv: Tensor, angles: Angles | None, step: Step) -> Tensor:
         """[N, (H + 2 K) * h] -> [N, H * h]. Queries and keys are rotated by the `angles`, if any."""
         cache = KVCache(self.k_cache, self.v_cache, self.k_scale, self.v_scale)
-        return write_and_attend(
-            qkv, angles, cache, step.rows, step.positions, self.runs, self.scale, self.cap, self.window,
-            step.sources,
-        )  # fmt: skip
+        return write_and_attend(qkv, angles, cache, step.at, self.rule)

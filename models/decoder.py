@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from comm import ops
 from comm.group import Group
+from kernels.attention import Places
 from kernels.rotary import Angles
 from models import gemma, llama, parallel
 from models.attention import CachedAttention, Step
@@ -165,4 +166,4 @@ class Decoder(nn.Module):
         full = windowed = Angles(self.cos, self.sin, self.config.rope.interleaved)
         if self.config.local_rope is not None:
             windowed = full._replace(cos=self.local_cos, sin=self.local_sin)
-        return Step(rows, positions, sources, full, windowed)
+        return Step(Places(rows, positions, sources), full, windowed)

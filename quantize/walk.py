@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comm.group import Group
+from kernels.attention import Places
 from kernels.rotary import Angles
 from models.attention import CachedAttention, Step
 from models.config import EMBEDDING, HEAD, ModelConfig
@@ -91,7 +92,7 @@ class Walk:
 
     def _through(self, block: nn.Module, x: Tensor) -> Tensor:
         positions = torch.arange(len(x))
-        step = Step(torch.zeros_like(positions), positions, None, self._full, self._windowed)
+        step = Step(Places(torch.zeros_like(positions), positions), self._full, self._windowed)
         norm: nn.Module = block.norm  # type: ignore[assignment]
         # A block ends with the norm of the next block, which is not loaded. This block's own norm
         # stands in for it, and the normalized output is not used.

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from kernels.attention import (
     KVCache,
-    Runs,
+    Places,
+    Rule,
     attend,
     attend_reference,
     can_attend,
@@ -38,18 +39,9 @@ def numbers(cached: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     return cached.double() if scales is None else cached.double() * scales.double().unsqueeze(-1)
 
 
-def token_by_token(
-    q: torch.Tensor,
-    cache: KVCache,
-    rows: torch.Tensor,
-    positions: torch.Tensor,
-    runs: Runs,
-    scale: float,
-    cap: float = 0.0,
-    window: int = 0,
-    sources: torch.Tensor | None = None,
-) -> torch.Tensor:
+def token_by_token(q: torch.Tensor, cache: KVCache, at: Places, rule: Rule) -> torch.Tensor:
     """And head by head, in float64."""
+    (rows, positions, sources), (runs, scale, cap, window) = at, rule
     k, v = numbers(cache.k, cache.k_scale), numbers(cache.v, cache.v_scale)
     out = torch.zeros(q.shape, dtype=torch.float64)
     for token in range(q.shape[0]):
@@ -78,10 +70,11 @@ def full_cache(
     return cache
 
 
-def tokens_of(segments: list[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def tokens_of(segments: list[tuple[int, int, int]]) -> Places:
     """(row, first position, count) each -> rows and positions."""
     rows = [torch.full((count,), row) for row, _, count in segments]
-    return torch.cat(rows), torch.cat([torch.arange(at, at + count) for _, at, count in segments])
+    positions = [torch.arange(first, first + count) for _, first, count in segments]
+    return Places(torch.cat(rows), torch.cat(positions))
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -118,21 +111,20 @@ def test_any_heads_tokens_and_dtypes(
     for row, count in shape:
         first = int(torch.randint(0, cache_len + 1 - count, (), generator=generator))
         segments.append((row, first, count))
-    rows, positions = tokens_of(segments)
-    sources = None
+    at = tokens_of(segments)
     if sourced:
-        size = (len(rows), cache_len)
-        sources = torch.randint(0, 3, size, generator=generator, dtype=torch.int32)
+        size = (len(at.positions), cache_len)
+        at = at._replace(sources=torch.randint(0, 3, size, generator=generator, dtype=torch.int32))
     rank = seed % world
     part = split_heads(num_heads, num_kv, rank, world)
     runs = [(run.q_start, run.q_stop, run.kv_start, run.kv_stop) for run in part.runs]
-    q = torch.randn(len(rows), part.num_q, head_dim, generator=generator).to(dtypes[0])
+    q = torch.randn(len(at.positions), part.num_q, head_dim, generator=generator).to(dtypes[0])
     cache = full_cache(3, part.num_kv, cache_len, head_dim, dtypes[1], seed)
-    rest = (rows, positions, runs, 0.3, cap, window, sources)
-    got = attend(q, cache, *rest)
+    rule = Rule(runs, 0.3, cap, window)
+    got = attend(q, cache, at, rule)
     assert got.dtype == q.dtype
     tolerance = TOLERANCE[dtypes[0]]
-    wanted = token_by_token(q, cache, *rest)
+    wanted = token_by_token(q, cache, at, rule)
     torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
@@ -140,14 +132,14 @@ def test_any_heads_tokens_and_dtypes(
 def test_a_prompts_chunk_over_many_blocks(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """More tokens and keys than a block of either has, in all."""
     cache = full_cache(2, 2, 400, 32, dtypes[1])
-    rows, positions = tokens_of([(1, 90, 300), (0, 7, 2)])
+    at = tokens_of([(1, 90, 300), (0, 7, 2)])
     q = torch.randn(302, 6, 32).to(dtypes[0])
     for window in (0, 150):
-        rest = (rows, positions, [(0, 6, 0, 2)], 0.2, 0.0, window)
+        rule = Rule([(0, 6, 0, 2)], 0.2, window=window)
         own = KVCache(numbers(cache.k, cache.k_scale), numbers(cache.v, cache.v_scale), None, None)
-        wanted = attend_reference(q.double(), own, *rest)
+        wanted = attend_reference(q.double(), own, at, rule)
         tolerance = TOLERANCE[dtypes[0]]
-        got = attend(q, cache, *rest).double()
+        got = attend(q, cache, at, rule).double()
         torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
 
 
@@ -159,19 +151,18 @@ def test_a_row_does_not_depend_on_the_others(
     """Bit by bit: alone, among others, and wherever among them."""
     torch.ops.yoke_kernels.use_instruction_set(name)
     cache = full_cache(4, 2, 200, 16, dtypes[1])
-    runs = [(0, 6, 0, 2)]
+    rule = Rule([(0, 6, 0, 2)], 0.3, window=100)
     segments = [(0, 13, 1), (1, 0, 150), (2, 190, 1), (3, 120, 5)]
     parts = [torch.randn(count, 6, 16).to(dtypes[0]) for _, _, count in segments]
     alone = [
-        attend(q, cache, *tokens_of([segment]), runs, 0.3, 0.0, 100)
-        for q, segment in zip(parts, segments, strict=True)
+        attend(q, cache, tokens_of([segment]), rule) for q, segment in zip(parts, segments, strict=True)
     ]
     for order in ([0, 1, 2, 3], [3, 2, 0], [1, 3]):
         q = torch.cat([parts[i] for i in order])
-        got = attend(q, cache, *tokens_of([segments[i] for i in order]), runs, 0.3, 0.0, 100)
+        got = attend(q, cache, tokens_of([segments[i] for i in order]), rule)
         assert torch.equal(got, torch.cat([alone[i] for i in order]))
     # Of a chunk, what comes after a token.
-    less = attend(parts[1][:77], cache, *tokens_of([(1, 0, 77)]), runs, 0.3, 0.0, 100)
+    less = attend(parts[1][:77], cache, tokens_of([(1, 0, 77)]), rule)
     assert torch.equal(less, alone[1][:77])
 
 
@@ -179,23 +170,22 @@ def test_a_row_does_not_depend_on_the_others(
 def test_a_few_tokens_have_the_bits_of_single_ones(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """So guesses are judged by what a step without them would have made."""
     cache = full_cache(2, 2, 300, 32, dtypes[1])
-    runs = [(0, 6, 0, 2)]
+    rule = Rule([(0, 6, 0, 2)], 0.2)
     for count in (2, 5, 16):
-        rows, positions = tokens_of([(1, 270, count)])
+        at = tokens_of([(1, 270, count)])
         q = torch.randn(count, 6, 32).to(dtypes[0])
         one_by_one = [
-            attend(q[i : i + 1], cache, rows[i : i + 1], positions[i : i + 1], runs, 0.2)
-            for i in range(count)
+            attend(q[i : i + 1], cache, tokens_of([(1, 270 + i, 1)]), rule) for i in range(count)
         ]
-        assert torch.equal(attend(q, cache, rows, positions, runs, 0.2), torch.cat(one_by_one))
+        assert torch.equal(attend(q, cache, at, rule), torch.cat(one_by_one))
 
 
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_nothing(threads: int) -> None:
     cache = full_cache(2, 3, 300, 32, BF16)
-    rows, positions = tokens_of([(0, 0, 250), (1, 3, 30), (1, 299, 1)])
+    at = tokens_of([(0, 0, 250), (1, 3, 30), (1, 299, 1)])
     q = torch.randn(281, 9, 32, generator=torch.Generator().manual_seed(1)).to(BF16)
-    call = (q, cache, rows, positions, [(0, 9, 0, 3)], 0.3)
+    call = (q, cache, at, Rule([(0, 9, 0, 3)], 0.3))
     alone = attend(*call)
     torch.set_num_threads(threads)
     assert torch.equal(attend(*call), alone)
@@ -209,7 +199,8 @@ def test_scores_far_apart_and_very_large() -> None:
         cache.v.copy_(torch.arange(8.0).view(1, 1, 4, 2))
         for positions in (torch.tensor([3]), torch.tensor([2, 3])):
             q = torch.tensor([[[1.0, 0.0]]]).expand(len(positions), 1, 2)
-            call = (q, cache, torch.zeros_like(positions), positions, [(0, 1, 0, 1)], 1.0)
+            at = Places(torch.zeros_like(positions), positions)
+            call = (q, cache, at, Rule([(0, 1, 0, 1)], 1.0))
             got, wanted = attend(*call), token_by_token(*call)
             torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=1e-6)
 
@@ -226,7 +217,8 @@ def test_the_reference_is_the_same(
         kind, torch.tensor([2, 0, 1])
     )
     sources = torch.randint(0, 3, (3, 24), dtype=torch.int32) if kind == "sources" else None
-    call = (torch.randn(3, 4, 16), cache, rows, positions, [(0, 4, 0, 2)], 0.3, cap, window, sources)
+    at, rule = Places(rows, positions, sources), Rule([(0, 4, 0, 2)], 0.3, cap, window)
+    call = (torch.randn(3, 4, 16), cache, at, rule)
     torch.testing.assert_close(attend_reference(*call), attend(*call), rtol=1e-5, atol=1e-5)
 
 
@@ -246,7 +238,7 @@ def test_the_layer_makes_the_same_with_torchs_attention(
     rows = torch.arange(2).repeat_interleave(length)
     positions = torch.tensor([3, 20]).repeat_interleave(length) + torch.arange(length).repeat(2)
     angles = Angles(torch.randn(24, 8), torch.randn(24, 8), False)
-    step = Step(rows if length > 1 else None, positions, None, angles, angles)
+    step = Step(Places(rows if length > 1 else None, positions), angles, angles)
     assert can_attend(qkv.device, qkv.dtype)
     own = layer(qkv, angles, step)
     monkeypatch.setattr("kernels.attention.can_attend", lambda device, dtype: False)
@@ -264,8 +256,9 @@ def test_what_is_not_in_use_is_not_read() -> None:
             q = torch.randn(len(positions), 2, 8).to(dtype)
             for name in SETS:
                 torch.ops.yoke_kernels.use_instruction_set(name)
-                rows = torch.zeros_like(positions)
-                assert attend(q, cache, rows, positions, [(0, 2, 0, 1)], 1.0, 0.0, 3).isfinite().all()
+                at = Places(torch.zeros_like(positions), positions)
+                rule = Rule([(0, 2, 0, 1)], 1.0, window=3)
+                assert attend(q, cache, at, rule).isfinite().all()
 
 
 STRIDED = torch.zeros(2, 2, 16, 8).transpose(2, 3)
@@ -299,8 +292,9 @@ def test_what_does_not_go_together_is_refused(change: dict[str, Any], message: s
         "cache": new_cache(2, 2, 8, 16, FP32, "cpu"),
         "rows": torch.tensor([0, 1]),
         "positions": torch.tensor([1, 2]),
+        "sources": None,
         "runs": [(0, 4, 0, 2)],
-        "scale": 1.0,
-    }
+    } | change
+    at = Places(given["rows"], given["positions"], given["sources"])
     with pytest.raises(RuntimeError, match=message):
-        attend(**(given | change))
+        attend(given["q"], given["cache"], at, Rule(given["runs"], 1.0))

@@ -7,7 +7,16 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
-from kernels.attention import KVCache, attend, attend_reference, new_cache, write, write_reference
+from kernels.attention import (
+    KVCache,
+    Places,
+    Rule,
+    attend,
+    attend_reference,
+    new_cache,
+    write,
+    write_reference,
+)
 from kernels.load import load_kernels
 from tests.kernels.sets import EACH
 
@@ -97,10 +106,11 @@ class Layer(torch.nn.Module):
         positions: torch.Tensor,
     ) -> torch.Tensor:
         cache = KVCache(self.k, self.v, self.k_scale, self.v_scale)
+        at, rule = Places(rows, positions), Rule([(0, 4, 0, 2)], 0.3)
         write(cache, k, v, rows, positions)
-        first = attend(q, cache, rows, positions, [(0, 4, 0, 2)], 0.3)
+        first = attend(q, cache, at, rule)
         write(cache, k, first[:, :2], rows, positions)
-        return attend(q, cache, rows, positions, [(0, 4, 0, 2)], 0.3)
+        return attend(q, cache, at, rule)
 
 
 def layer_inputs(count: int) -> tuple[torch.Tensor, ...]:
@@ -150,11 +160,10 @@ def test_the_reference_can_be_traced(kind: str) -> None:
     cache = some_cache(3, 2, 24, 16, INT8)
     rows = None if kind == "decode" else torch.tensor([2, 0, 1])
     sources = torch.randint(0, 3, (3, 24), dtype=torch.int32) if kind == "sources" else None
-    call = (torch.randn(3, 4, 16), cache, rows, torch.tensor([20, 4, 23]), [(0, 4, 0, 2)], 0.3)
+    at = Places(rows, torch.tensor([20, 4, 23]), sources)
+    call = (torch.randn(3, 4, 16), cache, at, Rule([(0, 4, 0, 2)], 0.3))
     compiled = torch.compile(attend_reference, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(
-        compiled(*call, sources=sources), attend_reference(*call, sources=sources)
-    )
+    torch.testing.assert_close(compiled(*call), attend_reference(*call))
 
 
 @pytest.mark.parametrize("dtype", [FP32, INT8])

@@ -9,6 +9,8 @@ import torch
 
 from kernels.attention import (
     KVCache,
+    Places,
+    Rule,
     attend,
     new_cache,
     write,
@@ -39,18 +41,18 @@ def bits(cache: KVCache) -> list[torch.Tensor]:
 def test_it_is_torchs_rotation_bit_by_bit(name: str, dtype: torch.dtype, interleaved: bool) -> None:
     """Whole heads and parts of them, of widths that are no whole registers, in prompts and in steps."""
     torch.ops.yoke_kernels.use_instruction_set(name)
-    runs = [(0, 3, 0, 1), (3, 4, 1, 2)]
+    rule = Rule([(0, 3, 0, 1), (3, 4, 1, 2)], 0.3)
     for head_dim, half in ((64, 32), (80, 12), (10, 5), (10, 2), (48, 17), (6, 1)):
         angles = angles_of(90, half, interleaved)
         for count, cache_dtype in ((1, dtype), (70, dtype), (20, INT8)):
             qkv = torch.randn(count, 8 * head_dim).to(dtype)
             rows, positions = torch.full((count,), 1), torch.arange(9, 9 + count)
             one, parts = (new_cache(2, 2, 90, head_dim, cache_dtype, "cpu") for _ in range(2))
-            got = write_and_attend(qkv, angles, one, rows, positions, runs, 0.3)
+            got = write_and_attend(qkv, angles, one, Places(rows, positions), rule)
             qk, v = qkv.unflatten(1, (8, head_dim)).split((6, 2), 1)
             qk = rotate(qk, angles.cos[positions], angles.sin[positions], interleaved)
             write(parts, qk[:, 4:], v, rows, positions)
-            wanted = attend(qk[:, :4], parts, rows, positions, runs, 0.3)
+            wanted = attend(qk[:, :4], parts, Places(rows, positions), rule)
             assert torch.equal(got, wanted.flatten(1))
             for found, there in zip(bits(one), bits(parts), strict=True):
                 assert torch.equal(found, there)
@@ -65,25 +67,26 @@ def test_the_reference_is_the_same(kind: str) -> None:
     sources[range(3), positions] = torch.tensor([2, 0, 1], dtype=torch.int32)
     angles = None if kind == "no angles" else angles_of(30, 8, False)
     qkv = torch.randn(3, 200)[:, 7:135] if kind[0] == "p" else torch.randn(3, 128)
-    rest = (rows, positions, [(0, 4, 0, 2)], 0.3, 3.0, 9, sources if kind == "sources" else None)
+    at = Places(rows, positions, sources if kind == "sources" else None)
+    rule = Rule([(0, 4, 0, 2)], 0.3, 3.0, 9)
     caches = [new_cache(3, 2, 24, 16, FP32, "cpu") for _ in range(2)]
     for cache in caches:
         cache.k.copy_(torch.linspace(-1, 1, cache.k.numel()).view(cache.k.shape))
         cache.v.copy_(torch.linspace(1, -2, cache.v.numel()).view(cache.v.shape))
-    own = write_and_attend(qkv, angles, caches[0], *rest)
-    wanted = write_and_attend_reference(qkv, angles, caches[1], *rest)
+    own = write_and_attend(qkv, angles, caches[0], at, rule)
+    wanted = write_and_attend_reference(qkv, angles, caches[1], at, rule)
     torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-5)
     assert torch.equal(caches[0].k, caches[1].k) and torch.equal(caches[0].v, caches[1].v)
 
 
 def test_threads_change_nothing() -> None:
     angles, qkv = angles_of(600, 32, False), torch.randn(500, 9 * 64).to(BF16)
-    rows, positions = torch.zeros(500, dtype=torch.int64), torch.arange(50, 550)
+    at = Places(torch.zeros(500, dtype=torch.int64), torch.arange(50, 550))
     found = []
     for threads in (1, 3):
         torch.set_num_threads(threads)
         cache = new_cache(1, 2, 600, 64, BF16, "cpu")
-        result = write_and_attend(qkv, angles, cache, rows, positions, [(0, 5, 0, 1)], 0.3)
+        result = write_and_attend(qkv, angles, cache, at, Rule([(0, 5, 0, 1)], 0.3))
         found.append((result, cache.k))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
@@ -93,18 +96,17 @@ def given(**change: Any) -> dict[str, Any]:
         "qkv": torch.zeros(2, 6 * 16),
         "angles": angles_of(8, 8, False),
         "cache": new_cache(2, 1, 8, 16, FP32, "cpu"),
-        "rows": torch.tensor([0, 1]),
-        "positions": torch.tensor([1, 2]),
-        "runs": [(0, 4, 0, 1)],
-        "scale": 1.0,
+        "at": Places(torch.tensor([0, 1]), torch.tensor([1, 2])),
+        "rule": Rule([(0, 4, 0, 1)], 1.0),
     }
     return whole | change
 
 
 def test_it_is_an_operator_that_torch_can_trace() -> None:
     call = given()
-    args = (call["qkv"], *call["angles"], *call["cache"], call["rows"], call["positions"])
-    args = (*args, [0, 4, 0, 1], 0.25, 0.0, 0, None)
+    rows, positions, sources = call["at"]
+    args = (call["qkv"], *call["angles"], *call["cache"], rows, positions)
+    args = (*args, [0, 4, 0, 1], 0.25, 0.0, 0, sources)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.yoke_kernels.write_and_attend.default, args, test_utils=tests)
 
@@ -123,7 +125,7 @@ def test_it_is_an_operator_that_torch_can_trace() -> None:
         ({"angles": (torch.zeros(8, 8), None, False)}, "must be float32"),
         ({"angles": angles_of(8, 8, False)._replace(cos=torch.zeros(8, 8).half())}, "must be float32"),
         ({"angles": angles_of(8, 8, False)._replace(cos=torch.zeros(8, 8).T)}, "contiguous"),
-        ({"positions": torch.tensor([1, 8])}, "position 8 in a cache of 8"),
+        ({"at": Places(torch.tensor([0, 1]), torch.tensor([1, 8]))}, "position 8 in a cache of 8"),
     ],
 )
 def test_what_does_not_go_together_is_refused(change: dict[str, Any], message: str) -> None:
