@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from engine.steps import Runner, Step
+from engine.steps import Runner, StepFunction
 
 RECORDED_KERNELS = {"cpp.enable_kernel_profile": True}
 _STEP = "yoke: token step"
@@ -87,7 +87,7 @@ def record_tokens(runner: Runner, run: Callable[[Runner], Any]) -> Recorded:
     """Record the token steps that `run` takes with the runner that it is given. The last step is left
     out, because the time after it does not belong to a step. Raises ValueError for fewer than two."""
 
-    def marked(step: Step) -> Step:
+    def marked(step: StepFunction) -> StepFunction:
         def call(*args: torch.Tensor) -> torch.Tensor:
             with record_function(_STEP):
                 return step(*args)

@@ -14,7 +14,7 @@ import torch
 
 from base.rank import RankSettings
 from comm import ops
-from engine.chat import Channel, open_channel, receive, send
+from engine.chat import Channel, channel_of, receive, send
 from engine.loop import generate
 from engine.opening import Opened, joined, open_engine, share
 from engine.requests import Request
@@ -38,7 +38,7 @@ def main(env: RankSettings, payload: str) -> int:
         prompt = tuple(share(found, group, engine.runner.device))
         channel = None
         if env.channel_fd is not None:  # rank 0's
-            channel = open_channel(env.channel_fd)
+            channel = channel_of(env.channel_fd)
             facts = {"dtype": engine.dtype, "comm": group.backend, "ranks": group.size}
             send(channel, {"ready": facts | {"placement": env.placement}, "prompt": prompt})
         waited = time.process_time()

@@ -56,7 +56,7 @@ _TIMEOUT_S = 900.0  # for one compiler, and for waiting on another process that 
 
 
 @dataclass(frozen=True)
-class Progress:
+class BuildProgress:
     """How far a build is: `done` of `total` files after `seconds`. `expected_s`: what it took last
     time, or an estimate if `guessed`."""
 
@@ -68,7 +68,7 @@ class Progress:
     guessed: bool
 
 
-Tell = Callable[[Progress], None]
+Tell = Callable[[BuildProgress], None]
 
 
 def build_extension(extension: Extension = COMM) -> Path:
@@ -195,7 +195,7 @@ def _turn(path: Path, tell: Tell) -> Iterator[IO[str]]:
                 raise BuildError(f"another process has been building for {_TIMEOUT_S:.0f} s ({path})")
             lock.seek(0)
             with suppress(ValueError, TypeError):  # nothing is written yet, or half of it
-                tell(Progress(**json.loads(lock.read())))
+                tell(BuildProgress(**json.loads(lock.read())))
             time.sleep(_TICK_S)
         try:
             yield lock
@@ -222,7 +222,7 @@ def _build(
     started = time.monotonic()
 
     def note(done: int, total: int) -> None:
-        progress = Progress(names, done, total, time.monotonic() - started, expected_s, guessed)
+        progress = BuildProgress(names, done, total, time.monotonic() - started, expected_s, guessed)
         lock.seek(0)
         lock.truncate()
         lock.write(json.dumps(asdict(progress)))

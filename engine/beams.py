@@ -25,7 +25,7 @@ from base.errors import InputError
 from comm import ops
 from engine.beam_plan import Beams, Candidate, Hypothesis, Search, advance
 from engine.loop import Watcher
-from engine.requests import Answer, Request, pack
+from engine.requests import Answer, Request, split_prompts
 from engine.steps import BEAMS, Runner, extend
 
 
@@ -113,7 +113,7 @@ def find(
     beams, times, gone = Beams(), [], False
     for position in range(len(prompt), len(prompt) + search.max_new_tokens):
         if runner.group.rank == 0:
-            beams = advance(search, beams, likeliest(search, beams, logits, name))
+            beams = advance(search, beams, best_continuations(search, beams, logits, name))
             gone = cancelled()
         done, parents, tokens = _tell(runner, beams, gone)
         times.append(time.perf_counter())
@@ -132,7 +132,7 @@ def find(
 def _run_prompt(runner: Runner, prompt: Sequence[int]) -> Tensor:
     """Prefill row 0; returns the logits after the prompt, [1, vocab_size]."""
     logits = torch.empty(0)
-    for (piece,) in pack([(0, 0, len(prompt))], runner.chunk, mixed=False):
+    for (piece,) in split_prompts([(0, 0, len(prompt))], runner.chunk, mixed=False):
         size = piece.end - piece.begin
         wanted = [size - 1] if piece.end == len(prompt) else []
         tokens = prompt[piece.begin : piece.end]
@@ -140,7 +140,9 @@ def _run_prompt(runner: Runner, prompt: Sequence[int]) -> Tensor:
     return logits
 
 
-def likeliest(search: Search, beams: Beams, logits: Tensor, name: str = "a text") -> list[Candidate]:
+def best_continuations(
+    search: Search, beams: Beams, logits: Tensor, name: str = "a text"
+) -> list[Candidate]:
     """Returns the most probable continuations, `search.num_candidates` at most, without impossible ones
     (probability 0). Row i of `logits`, float32 [1 or W, V], follows running text i; further rows are
     ignored. Sums are float32, as in transformers. Raises InputError if the best is not finite."""

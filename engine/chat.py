@@ -53,7 +53,7 @@ def main(env: RankSettings, payload: str) -> int:
         channel = None
         if engine.codec is not None:
             assert env.channel_fd is not None  # rank 0 of `chat` has one
-            channel = open_channel(env.channel_fd)
+            channel = channel_of(env.channel_fd)
         if channel is not None:
             send(channel, {"ready": _facts(env, resolved, engine)})
         _serve(resolved, engine, channel)
@@ -73,7 +73,7 @@ class Channel:
     unsent: bytearray
 
 
-def open_channel(fd: int) -> Channel:
+def channel_of(fd: int) -> Channel:
     """Returns the channel of a file descriptor, set to non-blocking."""
     end = socket.socket(fileno=fd)
     end.setblocking(False)

@@ -9,7 +9,7 @@ Speculative sampling (Leviathan et al., "Fast Inference from Transformers via Sp
 probability min(1, p(x) / q(x)), where p is the model's distribution. Otherwise it draws a replacement
 from max(0, p - q), normalized. Here draft tokens are deterministic, q(x) = 1: x is accepted with
 probability p(x), and otherwise replaced by a draw from p without x. Drawing a token from p and
-comparing it with x does exactly that, so that is what `judge` does. It uses the random numbers,
+comparing it with x does exactly that, so that is what `judge_drafts` does. It uses the random numbers,
 penalties and log-probabilities of decoding without drafts, so the text is equal token by token (as far
 as logits do not depend on how many tokens a step has).
 
@@ -72,7 +72,7 @@ class Verdict:
     token: int
 
 
-def judge(
+def judge_drafts(
     sampler: Sampler,
     logits: Tensor,
     guesses: Mapping[int, Sequence[int]],

@@ -28,8 +28,8 @@ from engine.loop import Watcher, generate
 from engine.opening import Opened, joined, open_engine, share, step_names
 from engine.prompts import Prompt
 from engine.report import (
-    Facts,
     Result,
+    RunFacts,
     count_bar,
     write_answer,
     write_batch_summary,
@@ -75,7 +75,7 @@ def _run(env: RankSettings, resolved: ResolvedJob, engine: Opened) -> None:
     peaks = ops.all_gather(peak, engine.group).flatten().tolist()
     if not results:
         return
-    facts = Facts(
+    facts = RunFacts(
         engine.load_s, engine.compile_s, peaks, engine.dtype, engine.quant, engine.group.backend,
         env.plans,
     )  # fmt: skip

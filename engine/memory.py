@@ -22,7 +22,7 @@ from models.quant_rules import Held, held_quantized, products_of, weight_bytes
 from models.sizes import layout_of
 from weights.files import read_json
 from weights.locate import locate
-from weights.outline import Outline, Stored, read_outline, same_numbers
+from weights.outline import Outline, StoredWeight, read_outline, same_numbers
 
 # The interpreter, torch, the compiled code and memory that compiling leaves allocated; measured as a
 # rank's peak resident memory minus its weights and cache (docs/log.md).
@@ -146,7 +146,7 @@ def _held(
     if config.num_layers + 3 * with_experts * config.num_experts > (len(known) or _MOST_WEIGHTS):
         return []  # the file lacks weights that the config claims; the rank reports which
     products = products_of(config)
-    plain = Stored("BF16")
+    plain = StoredWeight("BF16")
     stored = {name: known.get(name, plain) for names in products for name in names}
     return held_quantized(config, products, stored, quant.asked, world_size)
 

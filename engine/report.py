@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from base.streams import say, show, show_json
-from comm.build import Progress
+from comm.build import BuildProgress
 from engine.prompts import Prompt
 
 
@@ -32,7 +32,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunFacts:
     """Figures of a run. Times in seconds; `peak_rss_bytes` and `plan` have one entry for each rank.
     `quant`: the scheme of most weights, "" if they are not quantized."""
 
@@ -45,7 +45,7 @@ class Facts:
     plan: list[dict[str, Any]]
 
 
-def write_json(result: Result, facts: Facts) -> None:
+def write_json(result: Result, facts: RunFacts) -> None:
     """Write one JSON object to stdout."""
     show_json(asdict(result) | asdict(facts))
 
@@ -59,7 +59,7 @@ def write_answer(index: int, result: Result, prompt: Prompt, output: str) -> Non
     show(f"[{index + 1}] {asked}\n{result.text.strip()}\n")
 
 
-def write_summary(result: Result, facts: Facts, placement: str) -> None:
+def write_summary(result: Result, facts: RunFacts, placement: str) -> None:
     """End the streamed text on stdout, and write one line of figures to stderr."""
     if not result.text.endswith("\n"):
         show("")
@@ -75,12 +75,12 @@ def write_summary(result: Result, facts: Facts, placement: str) -> None:
     )
 
 
-def _numbers(facts: Facts) -> str:
+def _numbers(facts: RunFacts) -> str:
     return f"{facts.quant} weights, {facts.dtype}" if facts.quant else facts.dtype
 
 
 def write_batch_summary(
-    results: Sequence[Result], facts: Facts, seconds: float, placement: str
+    results: Sequence[Result], facts: RunFacts, seconds: float, placement: str
 ) -> None:
     """Write one line of figures about all answers to stderr."""
     asked, made = (sum(getattr(r, name) for r in results) for name in ("prompt_tokens", "tokens"))
@@ -127,16 +127,16 @@ def compile_progress(compiled: bool, enabled: bool) -> Iterator[Callable[[str], 
 
 
 @contextmanager
-def build_progress(enabled: bool) -> Iterator[Callable[[Progress], None]]:
+def build_progress(enabled: bool) -> Iterator[Callable[[BuildProgress], None]]:
     """Yields a function to call with the progress of the build of the operators; shows it on stderr: on
     a terminal in one line that is redrawn, elsewhere a line at the start, every ten seconds, and at the
     end."""
     if not enabled:
         yield lambda progress: None
     elif not sys.stderr.isatty():
-        said: list[Progress] = []
+        said: list[BuildProgress] = []
 
-        def tell(progress: Progress) -> None:
+        def tell(progress: BuildProgress) -> None:
             if not said or progress.seconds - said[-1].seconds >= 10 or progress.done == progress.total:
                 said.append(progress)
                 say(build_line(progress))
@@ -153,7 +153,7 @@ def build_progress(enabled: bool) -> Iterator[Callable[[Progress], None]]:
             yield lambda progress: bar.update(task, description=build_line(progress), visible=True)
 
 
-def build_line(progress: Progress) -> str:
+def build_line(progress: BuildProgress) -> str:
     """Returns the progress as a line: building yoke_kernels: 7 of 22 files, 12 s (last time 40 s)."""
     expected = (
         f"about {progress.expected_s:.0f} s"

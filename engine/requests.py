@@ -52,7 +52,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Piece:
+class PromptPart:
     """Tokens begin..end-1 of the prompt in slot `row`."""
 
     row: int
@@ -60,10 +60,12 @@ class Piece:
     end: int
 
 
-def pack(prompts: Sequence[tuple[int, int, int]], chunk: int, mixed: bool) -> Iterator[list[Piece]]:
+def split_prompts(
+    prompts: Sequence[tuple[int, int, int]], chunk: int, mixed: bool
+) -> Iterator[list[PromptPart]]:
     """Divide prompts, each (row, begin, end), into calls of at most `chunk` tokens, in order. Unless
     `mixed`, a call holds tokens of one slot only."""
-    call: list[Piece] = []
+    call: list[PromptPart] = []
     room = chunk
     for row, begin, end in prompts:
         while begin < end:
@@ -71,7 +73,7 @@ def pack(prompts: Sequence[tuple[int, int, int]], chunk: int, mixed: bool) -> It
                 yield call
                 call, room = [], chunk
             size = min(room, end - begin)
-            call.append(Piece(row, begin, begin + size))
+            call.append(PromptPart(row, begin, begin + size))
             begin += size
             room -= size
     if call:

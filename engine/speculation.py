@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from comm import ops
-from engine.drafts import Index, judge, look_up
+from engine.drafts import Index, judge_drafts, look_up
 from engine.loop import Watcher, Work, answer_of, begin_of, logprobs_of, take
 from engine.requests import Answer, Request
 from engine.steps import GREEDY, Runner, Span, extend_rows
@@ -35,7 +35,7 @@ from models.sampling import Choice, Sampler, make_sampler, not_finite, start_row
 
 
 @dataclass
-class Row:
+class DraftedSlot:
     """A sequence in a cache slot, as every rank knows it. The model's cache holds the keys of its first
     `known` tokens, the draft model's cache those of its first `known_to_draft`."""
 
@@ -72,7 +72,7 @@ def generate(
     if runner.group.rank == 0:
         sampler = make_sampler(runner.num_rows, runner.vocab_size, runner.device)
     waiting = deque(enumerate(requests))
-    rows: dict[int, Row] = {}
+    rows: dict[int, DraftedSlot] = {}
     answers: dict[int, Answer] = {}
     while waiting or rows:
         for place in range(runner.num_rows):
@@ -99,18 +99,18 @@ def generate(
     return [answers[i] for i in range(len(requests))]
 
 
-def _admit(index: int, request: Request, place: int, sampler: Sampler | None) -> Row:
+def _admit(index: int, request: Request, place: int, sampler: Sampler | None) -> DraftedSlot:
     if sampler is not None:
         start_row(sampler, place, request.sampling, request.prompt, request.name)
     work = Work(index, request.prompt, request.max_new_tokens, request.name)
-    return Row(work, list(request.prompt), begin_of(request))
+    return DraftedSlot(work, list(request.prompt), begin_of(request))
 
 
 def _judge(
     sampler: Sampler,
     logits: Tensor,
     guesses: Mapping[int, Sequence[int]],
-    rows: Mapping[int, Row],
+    rows: Mapping[int, DraftedSlot],
     requests: Sequence[Request],
     stop_tokens: frozenset[int],
     watcher: Watcher,
@@ -124,7 +124,9 @@ def _judge(
         take(work, token, time.perf_counter(), stop_tokens, watcher, logprobs)
         return bool(work.finish)
 
-    verdicts = judge(sampler, logits, guesses, {place: row.made for place, row in rows.items()}, keep)
+    verdicts = judge_drafts(
+        sampler, logits, guesses, {place: row.made for place, row in rows.items()}, keep
+    )
     gone = watcher.cancelled()
     found = [[0, 0, 0] for _ in sampler.rows]
     for place, verdict in verdicts.items():
@@ -135,7 +137,7 @@ def _judge(
     return found
 
 
-def _move_on(row: Row, guess: Sequence[int], accepted: int, token: int) -> None:
+def _move_on(row: DraftedSlot, guess: Sequence[int], accepted: int, token: int) -> None:
     """Append a round's tokens to the text, and record how much of it the caches hold. The model's cache
     lacks only the new token. The draft model never ran its last draft token, so its cache may lack one
     more."""
@@ -148,7 +150,7 @@ def _move_on(row: Row, guess: Sequence[int], accepted: int, token: int) -> None:
 
 
 def _guess(
-    runner: Runner, rows: Mapping[int, Row], draft: Runner | None, draft_tokens: int
+    runner: Runner, rows: Mapping[int, DraftedSlot], draft: Runner | None, draft_tokens: int
 ) -> dict[int, list[int]]:
     """Draft tokens for every slot. None before the first token, so that it does not come later; never
     more than the answer has room for, nor, over all slots, than one call takes."""
@@ -162,7 +164,9 @@ def _guess(
     return {place: look_up(row.index, row.text, counts[place]) for place, row in rows.items()}
 
 
-def _ask(draft: Runner, rows: Mapping[int, Row], counts: Mapping[int, int]) -> dict[int, list[int]]:
+def _ask(
+    draft: Runner, rows: Mapping[int, DraftedSlot], counts: Mapping[int, int]
+) -> dict[int, list[int]]:
     """The draft model's next `counts` greedy tokens for each slot.
 
     It first runs the tokens that are not in its cache yet. Then all slots decode together. A slot that

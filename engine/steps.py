@@ -21,7 +21,7 @@ from torch.torch_version import TorchVersion
 
 from comm.group import Group
 from engine.memory import CHUNK, PADDED_CHUNK, cache_length
-from engine.requests import pack
+from engine.requests import split_prompts
 from kernels.load import has_kernels, last_error
 from models.decoder import Decoder
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # transformers is imported for engine=hf only
     from models.hf.model import HfModel
 
 AnyModel: TypeAlias = "Decoder | HfModel"
-Step = Callable[..., Tensor]
+StepFunction = Callable[..., Tensor]
 EXTEND, DECODE, GREEDY, BEAMS = "extend", "decode", "decode_greedy", "decode_beams"
 
 
@@ -57,7 +57,7 @@ class Runner:
     padded: bool
     mixed: bool
     compiled: bool
-    steps: dict[str, Step]
+    steps: dict[str, StepFunction]
 
 
 def make_runner(
@@ -131,7 +131,7 @@ _CALLED_IN_CPP: dict[str, Any] = {"cpp_wrapper": True, "cpp_wrapper_build_separa
 _CAN_CALL_IN_CPP = TorchVersion(torch.__version__) >= "2.13"
 
 
-def _steps(model: AnyModel, compiled: bool, group: Group) -> dict[str, Step]:
+def _steps(model: AnyModel, compiled: bool, group: Group) -> dict[str, StepFunction]:
     # A function for each step, because the compiler keeps its results by function.
     def extend(where: Tensor, wanted: Tensor) -> Tensor:
         return model.extend(where[0], where[1], where[2], wanted)
@@ -146,7 +146,7 @@ def _steps(model: AnyModel, compiled: bool, group: Group) -> dict[str, Step]:
         assert isinstance(model, Decoder)
         return model.decode(tokens, positions, sources)
 
-    steps: dict[str, Step] = {
+    steps: dict[str, StepFunction] = {
         EXTEND: extend, DECODE: decode, GREEDY: decode_greedy, BEAMS: decode_beams,
     }  # fmt: skip
     if not compiled:
@@ -158,7 +158,7 @@ def _steps(model: AnyModel, compiled: bool, group: Group) -> dict[str, Step]:
     return {name: _compiled(name, step, own, on_gpu, in_cpp) for name, step in steps.items()}
 
 
-def _compiled(name: str, step: Step, own: bool, on_gpu: bool, in_cpp: bool) -> Step:
+def _compiled(name: str, step: StepFunction, own: bool, on_gpu: bool, in_cpp: bool) -> StepFunction:
     """`own`: the model is a Decoder, whose code depends on nothing that changes after `setup`."""
     assert isinstance(step, FunctionType)
     # Dynamo looks compiled code up by code object, which all runners would share. Each runner gets a
@@ -183,7 +183,7 @@ def _compiled(name: str, step: Step, own: bool, on_gpu: bool, in_cpp: bool) -> S
     return replay
 
 
-def _telling(step: Step) -> Step:
+def _telling(step: StepFunction) -> StepFunction:
     """Wrap a step so that its errors give the reason: the generated C++ says only which call failed."""
 
     def call(*inputs: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ def extend_rows(runner: Runner, spans: Sequence[Span]) -> Tensor:
     by_row = {span.row: span for span in spans}
     found = []
     parts = [(span.row, span.position, ends[span.row]) for span in spans]
-    for call in pack(parts, runner.chunk, runner.mixed):
+    for call in split_prompts(parts, runner.chunk, runner.mixed):
         tokens: list[int] = []
         positions: list[int] = []
         rows: list[int] = []

@@ -44,7 +44,7 @@ def weights(logits: Tensor, best: Tensor, sampling: Sampling) -> tuple[Tensor, T
     return p, tokens
 
 
-def likeliest(logits: Tensor, count: int) -> Tensor:
+def largest(logits: Tensor, count: int) -> Tensor:
     """logits float32 [V] -> the `count` tokens with the largest logits, int64, largest first; ties in
     the order of tokens."""
     values, tokens = _candidates(logits, max(CANDIDATES // 4, count + 1))

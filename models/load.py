@@ -26,7 +26,6 @@ from models.decoder import Decoder
 from models.load_quant import (
     Holder,
     PackedLayer,
-    is_plain,
     name_of,
     plan_layers,
     read_experts,
@@ -49,6 +48,7 @@ from tp.layers import (
 from tp.shard import Layout, find_spec, slices_of
 from weights.checkpoint import Checkpoint, Entry, Slices
 from weights.pages import release_pages
+from weights.schemes import is_plain
 
 BLOCK_BYTES = 8 << 20  # bytes of float32 read at once, for weights that must be converted
 RELEASE_BYTES = 64 << 20  # bytes of a file's pages that may be resident while it is read
@@ -287,7 +287,12 @@ def missing_one(missing: Sequence[str], checkpoint: Checkpoint) -> str:
 
 def _is_zero_bias(name: str, entries: Mapping[str, Entry]) -> bool:
     weight, entry = entries.get(f"{name.removesuffix('bias')}weight"), entries[name]
-    if not name.endswith(".bias") or weight is None or is_plain(weight) or len(entry.shape) != 1:
+    if (
+        not name.endswith(".bias")
+        or weight is None
+        or is_plain(weight.stored_as)
+        or len(entry.shape) != 1
+    ):
         return False
     return not bool(entry.read((slice(0, entry.shape[0]),)).any())
 

@@ -29,11 +29,10 @@ from models.quant_rules import (
     product_scheme,
 )
 from tp.layers import Linear
-from weights import schemes
 from weights.checkpoint import Checkpoint, Entry, Slices
 from weights.quant import QuantWeight, join_rows
 from weights.quantize import quantize_rtn
-from weights.schemes import Scheme
+from weights.schemes import Scheme, is_plain
 
 BLOCK_BYTES = 32 << 20  # bytes of a plain weight in float32 that are rounded at once
 
@@ -83,11 +82,6 @@ def plan_layers(
     ]
 
 
-def is_plain(entry: Entry) -> bool:
-    """Whether an entry is stored as plain numbers, not quantized."""
-    return schemes.is_plain(entry.stored_as)
-
-
 def _check_asked(checkpoint: Checkpoint, names: tuple[str, ...], asked: Asked) -> None:
     """Raise InputError where weights would be rounded a second time with a loss. Rounding to 8 bits
     loses little for 8-bit weights and GGUF's finer formats; a 4-bit head is kept if 8 bits are asked
@@ -95,7 +89,7 @@ def _check_asked(checkpoint: Checkpoint, names: tuple[str, ...], asked: Asked) -
     wanted = product_scheme(names, asked)
     is_head = names[0] in (HEAD, EMBEDDING)
     for part in (checkpoint.entries[name] for name in names):
-        if wanted is None or is_plain(part) or part.scheme == wanted:
+        if wanted is None or is_plain(part.stored_as) or part.scheme == wanted:
             continue
         if wanted.bits == 8 and (is_head or part.scheme is None or part.scheme.bits == 8):
             continue
@@ -164,11 +158,11 @@ def summary(planned: Sequence[PackedLayer], linears: Sequence[tuple[Holder, tupl
     undone: Counter[str] = Counter()
     rounded: Counter[str] = Counter()
     for layer, names in linears:
-        kinds = {entries[n].stored_as for n in names if not is_plain(entries[n])}
+        kinds = {entries[n].stored_as for n in names if not is_plain(entries[n].stored_as)}
         if kinds and id(layer) not in held:
             undone["/".join(sorted(kinds))] += 1
     for each in planned:
-        kinds = {entry.stored_as for entry in each.entries if not is_plain(entry)}
+        kinds = {entry.stored_as for entry in each.entries if not is_plain(entry.stored_as)}
         if kinds and not each.kept:
             rounded["/".join(sorted(kinds))] += 1
     told += [f"{count} dequantized ({kind})" for kind, count in undone.items()]

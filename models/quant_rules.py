@@ -35,8 +35,8 @@ _MOST_RANKS = 64  # the largest number of ranks that a message suggests
 _PANEL = 32  # rows that `kernels.quant_linear` packs together; the last panel is padded
 
 
-class Stored(Protocol):
-    """What `weights.checkpoint.Entry` and `weights.outline.Stored` both say about a weight."""
+class StoredAs(Protocol):
+    """What `weights.checkpoint.Entry` and `weights.outline.StoredWeight` both say about a weight."""
 
     @property
     def stored_as(self) -> str: ...
@@ -136,7 +136,7 @@ def products_of(config: ModelConfig) -> tuple[tuple[str, ...], ...]:
 def held_quantized(
     config: ModelConfig,
     products: Sequence[tuple[str, ...]],
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, StoredAs],
     asked: Asked | None,
     world_size: int,
 ) -> list[Held]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from base.errors import InputError
 from models import penalties
-from models.limits import likeliest, weights
+from models.limits import largest, weights
 from models.penalties import Table, make_table
 from models.philox import uniform, uniforms
 from models.sampling_params import Sampling, check_sampling
@@ -225,6 +225,6 @@ def _with_logprobs(sampler: Sampler, logits: Tensor, tokens: Tensor, live: list[
     for row in asked:
         logprobs = logits[row].log_softmax(dim=-1)
         chosen[row] = logprobs[tokens[row]]
-        top_tokens[row] = likeliest(logits[row], count)
+        top_tokens[row] = largest(logits[row], count)
         top[row] = logprobs[top_tokens[row]]
     return Choice(tokens, chosen, top_tokens, top)

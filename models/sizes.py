@@ -14,21 +14,20 @@ from functools import cache
 from math import prod
 
 from models.config import ModelConfig, expected_shapes
-from tp.shard import Layout, plan_layout
+from tp.shard import Dims, Layout, plan_layout
 
 
 def layout_of(config: ModelConfig, rank: int, world_size: int) -> Layout:
     """The part of a model that one rank holds. Raises InputError if there are too many ranks."""
-    return plan_layout(
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        ffn_dim=config.ffn_dim,
-        vocab_size=config.vocab_size,
-        expert_dim=config.expert_dim,
-        rank=rank,
-        world_size=world_size,
+    dims = Dims(
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        config.ffn_dim,
+        config.vocab_size,
+        config.expert_dim,
     )
+    return plan_layout(dims, rank, world_size)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from base.progress import progress_bar
 from base.streams import say, show, show_json, writing
 from models.config import HEAD
 from models.find import find_weights
-from quantize.job import Job, help_text, parse_job, searches, uses_gptq
+from quantize.job import QuantizeJob, help_text, parse_quantize_job, searches, uses_gptq
 from weights.output import (
     Interrupted,
     check_space,
@@ -30,7 +30,7 @@ def main(words: Sequence[str]) -> int:
         show(typed(help_text()), end="")
         return 0
     try:
-        job = parse_job(words)
+        job = parse_quantize_job(words)
         with interruptible():
             run(job)
     except InputError as error:
@@ -43,7 +43,7 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def run(job: Job) -> None:
+def run(job: QuantizeJob) -> None:
     """Run a job. Raises InputError, Interrupted."""
     out = expand(job.out).absolute()
     check_target(out)

@@ -11,7 +11,7 @@ from weights.schemes import HEADS
 
 
 @dataclass(frozen=True)
-class Job:
+class QuantizeJob:
     """The keys and their defaults. `sample_len` is in tokens; the help text explains `auto`."""
 
     model: str = ""
@@ -75,12 +75,12 @@ examples:
 
 
 def help_text() -> str:
-    return HELP.format(**vars(Job()))
+    return HELP.format(**vars(QuantizeJob()))
 
 
-def parse_job(words: Sequence[str]) -> Job:
+def parse_quantize_job(words: Sequence[str]) -> QuantizeJob:
     """Parse `key=value` words. Raises InputError, which names the key."""
-    kinds: dict[str, type[str | int | float]] = {k: type(v) for k, v in vars(Job()).items()}
+    kinds: dict[str, type[str | int | float]] = {k: type(v) for k, v in vars(QuantizeJob()).items()}
     values: dict[str, str | int | float] = {}
     for word in words:
         key, separator, text = word.partition("=")
@@ -95,7 +95,7 @@ def parse_job(words: Sequence[str]) -> Job:
         except ValueError as error:
             kind = "a whole number" if kinds[key] is int else "a number"
             raise InputError(f"{key}={text}: must be {kind}") from error
-    job = Job(**values)  # type: ignore[arg-type]
+    job = QuantizeJob(**values)  # type: ignore[arg-type]
     for key, what in (("model", "what to quantize"), ("quant", "a scheme"), ("out", "a new folder")):
         if not getattr(job, key):
             raise InputError(f"{key}= is missing: {what}; see: python launch.py quantize --help")
@@ -103,7 +103,7 @@ def parse_job(words: Sequence[str]) -> Job:
     return job
 
 
-def _check(job: Job) -> None:
+def _check(job: QuantizeJob) -> None:
     for key, choices in _CHOICES.items():
         value = getattr(job, key)
         if value not in choices:
@@ -123,11 +123,11 @@ def _check(job: Job) -> None:
         raise InputError("method=rtn does not use a text: leave out calibration=, or method=")
 
 
-def uses_gptq(job: Job) -> bool:
+def uses_gptq(job: QuantizeJob) -> bool:
     return job.method == "gptq" or (job.method == "auto" and bool(job.calibration))
 
 
-def searches(job: Job) -> bool:
+def searches(job: QuantizeJob) -> bool:
     """Whether scales are searched. The default is yes for GPTQ in 4 bits, where the error of a column
     is weighted by the size of its inputs: it helps most there (docs/log.md). Without this, the search
     gives the largest numbers too little weight."""

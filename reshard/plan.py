@@ -22,7 +22,7 @@ from math import lcm
 from typing import Any
 
 from base.errors import InputError
-from tp.shard import FFN_UNIT, Layout, find_spec, plan_layout, slices_of, split_units
+from tp.shard import FFN_UNIT, Dims, Layout, find_spec, plan_layout, slices_of
 from weights.checkpoint import Checkpoint, Entry
 from weights.formats.gguf_names import same_for_all_layers
 from weights.formats.yoke_manifest import (
@@ -40,18 +40,6 @@ from weights.writer import DTYPES, Tensors, num_bytes
 SHARD_BYTES = 5 * 10**9  # the most in one file of a Hugging Face folder, as in their library
 INDEX = "model.safetensors.index.json"
 _NUM_HEADS = ("num_attention_heads", "n_heads", "n_head", "num_heads")
-
-
-@dataclass(frozen=True)
-class Dims:
-    """The sizes of a model that decide how it is sharded."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_dim: int  # 0 where all layers have experts
-    vocab_size: int
-    expert_dim: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,7 +91,7 @@ def plan_reshard(
         raise InputError(f"--to {world_size}: there must be at least one rank")
     dims = dims_of(checkpoint, num_heads)
     unit = lcm(FFN_UNIT, *_ffn_blocks(checkpoint, dequantize))
-    layouts = [layout_of(dims, rank, world_size, unit) for rank in range(world_size)]
+    layouts = [plan_layout(dims, rank, world_size, unit) for rank in range(world_size)]
     # GGUF metadata is not a config.json, so a GGUF model gets Yoke's format even for one rank.
     form = "hf" if world_size == 1 and checkpoint.format != "gguf" else "yoke"
     tensors = tuple(
@@ -235,29 +223,6 @@ def _find_num_heads(checkpoint: Checkpoint) -> int:
         f"{checkpoint.path}: its configuration does not have the number of query heads "
         f"({', '.join(_NUM_HEADS)}); put the model's config.json beside the weights"
     )
-
-
-def layout_of(dims: Dims, rank: int, world_size: int, ffn_unit: int = FFN_UNIT) -> Layout:
-    """The loader's layout of a rank, with MLP borders at multiples of `ffn_unit` elements."""
-    layout = plan_layout(
-        num_heads=dims.num_heads,
-        num_kv_heads=dims.num_kv_heads,
-        head_dim=dims.head_dim,
-        ffn_dim=dims.ffn_dim,
-        vocab_size=dims.vocab_size,
-        expert_dim=dims.expert_dim,
-        rank=rank,
-        world_size=world_size,
-    )
-    if ffn_unit == FFN_UNIT:
-        return layout
-    if dims.ffn_dim:
-        start, stop = split_units(dims.ffn_dim, ffn_unit, rank, world_size)
-        layout = replace(layout, ffn_start=start, ffn_stop=stop)
-    if dims.expert_dim:
-        start, stop = split_units(dims.expert_dim, ffn_unit, rank, world_size)
-        layout = replace(layout, expert_start=start, expert_stop=stop)
-    return layout
 
 
 def _ffn_blocks(checkpoint: Checkpoint, dequantize: bool) -> list[int]:

@@ -55,6 +55,18 @@ TABLE: tuple[tuple[str, ShardSpec], ...] = (
 
 
 @dataclass(frozen=True)
+class Dims:
+    """The sizes of a model that decide how it is sharded."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_dim: int  # 0 where all layers have experts
+    vocab_size: int
+    expert_dim: int = 0
+
+
+@dataclass(frozen=True)
 class Layout:
     """What a rank holds of each axis, in elements: `heads`, `[ffn_start, ffn_stop)`,
     `[expert_start, expert_stop)` and `[vocab_start, vocab_stop)`. `vocab_block` is the allocated size,
@@ -71,25 +83,18 @@ class Layout:
     expert_stop: int = 0
 
 
-def plan_layout(
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    ffn_dim: int,
-    vocab_size: int,
-    expert_dim: int = 0,
-    rank: int,
-    world_size: int,
-) -> Layout:
-    """The layout of one rank. Raises InputError if a rank would get no query head or no MLP column."""
-    heads = split_heads(num_heads, num_kv_heads, rank, world_size)
-    ffn = split_units(ffn_dim, FFN_UNIT, rank, world_size) if ffn_dim else (0, 0)
-    expert = split_units(expert_dim, FFN_UNIT, rank, world_size) if expert_dim else (0, 0)
-    block = -(-vocab_size // world_size)
-    start = min(rank * block, vocab_size)
-    stop = min(start + block, vocab_size)
-    return Layout(head_dim, heads, *ffn, start, stop, block, *expert)
+def plan_layout(dims: Dims, rank: int, world_size: int, ffn_unit: int = FFN_UNIT) -> Layout:
+    """The layout of one rank, with MLP borders at multiples of `ffn_unit` elements. Raises InputError
+    if a rank would get no query head or no MLP column."""
+    heads = split_heads(dims.num_heads, dims.num_kv_heads, rank, world_size)
+    ffn, expert = (
+        split_units(size, ffn_unit, rank, world_size) if size else (0, 0)
+        for size in (dims.ffn_dim, dims.expert_dim)
+    )
+    block = -(-dims.vocab_size // world_size)
+    start = min(rank * block, dims.vocab_size)
+    stop = min(start + block, dims.vocab_size)
+    return Layout(dims.head_dim, heads, *ffn, start, stop, block, *expert)
 
 
 def split_units(size: int, unit: int, rank: int, world_size: int) -> tuple[int, int]:

@@ -7,8 +7,8 @@ loader can report it. GGUF's names: `weights.formats.gguf_names`.
 
 Two kinds of files store the rows of the query and key projections interleaved, for rotary embeddings
 that rotate neighbors (2i, 2i+1); the canonical order rotates halves (i, i + half a head). These are
-Meta's with gpt-fast's, and GGUF for some architectures. `Piece.interleaved` marks such rows, and
-weights.views restores the canonical order.
+Meta's with gpt-fast's, and GGUF for some architectures. `CanonicalPart.interleaved` marks such rows,
+and weights.views restores the canonical order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Piece:
+class CanonicalPart:
     """One canonical tensor within a stored one: all of it (`part` ""), or the rows of "q", "k", "v",
     "gate" or "up" in a fused one. `interleaved`: its rows are not in canonical order. `grouped`: the
     fused rows are ordered by KV head, each preceded by its query heads (Falcon). `expert`: its index
@@ -91,7 +91,7 @@ _FAMILIES: tuple[tuple[str, dict[str, str], dict[str, Parts], bool], ...] = (
 ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
 
 
-def translate(stored: str) -> tuple[Piece, ...]:
+def translate(stored: str) -> tuple[CanonicalPart, ...]:
     """The canonical tensors in the stored tensor of this name: none for a buffer, several for a fused
     projection, one for any other."""
     if _DROPPED.fullmatch(stored):
@@ -100,7 +100,7 @@ def translate(stored: str) -> tuple[Piece, ...]:
         if re.fullmatch(pattern, stored, re.ASCII):
             stored = prefix + stored
     if stored in _SHARED:
-        return (Piece(_SHARED[stored]),)
+        return (CanonicalPart(_SHARED[stored]),)
     for prefix, names, fused, interleaved in _FAMILIES:
         match = re.fullmatch(rf"{prefix}\.(\d{{1,6}})\.([\w.]+)\.(weight|bias)", stored, re.ASCII)
         if match is None:
@@ -110,7 +110,7 @@ def translate(stored: str) -> tuple[Piece, ...]:
         found = fused.get(middle) or ((("", names[middle]),) if middle in names else ())
         if found:
             return tuple(
-                Piece(
+                CanonicalPart(
                     f"model.layers.{int(layer)}.{name}.{kind}",
                     part,
                     interleaved and name in ROTATED,
@@ -126,10 +126,10 @@ def translate(stored: str) -> tuple[Piece, ...]:
     if match is not None:
         layer, middle, expert, matrix = match.groups()
         name = "gate" if middle == "gate" else f"experts.{int(expert)}.{_EXPERT[matrix]}"
-        return (Piece(f"model.layers.{int(layer)}.mlp.{name}.weight"),)
-    return (Piece(stored),)
+        return (CanonicalPart(f"model.layers.{int(layer)}.mlp.{name}.weight"),)
+    return (CanonicalPart(stored),)
 
 
-def as_stored(stored: str) -> tuple[Piece, ...]:
+def untranslated(stored: str) -> tuple[CanonicalPart, ...]:
     """The tensor under its stored name, without translation."""
-    return (Piece(stored),)
+    return (CanonicalPart(stored),)

@@ -16,7 +16,7 @@ from typing import Any
 from weights.files import DAMAGE, read_json
 from weights.formats.quant_config import QuantConfig, read_quant_config, with_file_beside
 from weights.locate import MANIFEST, Source, locate
-from weights.names import Piece, translate
+from weights.names import CanonicalPart, translate
 from weights.nested import is_nested, text_config, text_weights
 from weights.schemes import GGUF_SCHEMES, Scheme
 
@@ -24,7 +24,7 @@ _BLOCK = 8 << 20  # bytes of a weight that are compared at once
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredWeight:
     """How a weight is stored, as in `weights.checkpoint.Entry`: `scheme` is None for a weight that is
     plain or can only be dequantized. `place`: the file, and the first and end byte in it, if known."""
 
@@ -40,10 +40,10 @@ class Outline:
 
     format: str
     config: Mapping[str, Any]
-    weights: Mapping[str, Stored]
+    weights: Mapping[str, StoredWeight]
 
 
-def same_numbers(one: Stored, other: Stored) -> bool:
+def same_numbers(one: StoredWeight, other: StoredWeight) -> bool:
     """Whether two weights of one shape are stored as the same bytes. False if a place is unknown."""
     if one.place is None or other.place is None or one.stored_as != other.stored_as:
         return False
@@ -82,7 +82,7 @@ def _gguf(source: Source) -> Outline:
     header, tensors = headers[0], [tensor for part in headers for tensor in part.tensors]
     architecture = architecture_of(header, path)
     naming = naming_of(architecture, {tensor.name for tensor in tensors})
-    weights: dict[str, Stored] = {}
+    weights: dict[str, StoredWeight] = {}
     for tensor in tensors:
         if tensor.name in FACTORS:
             continue
@@ -90,7 +90,7 @@ def _gguf(source: Source) -> Outline:
         stacks = "_exps." in tensor.name
         count = num_experts_of(header, path, architecture, tensor.name, shape) if stacks else 0
         kind = GGMLQuantizationType(tensor.kind).name
-        stored = Stored(kind, GGUF_SCHEMES.get(kind) if len(shape) > 1 else None)
+        stored = StoredWeight(kind, GGUF_SCHEMES.get(kind) if len(shape) > 1 else None)
         _put(weights, translate_gguf(tensor.name, naming, count), stored)
     # The factors that divide rotary frequencies are tensor data, which is not read here: [1.0] stands
     # for them.
@@ -98,9 +98,11 @@ def _gguf(source: Source) -> Outline:
     return Outline("gguf", header.values.plus(factors), weights)
 
 
-def _put(weights: dict[str, Stored], pieces: Iterable[Piece], stored: Stored) -> None:
+def _put(
+    weights: dict[str, StoredWeight], pieces: Iterable[CanonicalPart], stored: StoredWeight
+) -> None:
     for piece in pieces:
-        weights[piece.name] = Stored(stored.stored_as) if piece.plus_one else stored
+        weights[piece.name] = StoredWeight(stored.stored_as) if piece.plus_one else stored
 
 
 def _yoke(source: Source) -> Outline:
@@ -108,7 +110,7 @@ def _yoke(source: Source) -> Outline:
     weights = {}
     for tensor in manifest["tensors"]:
         form = tensor["blocks"]["format"] if tensor["blocks"] else tensor["dtype"]
-        weights[tensor["name"]] = Stored(form, GGUF_SCHEMES.get(form))
+        weights[tensor["name"]] = StoredWeight(form, GGUF_SCHEMES.get(form))
     return Outline(manifest["source_format"], manifest["config"], weights)
 
 
@@ -130,16 +132,16 @@ def _safetensors(source: Source) -> Outline:
     config, said_by = with_file_beside(text_config(declared), source.folder, found)
     quantized = read_quant_config(config, said_by)
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
-    weights: dict[str, Stored] = {}
+    weights: dict[str, StoredWeight] = {}
     for name, about in found.items():
         module, _, end = name.rpartition(".")
         shape = tuple(about["shape"])
         modules.setdefault(module, {})[end] = shape
         if end in ("weight", "bias"):
-            _put(weights, translate(name), Stored(about["dtype"], place=places[name]))
+            _put(weights, translate(name), StoredWeight(about["dtype"], place=places[name]))
     for module, parts in modules.items():
         if quantized is not None and ({"qweight", "weight_packed", "weight_scale"} & parts.keys()):
-            stored = Stored(f"{quantized.method} module", _scheme_of(quantized, parts))
+            stored = StoredWeight(f"{quantized.method} module", _scheme_of(quantized, parts))
             _put(weights, translate(f"{module}.weight"), stored)
     return Outline("safetensors", config, weights)
 

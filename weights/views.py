@@ -18,7 +18,7 @@ from torch import Tensor
 from base.errors import InputError
 from weights.checkpoint import Checkpoint, Entry, ReadQuant, Slices, check_slices
 from weights.locate import Source
-from weights.names import Piece
+from weights.names import CanonicalPart
 from weights.quant import QuantWeight, join_rows
 
 Read = Callable[[Slices], Tensor]
@@ -27,7 +27,7 @@ Read = Callable[[Slices], Tensor]
 def present(
     source: Source,
     stored: Mapping[str, Entry],
-    translate: Callable[[str], tuple[Piece, ...]],
+    translate: Callable[[str], tuple[CanonicalPart, ...]],
     config: Mapping[str, Any],
     heads: Callable[[], tuple[int, int]],
 ) -> Checkpoint:
@@ -56,7 +56,11 @@ def present(
 
 
 def _piece(
-    path: Path, stored_name: str, entry: Entry, piece: Piece, heads: Callable[[], tuple[int, int]]
+    path: Path,
+    stored_name: str,
+    entry: Entry,
+    piece: CanonicalPart,
+    heads: Callable[[], tuple[int, int]],
 ) -> Entry:
     if piece.expert is not None:
         return matrix_of(entry, piece.expert)

@@ -29,7 +29,7 @@ from models.config import Rope, stretched_length
 from models.hf.attention import NAME, LayerCache, Probe, Split, StepCache, attend, visible
 from models.hf.config import check_layers
 from models.hf.layers import Selected
-from models.hf.plan import Weight, divide
+from models.hf.plan import Weight, divide_model
 from models.load import RELEASE_BYTES, missing_one
 from weights.checkpoint import Checkpoint, Entry
 from weights.pages import release_pages
@@ -128,7 +128,7 @@ def build_model(folder: Path, group: Group, dtype: torch.dtype) -> tuple[HfModel
     inner.requires_grad_(False).eval()
     try:
         with torch.device("meta"):
-            weights, splits = divide(inner, group)
+            weights, splits = divide_model(inner, group)
         ends = inner.get_input_embeddings(), inner.get_output_embeddings()
         prefix = inner.base_model_prefix
         setattr(inner, prefix, Selected(getattr(inner, prefix)))

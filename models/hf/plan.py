@@ -70,7 +70,7 @@ class _Work:
         return InputError(f"the tensor-parallel plan of {self.name} cannot be applied: {why}")
 
 
-def divide(model: Any, group: Group) -> tuple[dict[str, Weight], dict[int, Split]]:
+def divide_model(model: Any, group: Group) -> tuple[dict[str, Weight], dict[int, Split]]:
     """Replace the modules that the plan of `model` (on the meta device) shards, in place.
 
     Returns the weights to read, by stored name, and the split of the heads, by layer. Raises InputError

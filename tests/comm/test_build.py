@@ -140,7 +140,7 @@ def test_a_cache_that_others_can_write_to_is_not_used(
 
 
 def test_a_build_tells_how_far_it_is(small: Extension) -> None:
-    told: list[build.Progress] = []
+    told: list[build.BuildProgress] = []
     build.build_extensions([small], told.append)
     assert (told[0].names, told[0].done, told[0].total, told[0].guessed) == ("small", 0, 2, True)
     assert (told[-1].done, told[-1].total) == (2, 2)
@@ -158,19 +158,19 @@ def test_a_build_tells_how_far_it_is(small: Extension) -> None:
 def test_who_waits_for_another_process_is_told_too(small: Extension) -> None:
     folder = build.build_extension(small).parent
     build.build_extension(small).unlink()
-    told: list[build.Progress] = []
+    told: list[build.BuildProgress] = []
     with (folder / "build.lock").open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert lock.read() == ""
-        lock.write(json.dumps(asdict(build.Progress("small", 1, 2, 3.0, 4.0, True))))
+        lock.write(json.dumps(asdict(build.BuildProgress("small", 1, 2, 3.0, 4.0, True))))
         lock.flush()
 
-        def tell(progress: build.Progress) -> None:
+        def tell(progress: build.BuildProgress) -> None:
             told.append(progress)
             fcntl.flock(lock, fcntl.LOCK_UN)
 
         build.build_extensions([small], tell)
-    assert told[0] == build.Progress("small", 1, 2, 3.0, 4.0, True)
+    assert told[0] == build.BuildProgress("small", 1, 2, 3.0, 4.0, True)
     assert told[-1].done == 2
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine import drafts
-from engine.drafts import LONGEST, Index, judge, look_up
+from engine.drafts import LONGEST, Index, judge_drafts, look_up
 from models.sampling import Choice, Sampler, Sampling, distribution, make_sampler, start_row
 from tests.engine.chances import chi_square, limit
 
@@ -48,7 +48,7 @@ def test_the_longest_and_then_the_latest_occurrence_counts() -> None:
 
 
 def answers(
-    table: torch.Tensor, sampling: Sampling, count: int, rule: Callable[..., Any] = judge
+    table: torch.Tensor, sampling: Sampling, count: int, rule: Callable[..., Any] = judge_drafts
 ) -> Counter[tuple[int, ...]]:
     """Answers of a model whose logits depend on the last token alone, to a prompt that ends with 0,
     with random guesses of 0 to 3 tokens."""
@@ -86,7 +86,7 @@ def accept_always(
     left = [not any(keep(row, token, None) for token in guess) for row, guess in guesses.items()]
     rest = [row for row, on in zip(guesses, left, strict=True) if on]
     counts = {row: made[row] + len(guesses[row]) for row in rest}
-    judge(sampler, logits[ends[torch.tensor(left)]], {row: [] for row in rest}, counts, keep)
+    judge_drafts(sampler, logits[ends[torch.tensor(left)]], {row: [] for row in rest}, counts, keep)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +126,6 @@ def test_penalties_count_the_tokens_that_were_kept() -> None:
         kept.append(token)
         return False
 
-    verdicts = judge(sampler, logits, {0: [2, 2]}, {0: 0}, keep)
+    verdicts = judge_drafts(sampler, logits, {0: [2, 2]}, {0: 0}, keep)
     assert kept == [2, 1]
     assert (verdicts[0].accepted, verdicts[0].token) == (1, 1)

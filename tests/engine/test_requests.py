@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from base.errors import InputError
-from engine.requests import check_request, pack
+from engine.requests import check_request, split_prompts
 
 
 @given(
@@ -20,7 +20,7 @@ def test_every_token_is_run_once_and_in_order(
 ) -> None:
     """`prompts`: tokens that are in the cache already, and those that are not."""
     rows = [(row, begin, begin + size) for row, (begin, size) in enumerate(prompts)]
-    calls = list(pack(rows, chunk, mixed))
+    calls = list(split_prompts(rows, chunk, mixed))
     run = [(p.row, i) for call in calls for p in call for i in range(p.begin, p.end)]
     assert run == [(row, i) for row, begin, end in rows for i in range(begin, end)]
     for call in calls:

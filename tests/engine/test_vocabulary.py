@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from base.errors import InputError
-from engine.chat import next_task, open_channel
+from engine.chat import channel_of, next_task
 from engine.job import parse_job
 from engine.resolve import resolve
 from models.tokenizer.codec import byte_codec, within_vocabulary
@@ -58,7 +58,7 @@ def test_a_chat_goes_on(folder: Path) -> None:
     assert codec.stop_tokens == {1}
     ours, theirs = socket.socketpair()
     with theirs:
-        channel = open_channel(ours.detach())
+        channel = channel_of(ours.detach())
         turns = [[{"role": "user", "content": text}] for text in ("the cat <|r6|>", "a dog")]
         channel.messages.extend({"id": i, "messages": turn} for i, turn in enumerate(turns))
         assert next_task(resolved, codec, channel, (), 64) is None

@@ -23,7 +23,7 @@ from tests.models.families import NAMES, run, save, wanted
 from tests.models.table import DEFAULTS_ABOUT, TITLES, defaults_table, described
 from tests.models.traces import expected, group_of_one, trace
 from tests.running import RunRanks
-from tp.shard import find_spec, plan_layout, slices_of
+from tp.shard import Dims, find_spec, plan_layout, slices_of
 from weights.open import open_checkpoint
 
 # Of these, 8 ranks can be made.
@@ -181,13 +181,8 @@ def test_one_collective_for_each_sum(
 def test_no_rank_has_more_than_one_head_too_many(heads: int, kv_heads: int, size: int) -> None:
     if size > heads:
         pytest.skip("more ranks than heads are refused")
-    layouts = [
-        plan_layout(
-            num_heads=heads, num_kv_heads=kv_heads, head_dim=8, ffn_dim=1000, vocab_size=999,
-            rank=rank, world_size=size,
-        )
-        for rank in range(size)
-    ]  # fmt: skip
+    dims = Dims(heads, kv_heads, head_dim=8, ffn_dim=1000, vocab_size=999)
+    layouts = [plan_layout(dims, rank, size) for rank in range(size)]
     counts = [layout.heads.num_q for layout in layouts]
     assert sum(counts) == heads and max(counts) - min(counts) <= 1
     widths = [layout.ffn_stop - layout.ffn_start for layout in layouts]

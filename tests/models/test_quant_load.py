@@ -43,7 +43,7 @@ from tp.shard import slices_of
 from weights.checkpoint import Checkpoint, Entry
 from weights.formats.random_io import random_checkpoint
 from weights.open import open_checkpoint
-from weights.outline import Stored
+from weights.outline import StoredWeight
 from weights.quant import QuantWeight
 from weights.schemes import Scheme
 
@@ -337,10 +337,10 @@ def test_how_a_head_is_held(tied: bool) -> None:
     config = replace(CONFIG, tie_embeddings=tied)
     products = products_of(config)
     head = (EMBEDDING if tied else HEAD,)
-    plain = {name: Stored("BF16") for names in products for name in names}
+    plain = {name: StoredWeight("BF16") for names in products for name in names}
     four, other = Scheme(4, 32), Scheme(4, 32, symmetric=False)
-    own = plain | {head[0]: Stored("Q4_1", other)}
-    finer = plain | {head[0]: Stored("Q6_K")}
+    own = plain | {head[0]: StoredWeight("Q4_1", other)}
+    finer = plain | {head[0]: StoredWeight("Q6_K")}
     for text, rounded, kept, again in (
         ("int4-g32", HEAD_SCHEME, other, HEAD_SCHEME),
         ("int4-g32/same", four, other, None),

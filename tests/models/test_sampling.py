@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from base.errors import InputError
-from models.limits import likeliest
+from models.limits import largest
 from models.sampling import (
     Choice,
     Sampler,
@@ -292,17 +292,17 @@ def test_equal_logits_resolve_to_the_lowest_tokens(vocab_size: int) -> None:
     flat = torch.zeros(vocab_size)
     assert int(choose_one(Sampling(), flat).tokens) == 0
     assert all(int(choose_one(Sampling(1.0, top_k=1), flat, i).tokens) == 0 for i in range(5))
-    assert likeliest(flat, 7).tolist() == list(range(7))
+    assert largest(flat, 7).tolist() == list(range(7))
     coarse = (torch.randn(vocab_size, generator=torch.Generator().manual_seed(3)) * 2).round()
     for count in (1, 4, vocab_size // 3):
         wanted = sorted(range(vocab_size), key=lambda token: (-float(coarse[token]), token))[:count]
-        assert likeliest(coarse, count).tolist() == wanted
+        assert largest(coarse, count).tolist() == wanted
         p = distribution(sampler_of(Sampling(1.0, top_k=count), vocab_size=vocab_size), coarse[None])
         assert p[0].nonzero().squeeze(1).tolist() == sorted(wanted)
     for top_p in (0.02, 0.5, 0.9):
         sampler = sampler_of(Sampling(1.0, top_p=top_p), vocab_size=vocab_size)
         kept = distribution(sampler, coarse[None])[0].nonzero().squeeze(1)
-        ordered = likeliest(coarse, len(kept))
+        ordered = largest(coarse, len(kept))
         assert torch.equal(kept, ordered.sort().values)
         mass = coarse.double().softmax(-1)[ordered]
         assert mass.sum() > top_p - 1e-5 and mass[:-1].sum() < top_p + 1e-5

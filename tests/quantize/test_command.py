@@ -23,7 +23,7 @@ from models.config_hf import from_hf
 from models.load import config_of, load_model
 from models.quant_rules import parse_asked, parse_quant
 from quantize.command import main
-from quantize.job import parse_job, searches, uses_gptq
+from quantize.job import parse_quantize_job, searches, uses_gptq
 from quantize.plan import plan_quantize
 from tests.quantize.small import CONFIG, TEXT, make_folder, tensors_of
 from tests.running import CHECKOUT
@@ -267,9 +267,9 @@ def test_too_little_space_is_told_before(
 
 
 def test_what_is_chosen_where_nothing_is_said() -> None:
-    job = parse_job(["model=m", "quant=int4-g32", "out=o"])
+    job = parse_quantize_job(["model=m", "quant=int4-g32", "out=o"])
     assert not uses_gptq(job)
-    assert uses_gptq(parse_job(["model=m", "quant=int4-g32", "out=o", "calibration=t"]))
+    assert uses_gptq(parse_quantize_job(["model=m", "quant=int4-g32", "out=o", "calibration=t"]))
     for clip, calibration, quant, wanted in (
         ("auto", "", "int4-g32", False),
         ("auto", "text", "int4-g32", True),
@@ -278,16 +278,16 @@ def test_what_is_chosen_where_nothing_is_said() -> None:
         ("none", "text", "int4-g32", False),
     ):
         words = [f"clip={clip}", f"calibration={calibration}", f"quant={quant}", "model=m", "out=o"]
-        assert searches(parse_job(words)) == wanted
+        assert searches(parse_quantize_job(words)) == wanted
     with pytest.raises(InputError, match="quant= is missing"):
-        parse_job(["model=m", "out=o"])
+        parse_quantize_job(["model=m", "out=o"])
 
 
 def test_the_help_is_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < 50 and max(map(len, lines)) <= 104
-    for key in parse_job(["model=m", "quant=int8", "out=o"]).__dict__:
+    for key in parse_quantize_job(["model=m", "quant=int8", "out=o"]).__dict__:
         assert any(line.startswith(f"  {key}=") for line in lines), key
 
 

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 
 from base.errors import InputError
 from reshard import command as reshard
-from reshard.plan import layout_of, plan_reshard
+from reshard.plan import plan_reshard
 from tests.reshard.reshard_cases import SMALL, random_tensors, same, small, whole, write_hf
 from tp.heads import split_heads
-from tp.shard import slices_of
+from tp.shard import plan_layout, slices_of
 from weights.formats.yoke_io import open_folder, open_yoke
 from weights.formats.yoke_manifest import MANIFEST, rank_file, read_manifest, to_json
 from weights.open import open_checkpoint
@@ -120,7 +120,7 @@ def test_a_rank_reads_its_own_file_and_no_other(yoke: Path) -> None:
     dims = plan_reshard(open_checkpoint(yoke), 1).dims
     for rank in (3, 15):
         checkpoint = open_yoke(yoke, prefer=rank)
-        layout = layout_of(dims, rank, 16)
+        layout = plan_layout(dims, rank, 16)
         before = mapped()
         for name, entry in checkpoint.entries.items():
             entry.read(slices_of(name, entry.shape, layout))

@@ -15,7 +15,7 @@ from weights.formats.params import hf_config
 from weights.formats.quant_config import is_cache_scale, with_file_beside
 from weights.formats.quant_hf import with_quantized
 from weights.locate import Source
-from weights.names import Piece, translate
+from weights.names import CanonicalPart, translate
 from weights.nested import class_of, is_nested, left_out, text_config, text_weights
 from weights.views import present
 
@@ -59,7 +59,7 @@ def assemble(
     source: Source,
     stored: Mapping[str, Entry],
     absent: Mapping[str, str] = MappingProxyType({}),
-    names: Callable[[str], tuple[Piece, ...]] = translate,
+    names: Callable[[str], tuple[CanonicalPart, ...]] = translate,
 ) -> Checkpoint:
     """The checkpoint of the `stored` tensors of a source, with the config beside it. `absent`: tensors
     that were left out, with the reasons; `names` translates stored names. Raises InputError."""

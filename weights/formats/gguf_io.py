@@ -48,7 +48,7 @@ from weights.formats.gguf_names import (
 from weights.formats.gguf_split import read_parts
 from weights.locate import Source
 from weights.mapped import Bytes, map_file, plain_entry
-from weights.names import Piece
+from weights.names import CanonicalPart
 from weights.schemes import GGUF_SCHEMES
 from weights.views import present
 
@@ -71,7 +71,7 @@ def open_gguf(source: Source) -> Checkpoint:
         config = header.values.plus(factors)
         naming = naming_of(architecture, stored)
 
-        def canonical(name: str) -> tuple[Piece, ...]:
+        def canonical(name: str) -> tuple[CanonicalPart, ...]:
             num_experts = 0
             if "_exps." in name:
                 num_experts = num_experts_of(header, path, architecture, name, stored[name].shape)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from base.errors import InputError
-from weights.names import GATE_UP, QKV, ROTATED, Parts, Piece
+from weights.names import GATE_UP, QKV, ROTATED, CanonicalPart, Parts
 
 # Settings of the rotary embeddings that are stored as tensors. They are not weights.
 FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -88,12 +88,12 @@ def naming_of(architecture: str, stored: Collection[str]) -> Naming:
     return _NAMINGS[architecture]
 
 
-def translate_gguf(stored: str, naming: Naming, num_experts: int = 0) -> tuple[Piece, ...]:
+def translate_gguf(stored: str, naming: Naming, num_experts: int = 0) -> tuple[CanonicalPart, ...]:
     """The canonical tensors in the stored tensor of this name, as `weights.names.translate`; () for a
     name that the architecture does not have. `num_experts`: how many experts the tensor stacks."""
     if stored in _SHARED:
         name = _SHARED[stored]
-        return (Piece(name, plus_one=naming.plus_one and "norm" in name),)
+        return (CanonicalPart(name, plus_one=naming.plus_one and "norm" in name),)
     match = re.fullmatch(
         r"blk\.(\d{1,6})\.([a-z_0-9]+?)(_exps|\.(\d{1,6}))?\.(weight|bias)", stored, re.ASCII
     )
@@ -106,15 +106,19 @@ def translate_gguf(stored: str, naming: Naming, num_experts: int = 0) -> tuple[P
             return ()
         inner = f"{_EXPERTS[name]}.{kind}"
         if expert is not None:  # older files: a tensor per expert
-            return (Piece(f"{prefix}.mlp.experts.{int(expert)}.{inner}"),)
-        return tuple(Piece(f"{prefix}.mlp.experts.{i}.{inner}", expert=i) for i in range(num_experts))
+            return (CanonicalPart(f"{prefix}.mlp.experts.{int(expert)}.{inner}"),)
+        return tuple(
+            CanonicalPart(f"{prefix}.mlp.experts.{i}.{inner}", expert=i) for i in range(num_experts)
+        )
     if name in naming.fused:
-        return tuple(Piece(f"{prefix}.{part}.{kind}", rows) for rows, part in naming.fused[name])
+        return tuple(
+            CanonicalPart(f"{prefix}.{part}.{kind}", rows) for rows, part in naming.fused[name]
+        )
     if name not in naming.names:
         return ()
     name = naming.names[name]
     return (
-        Piece(
+        CanonicalPart(
             f"{prefix}.{name}.{kind}",
             interleaved=naming.interleaved and name in ROTATED,
             plus_one=naming.plus_one and "norm" in name,

@@ -22,7 +22,7 @@ from base.errors import InputError
 from weights.checkpoint import Checkpoint, Entry
 from weights.files import DAMAGE, check_overlaps, damaged, regular_file
 from weights.formats.folder import assemble, gather
-from weights.formats.pickle_program import LEGACY_HINT, CodeError, StoredTensor, read_program
+from weights.formats.pickle_program import LEGACY_HINT, CodeError, PickledTensor, read_program
 from weights.locate import Source
 from weights.mapped import check_shape, item_size, map_file, plain_entry
 
@@ -120,7 +120,7 @@ def _program(records: dict[str, tuple[int, int]]) -> tuple[str, tuple[int, int]]
     return prefix, records[found[0]]
 
 
-def _state_dict(described: Any) -> dict[str, StoredTensor]:
+def _state_dict(described: Any) -> dict[str, PickledTensor]:
     """The tensors by name, without the dicts that some trainers wrap around them."""
     for key in _WRAPPERS:
         if isinstance(described, dict) and isinstance(described.get(key), dict):
@@ -128,13 +128,13 @@ def _state_dict(described: Any) -> dict[str, StoredTensor]:
     if not isinstance(described, dict):
         raise ValueError(f"it holds {type(described).__name__}, not a dict of tensors")
     for name, value in described.items():
-        if not isinstance(name, str) or not isinstance(value, StoredTensor):
+        if not isinstance(name, str) or not isinstance(value, PickledTensor):
             raise ValueError(f"{name!r} is of type {type(value).__name__}, not a tensor")
     return described
 
 
 def _entry(
-    name: str, tensor: StoredTensor, data: Any, records: dict[str, tuple[int, int]], prefix: str
+    name: str, tensor: PickledTensor, data: Any, records: dict[str, tuple[int, int]], prefix: str
 ) -> Entry:
     storage = tensor.storage
     size = item_size(tensor.dtype)

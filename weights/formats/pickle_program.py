@@ -35,7 +35,7 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class PickledTensor:
     """A view of a storage: dtype in safetensors' spelling, offset and strides in elements."""
 
     storage: Storage
@@ -84,8 +84,8 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def read_program(program: bytes) -> Any:
-    """What the pickle describes: dicts, lists, tuples, strings, numbers, StoredTensor. Raises CodeError
-    for a function that no checkpoint needs, and another Exception for a damaged program."""
+    """What the pickle describes: dicts, lists, tuples, strings, numbers, PickledTensor. Raises
+    CodeError for a function that no checkpoint needs, and another Exception for a damaged program."""
     stacks: list[list[Any]] = [[]]
     memo: dict[int, Any] = {}
     for number, (operation, argument, _) in enumerate(pickletools.genops(program)):
@@ -197,11 +197,11 @@ def _reduce(function: str, arguments: tuple[Any, ...]) -> Any:
         _typed(storage, Storage)
         if storage.dtype is None:
             raise ValueError("its pickle has a tensor without a dtype")
-        return StoredTensor(storage, storage.dtype, offset, shape, strides)
+        return PickledTensor(storage, storage.dtype, offset, shape, strides)
     if function == _TENSOR_V3:  # for dtypes that have no storage class of their own
         storage, offset, shape, strides, _, _, dtype = arguments[:7]
         name = _DTYPES[_typed(dtype, _Name).full]
-        return StoredTensor(_typed(storage, Storage), name, offset, shape, strides)
+        return PickledTensor(_typed(storage, Storage), name, offset, shape, strides)
     if function == _PARAMETER:
-        return _typed(arguments[0], StoredTensor)
+        return _typed(arguments[0], PickledTensor)
     raise CodeError(f"it asks to call {function!r} when it is loaded")

@@ -13,11 +13,11 @@ from torch import Tensor
 from weights.formats.quant_parts import (
     HALVES,
     Module,
-    Stored,
+    StoredMatrix,
     checked_zeros,
     part_of,
     scales_of,
-    unpack,
+    unpack_integers,
 )
 from weights.quant import QuantWeight, pack_nibbles
 
@@ -25,7 +25,7 @@ ENDS = frozenset({"qweight", "qzeros", "scales"})
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def open_stored(module: Module) -> Stored:
+def open_stored(module: Module) -> StoredMatrix:
     """The weight of a module. Raises InputError."""
     packed, k, width = module.matrix("qweight", ("I32",))
     n = width * 8
@@ -48,11 +48,11 @@ def open_stored(module: Module) -> Stored:
         )
         return QuantWeight(pack_nibbles(q), scale, offset, 4, min(size, q.shape[1]))
 
-    return Stored((n, k), scheme, read, 8)
+    return StoredMatrix((n, k), scheme, read, 8)
 
 
 def _in_order(numbers: Tensor) -> Tensor:
     """Unpack int32 [m, n / 8] into uint8 [m, n], in the order of the columns."""
     places = sorted(range(8), key=_ORDER.__getitem__)
-    eights = unpack(numbers, 4).unflatten(-1, (numbers.shape[1], 8))
+    eights = unpack_integers(numbers, 4).unflatten(-1, (numbers.shape[1], 8))
     return eights[..., torch.tensor(places)].flatten(-2)

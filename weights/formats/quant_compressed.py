@@ -19,7 +19,7 @@ from weights.formats.quant_config import MIXED
 from weights.formats.quant_parts import (
     HALVES,
     Module,
-    Stored,
+    StoredMatrix,
     checked_zeros,
     data_of,
     group_of_columns,
@@ -34,7 +34,7 @@ ENDS = frozenset({
 })  # fmt: skip
 
 
-def open_stored(module: Module) -> Stored:
+def open_stored(module: Module) -> StoredMatrix:
     """The weight of a module. Raises InputError."""
     packed = module.config.format == "pack-quantized"
     if module.config.format == MIXED:
@@ -42,7 +42,7 @@ def open_stored(module: Module) -> Stored:
     return _packed(module) if packed else _plain_integers(module)
 
 
-def _packed(module: Module) -> Stored:
+def _packed(module: Module) -> StoredMatrix:
     numbers, n, width = module.matrix("weight_packed", ("I32",))
     dims = part_of(module.part("weight_shape", ("I64", "I32"), (2,)), slice(0, 2)).tolist()
     k = dims[1]
@@ -78,8 +78,8 @@ def _packed(module: Module) -> Stored:
         return QuantWeight(data_of(octets, bits), scale, offset, bits, min(size, width))
 
     if order is None:
-        return Stored((n, k), scheme, read, per)
-    return Stored((n, k), scheme, read, per, group_of_columns(module, "weight_g_idx", groups))
+        return StoredMatrix((n, k), scheme, read, per)
+    return StoredMatrix((n, k), scheme, read, per, group_of_columns(module, "weight_g_idx", groups))
 
 
 def _down(numbers: Tensor, bits: int) -> Tensor:
@@ -89,7 +89,7 @@ def _down(numbers: Tensor, bits: int) -> Tensor:
     return fine.transpose(1, 2).flatten(0, 1).to(torch.int16)
 
 
-def _plain_integers(module: Module) -> Stored:
+def _plain_integers(module: Module) -> StoredMatrix:
     numbers, n, k = module.matrix("weight", ("I8",))
     scales = _scales(module, n)
     groups = scales.shape[1]
@@ -116,7 +116,7 @@ def _plain_integers(module: Module) -> Stored:
         data = part_of(numbers, rows, columns).contiguous()
         return QuantWeight(data, scale, offset, 8, min(size, columns.stop - columns.start))
 
-    return Stored((n, k), scheme, read)
+    return StoredMatrix((n, k), scheme, read)
 
 
 def _scales(module: Module, n: int) -> Entry:

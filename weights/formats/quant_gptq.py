@@ -15,20 +15,20 @@ import torch
 from weights.formats.quant_parts import (
     HALVES,
     Module,
-    Stored,
+    StoredMatrix,
     checked_zeros,
     data_of,
     group_of_columns,
     part_of,
     scales_of,
-    unpack,
+    unpack_integers,
 )
 from weights.quant import QuantWeight
 
 ENDS = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
 
-def open_stored(module: Module) -> Stored:
+def open_stored(module: Module) -> StoredMatrix:
     """The weight of a module. Raises InputError."""
     packed, height, n = module.matrix("qweight", ("I32",))
     scales, groups, _ = module.matrix("scales", HALVES)
@@ -54,7 +54,7 @@ def open_stored(module: Module) -> Stored:
         some = slice(columns.start // size, -(-columns.stop // size))
         octets = part_of(packed, down, rows).t().contiguous().view(torch.uint8)
         across = slice(rows.start // per, rows.stop // per)
-        zero = unpack(part_of(zeros, some, across), bits).t().to(torch.int16)
+        zero = unpack_integers(part_of(zeros, some, across), bits).t().to(torch.int16)
         if module.config.minus_one:
             zero = (zero + 1) & (2 * middle - 1)
         scale, offset = scales_of(
@@ -68,5 +68,5 @@ def open_stored(module: Module) -> Stored:
         )
 
     if order is None or not module.config.reordered:
-        return Stored((n, k), scheme, read, per)
-    return Stored((n, k), scheme, read, per, group_of_columns(module, "g_idx", groups))
+        return StoredMatrix((n, k), scheme, read, per)
+    return StoredMatrix((n, k), scheme, read, per, group_of_columns(module, "g_idx", groups))

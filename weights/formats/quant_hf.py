@@ -21,7 +21,7 @@ from base.errors import InputError
 from weights.checkpoint import Entry, Slices, check_slices
 from weights.formats import quant_awq, quant_compressed, quant_gptq
 from weights.formats.quant_config import MARKS, MIXED, read_quant_config
-from weights.formats.quant_parts import Module, Stored
+from weights.formats.quant_parts import Module, StoredMatrix
 from weights.quant import QuantWeight
 from weights.schemes import MIN_GROUP
 
@@ -67,7 +67,7 @@ def with_quantized(
     return plain
 
 
-def _entry(module: Module, stored: Stored) -> Entry:
+def _entry(module: Module, stored: StoredMatrix) -> Entry:
     """The weight of a module. Its parts may be in several files; `file` is that of the first."""
     n, k = stored.shape
     unit = stored.scheme.group_size or MIN_GROUP
@@ -97,7 +97,7 @@ def _entry(module: Module, stored: Stored) -> Entry:
         whole, top, left = covering(rows, columns)
         return whole.rows(top, top + height).dequantize()[:, left : left + width].contiguous()
 
-    def _reordered(stored: Stored, rows: slice) -> tuple[Tensor, int]:
+    def _reordered(stored: StoredMatrix, rows: slice) -> tuple[Tensor, int]:
         assert stored.order is not None
         whole, top, _ = covering(rows, slice(0, k))
         order = stored.order()

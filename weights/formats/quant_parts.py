@@ -22,7 +22,7 @@ HALVES = ("F16", "BF16", "F32")  # the dtypes of stored scales
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredMatrix:
     """A quantized matrix in a file. For `read(rows, columns)`, rows must start and end at multiples of
     `row_unit` (or the end), and columns must be whole groups (multiples of MIN_GROUP if a row is one
     group). `order()` returns the group of each column, int64 [k]; it is None if groups are in order."""
@@ -107,7 +107,7 @@ def scales_of(
     return fine, offset
 
 
-def unpack(numbers: Tensor, bits: int) -> Tensor:
+def unpack_integers(numbers: Tensor, bits: int) -> Tensor:
     """Unpack int32 [..., n] into uint8 [..., n * 32 / bits], the lowest bits first."""
     octets = numbers.contiguous().view(torch.uint8)
     if bits == 8:

@@ -18,14 +18,14 @@ from weights.formats.folder import assemble, gather
 from weights.formats.safetensors_header import FORM, read_header
 from weights.locate import Source
 from weights.mapped import check_shape, item_size, map_file, plain_entry
-from weights.names import as_stored, translate
+from weights.names import translate, untranslated
 
 
 def open_safetensors(source: Source, translated: bool = True) -> Checkpoint:
     """Open `.safetensors` files with the `config.json` beside them. Without `translated`, entries keep
     the stored names and the stored order of rows. Raises InputError."""
     stored, absent = gather(source, stored_entries)
-    return assemble(source, stored, absent, translate if translated else as_stored)
+    return assemble(source, stored, absent, translate if translated else untranslated)
 
 
 def stored_entries(file: Path) -> dict[str, Entry]:
