@@ -14,7 +14,7 @@ from typing import Any
 from base.errors import InputError
 from engine.dtypes import dtype_name
 from engine.job import parse_job
-from engine.memory import rank_needs
+from engine.memory import Workload, rank_needs
 from models.config import ModelConfig
 from models.families import FAMILIES, Family, family_of
 from models.presets import PRESETS
@@ -102,7 +102,9 @@ def _needs(
     if max_seq_len > config.max_seq_len:
         return {"refused": f"trained for {config.max_seq_len} tokens at most; lower max_seq_len"}
     try:
-        needs = [rank_needs(config, dtype, max_seq_len, r, world_size) for r in range(world_size)]
+        needs = [
+            rank_needs(config, Workload(dtype, max_seq_len), r, world_size) for r in range(world_size)
+        ]
     except InputError as error:
         return {"refused": str(error)}
     total = sum(sum(need.values()) for need in needs)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from base.errors import InputError
+from engine.chunks import CHUNK
 from engine.dtypes import BYTES, dtype_name, kv_dtype_name
 from engine.job import Job, fitted_length
 from engine.resolve import ResolvedJob
@@ -27,46 +28,39 @@ from weights.outline import Outline, StoredWeight, read_outline, same_numbers
 # The interpreter, torch, the compiled code and memory that compiling leaves allocated; measured as a
 # rank's peak resident memory minus its weights and cache (docs/log.md).
 BASE_BYTES = 600 << 20
-CHUNK = 512  # most prompt tokens in one call: with fewer, matmuls are bound by reading the weights
-PADDED_CHUNK = 128  # the same where every call is padded to this length
 _MOST_WEIGHTS = 1 << 18  # bound on the number of weights where the file's are not listed
 MAX_BATCH = 8  # slots, unless the user gives batch=
 
 
-def cache_length(max_seq_len: int, padded: bool) -> int:
-    """Returns how many positions a cache slot needs. Padding of a last chunk is written too, so
-    `padded` adds a chunk."""
-    return max_seq_len + PADDED_CHUNK if padded else max_seq_len
+@dataclass(frozen=True)
+class Workload:
+    """What a model is loaded for: the cache has `num_rows` slots of `max_seq_len` tokens; `guesses` is
+    the most draft tokens that a slot verifies in one call; `held` lists the linears with quantized
+    weights."""
+
+    dtype: str
+    max_seq_len: int
+    num_rows: int = 1
+    kv_dtype: str = "auto"
+    guesses: int = 0
+    held: Collection[Held] = ()
 
 
-def rank_needs(
-    config: ModelConfig,
-    dtype: str,
-    max_seq_len: int,
-    rank: int,
-    world_size: int,
-    num_rows: int = 1,
-    kv_dtype: str = "auto",
-    guesses: int = 0,
-    held: Collection[Held] = (),
-) -> dict[str, int]:
-    """Returns the bytes that one rank holds, by purpose: `weights`, `kv_cache`, `workspace`.
-
-    The cache has `num_rows` slots; `guesses` is the most draft tokens that a slot verifies in one call;
-    `held` lists the linears with quantized weights. Raises InputError if the model cannot be split over
-    `world_size` ranks."""
-    item = BYTES[dtype_name(dtype)]
+def rank_needs(config: ModelConfig, work: Workload, rank: int, world_size: int) -> dict[str, int]:
+    """Returns the bytes that one rank holds, by purpose: `weights`, `kv_cache`, `workspace`. Raises
+    InputError if the model cannot be split over `world_size` ranks."""
+    item, num_rows = BYTES[dtype_name(work.dtype)], work.num_rows
     layout = layout_of(config, rank, world_size)
-    name = kv_dtype_name(kv_dtype, dtype)
+    name = kv_dtype_name(work.kv_dtype, work.dtype)
     # An int8 cache has a float32 scale for each token and head.
     head_bytes = config.head_dim * BYTES[name] + (4 if name == "int8" else 0)
-    kv_cache = 2 * config.num_layers * layout.heads.num_kv * head_bytes * max_seq_len * num_rows
+    kv_cache = 2 * config.num_layers * layout.heads.num_kv * head_bytes * work.max_seq_len * num_rows
     # A chunk's widest activations, twice (input and output), and the gathered logits of all ranks.
     activations = 2 * CHUNK * max(layout.ffn_stop - layout.ffn_start, layout.expert_stop) * 2 * item
-    num_logits = max(2, num_rows, min(num_rows * (1 + guesses), CHUNK))
+    num_logits = max(2, num_rows, min(num_rows * (1 + work.guesses), CHUNK))
     logits = 2 * num_logits * layout.vocab_block * world_size * 4
     return {
-        "weights": weight_bytes(config, layout, item, held),
+        "weights": weight_bytes(config, layout, item, work.held),
         "kv_cache": kv_cache,
         "workspace": BASE_BYTES + activations + logits,
     }
@@ -102,27 +96,20 @@ def job_needs(
     if config is None:
         return []
     job = resolved.job
-    held = _held(resolved, config, outline, world_size)
-    guesses = job.draft_tokens if job.draft else 0
     if max_seq_len is None:
         own = job.engine != "hf"  # with engine=hf the rank reads the limit from transformers' config
         max_seq_len = (
             fitted_length(job, config.max_seq_len, config.stretched_from) if own else job.max_seq_len
         )
-    needs = [
-        rank_needs(
-            config,
-            job.dtype,
-            max_seq_len,
-            rank,
-            world_size,
-            max(job.batch, 1),
-            job.kv_dtype,
-            guesses,
-            held,
-        )
-        for rank in range(world_size)
-    ]
+    work = Workload(
+        job.dtype,
+        max_seq_len,
+        max(job.batch, 1),
+        job.kv_dtype,
+        job.draft_tokens if job.draft else 0,
+        _held(resolved, config, outline, world_size),
+    )
+    needs = [rank_needs(config, work, rank, world_size) for rank in range(world_size)]
     if resolved.draft is not None:
         small = replace(resolved.draft, job=replace(resolved.draft.job, batch=job.batch))
         draft = job_needs(small, world_size, thorough, max_seq_len)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from comm.group import Group
-from engine.memory import CHUNK, PADDED_CHUNK, cache_length
+from engine.chunks import CHUNK, PADDED_CHUNK, cache_length
 from engine.requests import split_prompts
 from kernels.load import has_kernels, last_error
 from models.decoder import Decoder

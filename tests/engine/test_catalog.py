@@ -10,7 +10,7 @@ import pytest
 
 from base.errors import InputError
 from engine.catalog import catalog, select
-from engine.memory import rank_needs
+from engine.memory import Workload, rank_needs
 from launcher.models_view import format_count, model_rows, notes, render
 from models import config_hf
 from models.config import ModelConfig, expected_shapes
@@ -53,7 +53,7 @@ def test_counting_by_kinds_is_exact(name: str) -> None:
     config = SHAPES[name]
     assert num_parameters(config) == sum(map(prod, expected_shapes(config).values()))
     for rank, size in ((0, 1), (0, 3), (2, 3), (1, 4)):
-        needs = rank_needs(config, "bfloat16", 256, rank, size)
+        needs = rank_needs(config, Workload("bfloat16", 256), rank, size)
         assert needs["weights"] == 2 * counted_one_by_one(config, rank, size)
 
 
@@ -109,7 +109,7 @@ def test_what_cannot_run_or_does_not_fit_is_marked() -> None:
     words = ["dtype=float32", "max_seq_len=4096"]
     report = catalog(["gemma-3-1b", "gpt-j-6b", "smollm2-135m"], words, (1, 8), machine_bytes=4 << 30)
     ranks = {model["name"]: model["ranks"] for model in report["models"]}
-    small = rank_needs(PRESETS["smollm2-135m"], "float32", 4096, 0, 1)
+    small = rank_needs(PRESETS["smollm2-135m"], Workload("float32", 4096), 0, 1)
     expected = {"largest_rank": small, "total_bytes": sum(small.values()), "fits": True}
     assert ranks["smollm2-135m"]["1"] == expected
     assert ranks["gemma-3-1b"]["1"]["fits"] is False
