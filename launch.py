@@ -136,7 +136,7 @@ def run(flags: Flags) -> int:
         return _models(flags)
     if flags.sysfs is None:
         require_backend(flags.request.comm)
-    if "device=cuda" in flags.words and flags.request.rank_per is None:
+    if flags.given.get("device") == "cuda" and flags.request.rank_per is None:
         request = replace(flags.request, rank_per="gpu", gpu_word="device=cuda")
         flags = replace(flags, request=request)
     if flags.command == "plan":
@@ -182,15 +182,14 @@ def run(flags: Flags) -> int:
 def _without_prompt(flags: Flags) -> Flags:
     """A generate command without a prompt: a chat at a terminal, else prompts from standard input. At a
     terminal, one that says `generate`, or has keys that a chat does not take, misses its prompt."""
-    keys = {word.partition("=")[0] for word in flags.words}
-    if flags.command != "generate" or keys & {"prompt", "prompts"}:
+    if flags.command != "generate" or flags.given.keys() & {"prompt", "prompts"}:
         return flags
     if not sys.stdin.isatty():
-        return replace(flags, words=[*flags.words, "prompts=-"])
-    words = [word for word in flags.words if word != "chat=true"]
-    if flags.named or not is_interactive() or {word.partition("=")[0] for word in words} & NOT_IN_CHAT:
+        return replace(flags, given=flags.given | {"prompts": "-"})
+    given = {key: text for key, text in flags.given.items() if (key, text) != ("chat", "true")}
+    if flags.named or not is_interactive() or given.keys() & NOT_IN_CHAT:
         return flags
-    return replace(flags, command="chat", words=words)
+    return replace(flags, command="chat", given=given)
 
 
 def _offline(flags: Flags) -> int:
@@ -234,17 +233,16 @@ def _job(flags: Flags, world_size: int) -> ResolvedJob | None:
     """The job with its model located, and checked as far as possible; None for the user's program."""
     if flags.command == "run":
         return None
-    from engine.job import parse_job
+    from engine.job import make_job
     from engine.resolve import check_ranks, resolve
 
     chat = flags.command == "chat"
-    for word in flags.words if chat else ():
-        if word.partition("=")[0] in NOT_IN_CHAT:
+    for key in flags.given if chat else ():
+        if key in NOT_IN_CHAT:
             raise LaunchError(
-                f"{word.partition('=')[0]}= goes with generate; leave it out: chat reads its messages "
-                "from the terminal"
+                f"{key}= goes with generate; leave it out: chat reads its messages from the terminal"
             )
-    job = parse_job(flags.words, need_prompt=flags.command == "generate")
+    job = make_job(flags.given, need_prompt=flags.command == "generate")
     if chat and "max_new_tokens" not in job.given:
         # An answer ends with a stop token, or when the sequence is full.
         job = replace(job, max_new_tokens=job.max_seq_len - 1)
@@ -289,7 +287,7 @@ def _fits(
 def _plan(flags: Flags) -> int:
     topology, plan = _read_and_plan(flags)
     fits: tuple[Fit, ...] = ()
-    if flags.words:
+    if flags.given:
         job = _job(flags, len(plan.ranks))
         assert job is not None
         fits = _fits(flags, job, topology, plan, thorough=True)[1]
@@ -313,7 +311,7 @@ def _models(flags: Flags) -> int:
     limit = read_cgroup(flags.sysfs or Path("/")).memory_limit_bytes
     memory = machine_memory(_topology(flags), limit) or None
     sizes = WORLD_SIZES if ranks is None else (ranks,)
-    report = catalog(flags.names, flags.words, sizes, memory)
+    report = catalog(flags.names, flags.given, sizes, memory)
     if flags.json:
         show_json(report)
     elif sys.stdout.isatty():

@@ -7,13 +7,14 @@ where the ranks would run on a machine (`launch.py plan model=...` shows that fo
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 from base.errors import InputError
 from engine.dtypes import dtype_name
-from engine.job import parse_job
+from engine.job import make_job
 from engine.memory import Workload, rank_needs
 from models.config import ModelConfig
 from models.families import FAMILIES, Family, family_of
@@ -26,25 +27,24 @@ KEYS = ("max_seq_len", "dtype")
 
 def catalog(
     names: Sequence[str] = (),
-    words: Sequence[str] = (),
+    given: Mapping[str, str] = MappingProxyType({}),
     world_sizes: Sequence[int] = WORLD_SIZES,
     machine_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Returns families and their presets, with sizes and memory needs in bytes.
 
-    `names` narrow the list: names, prefixes, or patterns with *. `words` may set `max_seq_len` and
-    `dtype`, as for a job. Raises InputError for a name that matches no preset.
+    `names` narrow the list: names, prefixes, or patterns with *. `given` may have the keys
+    `max_seq_len` and `dtype`, as for a job. Raises InputError for a name that matches no preset.
 
     For each model and world size: `largest_rank`, what the largest rank holds by purpose; `total_bytes`
     of all ranks; `fits`, whether that fits `machine_bytes` (None if not known). Or `refused`: why the
     model cannot run on that many ranks.
     """
-    for word in words:
-        key = word.partition("=")[0]
+    for key, text in given.items():
         if key not in KEYS:
-            raise InputError(f"models takes {'= and '.join(KEYS)}=, not {word!r}")
-    # Parsed like a job's words; the model and max_new_tokens are placeholders.
-    job = parse_job(["model=tiny", "max_new_tokens=1", *words], need_prompt=False)
+            raise InputError(f"models takes {'= and '.join(KEYS)}=, not {f'{key}={text}'!r}")
+    # Checked like a job; the model and max_new_tokens are placeholders.
+    job = make_job({"model": "tiny", "max_new_tokens": "1", **given}, need_prompt=False)
     chosen = select(names)
     models = [
         _describe(name, job.dtype, job.max_seq_len, world_sizes, machine_bytes) for name in chosen

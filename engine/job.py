@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -134,16 +134,22 @@ _CHOICES = {
 
 
 def parse_job(words: Sequence[str], need_prompt: bool = True) -> Job:
-    """Parse and check `key=value` words. Raises InputError that names the key. `need_prompt`: also for
-    words without a prompt."""
-    values: dict[str, str | None] = {}
+    """As `make_job`, from `key=value` words. The last one of a key counts."""
+    values: dict[str, str] = {}
     for word in words:
         key, separator, text = word.partition("=")
         if not separator:
             raise InputError(f"{word!r} is not a flag, a command or key=value; see --help")
+        values[key] = text
+    return make_job(values, need_prompt)
+
+
+def make_job(values: Mapping[str, str], need_prompt: bool = True) -> Job:
+    """Check the keys that were given, with their texts. Raises InputError that names the key.
+    `need_prompt`: also without a prompt."""
+    for key in values:
         if key not in KEYS:
             raise InputError(f"unknown key {key!r}{nearest(key, list(KEYS))}; see --help for all keys")
-        values[key] = text
     if not values.get("model"):
         raise InputError(f"model= is missing: {HELP['model']}")
     if need_prompt and not (values.get("prompt") or values.get("prompts")):
@@ -162,20 +168,20 @@ def parse_job(words: Sequence[str], need_prompt: bool = True) -> Job:
     return job
 
 
-def _typed(values: dict[str, str | None]) -> Job:
+def _typed(values: Mapping[str, str]) -> Job:
     """Convert the values to their keys' types. Strings are taken literally: a prompt may look like YAML
     or like an OmegaConf ${interpolation}, but is neither."""
     texts = {key: value for key, value in values.items() if key in _TEXTS}
     for key in ("prompt", "stop"):
         if texts.get(key):
-            texts[key] = _in_utf8(key, str(texts[key]))
+            texts[key] = _in_utf8(key, texts[key])
     typed = OmegaConf.structured(Job)
     OmegaConf.set_readonly(typed, False)
     for key, value in values.items():
         if key in texts:
             continue
         try:
-            if value is not None and "${" in value:
+            if "${" in value:
                 raise ValueError(value)
             OmegaConf.update(typed, key, None if value in ("", "null") else value)
         except (OmegaConfBaseException, ValueError) as error:

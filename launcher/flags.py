@@ -32,14 +32,16 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class Flags:
-    """The parsed command line. `words` are the `key=value` words; `names` are the words after `models`;
-    `program` are those after `run` or `reshard`; `head` is the command line before the program;
-    `named`: the command was given, not left to its default."""
+    """The parsed command line. `given`: the keys of the job that were given, with their texts (the last
+    one of a key counts); `words`: the same as they were typed, for `quantize`, whose keys are its own.
+    `names` are the words after `models`; `program` are those after `run` or `reshard`; `head` is the
+    command line before the program; `named`: the command was given, not left to its default."""
 
     command: str
     named: bool
     request: LaunchRequest
     options: RunOptions
+    given: dict[str, str]
     words: list[str]
     names: list[str]
     program: list[str]
@@ -191,6 +193,7 @@ def parse_flags(argv: Sequence[str]) -> Flags:
         named=command != "generate" or "generate" in found.words,
         request=_request(found),
         options=_options(found),
+        given={key: text for key, _, text in (word.partition("=") for word in words)},
         words=words,
         names=names,
         program=program,

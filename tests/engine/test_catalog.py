@@ -96,18 +96,18 @@ def test_names_narrow_the_list() -> None:
     assert select(["*-70b"]) == ["llama-70b", "llama-3-70b", "llama-3.1-70b"]
     with pytest.raises(InputError, match=r"no model is called 'lama-7b'; the nearest: llama-7b"):
         select(["lama-7b"])
-    for word, match in (
-        ("seed=1", "takes max_seq_len= and dtype="),
-        ("dtype=int8", "must be one of auto"),
-        ("max_seq_len=many", "must be of type int"),
+    for key, text, match in (
+        ("seed", "1", "takes max_seq_len= and dtype=, not 'seed=1'"),
+        ("dtype", "int8", "must be one of auto"),
+        ("max_seq_len", "many", "must be of type int"),
     ):
         with pytest.raises(InputError, match=match):
-            catalog(words=[word])
+            catalog(given={key: text})
 
 
 def test_what_cannot_run_or_does_not_fit_is_marked() -> None:
-    words = ["dtype=float32", "max_seq_len=4096"]
-    report = catalog(["gemma-3-1b", "gpt-j-6b", "smollm2-135m"], words, (1, 8), machine_bytes=4 << 30)
+    given = {"dtype": "float32", "max_seq_len": "4096"}
+    report = catalog(["gemma-3-1b", "gpt-j-6b", "smollm2-135m"], given, (1, 8), machine_bytes=4 << 30)
     ranks = {model["name"]: model["ranks"] for model in report["models"]}
     small = rank_needs(PRESETS["smollm2-135m"], Workload("float32", 4096), 0, 1)
     expected = {"largest_rank": small, "total_bytes": sum(small.values()), "fits": True}
@@ -122,7 +122,7 @@ def test_what_cannot_run_or_does_not_fit_is_marked() -> None:
     assert "4.0 GiB" in said and "-: gemma-3-1b: 8 ranks for 4" in said
     assert said.count("gpt-j-6b") == 1
     # Where memory cannot be told, nothing is marked.
-    assert "!" not in render(catalog(words=words))
+    assert "!" not in render(catalog(given=given))
 
 
 def test_counts_have_three_digits() -> None:

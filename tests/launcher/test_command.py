@@ -147,3 +147,13 @@ def test_a_misspelt_flag_is_one_message(run_yoke: RunYoke) -> None:
     assert done.returncode == 2
     assert done.stderr == "error: there is no flag --model, did you mean model=llama-8b? See --help\n"
     assert "did you mean 'chat'" in run_yoke("chta", "model=x").stderr
+
+
+def test_the_last_word_of_a_key_counts(run_yoke: RunYoke) -> None:
+    job = ["model=tiny", "weights=random", "prompt=x"]
+    assert parse_flags(["device=cuda", *job, "device=cpu", "seed="]).given == {
+        "device": "cpu", "model": "tiny", "weights": "random", "prompt": "x", "seed": "",
+    }  # fmt: skip
+    done = run_yoke("plan", "--ranks", "1", "device=cuda", *job, "device=cpu")
+    assert done.returncode == 0, done.stderr
+    assert "device=cuda: " in run_yoke("plan", "device=cpu", *job, "device=cuda").stderr
