@@ -1,8 +1,10 @@
-"""Small sysfs and proc trees, written by tests: what a machine tells, as a dict of path to text."""
+"""Small sysfs and proc trees, written by tests: what a machine describes, as a dict of path to text."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 CPU = "sys/devices/system/cpu"
 NODE = "sys/devices/system/node"
@@ -42,6 +44,62 @@ def two_sockets(threads: int = 2, cores: int = 8) -> dict[str, str]:
         files[f"{NODE}/node{node}/cpulist"] = listed(node * cores // 4, (node + 1) * cores // 4 - 1)
         files |= memory(node, 1024 * (node + 1))
     return files
+
+
+class Cpu(NamedTuple):
+    """Where a cpu is: `core` counts within its socket, `l3` numbers the L3 caches of the machine."""
+
+    socket: int
+    node: int
+    core: int
+    l3: int | None = None
+
+
+def machine(cpus: Sequence[Cpu], offline: Collection[int] = ()) -> dict[str, str]:
+    """These cpus, numbered in this order, and 1 GiB on each of their nodes. As in sysfs, an offline cpu
+    has a folder without a topology, and no list names it."""
+    online = [number for number in range(len(cpus)) if number not in offline]
+    files = {f"{CPU}/online": ",".join(map(str, online))}
+
+    def listed(same: Callable[[Cpu], bool]) -> str:
+        return ",".join(str(number) for number in online if same(cpus[number]))
+
+    for number, cpu in enumerate(cpus):
+        folder = f"{CPU}/cpu{number}"
+        files[f"{folder}/online"] = str(int(number in online))
+        if number in offline:
+            continue
+        own, package = cpu[:3], cpu.socket
+        files |= {
+            f"{folder}/topology/physical_package_id": str(package),
+            f"{folder}/topology/core_id": str(cpu.core),
+            f"{folder}/topology/package_cpus_list": listed(lambda other, p=package: other.socket == p),
+            f"{folder}/topology/thread_siblings_list": listed(lambda other, o=own: other[:3] == o),
+        }
+        if cpu.l3 is not None:
+            files |= {
+                f"{folder}/cache/index3/level": "3",
+                f"{folder}/cache/index3/shared_cpu_list": listed(
+                    lambda other, l3=cpu.l3: other.l3 == l3
+                ),
+            }
+    for node in {cpu.node for cpu in cpus}:
+        files[f"{NODE}/node{node}/cpulist"] = listed(lambda other, n=node: other.node == n)
+        files |= memory(node, 2**20)
+    return files
+
+
+def clusters(threads: int = 1, cores: int = 2) -> list[Cpu]:
+    """Two sockets of four sub-NUMA clusters (Intel's SNC 4): each cluster is a memory node of `cores`
+    cores, and the L3 cache is the whole socket's. Second hardware threads are numbered last."""
+    each = [Cpu(core // (4 * cores), core // cores, core % (4 * cores), core // (4 * cores))
+            for core in range(8 * cores)]  # fmt: skip
+    return each * threads
+
+
+def distances(rows: Sequence[Sequence[int]]) -> dict[str, str]:
+    """The table of distances between nodes 0, 1, ..."""
+    return {f"{NODE}/node{node}/distance": " ".join(map(str, row)) for node, row in enumerate(rows)}
 
 
 def sockets_on_nodes(places: list[tuple[int, int]], numa_fake: int = 1) -> dict[str, str]:
