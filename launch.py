@@ -152,7 +152,7 @@ def run(flags: Flags) -> int:
     if place is not None:
         if place.world_size > 1 and is_typed_in_rank(dict(place.variables), os.getpid()):
             raise LaunchError(f"this shell is itself the rank, so this command is not: {place.claim}")
-        job = _job(flags, place.world_size)
+        job = _job(flags, place.world_size, attended=False)
         plan = local_plan(place, flags.request)
         return join(place, plan, flags.options, *_target(flags, job))
     topology, plan = _read_and_plan(flags)
@@ -229,8 +229,9 @@ def _topology(flags: Flags) -> Topology:
     return read_topology(flags.sysfs or Path("/"), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def _job(flags: Flags, world_size: int) -> ResolvedJob | None:
-    """The job with its model located, and checked as far as possible; None for the user's program."""
+def _job(flags: Flags, world_size: int, attended: bool = True) -> ResolvedJob | None:
+    """The job with its model located, and checked as far as possible; None for the user's program.
+    `attended`: a person at the terminal may be asked whether to fetch the model."""
     if flags.command == "run":
         return None
     from engine.job import make_job
@@ -248,7 +249,7 @@ def _job(flags: Flags, world_size: int) -> ResolvedJob | None:
         job = replace(job, max_new_tokens=job.max_seq_len - 1)
     if job.device == "cpu" and flags.request.rank_per == "gpu":
         raise LaunchError("device=cpu contradicts --rank-per gpu: leave one of the two out")
-    resolved = resolve(job)
+    resolved = resolve(job, flags.command == "plan", attended)
     check_ranks(resolved, world_size)
     return resolved
 
@@ -290,6 +291,8 @@ def _plan(flags: Flags) -> int:
     if flags.given:
         job = _job(flags, len(plan.ranks))
         assert job is not None
+        if job.checkpoint is None:
+            plan = replace(plan, reasons=(*plan.reasons, *job.notes))
         fits = _fits(flags, job, topology, plan, thorough=True)[1]
     if flags.json:
         show_json(plan_to_json(topology, plan, fits))

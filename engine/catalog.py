@@ -18,6 +18,8 @@ from engine.job import make_job
 from engine.memory import Workload, rank_needs
 from models.config import ModelConfig
 from models.families import FAMILIES, Family, family_of
+from models.find import cached_models, holds_weights, look_for
+from models.hub import REPOSITORIES
 from models.presets import PRESETS
 from models.sizes import num_active_parameters, num_parameters
 
@@ -38,7 +40,7 @@ def catalog(
 
     For each model and world size: `largest_rank`, what the largest rank holds by purpose; `total_bytes`
     of all ranks; `fits`, whether that fits `machine_bytes` (None if not known). Or `refused`: why the
-    model cannot run on that many ranks.
+    model cannot run on that many ranks. `here`: where its weights are, None if they are not here.
     """
     for key, text in given.items():
         if key not in KEYS:
@@ -54,6 +56,9 @@ def catalog(
         "max_seq_len": job.max_seq_len,
         "dtype": dtype_name(job.dtype),
         "machine_bytes": machine_bytes,
+        "cached": []
+        if names
+        else [name for name in cached_models() if name not in REPOSITORIES.values()],
         "families": [_describe_family(family) for family in families],
         "models": models,
     }
@@ -86,6 +91,8 @@ def _describe(
     return {
         "name": name,
         "family": family_of(name).name,
+        "repository": REPOSITORIES.get(name),
+        "here": _where(name),
         "parameters": parameters,
         "active_parameters": num_active_parameters(config),
         "bfloat16_bytes": 2 * parameters,
@@ -94,6 +101,14 @@ def _describe(
             str(size): _needs(config, dtype, max_seq_len, size, machine_bytes) for size in world_sizes
         },
     }
+
+
+def _where(name: str) -> str | None:
+    try:
+        found = look_for(name)
+    except InputError:  # another revision
+        return None
+    return None if found is None or (found.is_dir() and not holds_weights(found)) else str(found)
 
 
 def _needs(

@@ -33,6 +33,7 @@ class Job:
     prompt: str = ""
     prompts: str = ""
     weights: str = "auto"
+    fetch: bool = False
     engine: str = "auto"
     device: str = "auto"
     max_new_tokens: int = 64
@@ -75,10 +76,11 @@ class Job:
 
 KEYS = tuple(field.name for field in fields(Job) if field.name != "given")
 HELP: dict[str, str] = {
-    "model": "a preset, a .gguf file, a folder of safetensors, or OWNER/NAME in the hub cache",
+    "model": "a preset, a .gguf file, a folder of safetensors, OWNER/NAME or OWNER/NAME:FILE.gguf",
     "prompt": "the text to continue",
     "prompts": "or a file of them, one per line or JSON lines; - is standard input",
     "weights": "auto (find them) or random (the shape of a preset, without weights)",
+    "fetch": "download a model that is not here from the hub; a terminal asks",
     "engine": "auto or yoke (our models), hf (any with a plan in the transformers library)",
     "device": "auto (what the ranks are placed on), cpu or cuda",
     "max_new_tokens": "how many tokens to generate at most",

@@ -6,6 +6,7 @@ Does not import torch. The launcher passes the result to the ranks with `to_json
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from engine.generation import with_defaults
 from engine.job import LOOKUP, Job
 from engine.prompts import Prompt, prompt_from_dict, read_prompts
 from models.config import OVERRIDES, ModelConfig, from_dict, override
-from models.find import find_weights
+from models.config_hf import from_hf
+from models.fetch import obtain, obtain_config
 from models.hf import config as hf_config
 from models.presets import PRESETS
 from models.quant_rules import Quant, ask, check_quant, quant_from_dict
 from tp.heads import check_world_size
-from weights.locate import locate
+from weights.files import read_json
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class ResolvedJob:
     notes: tuple[str, ...] = ()
 
 
-def resolve(job: Job) -> ResolvedJob:
-    """Find the model's dimensions and weights, and read the prompts. Raises InputError that says what
-    is wrong and, for missing weights, how to get them."""
-    found = _resolve_model(job)
+def resolve(job: Job, sizing: bool = False, attended: bool = True) -> ResolvedJob:
+    """Find the model's dimensions and weights, and read the prompts. `sizing`: only the dimensions are
+    needed, and weights that are not here are not fetched. `attended`: a person at the terminal may be
+    asked whether to fetch them. Raises InputError that says what is wrong and, for missing weights, how
+    to get them."""
+    found = _resolve_model(job, "model", sizing, attended)
     job, notes = with_defaults(job, found.checkpoint)
-    found = replace(found, job=job, prompts=read_prompts(job), notes=notes)
+    found = replace(found, job=job, prompts=read_prompts(job), notes=(*found.notes, *notes))
     if job.draft in ("", LOOKUP):
         return found
     # quant= applies to the main model. A draft model keeps its file's quantization, unless quant=none.
@@ -52,7 +56,7 @@ def resolve(job: Job) -> ResolvedJob:
     weights = _draft_weights(job)
     draft = replace(job, model=job.draft, draft="", weights=weights, engine="yoke", quant=quant)
     shapes: dict[str, Any] = dict.fromkeys(OVERRIDES)
-    resolved = _resolve_model(replace(draft, **shapes), "draft")
+    resolved = _resolve_model(replace(draft, **shapes), "draft", sizing, attended)
     _check_vocabularies(found, resolved)
     return replace(found, draft=resolved)
 
@@ -76,7 +80,7 @@ def check_draft(vocab_size: int, draft_vocab_size: int, name: str) -> None:
         )
 
 
-def _resolve_model(job: Job, key: str = "model") -> ResolvedJob:
+def _resolve_model(job: Job, key: str, sizing: bool, attended: bool) -> ResolvedJob:
     """`key`: the key of the command line that named `job.model`, for errors."""
     quant = _quant(job)
     overrides = {key: getattr(job, key) for key in OVERRIDES if getattr(job, key) is not None}
@@ -97,12 +101,41 @@ def _resolve_model(job: Job, key: str = "model") -> ResolvedJob:
             f"{next(iter(overrides))}= changes the shape of the model, but its weights exist in one "
             "shape only; add weights=random"
         )
-    found = find_weights(job.model, key, (LOOKUP,) if key == "draft" else ())
+    others = (LOOKUP,) if key == "draft" else ()
+    if sizing:
+        return _sized(job, key, others)
+    fetch = job.fetch if "fetch" in job.given else None
+    found = obtain(job.model, key, others, fetch, attended)
     if job.engine == "hf":
         hf_config.check_folder(found)
         return ResolvedJob(job, found, None, quant)
-    locate(found)  # refuses incomplete or ambiguous checkpoints before any rank exists
-    return ResolvedJob(job, found, preset, quant)
+    return ResolvedJob(job, found, _preset_of(job, found), quant)
+
+
+def _sized(job: Job, key: str, others: Sequence[str]) -> ResolvedJob:
+    """The job with its weights if they are here, else with the dimensions alone: a preset's, or those
+    of a config.json. Raises InputError if there is neither."""
+    quant = _quant(job)
+    try:
+        found = obtain(job.model, key, others, fetch=False)
+        if job.engine == "hf":
+            hf_config.check_folder(found)
+            return ResolvedJob(job, found, None, quant)
+        return ResolvedJob(job, found, _preset_of(job, found), quant)
+    except InputError:
+        file = obtain_config(job.model, job.fetch)
+        if file is not None and job.engine != "hf":
+            note = f"{key}={job.model}: its weights are not here; its sizes are those of {file}"
+            return ResolvedJob(job, None, from_hf(read_json(file), str(file)), quant, notes=(note,))
+        if job.model not in PRESETS or job.engine == "hf":
+            raise
+        note = f"{key}={job.model}: its weights are not here; its sizes are the preset's"
+        return ResolvedJob(job, None, PRESETS[job.model], quant, notes=(note,))
+
+
+def _preset_of(job: Job, found: Path) -> ModelConfig | None:
+    """The preset's dimensions, for the file that is known to have them. A folder has its own."""
+    return PRESETS.get(job.model) if found.is_file() else None
 
 
 def _quant(job: Job) -> Quant | None:

@@ -15,7 +15,7 @@ EXAMPLES = """
 examples:
   python launch.py --bind-cores-to-rank model=smollm2-135m prompt="The capital of France is"
   python launch.py --ranks 2 chat model=smollm2-135m                       a conversation
-  python launch.py plan --rank-per node model=llama-70b weights=random     does it fit, and where
+  python launch.py plan --rank-per node model=llama-70b                    does it fit, and where
   python launch.py run --bind-cores-to-rank train.py --epochs 3            any torch.distributed script
   torchrun --nproc-per-node 2 launch.py --bind-cores-to-rank model=... prompt=...    srun, mpirun too
 
@@ -82,10 +82,11 @@ begin with [rank N]; lines of two ranks never mix.""",
     "plan": _Page(
         "plan [flags] [model=MODEL key=value ...]",
         """\
-Shows this machine, where the ranks would go, and why; with model=, whether it fits. Starts nothing.""",
+Shows this machine, where the ranks would go, and why; with model=, whether it fits: that needs no
+weights, only a preset's name or a config.json. Starts nothing.""",
         """\
   python launch.py plan --bind-cores-to-rank
-  python launch.py plan --rank-per node model=llama-70b weights=random
+  python launch.py plan --rank-per node model=llama-70b quant=int8
   python launch.py plan --ranks 4 --json
 """,
         sections=("place", "comm", "read"),

@@ -18,7 +18,7 @@ def model_rows(report: dict[str, Any]) -> list[Row]:
     """A title row, then a row for each model. Only the first model of a family names the family."""
     sizes = list(report["models"][0]["ranks"]) if report["models"] else []
     ranks = [f"{size} rank" + "s" * (size != "1") for size in sizes]
-    rows: list[Row] = [("family", "model", "params", "active", "in bf16", *ranks)]
+    rows: list[Row] = [("family", "model", "params", "active", "in bf16", *ranks, "here")]
     family = ""
     for model in report["models"]:
         mixture = model["active_parameters"] != model["parameters"]
@@ -30,6 +30,7 @@ def model_rows(report: dict[str, Any]) -> list[Row]:
                 format_count(model["active_parameters"]) if mixture else "",
                 format_bytes(model["bfloat16_bytes"]),
                 *(_cell(needs) for needs in model["ranks"].values()),
+                "yes" if model["here"] else "",
             )
         )
         family = model["family"]
@@ -58,6 +59,10 @@ def notes(report: dict[str, Any]) -> list[str]:
         "ranks: what the largest rank holds, weights + KV cache + workspace, in "
         f"{report['dtype']} with max_seq_len={report['max_seq_len']}",
     ]
+    if any(not model["here"] for model in report["models"]):
+        lines.append("here: its weights are on this machine; fetch=true downloads others from the hub")
+    if report["cached"]:
+        lines.append(f"also in the hub cache: {', '.join(report['cached'])}")
     if any(model["active_parameters"] != model["parameters"] for model in report["models"]):
         lines.append("active: for a mixture of experts, the parameters that one token uses")
     if any(

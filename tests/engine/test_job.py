@@ -55,8 +55,15 @@ def test_values_are_typed_and_texts_are_kept_as_they_are() -> None:
         (["kv_dtype=bfloat16", "dtype=float32"], "does not go with dtype=float32"),
         (["kv_dtype=int4"], "must be one of auto, float32, bfloat16, float16, int8"),
         (["weights=auto", "model=llama-70b"], "weights=random"),
-        (["weights=auto", "model=no/such-model"], "hf download OWNER/NAME"),
-        (["weights=auto", "model=" + "x" * 5000 + "/y"], "no weights found"),
+        (["weights=auto", "model=llama-70b"], "fetch=true            downloads meta-llama/Llama-2-70b"),
+        (["weights=auto", "model=no/such-model"], "no such path, and it is not in the hub cache"),
+        (["weights=auto", "model=" + "x" * 5000 + "/y"], "no such path"),
+        (
+            ["weights=auto", "model=docs/chatt.md"],
+            "no such file or folder, did you mean '.*docs/chat.md'",
+        ),
+        (["weights=auto", "model=./no/m.gguf"], "no such file or folder, nor the folder no"),
+        (["weights=auto", "model=zzzz"], "neither a preset nor a path. python launch.py models lists"),
     ],
 )
 def test_what_is_wrong_is_named(words: list[str], match: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from base.errors import InputError
 from models.config import ModelConfig, check, from_dict, override
 from models.config_hf import ARCHITECTURES, from_hf
 from models.families import FAMILIES, family_of
+from models.hub import REPOSITORIES, Reference, choose_files, reference_of
 from models.presets import PRESETS
 from models.sizes import num_parameters
 
@@ -232,3 +234,60 @@ def test_overrides() -> None:
         with pytest.raises(InputError, match=match):
             override(PRESETS["llama-7b"], **change)
     assert isinstance(override(PRESETS["tiny"]), ModelConfig)
+
+
+def test_every_preset_is_in_a_repository_of_its_own() -> None:
+    assert set(REPOSITORIES) == set(PRESETS) - {"tiny"}
+    assert len(set(REPOSITORIES.values())) == len(REPOSITORIES)
+    for preset, repository in REPOSITORIES.items():
+        assert reference_of(preset) == Reference(repository) == reference_of(repository)
+        size = re.search(r"-(\d+(?:\.\d+)?)(b|m)\b", preset)  # the name says the same size
+        assert size is None or f"{size[1]}{size[2]}" in repository.lower()
+
+
+def test_what_a_word_means_on_the_hub() -> None:
+    assert reference_of("o/n:q4") == Reference("o/n", "q4")
+    assert reference_of("o/n:a/b-*.gguf") == Reference("o/n", "a/b-*.gguf")
+    for word in (
+        "tiny",
+        "n",
+        "o/n:",
+        "/o/n",
+        "./n",
+        "~/n",
+        "o/n/m",
+        "a/../b",
+        "o/n o",
+        "../n",
+        "o..x/n",
+    ):
+        assert reference_of(word) is None, word
+
+
+def test_files_that_a_model_needs() -> None:
+    own = Reference("o/n")
+    small = ["config.json", "tokenizer.json"]
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index = "model.safetensors.index.json"
+
+    def chosen(*names: str) -> tuple[set[str], set[str], str]:
+        found = choose_files([*small, *names, "README.md", "adapter_model.safetensors", "x/y.bin"], own)
+        return set(found.small) - set(small), set(found.weights), found.index
+
+    assert chosen(*shards, index) == ({index}, set(shards), index)
+    assert chosen(*shards) == (set(), set(shards), "")
+    assert chosen("model.safetensors", "pytorch_model.bin") == (set(), {"model.safetensors"}, "")
+    assert chosen("model.safetensors", index) == (set(), {"model.safetensors"}, "")
+    assert chosen("nn.safetensors", "consolidated.safetensors")[1] == {"nn.safetensors"}
+    assert chosen("pytorch_model.bin", "pytorch_model.bin.index.json")[1] == {"pytorch_model.bin"}
+    parts = [name.replace("model-", "pytorch_model-").replace("safetensors", "bin") for name in shards]
+    assert chosen(*parts, "tf_model.h5")[1] == set(parts)
+    meta = ["consolidated.00.pth", "consolidated.01.pth"]
+    assert chosen(*meta, "params.json") == ({"params.json"}, set(meta), "")
+    assert choose_files(["config.json", "m.gguf"], own).weights == ("m.gguf",)
+    with pytest.raises(
+        InputError, match=r"could mean 2 GGUF files: a\.gguf, b\.gguf; name one, such as o/n"
+    ):
+        choose_files(["a.gguf", "b.gguf"], own)
+    with pytest.raises(InputError, match="o/n on the hub holds no weights in a format that Yoke reads"):
+        choose_files([*small, "flax_model.msgpack"], own)
