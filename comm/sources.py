@@ -10,8 +10,8 @@ What is not here: calling the compiler, and where the result is kept (`build`).
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 SOURCE_DIR = Path(__file__).parent / "csrc"
@@ -21,24 +21,9 @@ COMMON_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-pthread", "-Wall", "-Wextra")
 BRIDGE_FLAGS = ("-O2", *COMMON_FLAGS[1:])
 # Products and sums are not contracted: every instruction set must give the same bits.
 FLAGS = (*COMMON_FLAGS, "-ffp-contract=off")
-# Files for one instruction set; they are run only where the processor has it.
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
-X86_FLAGS: dict[str, tuple[str, ...]] = {
-    "kernels_avx2.cpp": _AVX2,
-    "kernels_avx512.cpp": _AVX512,
-    "kernels_avx512bf16.cpp": (*_AVX512, "-mavx512bf16"),
-    "kernels_amx.cpp": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
-    "attend_avx2.cpp": _AVX2,
-    "attend_avx512.cpp": _AVX512,
-    "quant_avx2.cpp": _AVX2,
-    "quant_avx512.cpp": _AVX512,
-    "quant_avx512vnni.cpp": (*_AVX512, "-mavx512vnni"),
-    "quant_avx512bf16.cpp": (*_AVX512, "-mavx512bf16"),
-    "quant_amx.cpp": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
-    "packed_amx.cpp": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
-    "attend_amx.cpp": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
-}
+# Of files for one instruction set, which are run only where the processor has it.
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 # Each has all before it; what Linux calls the features. The number is YOKE_LEVEL of the sources.
 _LEVELS: tuple[frozenset[str], ...] = (
     frozenset(),
@@ -52,16 +37,30 @@ _LEVEL_OF = {"avx2": 1, "avx512": 2, "avx512bf16": 3, "avx512vnni": 3, "amx": 4}
 
 @dataclass(frozen=True)
 class Extension:
-    """A folder of C++ sources. Those named `ops*.cpp` are operators, and see the bridge.
-    `core_seconds`: what building it takes of one core, about."""
+    """A folder of C++ sources. Those named `ops*.cpp` are operators, and see the bridge. `flags` are
+    those of all files, `x86_flags` what files for one instruction set have besides, by name.
+    `core_seconds`: what building it takes of one core, about. `slowest`: how the names of the files
+    begin that take longest."""
 
     name: str
     source_dir: Path
     flags: tuple[str, ...]
     core_seconds: float
+    x86_flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    slowest: tuple[str, ...] = ()
 
 
-COMM = Extension("yoke_comm", SOURCE_DIR, FLAGS, 30.0)
+COMM = Extension(
+    "yoke_comm",
+    SOURCE_DIR,
+    FLAGS,
+    core_seconds=30.0,
+    x86_flags={
+        "kernels_avx2.cpp": AVX2,
+        "kernels_avx512.cpp": AVX512,
+        "kernels_avx512bf16.cpp": (*AVX512, "-mavx512bf16"),
+    },
+)
 
 
 def level_of(features: Collection[str]) -> int:
@@ -93,10 +92,8 @@ def sources(extension: Extension, level: int) -> list[Path]:
     ]
     if sees_bridge(extension):
         files.append(BRIDGE)
-    return sorted(files, key=lambda path: (not path.name.startswith(_SLOW), path.name))
-
-
-_SLOW = ("bridge", "attend")
+    slowest = ("bridge", *extension.slowest)
+    return sorted(files, key=lambda path: (not path.name.startswith(slowest), path.name))
 
 
 def sees_bridge(extension: Extension) -> bool:
@@ -109,7 +106,7 @@ def source_flags(source: Path, extension: Extension, level: int) -> list[str]:
     if source == BRIDGE:
         return list(BRIDGE_FLAGS)
     x86 = platform.machine() == "x86_64"
-    flags = [*extension.flags, *(X86_FLAGS.get(source.name, ()) if x86 else ())]
+    flags = [*extension.flags, *(extension.x86_flags.get(source.name, ()) if x86 else ())]
     if x86:
         flags.append(f"-DYOKE_LEVEL={level}")
     if level > 0 and source.stem.endswith("_base"):

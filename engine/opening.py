@@ -30,7 +30,8 @@ from engine.memory import keeps_quantized
 from engine.report import build_progress, compile_progress
 from engine.resolve import ResolvedJob, check_draft, check_ranks
 from engine.steps import BEAMS, DECODE, EXTEND, GREEDY, AnyModel, Runner, make_runner, warm_up
-from kernels.load import KERNELS, has_kernels
+from kernels.load import has_kernels
+from kernels.sources import KERNELS
 from models.config import expected_shapes
 from models.decoder import Decoder
 from models.load import config_of, load_model

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +15,10 @@ from torch import Tensor
 
 from comm.build import build_extension
 from comm.errors import BuildError
-from comm.sources import COMMON_FLAGS, Extension
+from kernels.sources import KERNELS
 
-# Loops marked `omp simd` may be summed in any order; nothing looks at errno or floating-point traps.
-_DOWN_NUM_ROWS = 12  # its place among the arguments of gated_mlp after x
-_MATH = ("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
-KERNELS = Extension("yoke_kernels", Path(__file__).parent / "csrc", (*COMMON_FLAGS, *_MATH), 40.0)
+# The places of num_rows among the arguments after x: of quant_linear, and of gated_mlp's down.
+_NUM_ROWS, _DOWN_NUM_ROWS = 5, 12
 
 
 @functools.cache
@@ -65,18 +62,8 @@ def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _fake_quant_linear(
-    x: Tensor,
-    data: Tensor,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    bits: int,
-    group_size: int,
-    num_rows: int,
-    bias: Tensor | None,
-    round_x: bool = False,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], num_rows))
+def _fake_quant_linear(x: Tensor, *others: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], others[_NUM_ROWS]))
 
 
 def _fake_gated_mlp(x: Tensor, *others: Any) -> Tensor:

@@ -20,7 +20,7 @@ from comm import build
 from comm.errors import BuildError
 from comm.sources import BRIDGE, COMM, Extension, level_of, read_level, source_flags, sources
 from engine.report import build_line
-from kernels.load import KERNELS
+from kernels.sources import KERNELS
 
 
 def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
@@ -208,6 +208,9 @@ def test_what_a_processor_cannot_run_is_not_built(
         assert not any(more <= sets for more in wanted[level + 1 :])
         assert BRIDGE.name in made
         assert len(sources(extension, 4)) == len(list(extension.source_dir.glob("*.cpp"))) + 1
+        # A file that is left out somewhere is one that has flags of its own.
+        everywhere = {path.name for path in sources(extension, 0)}
+        assert {path.name for path in sources(extension, 4)} - everywhere == set(extension.x86_flags)
 
 
 def test_all_is_built_where_nobody_can_tell(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from comm.sources import FLAGS, SOURCE_DIR, X86_FLAGS
+from comm.sources import COMM, FLAGS, SOURCE_DIR
 
 HARNESS = Path(__file__).parent / "csrc/harness.cpp"
 # What needs torch, and what needs processes.
@@ -101,7 +101,7 @@ def compile_harness(compiler: str, build: str, folder: Path) -> Path:
     commands, objects = [], []
     sources = [path for path in sorted(SOURCE_DIR.glob("*.cpp")) if path.name not in LEFT_OUT]
     for source in (HARNESS, *sources):
-        own = X86_FLAGS.get(source.name, ()) if for_x86 else ()
+        own = COMM.x86_flags.get(source.name, ()) if for_x86 else ()
         objects.append(str(folder / f"{source.stem}.o"))
         flags = [*FLAGS, "-g1", *own, *BUILDS[build], f"-I{SOURCE_DIR}"]
         commands.append([compiler, *flags, "-c", str(source), "-o", objects[-1]])
