@@ -83,8 +83,8 @@ def cache_folder() -> tuple[Path, str]:
 def cache_candidates() -> list[Path | None]:
     """The folders that `cache_folder` tries, in order. Nothing is made; None: this user has no home."""
     home = cache_home()
-    wished = None if home is None else home / "yoke"
-    return [wished, Path(tempfile.gettempdir()) / f"yoke-{os.geteuid()}"]
+    preferred = None if home is None else home / "yoke"
+    return [preferred, Path(tempfile.gettempdir()) / f"yoke-{os.geteuid()}"]
 
 
 def first_private(folders: Iterable[Path | None]) -> tuple[Path, str]:

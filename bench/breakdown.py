@@ -25,7 +25,7 @@ from engine.steps import Runner, StepFunction
 RECORDED_KERNELS = {"cpp.enable_kernel_profile": True}
 _STEP = "yoke: token step"
 
-PRODUCTS = "matmuls"
+MATMULS = "matmuls"
 ATTENTION = "attention and cache"
 KERNELS = "norms, rope, other kernels"
 OTHERS = "other operators of the step"
@@ -35,20 +35,20 @@ LOOP_OPS = "the loop's operators"
 LOOP = "the loop (Python)"
 WORK, WAIT = "collectives: work", "collectives: wait"
 _COLLECTIVES = "collectives"
-_ORDER = (PRODUCTS, ATTENTION, WORK, WAIT, KERNELS, OTHERS, GUARDS, CALLS, LOOP_OPS, LOOP)
+_ORDER = (MATMULS, ATTENTION, WORK, WAIT, KERNELS, OTHERS, GUARDS, CALLS, LOOP_OPS, LOOP)
 # The parts that make up the overhead of a token, for which there is a limit.
 OVERHEAD = (KERNELS, OTHERS, GUARDS, CALLS, LOOP_OPS, LOOP)
 
 _BY_PREFIX = {
-    "yoke_kernels::linear": PRODUCTS,
-    "yoke_kernels::quant_linear": PRODUCTS,
-    "yoke_kernels::gated_mlp": PRODUCTS,
-    "aten::addmm": PRODUCTS,
-    "aten::mm": PRODUCTS,
-    "aten::bmm": PRODUCTS,
-    "aten::linear": PRODUCTS,
-    "mkldnn::": PRODUCTS,
-    "yoke_models::run_experts": PRODUCTS,
+    "yoke_kernels::linear": MATMULS,
+    "yoke_kernels::quant_linear": MATMULS,
+    "yoke_kernels::gated_mlp": MATMULS,
+    "aten::addmm": MATMULS,
+    "aten::mm": MATMULS,
+    "aten::bmm": MATMULS,
+    "aten::linear": MATMULS,
+    "mkldnn::": MATMULS,
+    "yoke_models::run_experts": MATMULS,
     "yoke_kernels::write_and_attend": ATTENTION,
     "yoke_kernels::attend": ATTENTION,
     "yoke_kernels::write_kv": ATTENTION,

@@ -47,7 +47,7 @@ from weights.schemes import parse_scheme  # noqa: E402
 
 SCHEMES = ("bf16", "int8", "int4-g32", "int4-g128")
 BF16, PACKED = "bf16", "bf16 packed"
-Product = Callable[[torch.Tensor], object]
+Linear = Callable[[torch.Tensor], object]
 
 
 # Linears of up to FEW_ROWS rows run FEW times in a row, each with another weight, as in a decode step.
@@ -60,7 +60,7 @@ class Weights:
     """Copies of one weight, too many for any cache, each as a function that multiplies by it; `nbytes`
     is the size of one copy."""
 
-    products: list[Product]
+    linears: list[Linear]
     nbytes: int
 
 
@@ -96,7 +96,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
     n, k = flags.shape
     schemes = [*SCHEMES, *([PACKED] if flags.packed else [])]
     weights = {scheme: make(scheme, n, k, flags.mib << 20) for scheme in schemes}
-    turns = {scheme: cycle(each.products) for scheme, each in weights.items()}
+    cycles = {scheme: cycle(each.linears) for scheme, each in weights.items()}
     read_from = torch.randn(max(flags.mib << 20, 8 << 20) // 4)
     pieces = cycle(read_from.split(flags.read_mib << 18))
     rows = {m: torch.randn(m, k).bfloat16() for m in flags.rows}
@@ -113,8 +113,8 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
         peaks.append(done / (time.perf_counter() - start))
         for scheme in schemes:
             for m, x in rows.items():
-                several = [next(turns[scheme]) for _ in range(FEW if m <= FEW_ROWS else 1)]
-                took = _timed(lambda: [product(x) for product in several])  # noqa: B023
+                several = [next(cycles[scheme]) for _ in range(FEW if m <= FEW_ROWS else 1)]
+                took = _timed(lambda: [linear(x) for linear in several])  # noqa: B023
                 seconds[scheme][m].append(took / len(several))
     sizes = {scheme: each.nbytes for scheme, each in weights.items()}
     return {"seconds": seconds, "bytes": sizes, "read_per_s": reads, "peak_per_s": peaks}

@@ -24,17 +24,17 @@ def main() -> None:
     llama.llama_backend_init()
     opened = {name: open_context(spec, task) for name, spec in task["variants"].items()}
     system = " ".join(llama.llama_print_system_info().decode().split())
-    tell({"version": llama.__version__, "system": system})
+    report({"version": llama.__version__, "system": system})
     waited = time.process_time()
     for line in sys.stdin:
         idle = time.process_time() - waited
         context, vocab_size = opened[line.strip()]
         found = sample(context, vocab_size, task["prompt"], task["tokens"])
-        tell(found | {"idle_cpu_s": idle})
+        report(found | {"idle_cpu_s": idle})
         waited = time.process_time()
 
 
-def tell(answer: dict[str, Any]) -> None:
+def report(answer: dict[str, Any]) -> None:
     print(json.dumps(answer), flush=True)
 
 

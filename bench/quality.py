@@ -40,7 +40,7 @@ from models.quant_rules import parse_asked  # noqa: E402
 from quantize.calibrate import Settings  # noqa: E402
 from quantize.plan import plan_quantize  # noqa: E402
 from quantize.read_back import read_back  # noqa: E402
-from quantize.report import output_error, products, weight_error  # noqa: E402
+from quantize.report import of_layers, output_error, weight_error  # noqa: E402
 from quantize.run import carry_out  # noqa: E402
 from quantize.texts import WINDOW, read_tokens, spread  # noqa: E402
 from quantize.walk import perplexity_of  # noqa: E402
@@ -62,11 +62,11 @@ ROWS = [f"{variant} {method}" for variant in VARIANTS for method, *_ in METHODS]
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     checkpoint = open_checkpoint(find_weights(options.model))
     config = config_of(checkpoint)
-    judged = read_tokens(options.text, "--text", checkpoint, config).split(WINDOW)
+    evaluated = read_tokens(options.text, "--text", checkpoint, config).split(WINDOW)
     shown = read_tokens(options.calibration, "--calibration", checkpoint, config)
     texts = spread(shown, options.samples, options.sample_len)
-    plain = perplexity_of(checkpoint, config, judged)
-    print(f"float32: perplexity {plain:.3f} of {sum(map(len, judged))} tokens", flush=True)
+    plain = perplexity_of(checkpoint, config, evaluated)
+    print(f"float32: perplexity {plain:.3f} of {sum(map(len, evaluated))} tokens", flush=True)
     rows: list[dict[str, Any]] = []
     asked = options.only or [row for row in ROWS if "/" not in row]
     for name in VARIANTS:
@@ -85,10 +85,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             with tempfile.TemporaryDirectory(prefix="yoke-bench-") as folder:
                 errors = carry_out(plan, Path(folder), search, settings)
                 seconds = time.perf_counter() - start
-                after = perplexity_of(read_back(plan, Path(folder)), plan.config, judged)
+                after = perplexity_of(read_back(plan, Path(folder)), plan.config, evaluated)
             rows.append({
                 "quant": name, "method": method, "perplexity": after, "change": after / plain - 1,
-                "weight_error": weight_error(errors), "output_error": output_error(products(errors)),
+                "weight_error": weight_error(errors), "output_error": output_error(of_layers(errors)),
                 "bytes": plan.total_bytes, "seconds": seconds,
             })  # fmt: skip
             print(line(rows[-1]), flush=True)

@@ -44,7 +44,7 @@ def main(env: RankSettings, payload: str) -> int:
         with all_cores(env.plan.cpus) if env.bind_cores else nullcontext():
             for name in names:
                 quant = PLAIN if name == EAGER else name
-                with products_of(name):
+                with matmuls_of(name):
                     model = load_model(
                         *open_model(task["model"]), group, torch.bfloat16, quant=parse_quant(quant)
                     )
@@ -59,7 +59,7 @@ def main(env: RankSettings, payload: str) -> int:
         for _ in range(task["samples"]):
             read_s.append(_read(bare, group))
             for name, runner in runners.items():
-                with products_of(name):
+                with matmuls_of(name):
                     token_s[name].append(token_seconds(runner, prompt, task["batch"], task["tokens"]))
                     prompt_s[name].append(_prompt(runner, task["prompt"], group))
         if group.rank == 0:
@@ -81,7 +81,7 @@ def main(env: RankSettings, payload: str) -> int:
 
 
 @contextmanager
-def products_of(variant: str) -> Iterator[None]:
+def matmuls_of(variant: str) -> Iterator[None]:
     """In this context, the EAGER variant uses torch's own matmuls; others use Yoke's kernels."""
     if variant != EAGER:
         yield

@@ -154,21 +154,21 @@ def main(gib: float, num_runs: int, where: Path | None) -> int:
                 made = reshard(worker, second, source, folder / "made")
                 clear(folder / "made")
                 times.append((copied, made))
-            copies, mades = [copied for copied, _ in times], [made for _, made in times]
+            copies, reshards = [copied for copied, _ in times], [made for _, made in times]
             ratios = [made / copied for copied, made in times]
             row = {
                 "copy_best_s": min(copies),
                 "copy_median_s": statistics.median(copies),
-                "reshard_best_s": min(mades),
-                "reshard_median_s": statistics.median(mades),
-                "ratio_best": min(mades) / min(copies),
+                "reshard_best_s": min(reshards),
+                "reshard_median_s": statistics.median(reshards),
+                "ratio_best": min(reshards) / min(copies),
                 "ratio_median": statistics.median(ratios),
             }
             results[f"{first}->{second}"] = {key: round(value, 3) for key, value in row.items()}
             print(
                 f"{first:>2} -> {second:<4}"
                 f"{min(copies):6.2f} {statistics.median(copies):6.2f} s"
-                f"{min(mades):9.2f} {statistics.median(mades):6.2f} s"
+                f"{min(reshards):9.2f} {statistics.median(reshards):6.2f} s"
                 f"{row['ratio_best']:8.2f} {row['ratio_median']:6.2f}"
             )
         print(f"(best and median; the limit for the ratio is {LIMIT})")

@@ -72,9 +72,9 @@ def time_to_line(command: list[str]) -> float:
     """Seconds from the start until the rank runs: it prints its time of day."""
     start = time.time()
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    told = re.search(r"\d{9,}\.\d+", result.stdout)
-    assert told is not None, f"no time in {result.stdout!r}"
-    return float(told[0]) - start
+    found = re.search(r"\d{9,}\.\d+", result.stdout)
+    assert found is not None, f"no time in {result.stdout!r}"
+    return float(found[0]) - start
 
 
 def cpu_name() -> str:

@@ -58,17 +58,17 @@ _TIMEOUT_S = 900.0  # for one compiler, and for waiting on another process that 
 @dataclass(frozen=True)
 class BuildProgress:
     """How far a build is: `done` of `total` files after `seconds`. `expected_s`: what it took last
-    time, or an estimate if `guessed`."""
+    time, or an estimate if `estimated`."""
 
     names: str
     done: int
     total: int
     seconds: float
     expected_s: float
-    guessed: bool
+    estimated: bool
 
 
-Tell = Callable[[BuildProgress], None]
+Report = Callable[[BuildProgress], None]
 
 
 def build_extension(extension: Extension = COMM) -> Path:
@@ -78,7 +78,7 @@ def build_extension(extension: Extension = COMM) -> Path:
 
 def build_extensions(
     extensions: Sequence[Extension],
-    tell: Tell = lambda progress: None,
+    report: Report = lambda progress: None,
     cpus: Collection[int] | None = None,
 ) -> list[Path]:
     """Return the paths of the compiled extensions, compiling first what is not there yet.
@@ -91,14 +91,14 @@ def build_extensions(
     libraries = [folder / _file_name(compiler, extension) for extension in extensions]
     if all(map(_is_there, libraries)):
         return libraries
-    with _turn(folder / "build.lock", tell) as lock:
+    with _build_lock(folder / "build.lock", report) as lock:
         missing = [
             (extension, library)
             for extension, library in zip(extensions, libraries, strict=True)
             if not _is_there(library)
         ]
         if missing:
-            _build(compiler, missing, tell, lock, cpus)
+            _build(compiler, missing, report, lock, cpus)
     return libraries
 
 
@@ -181,7 +181,7 @@ def _torch_paths() -> list[str]:
 
 
 @contextmanager
-def _turn(path: Path, tell: Tell) -> Iterator[IO[str]]:
+def _build_lock(path: Path, report: Report) -> Iterator[IO[str]]:
     """Hold the lock `path`, in which the one who holds it writes how far it is."""
     deadline = time.monotonic() + _TIMEOUT_S
     with path.open("a+") as lock:
@@ -195,7 +195,7 @@ def _turn(path: Path, tell: Tell) -> Iterator[IO[str]]:
                 raise BuildError(f"another process has been building for {_TIMEOUT_S:.0f} s ({path})")
             lock.seek(0)
             with suppress(ValueError, TypeError):  # nothing is written yet, or half of it
-                tell(BuildProgress(**json.loads(lock.read())))
+                report(BuildProgress(**json.loads(lock.read())))
             time.sleep(_TICK_S)
         try:
             yield lock
@@ -206,7 +206,7 @@ def _turn(path: Path, tell: Tell) -> Iterator[IO[str]]:
 def _build(
     compiler: list[str],
     missing: Sequence[tuple[Extension, Path]],
-    tell: Tell,
+    report: Report,
     lock: IO[str],
     cpus: Collection[int] | None,
 ) -> None:
@@ -215,19 +215,19 @@ def _build(
     record = folder / f"{names.replace(' ', '-')}.seconds"
     workers = len(cpus or os.sched_getaffinity(0))
     try:
-        expected_s, guessed = float(record.read_text()), False
+        expected_s, estimated = float(record.read_text()), False
     except (OSError, ValueError):
         expected_s = sum(extension.core_seconds for extension, _ in missing) / workers
-        guessed = True
+        estimated = True
     started = time.monotonic()
 
     def note(done: int, total: int) -> None:
-        progress = BuildProgress(names, done, total, time.monotonic() - started, expected_s, guessed)
+        progress = BuildProgress(names, done, total, time.monotonic() - started, expected_s, estimated)
         lock.seek(0)
         lock.truncate()
         lock.write(json.dumps(asdict(progress)))
         lock.flush()
-        tell(progress)
+        report(progress)
 
     # Built beside its final name and moved there whole, so that a killed build leaves nothing loadable.
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as room:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # The messages for a peer that is late, dead or calls another operator: ours (csrc/channel.cpp), gloo's.
-_OWN = re.compile(r"[\w ]+ \(step \d+\): rank \d+ (waited|calls) |this group is broken since: ")
+_OWN = re.compile(r"[\w ]+ \(step \d+\): rank \d+ (waited|calls) |this group failed earlier ")
 _GLOO = re.compile(r"\[[^\]]*/gloo/[^\]]*\] (.*)")
 
 
@@ -35,7 +35,7 @@ class SpaceError(CommError):
 
 
 @contextmanager
-def told(rank: int) -> Iterator[None]:
+def converting_errors(rank: int) -> Iterator[None]:
     """Convert errors that operators raise for a peer that is late, dead or out of step to PeerError."""
     try:
         yield

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from comm import optional
-from comm.errors import BuildError, CommError, told
+from comm.errors import BuildError, CommError, converting_errors
 from comm.shm import first_line, join_segment, load_extension
 from comm.store import SignedStore, agree_on_key, listen_at
 
@@ -73,7 +73,7 @@ class Rendezvous:
 
 
 @dataclass(frozen=True)
-class _Wish:
+class _Options:
     """The arguments of `open_group`."""
 
     rank: int
@@ -109,83 +109,83 @@ def open_group(
     """
     if backend not in BACKENDS:
         raise CommError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
-    wish = _Wish(
+    options = _Options(
         rank, size, rendezvous, timeout_s, label, torch.device(device), switch_bytes, on_fallback
     )
-    if size > 1 and backend.startswith("shm") and not _has_extension(wish):
+    if size > 1 and backend.startswith("shm") and not _has_extension(options):
         backend = "gloo"
-    with told(rank), ExitStack() as stack:
+    with converting_errors(rank), ExitStack() as stack:
         if size == 1:
             yield Group(0, 1)
         elif backend == "shm":
-            yield _open_shm(wish, label, rank, size, stack)
+            yield _open_shm(options, label, rank, size, stack)
         elif backend == "shm+gloo":
-            yield _open_machines(wish, stack)
+            yield _open_machines(options, stack)
         elif backend == "deepspeed":
-            group = _open_torch(wish, "gloo", stack)
+            group = _open_torch(options, "gloo", stack)
             optional.open_deepspeed(rank, size, rendezvous.session, rendezvous.node, group.name)
             yield replace(group, backend="deepspeed")
         else:
             if backend == "ccl":
                 optional.load_ccl()
-            yield _open_torch(wish, backend, stack)
+            yield _open_torch(options, backend, stack)
 
 
-def _has_extension(wish: _Wish) -> bool:
+def _has_extension(options: _Options) -> bool:
     try:
         load_extension()
     except BuildError as error:
         # The ranks of a machine have the same compiler, so either all of them get here or none.
-        if wish.rank == 0:
-            wish.on_fallback(f"using gloo, which is slower, instead of shared memory: {error}")
+        if options.rank == 0:
+            options.on_fallback(f"using gloo, which is slower, instead of shared memory: {error}")
         return False
     return True
 
 
-def _open_shm(wish: _Wish, label: str, rank: int, size: int, stack: ExitStack) -> Group:
-    name = f"yoke-{wish.rendezvous.session}-{label}"
-    handle = join_segment(name, rank, size, wish.timeout_s, wish.switch_bytes)
+def _open_shm(options: _Options, label: str, rank: int, size: int, stack: ExitStack) -> Group:
+    name = f"yoke-{options.rendezvous.session}-{label}"
+    handle = join_segment(name, rank, size, options.timeout_s, options.switch_bytes)
     stack.callback(torch.ops.yoke.shm_close_group, handle)
     return Group(rank, size, "shm", handle=handle)
 
 
-def _open_torch(wish: _Wish, backend: str, stack: ExitStack) -> Group:
+def _open_torch(options: _Options, backend: str, stack: ExitStack) -> Group:
     """Open a torch process group: the default one, or another if that is already open."""
-    timeout = datetime.timedelta(seconds=wish.timeout_s)
+    timeout = datetime.timedelta(seconds=options.timeout_s)
     try:
         if dist.is_initialized():
             group = dist.new_group(backend=backend, timeout=timeout)
         else:
-            store = _open_store(wish, backend, timeout)
+            store = _open_store(options, backend, timeout)
             stack.callback(id, store)  # keeps a reference: torch does not keep the Python part alive
             dist.init_process_group(
                 backend,
                 store=store,
-                rank=wish.rank,
-                world_size=wish.size,
+                rank=options.rank,
+                world_size=options.size,
                 timeout=timeout,
-                device_id=wish.device if wish.device.type == "cuda" else None,
+                device_id=options.device if options.device.type == "cuda" else None,
             )
             group = dist.group.WORLD
     except CommError:
         raise
     except RuntimeError as error:
-        raise CommError(f"rank {wish.rank} could not join {backend}: {first_line(error)}") from error
+        raise CommError(f"rank {options.rank} could not join {backend}: {first_line(error)}") from error
     assert group is not None
     stack.callback(dist.destroy_process_group, group)
-    return Group(wish.rank, wish.size, backend, name=group.group_name)
+    return Group(options.rank, options.size, backend, name=group.group_name)
 
 
-def _open_store(wish: _Wish, backend: str, timeout: datetime.timedelta) -> Any:
-    meeting = wish.rendezvous
+def _open_store(options: _Options, backend: str, timeout: datetime.timedelta) -> Any:
+    meeting = options.rendezvous
     listener = meeting.store_fd
-    hosts = wish.rank == 0 and not meeting.hosted
+    hosts = options.rank == 0 and not meeting.hosted
     if hosts and listener is None:  # by itself, torch would listen at every address
-        listener = listen_at(meeting.address, meeting.port, wish.on_fallback)
+        listener = listen_at(meeting.address, meeting.port, options.on_fallback)
     store: Any = dist.TCPStore(  # type: ignore[attr-defined]
         meeting.address,
         meeting.port,
-        wish.size,
+        options.size,
         is_master=hosts,
         timeout=timeout,
         master_listen_fd=listener,
@@ -193,38 +193,44 @@ def _open_store(wish: _Wish, backend: str, timeout: datetime.timedelta) -> Any:
     if meeting.hosted:  # the store outlives a run, so each run needs its own prefix
         name = f"yoke-{meeting.run or meeting.session}"
         store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-    key = agree_on_key(store, wish.rank, wish.size, (meeting.secret or meeting.session).encode())
+    key = agree_on_key(store, options.rank, options.size, (meeting.secret or meeting.session).encode())
     if backend == "nccl":
         # NCCL's threads read the store at any time, even while Python exits: no Python store here.
         return dist.PrefixStore(key.hex(), store)  # type: ignore[attr-defined]
     return SignedStore(store, key)
 
 
-def _open_machines(wish: _Wish, stack: ExitStack) -> Group:
+def _open_machines(options: _Options, stack: ExitStack) -> Group:
     """Shared memory inside each machine, gloo between their leaders."""
-    world = _open_torch(wish, "gloo", stack)
-    nodes = [torch.zeros(1, dtype=torch.int64) for _ in range(wish.size)]
-    dist.all_gather(nodes, torch.tensor([wish.rendezvous.node]))
+    world = _open_torch(options, "gloo", stack)
+    nodes = [torch.zeros(1, dtype=torch.int64) for _ in range(options.size)]
+    dist.all_gather(nodes, torch.tensor([options.rendezvous.node]))
     machines: dict[int, list[int]] = {}
     for rank, node in enumerate(nodes):
         machines.setdefault(int(node), []).append(rank)
     members = tuple(tuple(ranks) for ranks in machines.values())
-    own = next(ranks for ranks in members if wish.rank in ranks)
+    own = next(ranks for ranks in members if options.rank in ranks)
     if all(len(ranks) == 1 for ranks in members):
         return world
-    place = own.index(wish.rank)
-    label = f"{wish.label}-{wish.rendezvous.node}"
-    local = Group(0, 1) if len(own) == 1 else _open_shm(wish, label, place, len(own), stack)
+    place = own.index(options.rank)
+    label = f"{options.label}-{options.rendezvous.node}"
+    local = Group(0, 1) if len(own) == 1 else _open_shm(options, label, place, len(own), stack)
     first = [ranks[0] for ranks in members]
     # `new_group` is collective: every rank of the world must call it.
-    between = dist.new_group(first, timeout=datetime.timedelta(seconds=wish.timeout_s))
+    between = dist.new_group(first, timeout=datetime.timedelta(seconds=options.timeout_s))
     leaders = None
     if place == 0:
         assert between is not None
         stack.callback(dist.destroy_process_group, between)
-        leaders = Group(first.index(wish.rank), len(first), "gloo", name=between.group_name)
+        leaders = Group(first.index(options.rank), len(first), "gloo", name=between.group_name)
     return Group(
-        wish.rank, wish.size, "shm+gloo", name=world.name, local=local, leaders=leaders, members=members
+        options.rank,
+        options.size,
+        "shm+gloo",
+        name=world.name,
+        local=local,
+        leaders=leaders,
+        members=members,
     )
 
 

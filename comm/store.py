@@ -39,13 +39,13 @@ def agree_on_key(store: Any, rank: int, size: int, secret: bytes) -> bytes:
     """
     own = secrets.token_bytes(_NONCE_BYTES)
     store.set(f"hello/{rank}", own)
-    told = [store.get(f"hello/{each}") for each in range(size)]
-    if told[rank] != own or any(len(nonce) != _NONCE_BYTES for nonce in told):
+    nonces = [store.get(f"hello/{each}") for each in range(size)]
+    if nonces[rank] != own or any(len(nonce) != _NONCE_BYTES for nonce in nonces):
         raise CommError(
             f"rank {rank}: somebody else writes to this run's store: the nonces in it are not what "
             "ranks wrote; run in a private network (docs/security.md)"
         )
-    key = _mac(secret, size.to_bytes(4, "little") + b"".join(told))
+    key = _mac(secret, size.to_bytes(4, "little") + b"".join(nonces))
     store.set(f"proof/{rank}", _mac(key, f"proof/{rank}".encode()))
     for each in range(size):
         if not hmac.compare_digest(store.get(f"proof/{each}"), _mac(key, f"proof/{each}".encode())):

@@ -115,7 +115,7 @@ def find(
         if runner.group.rank == 0:
             beams = advance(search, beams, best_continuations(search, beams, logits, name))
             gone = cancelled()
-        done, parents, tokens = _tell(runner, beams, gone)
+        done, parents, tokens = _broadcast_choice(runner, beams, gone)
         times.append(time.perf_counter())
         if done:
             break
@@ -163,7 +163,7 @@ def best_continuations(
     ]
 
 
-def _tell(runner: Runner, beams: Beams, gone: bool) -> tuple[bool, list[int], list[int]]:
+def _broadcast_choice(runner: Runner, beams: Beams, gone: bool) -> tuple[bool, list[int], list[int]]:
     """Broadcast rank 0's decision: whether the search is over, and each slot's parent beam and token.
     Slots without a beam repeat the first beam, and their results are not used."""
     width = runner.num_rows
@@ -174,6 +174,6 @@ def _tell(runner: Runner, beams: Beams, gone: bool) -> tuple[bool, list[int], li
         running = [*beams.running, *beams.running[:1] * spare]
         if running:
             said[1:] = [*(beam.parent for beam in running), *(beam.tokens[-1] for beam in running)]
-    heard = torch.tensor(said, dtype=torch.int64, device=runner.device)
-    said = ops.broadcast(heard, 0, runner.group).tolist()
+    sent = torch.tensor(said, dtype=torch.int64, device=runner.device)
+    said = ops.broadcast(sent, 0, runner.group).tolist()
     return bool(said[0]), said[1 : 1 + width], said[1 + width :]

@@ -1,7 +1,7 @@
-"""Draft tokens: proposes them by prompt look-up, and decides which are accepted. Pure functions.
+"""Draft tokens: proposes them by prompt lookup, and decides which are accepted. Pure functions.
 
-Prompt look-up (Saxena, "Prompt Lookup Decoding", 2023): tokens that followed the text's last tokens
-earlier may follow them again. It costs nothing, and is right where an answer quotes: summaries, edits,
+Prompt lookup (Saxena, "Prompt Lookup Decoding", 2023): tokens that followed the text's last tokens
+earlier may follow them again. It costs nothing, and works where an answer quotes: summaries, edits,
 code, lists.
 
 Speculative sampling (Leviathan et al., "Fast Inference from Transformers via Speculative Decoding",
@@ -9,7 +9,7 @@ Speculative sampling (Leviathan et al., "Fast Inference from Transformers via Sp
 probability min(1, p(x) / q(x)), where p is the model's distribution. Otherwise it draws a replacement
 from max(0, p - q), normalized. Here draft tokens are deterministic, q(x) = 1: x is accepted with
 probability p(x), and otherwise replaced by a draw from p without x. Drawing a token from p and
-comparing it with x does exactly that, so that is what `judge_drafts` does. It uses the random numbers,
+comparing it with x does exactly that, so that is what `verify_drafts` does. It uses the random numbers,
 penalties and log-probabilities of decoding without drafts, so the text is equal token by token (as far
 as logits do not depend on how many tokens a step has).
 
@@ -57,10 +57,10 @@ def look_up(index: Index, text: Sequence[int], count: int) -> list[int]:
             break
     else:
         return []
-    guess: list[int] = []
+    draft: list[int] = []
     for place in range(start, start + count):
-        guess.append(text[place] if place < len(text) else guess[place - len(text)])
-    return guess
+        draft.append(text[place] if place < len(text) else draft[place - len(text)])
+    return draft
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,16 @@ class Verdict:
     token: int
 
 
-def judge_drafts(
+def verify_drafts(
     sampler: Sampler,
     logits: Tensor,
-    guesses: Mapping[int, Sequence[int]],
+    drafts: Mapping[int, Sequence[int]],
     made: Mapping[int, int],
     keep: Callable[[int, int, Choice], bool],
 ) -> dict[int, Verdict]:
     """Choose the next tokens of each slot while they equal the draft tokens, and one more token.
 
-    logits: float32 [M, vocab_size]; for each slot of `guesses`, in order, the logits after its last
+    logits: float32 [M, vocab_size]; for each slot of `drafts`, in order, the logits after its last
     token and after each of its draft tokens. `made`: tokens that each slot's answer has. Each token is
     chosen and recorded in the sampler before the next position is sampled. `keep(row, token, choice)`
     is called for each token and returns True if the text ends with it. Raises InputError as `choose`
@@ -89,12 +89,12 @@ def judge_drafts(
     """
     num_rows = len(sampler.rows)
     first, total = {}, 0
-    for row, guess in guesses.items():
+    for row, draft in drafts.items():
         first[row] = total
-        total += len(guess) + 1
+        total += len(draft) + 1
     assert total == len(logits)
     verdicts: dict[int, Verdict] = {}
-    going, depth = list(guesses), 0
+    going, depth = list(drafts), 0
     while going:
         places, counts = torch.zeros(2, num_rows, dtype=torch.int64)
         active = torch.zeros(num_rows, dtype=torch.bool)
@@ -102,15 +102,15 @@ def judge_drafts(
             places[row], counts[row], active[row] = first[row] + depth, made[row] + depth, True
         choice = choose(sampler, logits[places], counts, active)
         tokens = choice.tokens.tolist()
-        right = {row for row in going if is_right(guesses[row], depth, tokens[row])}
+        accepted = {row for row in going if is_accepted(drafts[row], depth, tokens[row])}
         ended = {row for row in going if keep(row, tokens[row], choice)}
         for row in going:
-            verdicts[row] = Verdict(depth + (row in right), tokens[row])
-        going = [row for row in going if row in right and row not in ended]
+            verdicts[row] = Verdict(depth + (row in accepted), tokens[row])
+        going = [row for row in going if row in accepted and row not in ended]
         depth += 1
     return verdicts
 
 
-def is_right(guess: Sequence[int], depth: int, token: int) -> bool:
+def is_accepted(draft: Sequence[int], depth: int, token: int) -> bool:
     """Whether `token` equals the draft token at `depth`; False if there is none."""
-    return depth < len(guess) and guess[depth] == token
+    return depth < len(draft) and draft[depth] == token

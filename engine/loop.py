@@ -93,13 +93,13 @@ def generate(
     answers: dict[int, Answer] = {}
     while waiting or any(loop.works):
         _admit(loop, waiting)
-        _look(loop, answers)
+        _synchronize(loop, answers)
         left = [work.max_new_tokens - work.made for work in loop.works if work is not None]
         if not left:
             continue
         for _ in range(min(check_every, max(left))):
             _advance(loop)
-        _look(loop, answers)
+        _synchronize(loop, answers)
     return [answers[i] for i in range(len(requests))]
 
 
@@ -282,7 +282,7 @@ def logprobs_of(choice: Choice | None, row: int, request: Request) -> Logprobs |
     return Logprobs(float(choice.logprobs[row]), tuple(top[0]), tuple(top[1]))
 
 
-def _look(loop: Loop, answers: dict[int, Answer]) -> None:
+def _synchronize(loop: Loop, answers: dict[int, Answer]) -> None:
     """Synchronize: rank 0 broadcasts each slot's number of tokens and whether it has ended. Ended slots
     become free."""
     group, rows = loop.runner.group, loop.rows

@@ -19,7 +19,7 @@ from engine.resolve import ResolvedJob
 from models.config import EMBEDDING, HEAD, ModelConfig
 from models.config_gguf import from_gguf
 from models.config_hf import from_hf
-from models.quant_rules import Held, held_quantized, products_of, weight_bytes
+from models.quant_rules import Held, held_quantized, matmuls_of, weight_bytes
 from models.sizes import layout_of
 from weights.files import read_json
 from weights.locate import locate
@@ -34,15 +34,14 @@ MAX_BATCH = 8  # slots, unless the user gives batch=
 
 @dataclass(frozen=True)
 class Workload:
-    """What a model is loaded for: the cache has `num_rows` slots of `max_seq_len` tokens; `guesses` is
-    the most draft tokens that a slot verifies in one call; `held` lists the linears with quantized
-    weights."""
+    """What a model is loaded for: the cache has `num_rows` slots of `max_seq_len` tokens; each verifies
+    up to `draft_tokens` draft tokens in one call; `held` lists the linears with quantized weights."""
 
     dtype: str
     max_seq_len: int
     num_rows: int = 1
     kv_dtype: str = "auto"
-    guesses: int = 0
+    draft_tokens: int = 0
     held: Collection[Held] = ()
 
 
@@ -57,7 +56,7 @@ def rank_needs(config: ModelConfig, work: Workload, rank: int, world_size: int) 
     kv_cache = 2 * config.num_layers * layout.heads.num_kv * head_bytes * work.max_seq_len * num_rows
     # A chunk's widest activations, twice (input and output), and the gathered logits of all ranks.
     activations = 2 * CHUNK * max(layout.ffn_stop - layout.ffn_start, layout.expert_stop) * 2 * item
-    num_logits = max(2, num_rows, min(num_rows * (1 + work.guesses), CHUNK))
+    num_logits = max(2, num_rows, min(num_rows * (1 + work.draft_tokens), CHUNK))
     logits = 2 * num_logits * layout.vocab_block * world_size * 4
     return {
         "weights": weight_bytes(config, layout, item, work.held),
@@ -132,10 +131,10 @@ def _held(
     with_experts = sum(map(config.has_experts, range(config.num_layers)))
     if config.num_layers + 3 * with_experts * config.num_experts > (len(known) or _MOST_WEIGHTS):
         return []  # the file lacks weights that the config claims; the rank reports which
-    products = products_of(config)
+    matmuls = matmuls_of(config)
     plain = StoredWeight("BF16")
-    stored = {name: known.get(name, plain) for names in products for name in names}
-    return held_quantized(config, products, stored, quant.asked, world_size)
+    stored = {name: known.get(name, plain) for names in matmuls for name in names}
+    return held_quantized(config, matmuls, stored, quant.asked, world_size)
 
 
 def keeps_quantized(job: Job, device: str = "cpu") -> bool:

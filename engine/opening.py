@@ -20,7 +20,7 @@ from base.rank import RankSettings
 from base.streams import say
 from comm import ops
 from comm.build import build_extensions
-from comm.errors import BuildError, told
+from comm.errors import BuildError, converting_errors
 from comm.group import Group, Rendezvous, open_group, set_timeout
 from comm.sources import COMM
 from engine.compiling import compiling, use_cache_folder
@@ -82,7 +82,7 @@ def joined(env: RankSettings) -> Iterator[Group]:
     )  # fmt: skip
     group = opened.__enter__()
     set_timeout(group, START_TIMEOUT_S)
-    with told(env.rank):
+    with converting_errors(env.rank):
         yield group
     # On an error the group stays open until the process ends: if it were closed here, the other ranks
     # would report that this rank is gone before it has reported its error.
@@ -138,10 +138,10 @@ def open_engine(env: RankSettings, resolved: ResolvedJob, group: Group, names: S
             ) from error
         with _code_folder(env) if job.compile else nullcontext():
             ops.barrier(group)
-            with compile_progress(job.compile, enabled=group.rank == 0) as told:
-                compile_s = warm_up(runners[0], names, told)
+            with compile_progress(job.compile, enabled=group.rank == 0) as show:
+                compile_s = warm_up(runners[0], names, show)
                 for runner in runners[1:]:
-                    compile_s += warm_up(runner, (EXTEND, GREEDY), told)
+                    compile_s += warm_up(runner, (EXTEND, GREEDY), show)
             ops.barrier(group)
     set_timeout(group, env.comm_timeout_s)
     return Opened(
@@ -178,11 +178,11 @@ def _build_operators(env: RankSettings) -> None:
     wanted = [COMM] if env.world_size > 1 and env.backend.startswith("shm") else []
     wanted += [KERNELS] if env.plan.device == "cpu" else []
     cpus = {cpu for plan in env.plans for cpu in plan["cpus"]}
-    with suppress(BuildError, OSError), build_progress(enabled=env.rank == 0) as tell:
+    with suppress(BuildError, OSError), build_progress(enabled=env.rank == 0) as report:
         remark = cache_folder()[1]
         if remark and env.rank == 0:
             say(remark)
-        build_extensions(wanted, tell, cpus)
+        build_extensions(wanted, report, cpus)
 
 
 def about_length(
@@ -240,10 +240,10 @@ def _open(resolved: ResolvedJob, group: Group, device: str) -> _Source:
 def _open_own(resolved: ResolvedJob, group: Group, device: str) -> _Source:
     """Open a model that `models` implements, from any checkpoint or with random weights."""
     job = resolved.job
-    tell = say if group.rank == 0 else lambda line: None
+    report = say if group.rank == 0 else lambda line: None
     if resolved.checkpoint is not None:
         checkpoint = open_checkpoint(Path(resolved.checkpoint))
-        config = config_of(checkpoint, group, tell)
+        config = config_of(checkpoint, group, report)
     else:
         assert resolved.config is not None
         config = resolved.config
@@ -254,7 +254,7 @@ def _open_own(resolved: ResolvedJob, group: Group, device: str) -> _Source:
         dtype, quant = _dtype(job.dtype, device), _quant(resolved, device)
         model = load_model(config, checkpoint, group, dtype, progress, device, quant)
         for line in (*checkpoint.notes, *([model.about_quant] if model.about_quant else [])):
-            tell(line)
+            report(line)
         return model
 
     return _Source(checkpoint, config.vocab_size, config.max_seq_len, config.stretched_from, load)

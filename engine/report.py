@@ -64,13 +64,13 @@ def write_summary(result: Result, facts: RunFacts, placement: str) -> None:
     if not result.text.endswith("\n"):
         show("")
     rate = f"{1 / result.tpot_s:.1f} tokens/s" if result.tpot_s else "no rate"
-    guessed = ""
+    acceptance = ""
     if result.drafted:
         share = 100 * result.accepted / result.drafted
-        guessed = f"{result.accepted} of {result.drafted} draft tokens accepted, {share:.0f} % | "
+        acceptance = f"{result.accepted} of {result.drafted} draft tokens accepted, {share:.0f} % | "
     say(
         f"[{result.prompt_tokens} + {result.tokens} tokens | TTFT {result.ttft_s * 1e3:.0f} ms | "
-        f"TPOT {result.tpot_s * 1e3:.1f} ms | {rate} | {guessed}compile {facts.compile_s:.1f} s | "
+        f"TPOT {result.tpot_s * 1e3:.1f} ms | {rate} | {acceptance}compile {facts.compile_s:.1f} s | "
         f"{_numbers(facts)} over {facts.comm} | {placement}]"
     )
 
@@ -136,12 +136,12 @@ def build_progress(enabled: bool) -> Iterator[Callable[[BuildProgress], None]]:
     elif not sys.stderr.isatty():
         said: list[BuildProgress] = []
 
-        def tell(progress: BuildProgress) -> None:
+        def report(progress: BuildProgress) -> None:
             if not said or progress.seconds - said[-1].seconds >= 10 or progress.done == progress.total:
                 said.append(progress)
                 say(build_line(progress))
 
-        yield tell
+        yield report
     else:
         from rich.console import Console
         from rich.progress import Progress as Bar
@@ -157,7 +157,7 @@ def build_line(progress: BuildProgress) -> str:
     """Returns the progress as a line: building yoke_kernels: 7 of 22 files, 12 s (last time 40 s)."""
     expected = (
         f"about {progress.expected_s:.0f} s"
-        if progress.guessed
+        if progress.estimated
         else (f"last time {progress.expected_s:.0f} s")
     )
     return (

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from comm import ops
-from engine.drafts import Index, judge_drafts, look_up
+from engine.drafts import Index, look_up, verify_drafts
 from engine.loop import Watcher, Work, answer_of, begin_of, logprobs_of, take
 from engine.requests import Answer, Request
 from engine.steps import GREEDY, Runner, Span, extend_rows
@@ -61,7 +61,7 @@ def generate(
 ) -> list[Answer]:
     """As `engine.loop.generate`, with up to `draft_tokens` draft tokens for each sequence in a round.
 
-    `draft` runs the draft model, which proposes its greedy tokens; None: prompt look-up. It has as many
+    `draft` runs the draft model, which proposes its greedy tokens; None: prompt lookup. It has as many
     slots as `runner`, of the same length, and the same vocabulary and group. Its cache may lack the
     last tokens of an earlier answer, so it runs every prompt from the start, even where the model's
     cache holds the beginning (`Request.cached`). Raises InputError where logits are not finite.
@@ -78,19 +78,19 @@ def generate(
         for place in range(runner.num_rows):
             if waiting and place not in rows:
                 rows[place] = _admit(*waiting.popleft(), place, sampler)
-        guesses = _guess(runner, rows, draft, draft_tokens)
+        drafts = _propose(runner, rows, draft, draft_tokens)
         spans = [
-            Span(place, row.known, row.text[row.known :] + guesses[place], 1 + len(guesses[place]))
+            Span(place, row.known, row.text[row.known :] + drafts[place], 1 + len(drafts[place]))
             for place, row in rows.items()
         ]
         logits = extend_rows(runner, spans)
         found = [[0, 0, 0]] * runner.num_rows
         if sampler is not None:
-            found = _judge(sampler, logits, guesses, rows, requests, stop_tokens, watcher)
+            found = _verify(sampler, logits, drafts, rows, requests, stop_tokens, watcher)
         found = ops.broadcast(torch.tensor(found, device=runner.device), 0, runner.group).tolist()
         for place, row in list(rows.items()):
             accepted, token, ended = found[place]
-            _move_on(row, guesses[place], accepted, token)
+            _move_on(row, drafts[place], accepted, token)
             if ended:
                 answers[row.work.request] = answer_of(row.work, start)
                 if sampler is not None:
@@ -106,10 +106,10 @@ def _admit(index: int, request: Request, place: int, sampler: Sampler | None) ->
     return DraftedSlot(work, list(request.prompt), begin_of(request))
 
 
-def _judge(
+def _verify(
     sampler: Sampler,
     logits: Tensor,
-    guesses: Mapping[int, Sequence[int]],
+    drafts: Mapping[int, Sequence[int]],
     rows: Mapping[int, DraftedSlot],
     requests: Sequence[Request],
     stop_tokens: frozenset[int],
@@ -124,8 +124,8 @@ def _judge(
         take(work, token, time.perf_counter(), stop_tokens, watcher, logprobs)
         return bool(work.finish)
 
-    verdicts = judge_drafts(
-        sampler, logits, guesses, {place: row.made for place, row in rows.items()}, keep
+    verdicts = verify_drafts(
+        sampler, logits, drafts, {place: row.made for place, row in rows.items()}, keep
     )
     gone = watcher.cancelled()
     found = [[0, 0, 0] for _ in sampler.rows]
@@ -137,19 +137,19 @@ def _judge(
     return found
 
 
-def _move_on(row: DraftedSlot, guess: Sequence[int], accepted: int, token: int) -> None:
+def _move_on(row: DraftedSlot, drafted: Sequence[int], accepted: int, token: int) -> None:
     """Append a round's tokens to the text, and record how much of it the caches hold. The model's cache
     lacks only the new token. The draft model never ran its last draft token, so its cache may lack one
     more."""
-    row.work.drafted += len(guess)
+    row.work.drafted += len(drafted)
     row.work.accepted += accepted
     row.known = len(row.text) + accepted
-    if guess:
-        row.known_to_draft = len(row.text) + min(accepted, len(guess) - 1)
-    row.text += [*guess[:accepted], token]
+    if drafted:
+        row.known_to_draft = len(row.text) + min(accepted, len(drafted) - 1)
+    row.text += [*drafted[:accepted], token]
 
 
-def _guess(
+def _propose(
     runner: Runner, rows: Mapping[int, DraftedSlot], draft: Runner | None, draft_tokens: int
 ) -> dict[int, list[int]]:
     """Draft tokens for every slot. None before the first token, so that it does not come later; never
@@ -160,11 +160,11 @@ def _guess(
         for place, row in rows.items()
     }
     if draft is not None:
-        return _ask(draft, rows, counts)
+        return _propose_greedy(draft, rows, counts)
     return {place: look_up(row.index, row.text, counts[place]) for place, row in rows.items()}
 
 
-def _ask(
+def _propose_greedy(
     draft: Runner, rows: Mapping[int, DraftedSlot], counts: Mapping[int, int]
 ) -> dict[int, list[int]]:
     """The draft model's next `counts` greedy tokens for each slot.
@@ -174,20 +174,20 @@ def _ask(
     position that its cache does not hold: what is written there is overwritten before anything attends
     to it. Raises InputError on every rank where the draft model's logits are not finite (`ops.argmax`).
     """
-    asked = [place for place, count in counts.items() if count]
-    guesses: dict[int, list[int]] = {place: [] for place in counts}
-    if not asked:
-        return guesses
+    drafting = [place for place, count in counts.items() if count]
+    drafts: dict[int, list[int]] = {place: [] for place in counts}
+    if not drafting:
+        return drafts
     spans = [
         Span(place, rows[place].known_to_draft, rows[place].text[rows[place].known_to_draft :])
-        for place in asked
+        for place in drafting
     ]
     first = ops.whole_argmax(extend_rows(draft, spans))
     tokens, positions, left = torch.zeros(3, draft.num_rows, dtype=torch.int64, device=draft.device)
     for place, row in rows.items():
         positions[place] = len(row.text) if counts[place] else row.known_to_draft
         left[place] = counts[place]
-    tokens[asked] = first
+    tokens[drafting] = first
     made = [tokens]
     # Separate tensors: two that share memory would need another graph.
     tokens, positions = tokens.clone(), positions.clone()
@@ -197,9 +197,9 @@ def _ask(
         tokens = torch.where(going, draft.steps[GREEDY](tokens.clamp(min=0), positions), tokens)
         positions = positions + going
         made.append(tokens)
-    for place, *guess in zip(range(draft.num_rows), *torch.stack(made).tolist(), strict=True):
-        if place in guesses:
-            guesses[place] = guess[: counts[place]]
-            if (worst := min(guesses[place], default=0)) < 0:
+    for place, *drafted in zip(range(draft.num_rows), *torch.stack(made).tolist(), strict=True):
+        if place in drafts:
+            drafts[place] = drafted[: counts[place]]
+            if (worst := min(drafts[place], default=0)) < 0:
                 raise not_finite(ops.value_of(worst), f"the draft model for {rows[place].work.name}")
-    return guesses
+    return drafts

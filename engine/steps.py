@@ -171,7 +171,7 @@ def _compiled(name: str, step: StepFunction, own: bool, on_gpu: bool, in_cpp: bo
         if in_cpp:
             options |= _CALLED_IN_CPP
         quick = torch.compile(step, fullgraph=True, dynamic=dynamic, options=options)
-        return _telling(quick) if in_cpp else quick
+        return _with_reason(quick) if in_cpp else quick
     # One CUDA graph, collectives included: launching each kernel would take longer than the kernels.
     recorded = torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
@@ -183,7 +183,7 @@ def _compiled(name: str, step: StepFunction, own: bool, on_gpu: bool, in_cpp: bo
     return replay
 
 
-def _telling(step: StepFunction) -> StepFunction:
+def _with_reason(step: StepFunction) -> StepFunction:
     """Wrap a step so that its errors give the reason: the generated C++ says only which call failed."""
 
     def call(*inputs: Tensor) -> Tensor:

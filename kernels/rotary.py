@@ -26,14 +26,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Rotate the first r numbers of each head: x [..., heads, h] -> the same shape and dtype; cos and
     sin [..., r / 2]. Computed in float32 and rounded once."""
     size = 2 * cos.shape[-1]
-    turned, kept = x[..., :size].float(), x[..., size:]
+    rotated, kept = x[..., :size].float(), x[..., size:]
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     if interleaved:
-        first, second = turned[..., 0::2], turned[..., 1::2]
+        first, second = rotated[..., 0::2], rotated[..., 1::2]
         pairs = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        turned = pairs.flatten(-2)
+        rotated = pairs.flatten(-2)
     else:
-        first, second = turned.chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    turned = turned.to(x.dtype)
-    return turned if size == x.shape[-1] else torch.cat((turned, kept), dim=-1)
+        first, second = rotated.chunk(2, dim=-1)
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    rotated = rotated.to(x.dtype)
+    return rotated if size == x.shape[-1] else torch.cat((rotated, kept), dim=-1)

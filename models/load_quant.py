@@ -26,7 +26,7 @@ from models.quant_rules import (
     Quant,
     check_quant,
     held_quantized,
-    product_scheme,
+    matmul_scheme,
 )
 from tp.layers import Linear
 from weights.checkpoint import Checkpoint, Entry, Slices
@@ -86,7 +86,7 @@ def _check_asked(checkpoint: Checkpoint, names: tuple[str, ...], asked: Asked) -
     """Raise InputError where weights would be rounded a second time with a loss. Rounding to 8 bits
     loses little for 8-bit weights and GGUF's finer formats; a 4-bit head is kept if 8 bits are asked
     for."""
-    wanted = product_scheme(names, asked)
+    wanted = matmul_scheme(names, asked)
     is_head = names[0] in (HEAD, EMBEDDING)
     for part in (checkpoint.entries[name] for name in names):
         if wanted is None or is_plain(part.stored_as) or part.scheme == wanted:
@@ -106,14 +106,14 @@ def read_layer(planned: PackedLayer, slices: Sequence[Slices]) -> QuantWeight:
 
 
 def read_experts(
-    planned: PackedLayer, slices: Sequence[Slices], told: Callable[[], None] = lambda: None
+    planned: PackedLayer, slices: Sequence[Slices], on_expert: Callable[[], None] = lambda: None
 ) -> Iterator[QuantWeight]:
-    """As `read_layer`, for each expert of a stack in turn; `told` is called after each expert."""
+    """As `read_layer`, for each expert of a stack in turn; `on_expert` is called after each expert."""
     assert isinstance(planned.layer, ExpertStack)
     size = len(planned.entries) // planned.layer.num_experts
     for i in range(0, len(planned.entries), size):
         yield _read(planned, planned.entries[i : i + size], slices[i : i + size])
-        told()
+        on_expert()
 
 
 def _read(planned: PackedLayer, entries: Sequence[Entry], slices: Sequence[Slices]) -> QuantWeight:
@@ -153,7 +153,7 @@ def summary(planned: Sequence[PackedLayer], linears: Sequence[tuple[Holder, tupl
         return ""
     held = {id(each.layer) for each in planned}
     counts = Counter(each.scheme.name for each in planned)
-    told = [f"{count} of {name}" for name, count in counts.most_common()]
+    parts = [f"{count} of {name}" for name, count in counts.most_common()]
     entries = checkpoint.entries
     undone: Counter[str] = Counter()
     rounded: Counter[str] = Counter()
@@ -165,11 +165,11 @@ def summary(planned: Sequence[PackedLayer], linears: Sequence[tuple[Holder, tupl
         kinds = {entry.stored_as for entry in each.entries if not is_plain(entry.stored_as)}
         if kinds and not each.kept:
             rounded["/".join(sorted(kinds))] += 1
-    told += [f"{count} dequantized ({kind})" for kind, count in undone.items()]
-    told += [f"{count} rounded again ({kind})" for kind, count in rounded.items()]
+    parts += [f"{count} dequantized ({kind})" for kind, count in undone.items()]
+    parts += [f"{count} rounded again ({kind})" for kind, count in rounded.items()]
     if quant.asked is None and not undone:
         return ""  # all weights are kept as stored
-    return f"layers: {', '.join(told)}" if told else ""
+    return f"layers: {', '.join(parts)}" if parts else ""
 
 
 def name_of(planned: Sequence[PackedLayer]) -> str:

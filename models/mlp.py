@@ -241,11 +241,11 @@ def _expert(
     activation: str,
 ) -> Tensor:
     """One expert's MLP: [M, D] -> [M, D]."""
-    gate, up = _product(x, expert, gate_up, up_form).chunk(2, dim=-1)
-    return _product(ACTIVATIONS[activation](gate) * up, expert, down, down_form)
+    gate, up = _matmul(x, expert, gate_up, up_form).chunk(2, dim=-1)
+    return _matmul(ACTIVATIONS[activation](gate) * up, expert, down, down_form)
 
 
-def _product(x: Tensor, expert: int, held: list[Tensor], form: list[int]) -> Tensor:
+def _matmul(x: Tensor, expert: int, held: list[Tensor], form: list[int]) -> Tensor:
     if not form:
         return F.linear(x, held[0][expert])
     bits, group_size, num_rows, round_x = form

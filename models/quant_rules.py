@@ -119,7 +119,7 @@ def is_linear(name: str) -> bool:
 
 
 @cache
-def products_of(config: ModelConfig) -> tuple[tuple[str, ...], ...]:
+def matmuls_of(config: ModelConfig) -> tuple[tuple[str, ...], ...]:
     """The matmuls of a model that may be quantized, each as the names of its weights: several names if
     weights are fused, and those of all experts of a layer, which form one stack. A tied head has the
     embedding's name."""
@@ -135,19 +135,19 @@ def products_of(config: ModelConfig) -> tuple[tuple[str, ...], ...]:
 
 def held_quantized(
     config: ModelConfig,
-    products: Sequence[tuple[str, ...]],
+    matmuls: Sequence[tuple[str, ...]],
     stored: Mapping[str, StoredAs],
     asked: Asked | None,
     world_size: int,
 ) -> list[Held]:
-    """The matmuls among `products` that hold quantized weights: those that stay as the file `stored`
+    """The matmuls among `matmuls` that hold quantized weights: those that stay as the file `stored`
     them and, if schemes are `asked` for, those that are rounded to them. A matmul has one scheme: where
     a file mixes schemes, its weights are dequantized. So is a head that is asked to be plain."""
     shapes = expected_shapes(config)
-    file_is_plain = all(is_plain(stored[name].stored_as) for names in products for name in names)
+    file_is_plain = all(is_plain(stored[name].stored_as) for names in matmuls for name in names)
     held = []
-    for names in products:
-        wanted = None if asked is None else product_scheme(names, asked)
+    for names in matmuls:
+        wanted = None if asked is None else matmul_scheme(names, asked)
         if asked is not None and wanted is None:
             continue
         parts = [stored[name] for name in names]
@@ -170,8 +170,8 @@ def scheme_for(name: str, asked: Asked) -> Scheme | None:
     return asked.head if name == HEAD else asked.layers if is_linear(name) else None
 
 
-def product_scheme(names: tuple[str, ...], asked: Asked) -> Scheme | None:
-    """As `scheme_for`, for one of `products_of`. The embedding there stands for the tied head."""
+def matmul_scheme(names: tuple[str, ...], asked: Asked) -> Scheme | None:
+    """As `scheme_for`, for one of `matmuls_of`. The embedding there stands for the tied head."""
     return scheme_for(HEAD if names == (EMBEDDING,) else names[0], asked)
 
 

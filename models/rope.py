@@ -50,9 +50,11 @@ def frequencies(rope: Rope, head_dim: int, length: int) -> Tensor:
 
 def _llama3(rope: Rope, plain: Tensor) -> Tensor:
     """Low frequencies are divided by the factor, high ones kept, those between are blended."""
-    turns = rope.original_max_seq_len * plain / (2 * math.pi)  # full turns within the trained length
+    rotations = (
+        rope.original_max_seq_len * plain / (2 * math.pi)
+    )  # full rotations within the trained length
     low, high = rope.low_freq_factor, rope.high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    kept = ((rotations - low) / (high - low)).clamp(0, 1)
     return plain * kept + plain / rope.factor * (1 - kept)
 
 
@@ -60,9 +62,9 @@ def _yarn(rope: Rope, plain: Tensor) -> Tensor:
     """As `_llama3`, with a blend that is linear in the index of the frequency."""
     dim = 2 * len(plain)
 
-    def index(turns: float) -> float:
-        """The index of the frequency that makes `turns` full turns within the trained length."""
-        ratio = rope.original_max_seq_len / (turns * 2 * math.pi)
+    def index(rotations: float) -> float:
+        """The index of the frequency that makes `turns` full rotations within the trained length."""
+        ratio = rope.original_max_seq_len / (rotations * 2 * math.pi)
         return dim * math.log(ratio) / (2 * math.log(rope.theta))
 
     first, last = index(rope.beta_fast), index(rope.beta_slow)

@@ -27,7 +27,7 @@ from weights.quant import QuantWeight
 from weights.schemes import Scheme
 
 # A block's linears, in the order in which a token passes them.
-PRODUCTS = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.up", "mlp.down")
+LINEARS = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.up", "mlp.down")
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,15 @@ def quantize_block(
     """Quantize the linears of a block in place, one after the other. Yields the errors and the
     quantized form of each weight. Raises InputError."""
     found = dict(block.named_modules())
-    for path in PRODUCTS:
+    for path in LINEARS:
         if path not in found:
             continue
-        product = found[path]
-        assert isinstance(product, ColumnLinear | RowLinear)
+        linear = found[path]
+        assert isinstance(linear, ColumnLinear | RowLinear)
         names = [f"model.layers.{index}.{part}.weight" for part in PARTS[path]]
-        sizes = product.parts if isinstance(product, ColumnLinear) else product.weight.shape[:1]
-        inputs = walk.inputs(block, product)
-        yield from _quantize(product.weight, dict(zip(names, sizes, strict=True)), inputs, settings)
+        sizes = linear.parts if isinstance(linear, ColumnLinear) else linear.weight.shape[:1]
+        inputs = walk.inputs(block, linear)
+        yield from _quantize(linear.weight, dict(zip(names, sizes, strict=True)), inputs, settings)
     for module in block.modules():
         if isinstance(module, Experts):
             prefix = f"model.layers.{index}.mlp.experts"
@@ -101,7 +101,7 @@ def _quantize(
     weight without inputs is rounded to the nearest."""
     hessian = hessian_of(inputs, weight.shape[1])
     try:
-        quantized, values = quantize_product(weight, hessian, settings)
+        quantized, values = quantize_matrix(weight, hessian, settings)
     except InputError as error:
         raise InputError(f"{next(iter(sizes))}: {error}") from error
     change = values - weight
@@ -128,7 +128,7 @@ def hessian_of(inputs: Iterator[Tensor], size: int) -> Tensor | None:
     return hessian / count if count else None
 
 
-def quantize_product(
+def quantize_matrix(
     weight: Tensor, hessian: Tensor | None, settings: Settings
 ) -> tuple[QuantWeight, Tensor]:
     """Quantize a weight float32 [n, k]; returns it and its dequantized values. Without a `hessian` it

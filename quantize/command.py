@@ -70,10 +70,12 @@ def run(job: QuantizeJob) -> None:
     for line in checkpoint.notes:
         say(line)
     note(checkpoint.path, {entry.stored_as for entry in checkpoint.entries.values() if entry.block > 1})
-    judged = calibration = None
+    evaluated = calibration = None
     if job.perplexity:
-        judged = list(read_tokens(job.perplexity, "perplexity", checkpoint, plan.config).split(WINDOW))
-        judged = [text for text in judged if len(text) > 1]
+        evaluated = list(
+            read_tokens(job.perplexity, "perplexity", checkpoint, plan.config).split(WINDOW)
+        )
+        evaluated = [text for text in evaluated if len(text) > 1]
     if uses_gptq(job):
         tokens = read_tokens(job.calibration, "calibration", checkpoint, plan.config)
         settings = Settings(plan.scheme, searches(job), job.damp, job.order == "act")
@@ -84,10 +86,10 @@ def run(job: QuantizeJob) -> None:
             errors = carry_out(plan, partial, searches(job), calibration, progress)
         seconds = time.perf_counter() - start
         before = after = None
-        if judged is not None:
+        if evaluated is not None:
             say("measuring perplexity")
-            before = perplexity_of(plan.checkpoint, plan.config, judged)
-            after = perplexity_of(read_back(plan, partial), plan.config, judged)
+            before = perplexity_of(plan.checkpoint, plan.config, evaluated)
+            after = perplexity_of(read_back(plan, partial), plan.config, evaluated)
     report = reports.Report(
         str(out),
         plan.scheme.name,

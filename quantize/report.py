@@ -51,12 +51,12 @@ def output_error(errors: Sequence[Errors]) -> float | None:
     )
 
 
-def unmet(report: Report) -> list[str]:
+def unrouted(report: Report) -> list[str]:
     """The names of the experts' weights that no token of the calibration text was routed to; they were
     rounded to the nearest."""
     if report.method != "gptq":
         return []
-    return [one.name for one in products(report.errors) if one.output_error is None]
+    return [one.name for one in of_layers(report.errors) if one.output_error is None]
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -71,8 +71,8 @@ def to_json(report: Report) -> dict[str, Any]:
         "bytes_after": report.bytes_after,
         "seconds": report.seconds,
         "weight_error": weight_error(report.errors),
-        "output_error": output_error(products(report.errors)),
-        "rounded_experts": unmet(report),
+        "output_error": output_error(of_layers(report.errors)),
+        "rounded_experts": unrouted(report),
         "perplexity_before": report.perplexity_before,
         "perplexity_after": report.perplexity_after,
         "weights": [
@@ -82,7 +82,7 @@ def to_json(report: Report) -> dict[str, Any]:
     }
 
 
-def products(errors: Sequence[Errors]) -> list[Errors]:
+def of_layers(errors: Sequence[Errors]) -> list[Errors]:
     """The errors of the layers' weights, without the head: the head is always rounded to the nearest,
     without calibration."""
     return [one for one in errors if _layer(one) is not None]
@@ -95,7 +95,7 @@ def _layer(errors: Errors) -> int | None:
 
 def rows(errors: Sequence[Errors]) -> tuple[list[str], list[list[str]]]:
     """The table's header, and its rows: one for each layer, and one for all weights."""
-    calibrated = output_error(products(errors)) is not None
+    calibrated = output_error(of_layers(errors)) is not None
     measures: list[tuple[str, Callable[[Sequence[Errors]], float | None]]] = [("weight", weight_error)]
     if calibrated:
         measures.append(("output", output_error))
@@ -139,7 +139,7 @@ def show(report: Report) -> None:
         if _layer(one) is None:
             name = one.name.removesuffix(".weight")
             console.print(f"{name}: {report.head}, {_percent(weight_error([one]))}")
-    if few := unmet(report):
+    if few := unrouted(report):
         console.print(
             f"{len(few)} weights of experts that no token of the calibration text was routed to were "
             "rounded to the nearest; a longer text reaches more experts"

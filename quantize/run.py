@@ -51,7 +51,7 @@ def carry_out(
         places = {name: files[file] for file, held in plan.files.items() for name in held.shapes}
         done, total = 0, sum(prod(shape) for shape in plan.shapes.values())
         unreleased, found = 0, []
-        for name, tensors, errors in _products(plan, search, calibration):
+        for name, tensors, errors in _weights(plan, search, calibration):
             for stored, tensor in tensors.items():
                 places[stored].write(stored, iter((tensor.contiguous(),)))
             if errors is not None:
@@ -73,7 +73,7 @@ def carry_out(
     return found
 
 
-def _products(
+def _weights(
     plan: Plan, search: bool, calibration: tuple[Settings, Sequence[Tensor]] | None
 ) -> Iterator[tuple[str, dict[str, Tensor], Errors | None]]:
     """Each weight of the model: its name, the tensors that it is stored as, and its errors (None if it

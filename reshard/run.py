@@ -114,14 +114,14 @@ def write(
     lock, stop = threading.Lock(), threading.Event()
     files: dict[str, SafetensorsFile] = {}
 
-    def told(size: int) -> None:
+    def on_written(size: int) -> None:
         nonlocal done
         with lock:
             done += size
             progress(done, total)
 
     def run(output: Output) -> str:
-        return files[output.file].write(output.name, pieces_of(output), told)
+        return files[output.file].write(output.name, pieces_of(output), on_written)
 
     def pieces_of(output: Output) -> Iterator[Tensor]:
         for piece in output.pieces:

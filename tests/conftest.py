@@ -27,7 +27,7 @@ os.environ.pop("PYTHONUNBUFFERED", None)
 # A shell that starts the tests in the background has them ignore Ctrl-C, and with them what they start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# All that is started from here can be told from what other runs have started.
+# This distinguishes everything that is started here from what other runs have started.
 os.environ.update([MARK])
 
 

@@ -56,7 +56,7 @@ class ColumnLinear(nn.Module):
         self.bias = _parameter(sum(parts)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return _product(self, x)
+        return _matmul(self, x)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """`forward(x)`, split into the outputs of the fused weights."""
@@ -77,7 +77,7 @@ class RowLinear(nn.Module):
         self.bias = _parameter(out_features) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return _product(self, x)
+        return _matmul(self, x)
 
 
 class VocabEmbedding(nn.Module):
@@ -129,7 +129,7 @@ class LMHead(nn.Module):
 
     def local(self, x: Tensor) -> Tensor:
         """This rank's logits: [..., dim] -> [..., block], including those past the vocabulary."""
-        return _product(self, x)
+        return _matmul(self, x)
 
     def forward(self, x: Tensor) -> Tensor:
         local = self.local(x)
@@ -211,7 +211,7 @@ def packed_of(layer: Linear) -> Packed | None:
     return Packed(data, scale, offset, bits, group_size, num_rows)
 
 
-def _product(layer: Linear, x: Tensor) -> Tensor:
+def _matmul(layer: Linear, x: Tensor) -> Tensor:
     packed = packed_of(layer)
     if layer.packing is None or packed is None:
         return linear(x, layer.weight, layer.bias)

@@ -1,4 +1,4 @@
-// The only file that sees torch: tensor.h says what for. It is compiled once, for all extensions.
+// The only file that includes torch's headers; tensor.h says why. It is compiled once, for all extensions.
 #include "tensor.h"
 
 #include <ATen/EmptyTensor.h>
@@ -17,13 +17,13 @@
 
 namespace yoke {
 
-// What an operator has returned.
+// The results of an operator.
 struct Made {
   c10::IValue values[2];
   std::size_t count = 0;
 };
 
-// Between torch's tensors and ours.
+// Converts between torch's tensors and ours.
 struct Bridge {
   static void view(const at::Tensor& from, Tensor& to) {
     to.impl_ = from.unsafeGetTensorImpl();
@@ -134,7 +134,7 @@ void Results::add(const std::vector<std::string>& values) {
 
 namespace {
 
-// torch calls operators with a stack of values that know what they are.
+// torch calls operators with a stack of typed values.
 struct Boxed : c10::OperatorKernel {
   Operator called;
   explicit Boxed(const Operator& called) : called(called) {}
@@ -169,7 +169,7 @@ torch::CppFunction boxed(const Operator& op) {
 Operators::Operators(const char* library, std::initializer_list<Operator> on_cpu,
                      std::initializer_list<Operator> anywhere) {
   using torch::Library;
-  // Never destroyed: operators may run while others end.
+  // Never destroyed: operators may run while the process exits.
   auto* const known = new Library(Library::FRAGMENT, library, std::nullopt, __FILE__, __LINE__);
   auto* const cpu = new Library(Library::IMPL, library, c10::DispatchKey::CPU, __FILE__, __LINE__);
   for (const Operator& op : on_cpu) {

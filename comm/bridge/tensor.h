@@ -1,8 +1,8 @@
-// What operators see of torch. Its own headers take 10 to 25 s of a compiler's time in every file that includes them;
-// bridge.cpp alone does, and hands on what is here: tensors as plain memory with sizes, the pool of threads, a few of
-// torch's operators, and the registration of ours.
+// The interface between operators and torch. torch's headers cost 10 to 25 s of compile time in every file that
+// includes them, so only bridge.cpp does. It provides what is declared here: tensors as plain memory with sizes, torch's
+// thread pool, a few of torch's operators, and the registration of our operators.
 //
-// An argument is a view of the caller's tensor, which lives as long as the call. What is made here is owned.
+// An argument is a view of the caller's tensor and is valid during the call. A tensor that is created here is owned.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,7 @@
 
 namespace yoke {
 
-// Torch's numbers for them.
+// torch's numbers of these types.
 enum class Scalar : std::int8_t { u8 = 0, i8 = 1, i32 = 3, i64 = 4, f16 = 5, f32 = 6, bf16 = 15 };
 std::string name_of(Scalar type);
 
@@ -73,7 +73,7 @@ class Tensor {
   bool is_same(const Tensor& other) const { return impl_ == other.impl_; }
   bool is_alias_of(const Tensor& other) const;
 
-  // T is what the numbers are, or an integer of their size: nobody checks.
+  // T is the type of the elements, or an integer of the same size; this is not checked.
   template <typename T = void>
   const T* const_data_ptr() const {
     return static_cast<const T*>(data_);
@@ -83,13 +83,13 @@ class Tensor {
     return static_cast<T*>(owned_ ? data_ : writable());
   }
 
-  // This tensor, as an argument is one: it is not kept alive.
+  // A view of this tensor, as an argument is; it does not keep the tensor alive.
   Tensor view() const {
     Tensor same;
     if (defined()) same.set(*this);
     return same;
   }
-  // The same numbers in order: a view of this tensor if they are already.
+  // The same elements, contiguous: a view of this tensor if it is contiguous already.
   Tensor contiguous() const& { return contiguous_ ? view() : in_order(); }
   Tensor contiguous() && { return contiguous_ ? std::move(*this) : in_order(); }
   void copy_(const Tensor& from) const;
@@ -125,7 +125,7 @@ class Tensor {
   bool owned_ = false;
 };
 
-// An argument that may be left out.
+// An optional argument.
 class OptionalTensor {
  public:
   OptionalTensor(const Tensor& tensor) : tensor_(&tensor) {}
@@ -143,7 +143,7 @@ inline Tensor empty(std::initializer_list<std::int64_t> sizes, Scalar type) {
   return empty(Sizes(sizes.begin(), sizes.size()), type);
 }
 
-// Torch's own.
+// torch's own operators.
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
 Tensor pad_last(const Tensor& x, std::int64_t zeros);
 std::int64_t num_threads();
@@ -152,7 +152,7 @@ std::string last_error_of_compiled_code();
 using Body = void (*)(const void* closure, std::int64_t first, std::int64_t last);
 void run_parallel(std::int64_t begin, std::int64_t end, std::int64_t grain, const void* closure, Body body);
 
-// body(first, last) for parts of [begin, end) of at least `grain`, on the threads of torch's pool.
+// Calls body(first, last) for parts of [begin, end) of at least `grain`, on the threads of torch's pool.
 template <typename F>
 void parallel_for(std::int64_t begin, std::int64_t end, std::int64_t grain, const F& body) {
   run_parallel(begin, end, grain, &body, [](const void* closure, std::int64_t first, std::int64_t last) {
@@ -160,7 +160,7 @@ void parallel_for(std::int64_t begin, std::int64_t end, std::int64_t grain, cons
   });
 }
 
-// Messages of what values they are given.
+// Builds an error message from text and values.
 inline void put(std::string& to, const char* text) { to += text; }
 inline void put(std::string& to, const std::string& text) { to += text; }
 inline void put(std::string& to, Scalar type) { to += name_of(type); }
@@ -180,7 +180,7 @@ std::string message(const Parts&... parts) {
   return text;
 }
 
-// RuntimeError and ValueError to Python.
+// They raise RuntimeError and ValueError in Python.
 #define YOKE_CHECK(holds, ...)                                                           \
   do {                                                                                   \
     if (!(holds)) [[unlikely]] throw std::runtime_error(::yoke::message(__VA_ARGS__));    \
@@ -190,9 +190,9 @@ std::string message(const Parts&... parts) {
     if (!(holds)) [[unlikely]] throw std::invalid_argument(::yoke::message(__VA_ARGS__)); \
   } while (false)
 
-// What an operator is called with, one by one, and what it returns.
+// One argument of an operator, or its result.
 struct Value {
-  Tensor tensor;  // undefined for one that is left out
+  Tensor tensor;  // undefined for an optional argument that was not given
   std::int64_t integer;
   double number;
   const std::string* text;
@@ -241,7 +241,7 @@ class Results {
 
 struct Operator {
   const char* schema;
-  std::size_t count;  // of its arguments
+  std::size_t count;  // number of arguments
   void (*run)(const Value* arguments, Results& results);
 };
 
@@ -270,7 +270,7 @@ Operator op(const char* schema) {
   return {schema, Called<function>::count, Called<function>::run};
 }
 
-// Static objects: operators of torch.ops.<library> while the shared object is loaded.
+// A static object of this class registers operators of torch.ops.<library> while the shared object is loaded.
 struct Operators {
   Operators(const char* library, std::initializer_list<Operator> on_cpu, std::initializer_list<Operator> anywhere = {});
 };

@@ -15,7 +15,7 @@ constexpr std::size_t kPage = 4096;
 constexpr int kSpins = 16;               // pauses between two reads of the clock
 constexpr double kAwakeSeconds = 2e-4;   // spin time before sleeping: ranks on separate cores are closer
 constexpr double kSleepSeconds = 0.05;   // the most that a lost wake-up could cost
-constexpr double kLookSeconds = 0.2;     // how often a waiting rank checks whether its peer is alive
+constexpr double kCheckSeconds = 0.2;    // how often a waiting rank checks whether its peer is alive
 
 double now() {
   timespec t{};
@@ -101,7 +101,7 @@ Channel::Channel(std::byte* base, int rank, int world, std::size_t slot_bytes, s
 }
 
 std::byte* Channel::begin() {
-  if (!broken_.empty()) throw PeerError("this group is broken since: " + broken_);
+  if (!broken_.empty()) throw PeerError("this group failed earlier and cannot be used: " + broken_);
   return slot(rank_, step_ + 1);
 }
 
@@ -122,12 +122,12 @@ void Channel::commit(const char* op_name, const StepDescription& description) {
 void Channel::await(int peer, const char* op_name) {
   Control& theirs = control(peer);
   const double start = now();
-  double look = start + kLookSeconds;
+  double next_check = start + kCheckSeconds;
   for (double time = start;; time = now()) {
     std::uint32_t seen = theirs.step.load(std::memory_order_acquire);
     if (reached(seen, step_)) return;
-    if (time > look) {
-      look = time + kLookSeconds;
+    if (time > next_check) {
+      next_check = time + kCheckSeconds;
       // The peer may have published and then died: check its step again once it is known to be dead.
       if (!is_alive_(peer) && !reached(theirs.step.load(std::memory_order_acquire), step_)) {
         fail_peer(peer, op_name, ", which has died", "");
@@ -168,14 +168,14 @@ void Channel::fail_peer(int peer, const char* op_name, const std::string& what, 
 
 void Channel::fail_mismatch(int peer, const char* op_name, const StepDescription& mine) {
   const StepDescription& theirs = control(peer).description[step_ & 1];
-  const auto tell = [](std::ostringstream& out, const StepDescription& d) {
+  const auto describe = [](std::ostringstream& out, const StepDescription& d) {
     out << name_of(d.op) << " with " << d.size << " elements of dtype " << d.dtype << " (" << d.argument << ')';
   };
   std::ostringstream message;
   message << op_name << " (step " << step_ << "): rank " << rank_ << " calls ";
-  tell(message, mine);
+  describe(message, mine);
   message << ", rank " << peer << " calls ";
-  tell(message, theirs);
+  describe(message, theirs);
   message << ": the ranks must call the same collectives in the same order";
   broken_ = message.str();
   throw std::runtime_error(broken_);

@@ -27,7 +27,7 @@ struct Collectives {
   const ParallelFor& parallel_for;
 };
 
-// The sum over ranks. `out` may be `in`. All functions here throw what Channel::commit throws.
+// The sum over ranks. `out` may be `in`. All functions here throw the exceptions of Channel::commit.
 void all_reduce(const Collectives& c, const void* in, void* out, std::size_t count, DType dtype);
 
 // in: one part of `count` elements for each rank; out: this rank's part, summed.

@@ -2,15 +2,15 @@
 // (kernels_impl.h), compiled for several instruction sets, chosen when the process runs.
 //
 // All sums are taken in fp32 in the order of the sources (the ranks) and rounded once, to nearest even,
-// so every rank, and every instruction set, gets the same bits (but for which of several NaN survives,
-// and for norms, whose sums are taken in another order).
+// so the bits are the same on every rank and with every instruction set. There are two exceptions: which of
+// several NaN survives, and norms, whose sums are taken in another order.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-// What is built: 0 what every processor runs, 1 AVX2 too, 2 AVX-512, 3 its bfloat16, 4 AMX. (build.py: what this one
-// runs.)
+// The instruction sets that are built: 0 the baseline of the architecture, 1 AVX2 too, 2 AVX-512, 3 its bfloat16,
+// 4 AMX. build.py passes the highest level that this processor supports.
 #ifndef YOKE_LEVEL
 #define YOKE_LEVEL 4
 #endif
@@ -37,11 +37,11 @@ constexpr std::size_t size_of(DType dtype) {
 
 // out[i] = sum over r of source[r][i]. `out` may be one of the sources, or overlap none.
 using SumFunction = void (*)(void* out, const void* const* source, int num_sources, std::size_t count);
-// out[i] = residual[i] + sum over r of source[r][i], of which `copy` gets the same unless it is null; the sum
-// of their squares. `out` may be `residual`.
+// out[i] = residual[i] + sum over r of source[r][i], written to `copy` too unless it is null. Returns the sum of
+// the squares of out. `out` may be `residual`.
 using AddSumFunction = float (*)(void* out, void* copy, const void* const* source, int num_sources,
                                  const void* residual, std::size_t count);
-// out[i] = x[i]; the sum of their squares, with the bits that add_sum gives for these numbers. `out` may be `x`.
+// out[i] = x[i]. Returns the sum of their squares, with the same bits as add_sum for these numbers. `out` may be `x`.
 using CopyFunction = float (*)(void* out, const void* x, std::size_t count);
 // Root mean square norm of one row (Zhang and Sennrich, 2019), from the sum of its squares:
 // out[i] = round(x[i] / rms) * weight[i].
@@ -51,14 +51,14 @@ using NormFunction = void (*)(void* out, const void* x, float squares, const voi
 struct Kernels {
   const char* name;
   SumFunction sum[5];          // by DType
-  AddSumFunction add_sum[3];   // by DType, the floating ones
+  AddSumFunction add_sum[3];   // by DType, floating-point types only
   CopyFunction copy[3];
   NormFunction rms_norm[3];
 };
 
-// The best that this processor can run.
+// The kernels of the best instruction set that this processor supports.
 const Kernels& best_kernels();
-// By name ("avx512bf16", "avx512", "avx2", "base"); nullptr where it was not built or cannot run here.
+// By name ("avx512bf16", "avx512", "avx2", "base"); nullptr if it was not built or this processor does not support it.
 const Kernels* find_kernels(const char* name);
 
 }  // namespace yoke

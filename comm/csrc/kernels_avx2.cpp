@@ -1,4 +1,4 @@
-// 8 lanes: x86 with AVX2, FMA and F16C. Compiled with those flags (comm/build.py), used where they run.
+// 8 lanes: x86 with AVX2, FMA and F16C. Compiled with those flags (comm/build.py), used on processors that support them.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -25,7 +25,7 @@ inline float horizontal_sum(V v) {
   return total;
 }
 
-// bfloat16 by even and odd places: what lies in the upper halves is a float as it is.
+// bfloat16, split into even and odd elements: an element in the upper half of a 32-bit lane is a float already.
 template <DType type, class T>
 inline void load_pair(const T* from, V& a, V& b) {
   if constexpr (type == DType::kFloat32) {
@@ -41,8 +41,8 @@ inline void load_pair(const T* from, V& a, V& b) {
   }
 }
 
-// To nearest even; the lower halves are left as they come. A NaN stays one where its lower half is zero, as
-// it is in sums and products of bfloat16: it cannot be carried into infinity.
+// Rounds to nearest even; the lower halves are not cleared. A NaN whose lower half is zero, as in sums and
+// products of bfloat16, stays a NaN: the rounding cannot carry it into infinity.
 inline __m256i round_bf16(V v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -78,7 +78,7 @@ inline void store_rounded(T* to, V a, V b) {
   }
 }
 
-// What is not a number becomes the quiet one.
+// A NaN becomes the default quiet NaN.
 template <DType type, class T>
 inline void store_pair(T* to, V a, V b) {
   if constexpr (type == DType::kBFloat16) {

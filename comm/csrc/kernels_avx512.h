@@ -1,5 +1,5 @@
 // 16 lanes, for kernels_avx512.cpp and kernels_avx512bf16.cpp; to be included inside an unnamed
-// namespace. YOKE_BF16 says that the processor converts to bfloat16 itself.
+// namespace. YOKE_BF16: the processor has instructions that convert to bfloat16.
 
 constexpr std::size_t kLanes = 16;
 using V = __m512;
@@ -17,9 +17,9 @@ inline float horizontal_sum(V v) {
   return total;
 }
 
-constexpr __mmask32 kOdd = 0xaaaaaaaa;  // of numbers of 16 bits
+constexpr __mmask32 kOdd = 0xaaaaaaaa;  // of 16-bit elements
 
-// bfloat16 by even and odd places: what lies in the upper halves is a float as it is.
+// bfloat16, split into even and odd elements: an element in the upper half of a 32-bit lane is a float already.
 template <DType type, class T>
 inline void load_pair(const T* from, V& a, V& b) {
   if constexpr (type == DType::kFloat32) {
@@ -83,24 +83,24 @@ inline void store_nearest(T* to, V a, V b) {
 }
 
 #if defined(YOKE_BF16)
-// The processor's conversion takes denormal numbers for zero, and keeps the bits of what is not a
-// number: vectors with such lanes go the long way.
+// The processor's conversion flushes denormal numbers to zero and keeps the payload of a NaN. So vectors
+// with such lanes take the slower path.
 inline __mmask16 is_rare(V v) { return _mm512_fpclass_ps_mask(v, 0x01 | 0x20 | 0x80); }
 #endif
 
-// What is not a number becomes the quiet one.
+// A NaN becomes the default quiet NaN.
 template <DType type, class T>
 inline void store_pair(T* to, V a, V b) {
   if constexpr (type == DType::kBFloat16) {
 #if defined(YOKE_BF16)
     if (!(is_rare(a) | is_rare(b))) {
-      alignas(64) static constexpr std::uint16_t kInTurn[32] = {
+      alignas(64) static constexpr std::uint16_t kInterleaved[32] = {
           0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
       const __m512bh narrow = _mm512_cvtne2ps_pbh(b, a);
       __m512i bits;
       __builtin_memcpy(&bits, &narrow, sizeof bits);
-      _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kInTurn), bits));
+      _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kInterleaved), bits));
       return;
     }
 #endif

@@ -1,4 +1,4 @@
-// 16 lanes, and bfloat16 conversions by the processor: AVX-512 with BF16.
+// 16 lanes, and the processor's conversions to bfloat16: AVX-512 with BF16.
 #if defined(__x86_64__)
 #include <immintrin.h>
 

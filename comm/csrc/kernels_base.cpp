@@ -1,5 +1,5 @@
-// Plain C++, which the compiler turns into the vectors of the architecture's baseline: SSE2 on x86,
-// NEON on Arm. And the choice among all that was built.
+// Plain C++, which the compiler vectorizes for the architecture's baseline: SSE2 on x86, NEON on Arm. Also
+// the choice among the instruction sets that were built.
 #include "kernels.h"
 
 #include <cstring>

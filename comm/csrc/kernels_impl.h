@@ -1,9 +1,9 @@
-// Included once by each kernels_<isa>.cpp, which has defined a vector type `V` of `kLanes` floats with add
-// and mul, and for each DType rounded, load_pair, store_pair (of any numbers) and store_rounded (of such as
-// are). A pair is 2 * kLanes numbers that lie side by side, divided between two vectors in the order that is
-// the cheapest: what is loaded as a pair is stored as one. Everything lies in an unnamed namespace, and
-// nothing of the standard library is used: an inline function that two instruction sets share would be
-// linked once, in whichever form came first.
+// Included once by each kernels_<isa>.cpp. That file defines a vector type `V` of `kLanes` floats with add and
+// mul, and for each DType rounded, load_pair, store_pair (of any numbers) and store_rounded (of numbers that
+// are rounded already). A pair is 2 * kLanes adjacent numbers, divided between two vectors in the cheapest
+// order; load and store use the same order. Everything is in an unnamed namespace, and nothing of the
+// standard library is used: the linker would keep one copy of an inline function that two instruction sets
+// share, whichever came first.
 
 template <DType type, class T>
 inline void sum_scalar(T* out, const T* const* source, int n, std::size_t begin, std::size_t count) {
@@ -27,13 +27,13 @@ inline void sum_pair(const T* const* source, int num, std::size_t at, V& a, V& b
   }
 }
 
-// kNum sources, or `n` where kNum is 0: small worlds are unrolled.
+// kNum sources, or `n` if kNum is 0. Loops over few ranks are unrolled.
 template <DType type, class T, int kNum>
 inline void sum_vectors(T* out, const T* const* source, int n, std::size_t count) {
   const int num = kNum ? kNum : n;
   std::size_t i = 0;
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    // Lines that a peer has just written come from its cache, one after the other: ask for them early.
+    // Lines that a peer has just written come from its cache one at a time: prefetch them.
     for (int r = 0; r < num; ++r) __builtin_prefetch(source[r] + i + kAhead / sizeof(T));
     V a, b;
     sum_pair<type>(source, num, i, a, b);
@@ -72,7 +72,7 @@ void sum_integers(void* out, const void* const* source, int n, std::size_t count
   }
 }
 
-// The sum of squares of what passes by: always in this order, so that two loops over a row agree.
+// Sums squares, always in this order, so that two loops over a row get the same bits.
 struct Squares {
   V even = zero(), odd = zero();
   void add_pair(V a, V b) {
@@ -151,7 +151,7 @@ void rms_norm(void* out, const void* x, float squares, const void* weight, float
     V a, b, c, d;
     load_pair<type>(from + i, a, b);
     load_pair<type>(scale + i, c, d);
-    // Rounded before the weight, as the models' own code does.
+    // Rounded before it is multiplied by the weight, as in the models' own code.
     store_rounded<type>(to + i, rounded<type>(mul(rounded<type>(mul(a, factor)), c)), rounded<type>(mul(rounded<type>(mul(b, factor)), d)));
   }
   for (; i < count; ++i) {

@@ -1,7 +1,7 @@
 // The collectives as torch operators. A group is named by a handle (a small integer), because an
 // operator of a traced graph can carry an integer but not an object. The functional forms return new
 // tensors and leave their inputs alone, so that a compiled graph needs no clone around them; the `out`
-// forms write where they are told (an output may be its input) and return nothing.
+// forms write to a given tensor (an output may be its input) and return nothing.
 #include <unistd.h>
 
 #include <algorithm>
@@ -19,7 +19,7 @@
 namespace yoke {
 namespace {
 
-// Threads of torch's own pool, which are where the launcher has put them.
+// The threads of torch's pool, which the launcher has bound.
 const ParallelFor& torch_threads() {
   static const ParallelFor run = [](std::size_t size, std::size_t grain,
                                     const std::function<void(std::size_t, std::size_t)>& body) {
@@ -64,7 +64,7 @@ struct Registry {
 };
 
 Registry& registry() {
-  static auto* const instance = new Registry;  // never destroyed: operators may run while others end
+  static auto* const instance = new Registry;  // never destroyed: operators may run while the process exits
   return *instance;
 }
 
@@ -74,7 +74,7 @@ std::shared_ptr<Group> find(std::int64_t handle) {
   const auto found = all.groups.find(handle);
   YOKE_CHECK(found != all.groups.end(), "shared-memory group ", handle, " does not exist or was closed");
   YOKE_CHECK(found->second->segment.is_mine(), "shared-memory group ", handle,
-              " belongs to the process that this one was forked from; open one here");
+              " belongs to the process from which this one was forked; open a new group here");
   return found->second;
 }
 
@@ -150,10 +150,11 @@ DType floating(const char* what, const Tensor& x) {
   return dtype;
 }
 
-// Bytes are moved whatever they mean; the type is still told, so that ranks that differ are found out.
+// These collectives only move bytes. The dtype is still part of the description, so that ranks whose dtypes
+// differ get an error.
 DType movable(const Tensor& x) { return static_cast<DType>(100 + static_cast<int>(x.scalar_type())); }
 
-// Where `out` is written: itself, if its memory is in order, else a buffer that is copied to it.
+// Where the result is written: `out` itself if it is contiguous, else a buffer that is copied to it.
 struct Output {
   const Tensor& out;
   Tensor buffer;
@@ -221,7 +222,7 @@ Tensor reduce_scatter_op(const Tensor& input, std::int64_t group_size, std::int6
 void reduce_scatter_out(const Tensor& input, std::int64_t group_size, std::int64_t handle, const Tensor& out) {
   const Tensor x = input.contiguous();
   const Output to("reduce_scatter", out, scattered_sizes(x, group_size), x.scalar_type());
-  // Parts are read after others have been written: they must not be the same memory.
+  // Parts are read after other parts have been written, so input and output must not share memory.
   YOKE_CHECK(!to.buffer.is_alias_of(x), "reduce_scatter: out shares its memory with the input");
   reduce_scatter_into(x, to.data(), group_size, handle);
   to.finish();
@@ -312,7 +313,7 @@ std::vector<Candidate> best_of(const char* name, const Tensor& logits, std::size
   std::vector<Candidate> best(rows * k);
   const Use use(handle);
   best_candidates(*use, x.const_data_ptr<float>(), rows, columns, k, offset, best.data());
-  YOKE_CHECK(best.empty() || best.back().index != kNoIndex, name, " of ", k, ": there are fewer columns in all");
+  YOKE_CHECK(best.empty() || best.back().index != kNoIndex, name, " of ", k, ": all ranks together have fewer columns");
   return best;
 }
 

@@ -24,7 +24,7 @@ constexpr std::uint64_t kMagic = 0x59'4f'4b'45'53'48'4d'32;  // "YOKESHM2": the 
 
 // The first page. The group's own memory follows.
 struct Header {
-  std::atomic<std::uint64_t> magic;  // stored last: then the segment can be joined
+  std::atomic<std::uint64_t> magic;  // stored last; the segment can be joined from then on
   std::uint64_t world;
   std::uint64_t total_bytes;
   std::atomic<std::uint32_t> attached;
@@ -107,7 +107,7 @@ void Segment::lock_own() {
   lock.l_whence = SEEK_SET;
   lock.l_start = rank_;
   lock.l_len = 1;
-  if (fcntl(fd_, F_SETLK, &lock) != 0) fail("rank " + std::to_string(rank_) + " cannot lock its place in " + path());
+  if (fcntl(fd_, F_SETLK, &lock) != 0) fail("rank " + std::to_string(rank_) + " cannot lock its byte of " + path());
 }
 
 bool Segment::is_locked(int rank) const {
@@ -143,7 +143,7 @@ void Segment::create() {
   }
   if (fd_ < 0) fail("cannot create " + path());
   owns_name_ = true;
-  lock_own();  // before it has a size: so a file that is found unlocked has no owner
+  lock_own();  // before it has a size, so that an unlocked file has no owner
   // 0600 whatever the umask is: the segment holds the model's activations.
   if (fchmod(fd_, 0600) != 0 || ftruncate(fd_, static_cast<off_t>(total_bytes_)) != 0) fail("cannot size " + path());
   map();
@@ -244,10 +244,10 @@ void Segment::join(double deadline) {
     sleep_ms(1);
   }
   if (header->attached.load(std::memory_order_relaxed) > static_cast<std::uint32_t>(world_)) {
-    throw std::runtime_error(path() + " has a header that somebody has overwritten");
+    throw std::runtime_error(path() + " has a header that another process has overwritten");
   }
-  // All ranks have mapped it. Each rank removes the name here, so that none returns while it exists; all
-  // but the first find nothing to remove.
+  // All ranks have mapped it. Each rank removes the name here, so that no rank returns while the name exists.
+  // All but the first find nothing to remove.
   unlink(path().c_str());
   owns_name_ = false;
 }

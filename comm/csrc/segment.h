@@ -1,8 +1,8 @@
-// The shared memory of one group: a file in /dev/shm whose name is removed before anybody uses it.
+// The shared memory of one group: a file in /dev/shm whose name is removed before it is used.
 //
 // Every rank allocates its own part. So its pages come from the memory node that the rank is bound to,
 // and a full /dev/shm is an error while joining, not a SIGBUS later. Every rank locks one byte of the
-// file. The kernel releases the lock however the process dies, and the peers see that. (A pid would
+// file. The kernel releases the lock however the process dies, and the peers notice that. (A pid would
 // still exist until the process is reaped, and could be another process's.)
 #pragma once
 

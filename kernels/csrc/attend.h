@@ -55,7 +55,7 @@ struct WriteArgs {
 // Rotary embedding of `heads` heads of a token, [heads, h] of `type`, from `from` to `to`. The first 2 * half numbers
 // of each head are rotated: number i with number i + half or, if interleaved, number 2 i with 2 i + 1. cos and sin
 // [half] are those of the angles. The other numbers are copied.
-struct TurnArgs {
+struct RotateArgs {
   const void* from;
   void* to;
   const float* cos;
@@ -83,7 +83,7 @@ struct Attention {
   void (*token)(const TokenArgs&);
   void (*chunk)(const ChunkArgs&);
   void (*write)(const WriteArgs&);
-  void (*turn)(const TurnArgs&);
+  void (*rotate)(const RotateArgs&);
 };
 
 extern const Attention base_attention;

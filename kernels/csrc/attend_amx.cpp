@@ -9,7 +9,7 @@
 
 #define YOKE_ISA isa_amx
 #include "attend_chunk.h"
-#include "attend_turn.h"
+#include "attend_rotate.h"
 
 namespace yoke::kernels {
 namespace isa_amx {
@@ -261,7 +261,7 @@ void chunk_in_tiles(const ChunkArgs& a) {
 }  // namespace
 }  // namespace isa_amx
 
-const Attention amx_attention{isa_amx::token, isa_amx::chunk_in_tiles, isa_amx::write, isa_amx::turn};
+const Attention amx_attention{isa_amx::token, isa_amx::chunk_in_tiles, isa_amx::write, isa_amx::rotate};
 
 }  // namespace yoke::kernels
 

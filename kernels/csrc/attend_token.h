@@ -63,8 +63,8 @@ inline void ahead(const T* from, int64_t count) {
 
 // Dot products of G queries, `wide` numbers apart, with kKeys keys -> scores [G][kKeys], `length` numbers apart.
 template <class T, int G>
-inline void products(const float* q, int64_t wide, const T* const (&keys)[kKeys], int64_t h, float* scores,
-                     int64_t length) {
+inline void dot_products(const float* q, int64_t wide, const T* const (&keys)[kKeys], int64_t h, float* scores,
+                         int64_t length) {
   Lanes found[G][kKeys] = {};
   Lanes key[kKeys];
   const auto add = [&](int64_t d) {
@@ -120,7 +120,7 @@ void scores_of(const TokenArgs& a, const float* q, int64_t wide, int64_t t, int6
   for (int64_t i = 0; i < count; i += kKeys) {
     for (int n = 0; n < kKeys; ++n) keys[n] = k + place<kGathered>(a, t + (i + n < count ? i + n : count - 1)) * a.h;
     for (int n = 0; n < kKeys; ++n) ahead(keys[n] + kAhead * a.h, a.h);
-    products<T, G>(q, wide, keys, a.h, scores + i, length);
+    dot_products<T, G>(q, wide, keys, a.h, scores + i, length);
   }
 }
 

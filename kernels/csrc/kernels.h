@@ -1,10 +1,10 @@
-// The inner loops, once per instruction set. Plain pointers and sizes: nothing of torch is seen here.
+// The inner loops, once per instruction set. Plain pointers and sizes, no torch.
 #pragma once
 
 #include <cstdint>
 
-// What is built: 0 what every processor runs, 1 AVX2 too, 2 AVX-512, 3 its bfloat16, 4 AMX. (build.py: what this one
-// runs.)
+// The instruction sets that are built: 0 the baseline of the architecture, 1 AVX2 too, 2 AVX-512, 3 its bfloat16,
+// 4 AMX. build.py passes the highest level that this processor supports.
 #ifndef YOKE_LEVEL
 #define YOKE_LEVEL 4
 #endif
@@ -13,8 +13,8 @@ namespace yoke::kernels {
 
 using bf16 = std::uint16_t;  // the upper half of a float
 
-// Rows [first, last) of w in y = x W^T + bias. x [m, k], w [n, k], bias [n] or null,
-// y [m, n]; sums in float. `packed`: x once more as `pack` has laid it out, or null.
+// y = x W^T + bias for rows [first, last) of w. x [m, k], w [n, k], bias [n] or null, y [m, n]; sums in float.
+// `packed`: x as `pack` has packed it too, or null.
 struct LinearArgs {
   const bf16* x;
   const bf16* w;
@@ -25,23 +25,24 @@ struct LinearArgs {
 };
 using Linear = void (*)(const LinearArgs&, std::int64_t first, std::int64_t last);
 
-// Lays 32 rows of x out in `packed`, and those after them: [first, last) in units of 32. Of m and k rounded up to
-// 32, two numbers a word.
+// Packs rows [first, last) of x, in units of 32 rows, into `packed`: two numbers per word, m and k rounded up to
+// multiples of 32.
 using Pack = void (*)(const LinearArgs&, std::uint32_t* packed, std::int64_t first, std::int64_t last);
 
-// Does arithmetic as fast as one core can, for a time proportional to `rounds`: floating-point operations done.
+// Runs arithmetic at the peak of one core, for a time proportional to `rounds`. Returns the number of floating-point
+// operations.
 using Peak = double (*)(std::int64_t rounds);
 
 struct Kernels {
   const char* name;
   Linear linear;
-  Pack pack;                // or null; for products from `pack_from` rows of x on
+  Pack pack;                // or null; used from `pack_from` rows of x on
   std::int64_t pack_from;
-  std::int64_t few_rows;    // up to which `linear` is used; torch's product is the faster one above
+  std::int64_t few_rows;    // the most rows for which `linear` is used; torch's matmul is faster above
   Peak peak;
 };
 
-// Those in use: see `use_instruction_set`.
+// The kernels in use: see `use_instruction_set`.
 const Kernels& current();
 
 extern const Kernels base_kernels;

@@ -1,4 +1,4 @@
-// AVX-512 with products of bf16 pairs (Cooper Lake, Sapphire Rapids, Zen 4 and later).
+// AVX-512 with dot products of bf16 pairs (Cooper Lake, Sapphire Rapids, Zen 4 and later).
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -19,8 +19,8 @@ inline __mmask32 first_of(std::int64_t count) {
 }
 
 // R rows of w at a time: several streams read memory faster than one does, and each piece of x is loaded once
-// for all of them. What is asked for ahead are the R rows that come next: short rows end before a distance
-// within them would help.
+// for all of them. The next R rows are prefetched, not later parts of these rows: short rows end before that
+// would help.
 template <int M, int R>
 inline void rows(const LinearArgs& a, std::int64_t m0, std::int64_t n) {
   const bf16* x = a.x + m0 * a.k;
@@ -60,9 +60,9 @@ inline void block(const LinearArgs& a, std::int64_t m0, std::int64_t first, std:
   for (; n < last; ++n) rows<M, 1>(a, m0, n);
 }
 
-// 24 or so sums fit the registers; a fourth and further rows of x share what is left.
+// About 24 sums fit the registers. With four or more rows of x, fewer rows of w are processed at a time.
 void linear_bf16(const LinearArgs& a, std::int64_t first, std::int64_t last) {
-  // In strips that stay in the caches for the rows of x that come after the first ones.
+  // In strips of w that stay in the caches for the following rows of x.
   const std::int64_t strip = a.m <= 4 ? last - first : 64;
   for (std::int64_t n = first; n < last; n += strip) {
     const std::int64_t stop = n + strip < last ? n + strip : last;

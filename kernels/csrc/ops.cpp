@@ -1,5 +1,5 @@
-// torch.ops.yoke_kernels.*: the choice of an instruction set; products: checks and the division among threads.
-// (Attention: ops_attend.cpp.)
+// torch.ops.yoke_kernels.*: the choice of an instruction set, and linears with bfloat16 weights: checks, and the
+// division among threads. (Attention: ops_attend.cpp.)
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -18,8 +18,8 @@ namespace yoke::kernels {
 namespace {
 
 #if defined(__x86_64__) && YOKE_LEVEL >= 4
-// Whether the processor has AMX for bf16 and int8, and Linux lets this process have the registers (they are large, and
-// not given without being asked for).
+// Whether the processor has AMX for bf16 and int8, and Linux lets this process use the registers. (They are large, so
+// a process must request them.)
 bool may_use_tiles() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
@@ -63,7 +63,7 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
-// For tests and measurements: all that follows uses this one.
+// For tests and measurements: all later calls use this instruction set.
 void use_instruction_set(const std::string& name) {
   for (const Kernels* kernels : runnable()) {
     if (name == kernels->name) {
@@ -76,12 +76,12 @@ void use_instruction_set(const std::string& name) {
 
 const bf16* data(const Tensor& x) { return x.const_data_ptr<bf16>(); }
 
-// Torch's own product where that is the faster one: so a caller needs not know how many rows there are.
+// Uses torch's matmul where that is faster, so that callers need not know the number of rows.
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   YOKE_CHECK(x.scalar_type() == Scalar::bf16 && weight.scalar_type() == Scalar::bf16,
               "linear: takes bfloat16, not ", x.scalar_type(), " and ", weight.scalar_type());
   YOKE_CHECK(weight.dim() == 2 && x.dim() >= 1 && x.size(-1) == weight.size(1), "linear: x ", x.sizes(),
-              " does not go with a weight of ", weight.sizes());
+              " does not fit a weight of ", weight.sizes());
   YOKE_CHECK(weight.is_contiguous(), "linear: the weight must be contiguous");
   Tensor own_bias;
   if (bias.has_value()) {
@@ -101,7 +101,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
   Tensor y = empty(shape, x.scalar_type());
   LinearArgs args{data(rows), data(weight), own_bias.defined() ? data(own_bias) : nullptr,
                   y.mutable_data_ptr<bf16>(), m, n, k};
-  constexpr std::int64_t kUnit = 32;  // rows of w: all kernels take them in whole parts of that; and rows of x
+  constexpr std::int64_t kUnit = 32;  // all kernels take rows of w, and of x, in multiples of this
   const auto rounded = [](std::int64_t size) { return (size + kUnit - 1) / kUnit; };
   Tensor packed;
   if (kernels.pack != nullptr && m >= kernels.pack_from) {
@@ -119,7 +119,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
   return y;
 }
 
-// What reading costs at best: the exclusive or of all 64-bit words, in as many streams as `linear` has.
+// Reads memory as fast as `linear` can: the exclusive or of all 64-bit words, in as many streams.
 std::int64_t read(const Tensor& x) {
   YOKE_CHECK(x.is_contiguous(), "read: the tensor must be contiguous");
   const auto* words = static_cast<const std::uint64_t*>(x.const_data_ptr());
@@ -142,8 +142,8 @@ std::int64_t read(const Tensor& x) {
   return static_cast<std::int64_t>(found.load());
 }
 
-// All threads at their best arithmetic for `rounds` rounds: the floating-point operations done. The caller has
-// the clock.
+// Runs arithmetic at the peak of all threads for `rounds` rounds. Returns the number of floating-point operations; the
+// caller measures the time.
 double peak(std::int64_t rounds) {
   std::atomic<double> done{0};
   parallel_for(0, num_threads(), 1, [&](std::int64_t first, std::int64_t last) {
@@ -152,7 +152,7 @@ double peak(std::int64_t rounds) {
   return done.load();
 }
 
-// Why the last call failed that this thread made from compiled C++, which itself tells only that it did.
+// The error of the last failed call of this thread from compiled C++, which itself reports only that a call failed.
 std::string last_error() { return last_error_of_compiled_code(); }
 
 std::int64_t few_rows() { return chosen()->few_rows; }

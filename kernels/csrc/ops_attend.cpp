@@ -1,5 +1,5 @@
-// torch.ops.yoke_kernels.attend, write_kv and write_and_attend: which loops a token takes, and the division among
-// threads. (What they are given: ops_attend.h.)
+// torch.ops.yoke_kernels.attend, write_kv and write_and_attend: the choice of the loops, and the division among
+// threads. (ops_attend.h checks the arguments.)
 
 #include <algorithm>
 #include <atomic>
@@ -31,8 +31,8 @@ struct Work {
   std::int64_t first, last, kv, q_start, group;
 };
 
-// A chunk of so many tokens at most is attended to token by token, with the loops of a single one: what a draft
-// guessed is verified with the very bits that a step without it would have.
+// The most tokens of a chunk that are attended to one by one, with the loops for a single token: so a draft token is
+// verified with the same bits that a step without it would have.
 constexpr std::int64_t kFewTokens = 16;
 constexpr std::int64_t kBlockRows = 256;  // queries of a chunk that one thread takes at a time
 
@@ -56,7 +56,7 @@ std::vector<Work> divide(const Places& places, std::int64_t tokens, bool sourced
       }
       const std::int64_t block = std::max<std::int64_t>(2, kBlockRows / group);
       for (std::int64_t begin = first, end; begin < last; begin = end) {
-        // No token is left alone: those of a chunk all take the same loops.
+        // No block has a single token, so all tokens of a chunk take the same loops.
         end = last - begin <= block + 1 ? last : begin + block;
         for (std::int64_t j = 0; j < count; ++j) {
           works.push_back({begin, end, runs[i + 2] + j, runs[i] + j * group, group});
@@ -79,7 +79,7 @@ struct Call {
   std::int64_t window;
 };
 
-// Scratch that stays with a thread, on a border of 64 bytes.
+// A thread's scratch memory, aligned to 64 bytes.
 float* scratch(std::int64_t floats) {
   thread_local std::vector<float> held;
   if (held.size() < static_cast<std::size_t>(floats) + 16) held.resize(static_cast<std::size_t>(floats) + 16);
@@ -88,7 +88,7 @@ float* scratch(std::int64_t floats) {
 
 void carry_out(const Call& c, const Attention& loops, const Work& work) {
   const std::int64_t num_kv = c.k.size(1), length = c.k.size(2), h = c.k.size(3), tokens = work.last - work.first;
-  // Positions in front of the row's and KV head's first.
+  // The offset of the row's and KV head's first position.
   const std::int64_t base = ((c.sources != nullptr ? 0 : c.places.row(work.first)) * num_kv + work.kv) * length;
   const char* q = c.q.at(work.first, work.q_start);
   char* out = c.out + (work.first * c.q.heads + work.q_start) * h * c.q.item;
@@ -111,15 +111,15 @@ void carry_out(const Call& c, const Attention& loops, const Work& work) {
                         num_kv * length, first, last, work.group, h, c.scale, c.cap});
 }
 
-// Each thread takes what comes next, the late blocks of a prompt first, which see the most.
+// Each thread takes the next block of work. The late blocks of a prompt come first: they attend to the most keys.
 void carry_out(const Call& c, const std::vector<Work>& works) {
   const Attention& loops = chosen_attention();
   const std::int64_t count = static_cast<std::int64_t>(works.size());
-  std::int64_t numbers = 0;  // read and multiplied, about
+  std::int64_t numbers = 0;  // an estimate of the work
   for (const Work& work : works) {
     numbers += (work.last - work.first) * (c.places.positions[work.last - 1] + 1) * work.group * c.k.size(3);
   }
-  constexpr std::int64_t kAlone = 1 << 16;  // what takes less is done before another thread has woken
+  constexpr std::int64_t kAlone = 1 << 16;  // less work is done by one thread before another one wakes
   std::atomic<std::int64_t> next{count};
   const auto take = [&](std::int64_t, std::int64_t) {
     for (std::int64_t i = --next; i >= 0; i = --next) carry_out(c, loops, works[static_cast<std::size_t>(i)]);
@@ -137,7 +137,7 @@ void attend_into(char* out, const Heads& q, const Cache& cache, const Places& pl
             divide(places, q.tokens, sources.has_value(), runs));
 }
 
-// One thread after the other's KV heads, each in the order of the tokens: the last write wins.
+// Threads divide the KV heads; each head is written in the order of the tokens, so the last write wins.
 void write_from(const Heads& k, const Heads& v, const Cache& cache, const Places& places) {
   const std::int64_t tokens = k.tokens, num_kv = cache.k.size(1), length = cache.k.size(2), h = cache.k.size(3);
   const Attention& loops = chosen_attention();
@@ -170,7 +170,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalT
                   Sizes runs, double scale, double cap, std::int64_t window,
                   const OptionalTensor& sources) {
   check_caches(k, v, k_scale, v_scale);
-  YOKE_CHECK(q.dim() == 3 && q.size(2) == k.size(3), "attend: q ", q.sizes(), " does not go with caches of ",
+  YOKE_CHECK(q.dim() == 3 && q.size(2) == k.size(3), "attend: q ", q.sizes(), " does not fit caches of ",
               k.sizes());
   check_types(q, k);
   check_runs(runs, q.size(1), k.size(1));
@@ -195,12 +195,12 @@ void write_kv(const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor
   write_from(heads_of(own_k), heads_of(own_v), {k_cache, v_cache, k_scale, v_scale}, places);
 }
 
-void ask_for(const char* from, std::int64_t count) {
+void prefetch(const char* from, std::int64_t count) {
   for (std::int64_t i = 0; i < count; i += 64) __builtin_prefetch(from + i);
 }
 
-// The first `heads` heads of each token, turned: [N, heads * h].
-Tensor turned(const Heads& x, const Tensor& qkv, const Tensor& cos, const OptionalTensor& sin,
+// The first `heads` heads of each token, rotated: [N, heads * h].
+Tensor rotated(const Heads& x, const Tensor& qkv, const Tensor& cos, const OptionalTensor& sin,
                   bool interleaved, std::int64_t heads, std::int64_t h, const Places& places, std::int64_t length) {
   YOKE_CHECK(sin.has_value() && cos.dim() == 2 && cos.sizes() == sin->sizes() && cos.size(0) >= length &&
                   2 * cos.size(1) <= h && cos.scalar_type() == Scalar::f32 && sin->scalar_type() == Scalar::f32,
@@ -213,18 +213,18 @@ Tensor turned(const Heads& x, const Tensor& qkv, const Tensor& cos, const Option
   const std::int64_t half = cos.size(1), grain = std::max<std::int64_t>(1, 32768 / (heads * h));
   parallel_for(0, x.tokens, grain, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t i = first; i < last; ++i) {
-      // Products leave their results outside the caches.
-      if (i + 1 < last) ask_for(x.at(i + 1, 0), heads * h * x.item);
+      // The matmul has written its results past the caches, so they are prefetched.
+      if (i + 1 < last) prefetch(x.at(i + 1, 0), heads * h * x.item);
       const std::int64_t place = places.positions[i] * half;
-      loops.turn(TurnArgs{x.at(i, 0), data + i * heads * h * x.item, all_cos + place, all_sin + place, x.type, heads, h,
-                          half, interleaved});
+      loops.rotate(RotateArgs{x.at(i, 0), data + i * heads * h * x.item, all_cos + place, all_sin + place, x.type,
+                              heads, h, half, interleaved});
     }
   });
   return to;
 }
 
-// All that a layer does between its products, in one call: [N, (H + 2 K) h], of which queries and keys are turned
-// (with cos and sin), keys and values written, and queries attend, to [N, H h].
+// Everything between two linears of a layer, in one call: qkv [N, (H + 2 K) h] -> [N, H h]. Rotates queries and keys
+// (if cos and sin are given), writes keys and values to the cache, and attends.
 Tensor write_and_attend(const Tensor& qkv, const OptionalTensor& cos, const OptionalTensor& sin,
                             bool interleaved, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k_scale,
                             const OptionalTensor& v_scale, const OptionalTensor& rows, const Tensor& positions,
@@ -233,7 +233,7 @@ Tensor write_and_attend(const Tensor& qkv, const OptionalTensor& cos, const Opti
   check_caches(k_cache, v_cache, k_scale, v_scale);
   const std::int64_t num_kv = k_cache.size(1), h = k_cache.size(3);
   YOKE_CHECK(qkv.dim() == 2 && h > 0 && qkv.size(1) % h == 0 && qkv.size(1) / h > 2 * num_kv,
-              "attend: queries, keys and values ", qkv.sizes(), " do not go with caches of ", k_cache.sizes());
+              "attend: queries, keys and values ", qkv.sizes(), " do not fit caches of ", k_cache.sizes());
   const std::int64_t tokens = qkv.size(0), num_q = qkv.size(1) / h - 2 * num_kv;
   check_types(qkv, k_cache);
   check_runs(runs, num_q, num_kv);
@@ -246,7 +246,7 @@ Tensor write_and_attend(const Tensor& qkv, const OptionalTensor& cos, const Opti
   Heads qk = all;
   Tensor held;
   if (cos.has_value()) {
-    held = turned(all, own, *cos, sin, interleaved, num_q + num_kv, h, places, k_cache.size(2));
+    held = rotated(all, own, *cos, sin, interleaved, num_q + num_kv, h, places, k_cache.size(2));
     qk.data = bytes(held);
     qk.token_stride = held.size(1);
   }

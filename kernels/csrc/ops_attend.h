@@ -1,5 +1,5 @@
-// What the operators of attention are given, checked: caches, heads, and where the tokens lie. Included by
-// ops_attend.cpp alone.
+// The arguments of the attention operators, checked: caches, heads, and the tokens' places in the cache. Included by
+// ops_attend.cpp only.
 #pragma once
 
 #include <algorithm>
@@ -22,8 +22,7 @@ inline Type type_of(const Tensor& x) {
 
 inline const char* bytes(const Tensor& x) { return static_cast<const char*>(x.const_data_ptr()); }
 
-// Queries, keys or values of N tokens: `heads` heads of h numbers each that lie one after another, of which strides
-// count numbers.
+// Queries, keys or values of N tokens: `heads` heads of h contiguous numbers each. Strides are in numbers.
 struct Heads {
   const char* data;
   Type type;
@@ -34,7 +33,7 @@ struct Heads {
   }
 };
 
-// Of [N, heads, h] whose numbers lie one after another.
+// x: [N, heads, h], contiguous in h.
 inline Heads heads_of(const Tensor& x) {
   return {bytes(x), type_of(x), x.size(0), x.size(1), x.stride(0), x.stride(1), x.element_size()};
 }
@@ -46,14 +45,14 @@ struct Cache {
   const OptionalTensor &k_scale, &v_scale;
 };
 
-// What all operators ask of caches [R, K, S, h] and scales [R, K, S].
+// Checks caches [R, K, S, h] and scales [R, K, S] for all operators.
 inline void check_caches(const Tensor& k, const Tensor& v, const OptionalTensor& k_scale,
                          const OptionalTensor& v_scale) {
   YOKE_CHECK(k.dim() == 4 && v.sizes() == k.sizes() && v.scalar_type() == k.scalar_type(),
-              "attend: the caches must be two alike [R, K, S, h], not ", k.sizes(), " and ", v.sizes());
+              "attend: the two caches must have the same shape [R, K, S, h], not ", k.sizes(), " and ", v.sizes());
   YOKE_CHECK(k.is_contiguous() && v.is_contiguous(), "attend: the caches must be contiguous");
   YOKE_CHECK(k_scale.has_value() == (k.scalar_type() == Scalar::i8) && v_scale.has_value() == k_scale.has_value(),
-              "attend: scales go with caches of int8, and these are ", k.scalar_type());
+              "attend: int8 caches have scales, and no others; these are ", k.scalar_type());
   for (const OptionalTensor* scale : {&k_scale, &v_scale}) {
     if (!scale->has_value()) continue;
     YOKE_CHECK((*scale)->scalar_type() == Scalar::f32 && (*scale)->is_contiguous() &&
@@ -62,7 +61,7 @@ inline void check_caches(const Tensor& k, const Tensor& v, const OptionalTensor&
   }
 }
 
-// Where the tokens lie: row and position of each, checked.
+// The tokens' places in the cache: row and position of each, checked.
 struct Places {
   Tensor held_rows, held_positions;
   const std::int64_t* rows = nullptr;  // null: token i in row i
@@ -79,8 +78,8 @@ struct Places {
     }
     if (sourced) return;
     if (!given.has_value()) {
-      YOKE_CHECK(tokens == cache.size(0), "attend: without rows there must be a token for each of the cache's ",
-                  cache.size(0), ", not ", tokens);
+      YOKE_CHECK(tokens == cache.size(0), "attend: without rows there must be one token for each of the cache's ",
+                  cache.size(0), " rows, not ", tokens);
       return;
     }
     YOKE_CHECK(given->scalar_type() == Scalar::i64 && given->dim() == 1 && given->size(0) == tokens,
@@ -131,7 +130,7 @@ inline void check_runs(Sizes runs, std::int64_t heads, std::int64_t num_kv) {
            runs[i + 3] <= num_kv && (runs[i + 1] - runs[i]) % (runs[i + 3] - runs[i + 2]) == 0;
     next = runs[i + 1];
   }
-  YOKE_CHECK(fits && next == heads, "attend: runs of heads that are not those of q and the caches");
+  YOKE_CHECK(fits && next == heads, "attend: the runs of heads do not match q and the caches");
 }
 
 inline void check_types(const Tensor& q, const Tensor& k) {

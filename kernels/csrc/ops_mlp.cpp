@@ -1,7 +1,7 @@
 // torch.ops.yoke_kernels.gated_mlp: down(act(gate(x)) * up(x)) with packed weights.
 //
-// Where the kernels take a gate, what is between the products goes from the sums of the first to the tiles of the
-// second, by way of registers: it is never written as rows, nor read.
+// If the kernels support a gate, the activations go through registers from the sums of the first matmul to the tiles
+// of the second. They are never written as rows.
 
 #include <algorithm>
 #include <string>
@@ -17,7 +17,7 @@ Activation activation_of(const std::string& name) {
   return name == "silu" ? Activation::silu : Activation::gelu_tanh;
 }
 
-// As rows: what `down` takes for its x.
+// The activations as rows, the input of `down`.
 Tensor gated_rows(QuantArgs& a, Activation activation, bool round_x, const Tensor& like) {
   const std::int64_t width = a.n / 2;
   Tensor both = empty({a.m, a.n}, like.scalar_type()), hidden = empty({a.m, width}, like.scalar_type());
@@ -42,7 +42,7 @@ Tensor gated_mlp(const Tensor& x, const Tensor& up_data, const OptionalTensor& u
   QuantArgs down = weights(down_data, down_scale, down_offset, down_bits, down_group, down_rows);
   const std::int64_t width = up.n / 2, missing = down.k - width;
   YOKE_CHECK(up.n % 2 == 0 && missing >= 0 && missing < (down.format == Format::bf16 ? kStep : 1), "gated_mlp: ", up.n,
-              " rows of gate and up do not go with ", down.k, " columns of down");
+              " rows of gate and up do not fit ", down.k, " columns of down");
   const Tensor rows = set_x(up, x), up_own = set_bias(up, up_bias), down_own = set_bias(down, down_bias);
   std::vector<std::int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = down.n;

@@ -1,7 +1,6 @@
-// torch.ops.yoke_kernels.pack_rows, packed_rows: bfloat16 into the layout of quant.h, and rows out of it.
+// torch.ops.yoke_kernels.pack_rows, packed_rows: pack bfloat16 rows in the layout of quant.h, and look rows up in it.
 //
-// Both move numbers and compute nothing: memory is their limit with plain loops, so there is one for all instruction
-// sets.
+// Both only move data. Plain loops are memory-bound, so all instruction sets share them.
 
 #include <algorithm>
 #include <cstring>
@@ -23,15 +22,16 @@ void check_data(const Tensor& data, const char* name) {
               data.scalar_type(), " ", data.sizes());
 }
 
-// Where a row's first pair lies; the others follow at kTileRows pairs, a tile's at two tiles.
+// The offset of a row's first pair. The row's other pairs follow at a distance of kTileRows pairs, those of the next
+// step at a distance of two tiles.
 std::int64_t row_at(std::int64_t row, std::int64_t steps) {
   return row / kPanelRows * steps * 2 * kTile + row / kTileRows % 2 * kTile + row % kTileRows * 4;
 }
 
 typedef std::uint32_t Quad __attribute__((vector_size(16)));
 
-// Four rows of 16 pairs, `stride` numbers apart, to their places in a tile, the first one's at `to`.
-void turn(const bf16* from, std::int64_t stride, std::uint8_t* to) {
+// Packs four rows of 16 pairs, `stride` numbers apart, into a tile; the first row's place is `to`.
+void pack_quad(const bf16* from, std::int64_t stride, std::uint8_t* to) {
   for (std::int64_t i = 0; i < kPairs; i += 4, from += 8, to += 4 * 4 * kTileRows) {
     Quad rows[4];
     for (int r = 0; r < 4; ++r) std::memcpy(&rows[r], from + r * stride, sizeof rows[r]);
@@ -46,20 +46,20 @@ void turn(const bf16* from, std::int64_t stride, std::uint8_t* to) {
   }
 }
 
-// The rows of `weight` [r, k] become rows first, first + 1, .. of the packed ones. Past k they are zeros.
+// Packs the rows of `weight` [r, k] as rows first, first + 1, .. of `data`. Columns past k are zeros.
 void pack_rows(const Tensor& data, const Tensor& weight, std::int64_t first) {
   check_data(data, "pack_rows");
-  YOKE_CHECK(weight.scalar_type() == Scalar::bf16 && weight.dim() == 2, "pack_rows: takes bfloat16 of two dimensions, not ",
+  YOKE_CHECK(weight.scalar_type() == Scalar::bf16 && weight.dim() == 2, "pack_rows: takes 2-D bfloat16, not ",
               weight.scalar_type(), " ", weight.sizes());
   const std::int64_t rows = weight.size(0), k = weight.size(1), steps = data.size(1);
   YOKE_CHECK((k + kStep - 1) / kStep == steps && first >= 0 && first + rows <= data.size(0) * kPanelRows, "pack_rows: ",
-              rows, " rows of ", k, " numbers from ", first, " on do not go into ", data.sizes());
+              rows, " rows of ", k, " numbers from row ", first, " on do not fit into ", data.sizes());
   const Tensor whole = weight.stride(1) == 1 || k == 1 ? weight.view() : weight.contiguous();
   const std::int64_t stride = whole.stride(0);
   const auto* from = whole.const_data_ptr<bf16>();
   auto* to = data.mutable_data_ptr<std::uint8_t>();
   const std::int64_t begin = first / kTileRows, end = (first + rows + kTileRows - 1) / kTileRows;
-  // Tiles of 16 rows: a tile is written while it stays in the first cache, from a line of each row.
+  // Tile by tile, 16 rows each: a tile stays in the L1 cache while it is written, from one cache line of each row.
   parallel_for(begin, end, std::max<std::int64_t>(1, 65536 / (kTileRows * k + 1)), [&](std::int64_t t0, std::int64_t t1) {
     for (std::int64_t t = t0; t < t1; ++t) {
       const std::int64_t r0 = std::max(t * kTileRows, first), r1 = std::min((t + 1) * kTileRows, first + rows);
@@ -69,7 +69,7 @@ void pack_rows(const Tensor& data, const Tensor& weight, std::int64_t first) {
           const bf16* row = from + (r - first) * stride + step * kStep;
           std::uint8_t* place = to + row_at(r, steps) + step * 2 * kTile;
           if (count == kStep && r % 4 == 0 && r + 4 <= r1) {
-            turn(row, stride, place);
+            pack_quad(row, stride, place);
             r += 4;
             continue;
           }
@@ -83,15 +83,15 @@ void pack_rows(const Tensor& data, const Tensor& weight, std::int64_t first) {
   });
 }
 
-// Rows start, start + 1, .. of a table are those that are packed: of each token its row, or zeros if it is none of
-// `count` rows. tokens int64 [...] -> [..., k].
+// Looks up the rows of tokens in a table, of which `data` holds `count` rows from `start` on. Other tokens get zeros.
+// tokens int64 [...] -> [..., k].
 Tensor packed_rows(const Tensor& tokens, const Tensor& data, std::int64_t k, std::int64_t start,
                        std::int64_t count) {
   check_data(data, "packed_rows");
   const std::int64_t steps = data.size(1);
   YOKE_CHECK(tokens.scalar_type() == Scalar::i64, "packed_rows: tokens must be int64, not ", tokens.scalar_type());
   YOKE_CHECK(k >= 0 && (k + kStep - 1) / kStep == steps && count >= 0 && count <= data.size(0) * kPanelRows,
-              "packed_rows: ", count, " rows of ", k, " numbers are not those of ", data.sizes());
+              "packed_rows: ", count, " rows of ", k, " numbers do not fit ", data.sizes());
   std::vector<std::int64_t> shape(tokens.sizes().begin(), tokens.sizes().end());
   shape.push_back(k);
   Tensor rows = empty(shape, Scalar::bf16);
@@ -119,7 +119,7 @@ Tensor packed_rows(const Tensor& tokens, const Tensor& data, std::int64_t k, std
   return rows;
 }
 
-// Whether products with packed bfloat16 are the faster ones, for few rows and for many.
+// Whether matmuls with packed bfloat16 are faster, for few rows and for many.
 bool prefers_packed() { return std::string_view(current().name) == "amx"; }
 
 const Operators operators(

@@ -1,4 +1,4 @@
-// torch.ops.yoke_kernels.quant_linear; and its parts: checks, and the division among threads.
+// torch.ops.yoke_kernels.quant_linear: checks, and the division among threads.
 
 #include <algorithm>
 #include <cmath>
@@ -34,18 +34,18 @@ QuantArgs weights(const Tensor& data, const OptionalTensor& scale, const Optiona
   const Format format = bits == 4 ? Format::i4 : bits == 8 ? Format::i8 : Format::bf16;
   YOKE_CHECK(data.scalar_type() == Scalar::u8 && data.dim() == 4 && data.size(2) == 2 &&
                   data.size(3) == tile_bytes(format) && data.is_contiguous(),
-              "quant_linear: the weights of ", bits, " bits must be uint8 and contiguous [panels, steps, 2, ",
+              "quant_linear: weights of ", bits, " bits must be uint8 and contiguous [panels, steps, 2, ",
               tile_bytes(format), "], not ", data.scalar_type(), " ", data.sizes());
   const std::int64_t panels = data.size(0), k = data.size(1) * kStep;
   YOKE_CHECK(n >= 0 && n <= panels * kPanelRows && n > (panels - 1) * kPanelRows, "quant_linear: ", n,
-              " rows are not those of ", panels, " panels of ", kPanelRows);
+              " rows do not match ", panels, " panels of ", kPanelRows);
   QuantArgs a{};
   a.data = data.const_data_ptr<std::uint8_t>();
   a.format = format;
   a.n = n;
   a.k = k;
   a.group = group;
-  YOKE_CHECK(scale.has_value() == (bits != 16), "quant_linear: weights of 4 or 8 bits have scales, and no others");
+  YOKE_CHECK(scale.has_value() == (bits != 16), "quant_linear: weights of 4 or 8 bits have scales, and no others do");
   YOKE_CHECK(!offset.has_value() || scale.has_value(), "quant_linear: offsets without scales");
   if (!scale.has_value()) return a;
   YOKE_CHECK(group >= kStep && group % kStep == 0 && k % group == 0, "quant_linear: groups of ", group,
@@ -75,7 +75,7 @@ float to_float(bf16 x) {
   return value;
 }
 
-// Of each row of x the step between the numbers that int8 has for it.
+// The scale of each row of x for rounding it to int8.
 void scale_rows(const QuantArgs& a, float* scale) {
   for (std::int64_t i = 0; i < a.m; ++i) {
     float largest = 0;
@@ -84,7 +84,7 @@ void scale_rows(const QuantArgs& a, float* scale) {
   }
 }
 
-// The sums of x's steps, and x as floats if there is room for them.
+// The sum of each step of x, and x as floats if `to` is not null.
 void widen(const QuantArgs& a, float* to, float* sums) {
   for (std::int64_t row = 0; row < a.m; ++row) {
     for (std::int64_t step = 0; step < a.steps(); ++step) {
@@ -121,10 +121,10 @@ Tensor set_bias(QuantArgs& a, const OptionalTensor& bias) {
 
 Tensor set_x(QuantArgs& a, const Tensor& x) {
   YOKE_CHECK(x.scalar_type() == Scalar::bf16, "quant_linear: takes bfloat16, not ", x.scalar_type());
-  // bfloat16 may be short of a whole step, and is filled up with zeros; so is x.
+  // bfloat16 weights may end within a step and are padded with zeros; so is x.
   const std::int64_t missing = x.dim() == 0 ? 0 : a.k - x.size(-1);
   YOKE_CHECK(x.dim() >= 1 && missing >= 0 && missing < (a.format == Format::bf16 ? kStep : 1), "quant_linear: x ",
-              x.sizes(), " does not go with a weight of [", a.n, ", ", a.k, "]");
+              x.sizes(), " does not fit a weight of [", a.n, ", ", a.k, "]");
   Tensor rows = missing == 0 ? x.contiguous() : pad_last(x, missing);
   a.m = a.k == 0 ? 0 : rows.numel() / a.k;
   a.x = numbers(rows);
@@ -177,11 +177,12 @@ Tensor quant_linear(const Tensor& x, const Tensor& data, const OptionalTensor& s
   return y;
 }
 
-// For tests and measurements: the tiles that products with many rows are made of, [panels, k / 32, 2, 16, 16, 2].
+// For tests and measurements: the dequantized tiles of matmuls with many rows, [panels, k / 32, 2, 16, 16, 2].
 Tensor quant_tiles(const Tensor& data, const Tensor& scale, const OptionalTensor& offset,
                        std::int64_t bits, std::int64_t group, std::int64_t n) {
   const QuantArgs a = weights(data, scale, offset, bits, group, n);
-  YOKE_CHECK(a.format != Format::bf16 && chosen_quant().dequantize != nullptr, "quant_tiles: not on ", current().name);
+  YOKE_CHECK(a.format != Format::bf16 && chosen_quant().dequantize != nullptr, "quant_tiles: not available on ",
+              current().name);
   Tensor tiles = empty({data.size(0), a.steps(), 2, 16, 16, 2}, Scalar::bf16);
   auto* to = tiles.mutable_data_ptr<bf16>();
   parallel_for(0, data.size(0), 1, [&](std::int64_t first, std::int64_t last) {

@@ -1,4 +1,4 @@
-// What operators with packed weights share.
+// Shared by the operators with packed weights.
 #pragma once
 
 #include <vector>
@@ -8,22 +8,22 @@
 
 namespace yoke::kernels {
 
-constexpr std::int64_t kPrompt = 33;  // rows of x from which on they may be rounded: those of a prompt
+constexpr std::int64_t kPrompt = 33;  // from this many rows of x on, which only prompts have, x may be rounded
 
 inline const bf16* numbers(const Tensor& x) { return x.const_data_ptr<bf16>(); }
 inline bf16* numbers(Tensor& x) { return x.mutable_data_ptr<bf16>(); }
 
 inline std::int64_t panels_of(std::int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
 
-// Of x, as `QuantKernels::pack` lays it out.
+// The size of x as `QuantKernels::pack` packs it.
 inline std::int64_t packed_bytes(const QuantArgs& a) { return panels_of(a.m) * kPanelRows * (a.k + kStep) * 2; }
 
 inline bool rounds_x(const QuantArgs& a, bool wanted) { return wanted && a.m >= kPrompt && a.scaled_last(); }
 
-// What products of nothing are: the bias in every row of bfloat16 [.., n], or zeros.
+// The result of a matmul without terms: the bias in every row of bfloat16 [.., n], or zeros.
 Tensor rows_of(const Tensor& bias, const std::vector<std::int64_t>& shape);
 
-// Memory that stays with a thread from call to call: that of the last layer is in the caches still.
+// Memory that is kept between calls, so that it is in the caches already.
 class Room {
  public:
   std::uint8_t* of(std::int64_t bytes) {
@@ -37,17 +37,17 @@ class Room {
 
 const QuantKernels& chosen_quant();
 
-// Of the weights of [panels, k / 32, 2, bytes]: everything but x, bias and y. `bits` is 4, 8 or 16 (bf16, which has
+// The arguments for weights [panels, k / 32, 2, bytes], without x, bias and y. `bits` is 4, 8 or 16 (bf16, which has
 // no scales).
 QuantArgs weights(const Tensor& data, const OptionalTensor& scale, const OptionalTensor& offset, std::int64_t bits,
                   std::int64_t group, std::int64_t n);
 
-// Both check, and return what has to live as long as the arguments do. An x of no rows has m = 0.
+// Both check their argument, and return a tensor that must live as long as `a`. An x without rows sets m = 0.
 Tensor set_x(QuantArgs& a, const Tensor& x);
-Tensor set_x(QuantArgs& a, Tensor&& x) = delete;  // what is returned may be a view of x
+Tensor set_x(QuantArgs& a, Tensor&& x) = delete;  // the result may be a view of x
 Tensor set_bias(QuantArgs& a, const OptionalTensor& bias);
 
-// Lays x out, unless it is, and multiplies. m and n are not 0.
+// Packs x unless it is packed, and multiplies. m and n are not 0.
 void multiply(QuantArgs& a, bool round_x);
 
 }  // namespace yoke::kernels

@@ -15,7 +15,7 @@ namespace {
 
 // With few rows of x, the sums stay in the L1 cache beside what is read.
 constexpr std::int64_t kStreams = 4;   // panels that are read alternately for up to 32 rows of x; else half as many
-constexpr std::int64_t kTurn = 2;      // steps of a panel before the next panel's: a page
+constexpr std::int64_t kSlice = 2;     // steps of a panel before the next panel's: a page
 constexpr std::int64_t kAhead = 3072;  // the prefetch distance in each panel, in bytes
 
 struct Brains {
@@ -25,18 +25,18 @@ struct Brains {
   static __m512 sums(const float* from) { return _mm512_load_ps(from); }
 };
 
-inline void ask_for(const std::uint8_t* from) {
+inline void prefetch(const std::uint8_t* from) {
 #pragma GCC unroll 32
   for (std::int64_t i = 0; i < 2 * kTile; i += kLine) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
 }
 
-// Adds 16 B rows of x times `steps` steps of a panel to `sums`. `ask`: also prefetch the panel's next steps.
+// Adds 16 B rows of x times `steps` steps of a panel to `sums`. `prefetching`: also prefetch the panel's next steps.
 template <int B>
-inline void multiply_turn(const std::uint8_t* w, const std::uint8_t* x, std::int64_t steps, float* sums, bool resume,
-                          bool ask) {
+inline void multiply_slice(const std::uint8_t* w, const std::uint8_t* x, std::int64_t steps, float* sums, bool resume,
+                          bool prefetching) {
   begin<B>(sums, resume);
   for (const std::uint8_t* const end = w + steps * 2 * kTile; w != end; w += 2 * kTile, x += 2 * kTile) {
-    if (ask) ask_for(w + kAhead);
+    if (prefetching) prefetch(w + kAhead);
     multiply_step<Brains, B>(w, x);
   }
   keep<B>(sums);
@@ -45,17 +45,17 @@ inline void multiply_turn(const std::uint8_t* w, const std::uint8_t* x, std::int
 // All rows of x times `count` panels of w from `panel` on, one page of each panel at a time.
 void few(const QuantArgs& a, std::int64_t panel, std::int64_t count, float* all_sums) {
   const std::int64_t across = parts(a.m, kPanelRows);
-  for (std::int64_t turn = 0; turn < a.steps(); turn += kTurn) {
-    const std::int64_t steps = least(kTurn, a.steps() - turn), piece = turn / kPiece * kPiece;
+  for (std::int64_t slice = 0; slice < a.steps(); slice += kSlice) {
+    const std::int64_t steps = least(kSlice, a.steps() - slice), piece = slice / kPiece * kPiece;
     for (std::int64_t p = 0; p < count; ++p) {
-      const std::uint8_t* w = a.data + (panel + p) * a.panel_bytes() + turn * 2 * kTile;
+      const std::uint8_t* w = a.data + (panel + p) * a.panel_bytes() + slice * 2 * kTile;
       for (std::int64_t j = 0; j < across; ++j) {
-        const std::uint8_t* x = a.packed + place<Brains>(a, j, piece) + (turn - piece) * 2 * kTile;
+        const std::uint8_t* x = a.packed + place<Brains>(a, j, piece) + (slice - piece) * 2 * kTile;
         float* sums = all_sums + (p * across + j) * 4 * kSums;
         if (a.m - j * kPanelRows > kTileRows) {
-          multiply_turn<2>(w, x, steps, sums, turn > 0, j == 0);
+          multiply_slice<2>(w, x, steps, sums, slice > 0, j == 0);
         } else {
-          multiply_turn<1>(w, x, steps, sums, turn > 0, j == 0);
+          multiply_slice<1>(w, x, steps, sums, slice > 0, j == 0);
         }
       }
     }

@@ -1,4 +1,4 @@
-// The most that a core's arithmetic does, against which products are measured: once per instruction set.
+// The peak arithmetic of a core, with which matmuls are compared. Compiled per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -6,8 +6,8 @@
 namespace yoke::kernels::YOKE_ISA {
 namespace {
 
-// Products and sums of float vectors that stay in registers, in twelve chains: more than the latency times the
-// number of units. Returns the floating-point operations of `rounds` times twelve.
+// Multiply-adds of float vectors that stay in registers, in twelve independent chains: more than the latency times
+// the number of units. Returns the number of floating-point operations, `rounds` times twelve vectors' worth.
 [[maybe_unused]] double vector_peak(std::int64_t rounds) {
 #if defined(__AVX512F__)
   constexpr int kBytes = 64;
@@ -30,7 +30,7 @@ namespace {
   }
   float seen = 0;
   for (int c = 0; c < kChains; ++c) seen += sums[c][0];
-  volatile float sink = seen;  // or the loop would be left out
+  volatile float sink = seen;  // keeps the compiler from removing the loop
   (void)sink;
   return static_cast<double>(rounds) * kChains * (kBytes / 4) * 2;
 }

@@ -128,7 +128,7 @@ void few(const QuantArgs& a, std::int64_t first, std::int64_t last) {
 }
 
 template <class T>
-void product(const QuantArgs& a, std::int64_t first, std::int64_t last) {
+void matmul(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   if (a.m <= kTileRows) return few<T, 1>(a, first, last);
   if (a.m <= kPanelRows) return few<T, 2>(a, first, last);
   many<T>(a, first, last, scratch());
@@ -149,9 +149,9 @@ void linear_quant(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   } else if (scales_sums(a)) {
     a.format == Format::i4 ? few_scaled<Format::i4>(a, first, last) : few_scaled<Format::i8>(a, first, last);
   } else if (a.x_scale != nullptr) {
-    product<Whole>(a, first, last);
+    matmul<Whole>(a, first, last);
   } else {
-    product<Rounded>(a, first, last);
+    matmul<Rounded>(a, first, last);
   }
   _tile_release();
 }

@@ -1,12 +1,12 @@
 // AMX: five to 16 rows of x, times weights with scales per group of k. Part of quant_amx.cpp.
 //
 // Weights are only converted to integers in bf16; the scales are applied to the sums. Scaling the sums of a step costs
-// one instruction per row of x, scaling its weights some ten for each 32 of them. So a row of y is exact but for
+// one instruction per row of x; scaling its weights costs some ten for each 32 of them. So a row of y is exact but for
 // float's rounding, and has the same bits whatever the other rows are.
 //
-// One tile of 16 rows is processed for a turn of kTurn steps with its totals in registers, then the panel's other tile,
-// then three more panels (several streams: see quant_avx512.cpp). This is a pipeline, so that no stage waits: a step's
-// weights are converted, multiplied two steps later, and their sums scaled and added two steps after that.
+// One tile of 16 rows is processed for a slice of kSlice steps with its totals in registers, then the panel's other
+// tile, then three more panels (several streams: see quant_avx512.cpp). This is a pipeline, so that no stage waits: a
+// step's weights are converted, multiplied two steps later, and their sums scaled and added two steps after that.
 #pragma once
 
 #include <immintrin.h>
@@ -17,7 +17,7 @@ namespace yoke::kernels {
 namespace isa_amx {
 namespace {
 
-constexpr std::int64_t kTurn = 8;       // steps of one tile before the next tile's
+constexpr std::int64_t kSlice = 8;      // steps of one tile before the next tile's
 constexpr std::int64_t kStreams = 4;    // panels that are read alternately
 constexpr std::int64_t kLag = 2, kLagRing = 4;
 
@@ -67,8 +67,8 @@ inline void make_whole(const std::uint8_t* from, std::int64_t ahead, __m512i tab
 // Multiplies steps [step, step + count) of tile `t` of a panel, and prefetches `ahead` bytes beyond what it reads.
 // Each: every step is a group.
 template <Format F, int M, bool Each>
-void turn(const QuantArgs& a, FewScratch& own, std::int64_t panel, std::int64_t t, std::int64_t step,
-          std::int64_t count, std::int64_t ahead, float (&totals)[kTileRows][kTileRows]) {
+void multiply_slice(const QuantArgs& a, FewScratch& own, std::int64_t panel, std::int64_t t, std::int64_t step,
+                    std::int64_t count, std::int64_t ahead, float (&totals)[kTileRows][kTileRows]) {
   constexpr std::int64_t kBytes = tile_bytes(F);
   const __m512i table = nibbles_bf16(a.offset != nullptr);
   const std::uint8_t* data = a.data + ((panel * a.steps() + step) * 2 + t) * kBytes;
@@ -119,15 +119,17 @@ void turn(const QuantArgs& a, FewScratch& own, std::int64_t panel, std::int64_t 
 }
 
 template <Format F, int M, bool Each>
-void few_turns(const QuantArgs& a, std::int64_t first, std::int64_t last) {
+void few_slices(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   FewScratch& own = this_threads(few_scratch);
   for (std::int64_t panel = first; panel < last; panel += kStreams) {
     const std::int64_t end = panel + kStreams < last ? panel + kStreams : last;
-    for (std::int64_t step = 0; step < a.steps(); step += kTurn) {
-      const std::int64_t count = a.steps() - step < kTurn ? a.steps() - step : kTurn;
+    for (std::int64_t step = 0; step < a.steps(); step += kSlice) {
+      const std::int64_t count = a.steps() - step < kSlice ? a.steps() - step : kSlice;
       for (std::int64_t p = panel; p < end; ++p) {
         const std::int64_t next = p + 1 < end ? a.panel_bytes() : (panel - p) * a.panel_bytes() + count * 2 * tile_bytes(F);
-        for (std::int64_t t = 0; t < 2; ++t) turn<F, M, Each>(a, own, p, t, step, count, next, own.totals[p - panel][t]);
+        for (std::int64_t t = 0; t < 2; ++t) {
+          multiply_slice<F, M, Each>(a, own, p, t, step, count, next, own.totals[p - panel][t]);
+        }
       }
     }
   }
@@ -135,7 +137,7 @@ void few_turns(const QuantArgs& a, std::int64_t first, std::int64_t last) {
 
 template <Format F, int M>
 void few_scaled(const QuantArgs& a, std::int64_t first, std::int64_t last) {
-  a.group == kStep ? few_turns<F, M, true>(a, first, last) : few_turns<F, M, false>(a, first, last);
+  a.group == kStep ? few_slices<F, M, true>(a, first, last) : few_slices<F, M, false>(a, first, last);
 }
 
 template <Format F>

@@ -21,7 +21,7 @@ constexpr std::int64_t kWideStreams = 6;  // the same for bf16, which leaves tim
 constexpr std::int64_t kAhead = 3072;  // the prefetch distance in each stream, in bytes
 
 template <std::int64_t kBytes>
-inline void ask_for(const std::uint8_t* from) {
+inline void prefetch(const std::uint8_t* from) {
 #pragma GCC unroll 32
   for (std::int64_t i = 0; i < kBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
 }
@@ -147,7 +147,7 @@ void few(const QuantArgs& a, std::int64_t m0, std::int64_t panel, std::int64_t c
     for (std::int64_t p = 0; p < count; ++p) {
       __asm__("" : "+r"(x));  // keeps compilers from holding x in registers, at the cost of copies: loads are free
       const std::uint8_t* tiles = data + p * steps * kBytes;
-      if constexpr (F != Format::bf16) ask_for<kBytes>(tiles + kAhead);
+      if constexpr (F != Format::bf16) prefetch<kBytes>(tiles + kAhead);
       __m512 sums[2][M];
       if constexpr (F == Format::i4) multiply_i4<M>(tiles, table, x, sums);
       if constexpr (F == Format::i8) multiply_i8<M>(tiles, x, sums);

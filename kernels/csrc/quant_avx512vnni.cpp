@@ -73,7 +73,7 @@ void pack(const QuantArgs& a, std::uint8_t* packed, std::int64_t first, std::int
 
 constexpr std::int64_t kScalesAhead = 64;
 
-inline void ask_for_scales(const QuantArgs& a, std::int64_t at) {
+inline void prefetch_scales(const QuantArgs& a, std::int64_t at) {
   _mm_prefetch(static_cast<const char*>(a.scale) + at * 2, _MM_HINT_T0);
 }
 
@@ -143,7 +143,7 @@ void few(const QuantArgs& a, std::int64_t m0, std::int64_t panel, std::int64_t c
       for (std::int64_t i = 0; i < kBytes; i += 64) {
         _mm_prefetch(reinterpret_cast<const char*>(tiles + kAhead + i), _MM_HINT_T0);
       }
-      ask_for_scales(a, group + p * scales_of_panel + kScalesAhead);
+      prefetch_scales(a, group + p * scales_of_panel + kScalesAhead);
       multiply<M>(a, tiles, x, group + p * scales_of_panel, totals[p]);
     }
     if (--left == 0) {

@@ -256,10 +256,10 @@ def _divide_attention(
             _bare(work, f"{prefix}.{child}.weight", getattr(parent, child), "weight", *bounds)
     work.splits[layer] = parent.split = Split(heads, work.num_heads, kv_heads, whole, latent)
     if not whole:
-        _tell_counts(parent, work.num_heads, kv_heads, work.splits[layer])
+        _set_counts(parent, work.num_heads, kv_heads, work.splits[layer])
 
 
-def _tell_counts(parent: Any, num_q: int, num_kv: int, split: Split) -> None:
+def _set_counts(parent: Any, num_q: int, num_kv: int, split: Split) -> None:
     """Set this rank's counts of heads in modules that keep counts and reshape by them."""
     heads = split.heads
     for name, total, own in (

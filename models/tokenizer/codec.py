@@ -86,11 +86,11 @@ def named_templates(given: object, where: str) -> Templates:
 
 
 def within_vocabulary(
-    codec: TextCodec, vocab_size: int, tell: Callable[[str], None] = lambda line: None
+    codec: TextCodec, vocab_size: int, report: Callable[[str], None] = lambda line: None
 ) -> TextCodec:
     """The codec for a model whose embedding has `vocab_size` rows. Tokenizers may have more tokens
     (usually added ones): `encode` raises InputError for a text with such tokens. Stop tokens that the
-    model cannot generate are left out, which `tell` reports."""
+    model cannot generate are left out, which is passed to `report`."""
 
     def encode(text: str, whole: bool) -> list[int]:
         tokens = codec.encode(text, whole)
@@ -107,7 +107,7 @@ def within_vocabulary(
     if beyond := sorted(codec.stop_tokens - stops):
         ids = ", ".join(map(str, beyond))
         rest = "" if stops else "; none is left, so answers continue to max_new_tokens"
-        tell(f"stop tokens beyond the vocabulary of {vocab_size} are left out: {ids}{rest}")
+        report(f"stop tokens beyond the vocabulary of {vocab_size} are left out: {ids}{rest}")
     return replace(codec, encode=encode, stop_tokens=stops)
 
 

@@ -65,7 +65,7 @@ def test_a_tilde_is_the_home_or_stays(nobody: None, monkeypatch: pytest.MonkeyPa
 
 @as_root
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "expected"),
     [
         (["plan"], 0, ""),
         (["model=owner/name", "prompt=x"], 2, "error: model=owner/name: no weights found"),
@@ -78,8 +78,8 @@ def test_a_tilde_is_the_home_or_stays(nobody: None, monkeypatch: pytest.MonkeyPa
         ),
     ],
 )
-def test_commands_of_a_uid_that_nobody_knows(words: list[str], code: int, told: str) -> None:
+def test_commands_of_a_uid_that_nobody_knows(words: list[str], code: int, expected: str) -> None:
     command = by_unknown(sys.executable, str(CHECKOUT / "launch.py"), *words)
     done = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120)
-    assert (done.returncode, done.stderr[: len(told)]) == (code, told), done.stderr
+    assert (done.returncode, done.stderr[: len(expected)]) == (code, expected), done.stderr
     assert "Traceback" not in done.stderr

@@ -139,39 +139,45 @@ def test_a_cache_that_others_can_write_to_is_not_used(
         build.build_extension(small)
 
 
-def test_a_build_tells_how_far_it_is(small: Extension) -> None:
-    told: list[build.BuildProgress] = []
-    build.build_extensions([small], told.append)
-    assert (told[0].names, told[0].done, told[0].total, told[0].guessed) == ("small", 0, 2, True)
-    assert (told[-1].done, told[-1].total) == (2, 2)
-    before = len(told)
-    build.build_extensions([small], told.append)
-    assert len(told) == before  # there is nothing to wait for
+def test_a_build_reports_its_progress(small: Extension) -> None:
+    reports: list[build.BuildProgress] = []
+    build.build_extensions([small], reports.append)
+    first = reports[0]
+    assert (first.names, first.done, first.total, first.estimated) == (
+        "small",
+        0,
+        2,
+        True,
+    )
+    assert (reports[-1].done, reports[-1].total) == (2, 2)
+    before = len(reports)
+    build.build_extensions([small], reports.append)
+    assert len(reports) == before  # there is nothing to wait for
     build.build_extension(small).unlink()
-    build.build_extensions([small], told.append)
-    assert not told[-1].guessed
-    assert build_line(replace(told[-1], seconds=12.3, expected_s=40.0)) == (
+    build.build_extensions([small], reports.append)
+    assert not reports[-1].estimated
+    assert build_line(replace(reports[-1], seconds=12.3, expected_s=40.0)) == (
         "building small: 2 of 2 files, 12 s (last time 40 s)"
     )
 
 
-def test_who_waits_for_another_process_is_told_too(small: Extension) -> None:
+def test_a_process_that_waits_for_another_build_reports_its_progress_too(small: Extension) -> None:
     folder = build.build_extension(small).parent
     build.build_extension(small).unlink()
-    told: list[build.BuildProgress] = []
+    reports: list[build.BuildProgress] = []
     with (folder / "build.lock").open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert lock.read() == ""
         lock.write(json.dumps(asdict(build.BuildProgress("small", 1, 2, 3.0, 4.0, True))))
         lock.flush()
 
-        def tell(progress: build.BuildProgress) -> None:
-            told.append(progress)
+        def report(progress: build.BuildProgress) -> None:
+            reports.append(progress)
             fcntl.flock(lock, fcntl.LOCK_UN)
 
-        build.build_extensions([small], tell)
-    assert told[0] == build.BuildProgress("small", 1, 2, 3.0, 4.0, True)
-    assert told[-1].done == 2
+        build.build_extensions([small], report)
+    assert reports[0] == build.BuildProgress("small", 1, 2, 3.0, 4.0, True)
+    assert reports[-1].done == 2
 
 
 AVX2 = {"avx2", "fma", "f16c"}
@@ -213,7 +219,7 @@ def test_what_a_processor_cannot_run_is_not_built(
         assert {path.name for path in sources(extension, 4)} - everywhere == set(extension.x86_flags)
 
 
-def test_all_is_built_where_nobody_can_tell(tmp_path: Path) -> None:
+def test_all_is_built_where_the_processor_is_unknown(tmp_path: Path) -> None:
     if platform.machine() == "x86_64":
         assert read_level(tmp_path / "nothing") == 4
 

@@ -16,7 +16,7 @@ def test_random_sequences_in_worlds_of_1_to_8() -> None:
 
 
 def test_sixty_four_ranks() -> None:
-    run_case("extremes", "crowd")
+    run_case("extremes", "many_ranks")
 
 
 def test_messages_of_64_mib() -> None:
@@ -79,7 +79,7 @@ def test_a_rank_that_does_not_come_is_named(case: str, run_ranks: RunRanks, tmp_
     assert "[rank 2]" in out
 
 
-def test_ranks_that_call_different_things_are_told(run_ranks: RunRanks, tmp_path: Path) -> None:
+def test_ranks_that_call_different_operators_get_an_error(run_ranks: RunRanks, tmp_path: Path) -> None:
     code, out, err = run_ranks("timeouts", 2, "shm", case="mismatch", folder=str(tmp_path))
     assert code == 0, err
     assert "rank 0 calls all_reduce with 8 elements" in out

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from comm.errors import BuildError, PeerError, told
+from comm.errors import BuildError, PeerError, converting_errors
 
 GLOO = "[/src/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"
+BROKEN = "this group failed earlier and cannot be used: "
 STEP = "all_reduce (step 7): rank 0 waited 2 s for rank 1 (pid 5), which is at step 6"
 
 
@@ -18,7 +19,7 @@ class DistNetworkError(RuntimeError):
     ("error", "message"),
     [
         (RuntimeError(STEP + "\nException raised from commit at ops.cpp:1"), STEP),
-        (RuntimeError(f"this group is broken since: {STEP}"), f"this group is broken since: {STEP}"),
+        (RuntimeError(BROKEN + STEP), BROKEN + STEP),
         (
             RuntimeError("argmax or topk (step 3): rank 1 calls a, rank 0 calls b"),
             "argmax or topk (step",
@@ -33,7 +34,7 @@ class DistNetworkError(RuntimeError):
 def test_a_peer_that_fails_is_an_error_whose_message_says_all(
     error: RuntimeError, message: str
 ) -> None:
-    with pytest.raises(PeerError) as found, told(3):
+    with pytest.raises(PeerError) as found, converting_errors(3):
         raise error
     assert str(found.value).startswith(message) and "\n" not in str(found.value)
     assert found.value.exit_code == 1 and found.value.__cause__ is error
@@ -49,6 +50,6 @@ def test_a_peer_that_fails_is_an_error_whose_message_says_all(
     ],
 )
 def test_other_errors_are_left_alone(error: Exception) -> None:
-    with pytest.raises(type(error)) as found, told(3):
+    with pytest.raises(type(error)) as found, converting_errors(3):
         raise error
     assert found.value is error

@@ -54,7 +54,7 @@ def test_garbage_under_the_name_is_replaced_or_refused() -> None:
     run_case("segments", "segment_of_another")
 
 
-def test_a_header_that_is_overwritten_while_joining_is_told() -> None:
+def test_a_header_that_is_overwritten_while_joining_is_reported() -> None:
     run_case("segments", "garbled_header")
 
 

@@ -20,7 +20,7 @@ PACKAGES = {"ccl": "oneccl_bindings_for_pytorch", "deepspeed": "deepspeed"}
 
 
 def install(folder: Path, distribution: str, version: str, package: str | None = None) -> None:
-    """What pip leaves behind, with a package that tells of its import, and fails."""
+    """What pip installs, with a package that reports its import, and fails."""
     info = folder / f"{distribution}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
@@ -82,7 +82,7 @@ def test_the_command_refuses_what_does_not_fit_and_imports_nothing(
 
 
 @pytest.mark.parametrize("comm", ["ccl", "deepspeed"])
-def test_doctor_tells_how_it_would_be_used(comm: str, tmp_path: Path) -> None:
+def test_doctor_says_how_it_would_be_used(comm: str, tmp_path: Path) -> None:
     code = (
         "import torch; from launcher.doctor.backends import find_backends\n"
         "for backend in find_backends(torch.__version__): print(backend.name, backend.note)"

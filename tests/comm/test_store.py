@@ -1,4 +1,4 @@
-"""What ranks tell each other to meet: nobody else can change it unseen."""
+"""The values that ranks exchange to meet: if somebody else changes one, the ranks notice."""
 
 from __future__ import annotations
 

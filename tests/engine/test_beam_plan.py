@@ -19,7 +19,7 @@ TOKENS = (0, 1, 2, STOP)
 
 
 def continuations(beams: Beams) -> list[Candidate]:
-    """All of them, the likeliest first. A text begins after a 0."""
+    """All of them, the most probable first. A text begins after a 0."""
     found = [
         Candidate(parent, token, beam.logprob + math.log(chance))
         for parent, beam in enumerate(beams.running)
@@ -63,12 +63,12 @@ def test_a_search_wide_enough_finds_all_texts_in_their_order(penalty: float) -> 
     assert all(h.stopped == (h.tokens[-1] == STOP) for h in beams.finished)
 
 
-def test_one_beam_takes_the_likeliest_token_each_time() -> None:
+def test_one_beam_takes_the_most_probable_token_each_time() -> None:
     beams, _ = run(Search(1, 1.0, 6))
     assert beams.finished[0].tokens == (1, 2, 0, 1, 2, 0)
 
 
-def test_only_the_likeliest_continuations_finish_and_enough_others_go_on() -> None:
+def test_only_the_best_continuations_finish_and_enough_others_go_on() -> None:
     beams = Beams((Beam((1,), -1.0, 0), Beam((2,), -2.0, 0)))
     search = Search(2, 0.0, 10, frozenset({8, STOP}))
     assert search.num_candidates == 6

@@ -122,7 +122,7 @@ def test_what_cannot_run_or_does_not_fit_is_marked() -> None:
     said = "\n".join(notes(report))
     assert "4.0 GiB" in said and "-: gemma-3-1b: 8 ranks for 4" in said
     assert said.count("gpt-j-6b") == 1
-    # Where memory cannot be told, nothing is marked.
+    # Where the size of the memory is unknown, nothing is marked.
     assert "!" not in render(catalog(given=given))
 
 

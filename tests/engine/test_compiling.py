@@ -205,8 +205,8 @@ def test_a_run_survives_a_damaged_cache(tmp_path: Path, run_yoke: RunYoke) -> No
     (code,) = cache.glob("inductor-*")
     for file in code.rglob("*.so"):
         os.truncate(file, 100)
-    mended, _, said = run()
-    assert mended == tokens
+    repaired, _, said = run()
+    assert repaired == tokens
     assert "damaged" in said
     # What leads to the code has no ending, and torch itself passes over what it cannot read.
     for file in code.rglob("*"):

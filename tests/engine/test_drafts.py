@@ -1,4 +1,4 @@
-"""Guesses by look-up, and the rule by which guesses are kept, without a model."""
+"""Draft tokens by prompt lookup, and the rule by which they are accepted, without a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine import drafts
-from engine.drafts import LONGEST, Index, judge_drafts, look_up
+from engine.drafts import LONGEST, Index, look_up, verify_drafts
 from models.sampling import Choice, Sampler, Sampling, distribution, make_sampler, start_row
 from tests.engine.chances import chi_square, limit
 
@@ -23,10 +23,10 @@ def slow_look_up(text: list[int], count: int) -> list[int]:
     for length in range(min(LONGEST, len(text) - 1), 0, -1):
         for place in range(len(text) - 1, length - 1, -1):
             if text[place - length : place] == text[-length:]:
-                guess = list(text)
-                while len(guess) < len(text) + count:
-                    guess.append(guess[place + len(guess) - len(text)])
-                return guess[len(text) :]
+                draft = list(text)
+                while len(draft) < len(text) + count:
+                    draft.append(draft[place + len(draft) - len(text)])
+                return draft[len(text) :]
     return []
 
 
@@ -48,10 +48,10 @@ def test_the_longest_and_then_the_latest_occurrence_counts() -> None:
 
 
 def answers(
-    table: torch.Tensor, sampling: Sampling, count: int, rule: Callable[..., Any] = judge_drafts
+    table: torch.Tensor, sampling: Sampling, count: int, rule: Callable[..., Any] = verify_drafts
 ) -> Counter[tuple[int, ...]]:
     """Answers of a model whose logits depend on the last token alone, to a prompt that ends with 0,
-    with random guesses of 0 to 3 tokens."""
+    with 0 to 3 random draft tokens."""
     found: Counter[tuple[int, ...]] = Counter()
     draw = random.Random(2)
     for begin in range(0, count, 512):
@@ -65,11 +65,11 @@ def answers(
             return len(texts[row]) == LENGTH
 
         while going := [row for row in range(512) if len(texts[row]) < LENGTH]:
-            guesses = {row: [draw.randrange(VOCAB) for _ in range(draw.randrange(4))] for row in going}
-            contexts = [[*([0] + texts[row])[-1:], *guesses[row]] for row in going]
+            drafted = {row: [draw.randrange(VOCAB) for _ in range(draw.randrange(4))] for row in going}
+            contexts = [[*([0] + texts[row])[-1:], *drafted[row]] for row in going]
             logits = table[torch.tensor([token for context in contexts for token in context])]
             made = {row: len(texts[row]) for row in going}
-            rule(sampler, logits, guesses, made, keep)
+            rule(sampler, logits, drafted, made, keep)
         found.update(tuple(text) for text in texts)
     return found
 
@@ -77,16 +77,16 @@ def answers(
 def accept_always(
     sampler: Sampler,
     logits: torch.Tensor,
-    guesses: dict[int, list[int]],
+    drafted: dict[int, list[int]],
     made: dict[int, int],
     keep: Callable[..., bool],
 ) -> None:
-    """A wrong rule: every guess is right."""
-    ends = torch.tensor([len(guess) + 1 for guess in guesses.values()]).cumsum(0) - 1
-    left = [not any(keep(row, token, None) for token in guess) for row, guess in guesses.items()]
-    rest = [row for row, on in zip(guesses, left, strict=True) if on]
-    counts = {row: made[row] + len(guesses[row]) for row in rest}
-    judge_drafts(sampler, logits[ends[torch.tensor(left)]], {row: [] for row in rest}, counts, keep)
+    """A wrong rule: every draft token is accepted."""
+    ends = torch.tensor([len(draft) + 1 for draft in drafted.values()]).cumsum(0) - 1
+    left = [not any(keep(row, token, None) for token in draft) for row, draft in drafted.items()]
+    rest = [row for row, on in zip(drafted, left, strict=True) if on]
+    counts = {row: made[row] + len(drafted[row]) for row in rest}
+    verify_drafts(sampler, logits[ends[torch.tensor(left)]], {row: [] for row in rest}, counts, keep)
 
 
 @pytest.mark.parametrize(
@@ -106,17 +106,17 @@ def test_kept_tokens_are_distributed_as_the_model_says(
     }
     value, cells = chi_square(answers(table, sampling, 12288), wanted)
     assert value < limit(cells)
-    # Wrong rules are found out with a tenth of the answers: one that keeps every guess, and one that
-    # goes on behind a wrong guess.
+    # A tenth of the answers suffices to detect wrong rules: one that accepts every draft token, and one
+    # that goes on after a rejected draft token.
     value, cells = chi_square(answers(table, sampling, 2048, accept_always), wanted)
     assert value > 2 * limit(cells)
-    monkeypatch.setattr(drafts, "is_right", lambda guess, depth, token: depth < len(guess))
+    monkeypatch.setattr(drafts, "is_accepted", lambda draft, depth, token: depth < len(draft))
     value, cells = chi_square(answers(table, sampling, 2048), wanted)
     assert value > 2 * limit(cells)
 
 
 def test_penalties_count_the_tokens_that_were_kept() -> None:
-    """A token may come once: of the guess 2, 2 only the first is right."""
+    """A token may come once: of the draft tokens 2, 2 only the first is accepted."""
     sampler = make_sampler(1, VOCAB)
     start_row(sampler, 0, Sampling(presence_penalty=2.0), [0])
     logits = torch.tensor([[0.0, 0.5, 1.0, 0.2]]).expand(3, VOCAB)
@@ -126,6 +126,6 @@ def test_penalties_count_the_tokens_that_were_kept() -> None:
         kept.append(token)
         return False
 
-    verdicts = judge_drafts(sampler, logits, {0: [2, 2]}, {0: 0}, keep)
+    verdicts = verify_drafts(sampler, logits, {0: [2, 2]}, {0: 0}, keep)
     assert kept == [2, 1]
     assert (verdicts[0].accepted, verdicts[0].token) == (1, 1)

@@ -176,7 +176,7 @@ def test_lengths_that_nobody_gave_are_lowered(folder: Path) -> None:
         parse_job([*words, "max_seq_len=40", "max_new_tokens=64"])
 
 
-def test_room_that_changes_short_texts_is_told() -> None:
+def test_room_that_changes_short_texts_is_reported() -> None:
     """Rotary embeddings that depend on it (`models.rope`)."""
     plain = PRESETS["tiny"]
     long = Rope(kind="longrope", original_max_seq_len=300)

@@ -1,4 +1,4 @@
-"""quant= on the command line: checked before ranks start, counted in the estimate, told at the end."""
+"""quant= on the command line: checked before ranks start, counted in the estimate, named at the end."""
 
 from __future__ import annotations
 
@@ -94,24 +94,24 @@ def test_the_estimate_counts_packed_weights(tmp_path: Path) -> None:
     assert kept < 0.7 * undone
 
 
-def test_auto_keeps_what_our_products_take() -> None:
+def test_auto_keeps_what_our_matmuls_take() -> None:
     for words, kept in (([], True), (["dtype=float32"], False), (["quant=none"], False)):
         assert keeps_quantized(parse_job([*WORDS, *words])) is kept
     assert not keeps_quantized(parse_job(WORDS), "cuda:0")
     assert any("quant=" in line and "int4-g32" in line for line in help_lines())
 
 
-def test_a_run_tells_its_scheme_and_bad_words_end_with_2(gguf: Path, run_yoke: RunYoke) -> None:
+def test_a_run_reports_its_scheme_and_bad_words_end_with_2(gguf: Path, run_yoke: RunYoke) -> None:
     words = ["prompt=hi", "max_new_tokens=2", "max_seq_len=64", "compile=false", "output=json",
              "dtype=bfloat16"]  # fmt: skip
-    for head, told in (
+    for head, expected in (
         ([], "layers: 8 of int4-g32, 1 of int8"),
         (["quant_head=same"], "layers: 9 of int4-g32"),
     ):
         done = run_yoke("model=tiny", "weights=random", "quant=int4-g32", *head, *words)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["quant"] == "int4-g32"
-        assert told in done.stderr
+        assert expected in done.stderr
     for bad, match in (
         (["model=tiny", "weights=random", "quant=int9"], "quant=int9: must be one of"),
         (["--ranks=2", "model=tiny", "weights=random", "quant=int8"], "use --ranks N with N of 1, 3"),

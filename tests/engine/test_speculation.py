@@ -1,4 +1,4 @@
-"""With guesses a text is the same, greedy or sampled; and fewer rounds make it."""
+"""With draft tokens a text is the same, greedy or sampled, and takes fewer rounds."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def runners(
     return model, make_runner(kinds[draft], ALONE, max_seq_len, False, num_rows)
 
 
-def guessed(
+def speculated(
     draft: str,
     requests: Sequence[Request],
     stops: frozenset[int] = frozenset(),
@@ -70,7 +70,7 @@ def guessed(
     k: int = 4,
     rows: int = 3,
 ) -> list[Answer]:
-    """Answers with guesses, in a cache without a position to spare."""
+    """Answers with draft tokens, in a cache without a position to spare."""
     model, small = runners(draft, needed(requests), rows)
     return speculation.generate(model, requests, stops, watcher, draft=small, draft_tokens=k)
 
@@ -90,15 +90,15 @@ def texts(answers: Sequence[Answer]) -> list[tuple[tuple[int, ...], str]]:
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_greedy_texts_are_those_without_guesses(draft: str) -> None:
+def test_greedy_texts_are_those_without_drafts(draft: str) -> None:
     requests = [Request(prompt, 20 + 9 * (i % 3)) for i, prompt in enumerate(PROMPTS)]
-    answers = guessed(draft, requests)
+    answers = speculated(draft, requests)
     assert texts(answers) == texts(plain(requests))
-    assert [a.tokens for a in guessed(draft, requests, k=9, rows=1)] == [a.tokens for a in answers]
+    assert [a.tokens for a in speculated(draft, requests, k=9, rows=1)] == [a.tokens for a in answers]
     drafted, accepted = (sum(getattr(a, name) for a in answers) for name in ("drafted", "accepted"))
     if draft == "same":
         assert accepted > 0.99 * drafted > 100
-        # All but the first token of each four of five are guesses.
+        # All but the first token of each four of five are draft tokens.
         assert accepted >= 0.75 * sum(len(answer.tokens) - 1 for answer in answers)
     elif draft == "lookup":
         assert 0 < accepted < drafted
@@ -107,7 +107,7 @@ def test_greedy_texts_are_those_without_guesses(draft: str) -> None:
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_sampled_texts_and_their_logprobs_are_those_without_guesses(draft: str) -> None:
+def test_sampled_texts_and_their_logprobs_are_those_without_drafts(draft: str) -> None:
     samplings = [
         Sampling(temperature=0.2, seed=1, logprobs=2),
         Sampling(temperature=0.7, top_k=20, top_p=0.9, seed=2),
@@ -118,7 +118,7 @@ def test_sampled_texts_and_their_logprobs_are_those_without_guesses(draft: str) 
         Sampling(temperature=0.2, seed=5),
     ]
     requests = [Request(*pair) for pair in zip(PROMPTS, [24] * 7, samplings, strict=True)]
-    answers, wanted = guessed(draft, requests), plain(requests)
+    answers, wanted = speculated(draft, requests), plain(requests)
     assert texts(answers) == texts(wanted)
     for answer, other, sampling in zip(answers, wanted, samplings, strict=True):
         assert len(answer.logprobs) == (len(answer.tokens) if sampling.logprobs >= 0 else 0)
@@ -128,22 +128,22 @@ def test_sampled_texts_and_their_logprobs_are_those_without_guesses(draft: str) 
             assert one.top_logprobs == pytest.approx(two.top_logprobs, abs=1e-4)
     if draft == "same":
         assert answers[4].accepted == answers[4].drafted  # greedy
-        sampled = [answers[i] for i in (0, 1, 5, 6)]  # now and then the likeliest token
+        sampled = [answers[i] for i in (0, 1, 5, 6)]  # now and then the most probable token
         assert 0 < sum(a.accepted for a in sampled) < sum(a.drafted for a in sampled)
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_a_text_ends_exactly_wherever_in_a_guess_its_end_is(draft: str) -> None:
+def test_a_text_ends_exactly_wherever_in_a_draft_its_end_is(draft: str) -> None:
     whole = plain([Request(PROMPTS[0], 12)])[0].tokens
     for length in range(1, 12):
         requests = [Request(PROMPTS[0], length)]
-        (answer,) = guessed(draft, requests, k=5)
+        (answer,) = speculated(draft, requests, k=5)
         assert (answer.tokens, answer.finish) == (whole[:length], "length")
         assert answer.accepted <= max(length - 2, 0)  # not the first, and one of each round
     for at, stop in enumerate(whole):
         requests = [Request(PROMPTS[0], 12), Request(PROMPTS[1], 12)]
         ends = frozenset({stop})
-        answers = guessed(draft, requests, ends, k=5)
+        answers = speculated(draft, requests, ends, k=5)
         assert texts(answers) == texts(plain(requests, ends))
         assert answers[0].finish == "stop" and len(answers[0].tokens) == whole.index(stop) <= at
 
@@ -162,7 +162,7 @@ def test_watchers_see_every_token_and_end_texts() -> None:
         return {2} if len(seen[2]) > 2 else set()
 
     watcher = Watcher(on_token, cancelled, lambda request, answer: ended.append(request))
-    answers = guessed("same", requests, frozenset(), watcher, rows=2)
+    answers = speculated("same", requests, frozenset(), watcher, rows=2)
     assert [answer.tokens for answer in answers] == [tuple(tokens) for tokens in seen.values()]
     assert [answer.finish for answer in answers] == ["length", "stop", "cancelled", "length"]
     lengths = [len(tokens) for tokens in seen.values()]
@@ -173,7 +173,7 @@ def test_watchers_see_every_token_and_end_texts() -> None:
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_a_text_goes_on_from_what_lies_in_the_cache(draft: str) -> None:
+def test_a_text_goes_on_from_what_is_in_the_cache(draft: str) -> None:
     model, small = runners(draft, 200, num_rows=1)
     first = Request(PROMPTS[2], 20)
     (answer,) = speculation.generate(model, [first], draft=small)
@@ -185,7 +185,7 @@ def test_a_text_goes_on_from_what_lies_in_the_cache(draft: str) -> None:
         assert more.accepted > 10
 
 
-def test_many_rows_share_the_guesses_that_one_call_has_room_for() -> None:
+def test_many_slots_share_the_draft_tokens_that_one_call_has_room_for() -> None:
     requests = [Request((i % 4, i // 4 % 4), 6) for i in range(250)]
     model, _ = runners("lookup", 10, 200, SMALL)
     calls: list[int] = []
@@ -241,7 +241,7 @@ def test_two_ranks_and_one_make_the_same_texts_and_nothing_is_compiled_later(
     for found in (eager, compiled):
         assert found["lookup"]["tokens"] == found["small"]["tokens"] == eager["plain"]["tokens"]
     for draft in ("lookup", "small"):
-        assert compiled[draft] == eager[draft]  # as many guesses, too
+        assert compiled[draft] == eager[draft]  # as many draft tokens, too
         assert sum(eager[draft]["drafted"]) > sum(eager[draft]["accepted"])
     assert sum(eager["lookup"]["accepted"]) > 0
 
@@ -250,7 +250,7 @@ JOB = ("model=tiny", "weights=random", "prompt=abcabc", "max_new_tokens=30")
 
 
 @pytest.mark.slow
-def test_the_command_tells_how_many_guesses_were_right(run_yoke: RunYoke) -> None:
+def test_the_command_reports_how_many_draft_tokens_were_accepted(run_yoke: RunYoke) -> None:
     words = ("compile=false", "dtype=float32", "max_seq_len=36", "output=json")
     reports = []
     for draft, ranks in (("lookup", 2), ("tiny", 1)):

@@ -47,7 +47,7 @@ def texts(runner: Runner) -> list[list[int]]:
 
 @pytest.mark.slow
 def test_two_models_in_one_process() -> None:
-    # Alike in all that a step's arguments tell; their graphs differ in depth and in numbers.
+    # The arguments of their steps are alike; their graphs differ in depth and in numbers.
     large = PRESETS["tiny"]
     pairs = [pair(large), pair(replace(large, num_layers=1, embedding_scale=3.0))]
     found = [[texts(runner) for runner in runners] for _, *runners in pairs]
@@ -109,4 +109,4 @@ def test_what_fails_below_compiled_cpp_says_why() -> None:
     with pytest.raises(RuntimeError, match="API call failed"):
         compiled(x, torch.tensor([0, 8]))
     with pytest.raises(RuntimeError, match=r"^attend: position 8 in a cache of 8"):
-        steps._telling(compiled)(x, torch.tensor([0, 8]))
+        steps._with_reason(compiled)(x, torch.tensor([0, 8]))

@@ -52,15 +52,15 @@ def test_a_prompt_with_it_is_named(folder: Path, tmp_path: Path, run_yoke: RunYo
 
 
 def test_a_chat_goes_on(folder: Path) -> None:
-    """The person is told, and the next turn is made ready."""
+    """The user gets an error message, and the next turn works."""
     resolved = resolve(parse_job(words(folder), need_prompt=False))
     codec = within_vocabulary(load_codec(open_checkpoint(folder)), 128)
     assert codec.stop_tokens == {1}
     ours, theirs = socket.socketpair()
     with theirs:
         channel = channel_of(ours.detach())
-        turns = [[{"role": "user", "content": text}] for text in ("the cat <|r6|>", "a dog")]
-        channel.messages.extend({"id": i, "messages": turn} for i, turn in enumerate(turns))
+        conversations = [[{"role": "user", "content": text}] for text in ("the cat <|r6|>", "a dog")]
+        channel.messages.extend({"id": i, "messages": each} for i, each in enumerate(conversations))
         assert next_task(resolved, codec, channel, (), 64) is None
         assert MESSAGE in json.loads(theirs.recv(1 << 16))["error"]
         task = next_task(resolved, codec, channel, (), 64)

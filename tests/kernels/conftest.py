@@ -15,7 +15,7 @@ OPS = torch.ops.yoke_kernels
 
 @pytest.fixture(autouse=True)
 def best_afterwards() -> Iterator[None]:
-    """The instruction set that is chosen without a test's wish."""
+    """The instruction set that is chosen unless a test sets another."""
     yield
     OPS.use_instruction_set(OPS.instruction_sets()[-1])
 

@@ -168,7 +168,7 @@ def test_a_row_does_not_depend_on_the_others(
 
 @pytest.mark.parametrize("dtypes", PAIRS)
 def test_a_few_tokens_have_the_bits_of_single_ones(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    """So guesses are judged by what a step without them would have made."""
+    """So draft tokens are compared with what a step without them would have computed."""
     cache = full_cache(2, 2, 300, 32, dtypes[1])
     rule = Rule([(0, 6, 0, 2)], 0.2)
     for count in (2, 5, 16):
@@ -274,13 +274,13 @@ STRIDED = torch.zeros(2, 2, 16, 8).transpose(2, 3)
         ({"rows": torch.tensor([0, -1])}, "row -1"),
         ({"rows": torch.tensor([0, 1], dtype=torch.int32)}, "rows must be"),
         ({"rows": None, "cache": new_cache(3, 2, 8, 16, FP32, "cpu")}, "without rows"),
-        ({"q": torch.zeros(2, 4, 8)}, "does not go with caches"),
+        ({"q": torch.zeros(2, 4, 8)}, "does not fit caches"),
         ({"q": torch.zeros(2, 4, 16).bfloat16()}, "the caches are Float"),
         ({"runs": [(0, 4, 0, 3)]}, "runs of heads"),
         ({"runs": [(0, 5, 0, 1)]}, "runs of heads"),
         ({"runs": [(0, 3, 0, 1)]}, "runs of heads"),
         ({"cache": KVCache(STRIDED, STRIDED, None, None)}, "contiguous"),
-        ({"cache": new_cache(2, 2, 8, 16, INT8, "cpu")._replace(k_scale=None)}, "scales go with"),
+        ({"cache": new_cache(2, 2, 8, 16, INT8, "cpu")._replace(k_scale=None)}, "int8 caches"),
         ({"sources": torch.full((2, 8), 2, dtype=torch.int32)}, "source 2 of a cache of 2"),
         ({"sources": torch.zeros(2, 2, dtype=torch.int32)}, "sources for 2"),
         ({"sources": torch.zeros(2, 8)}, "sources must be int32"),

@@ -142,18 +142,18 @@ def test_a_row_is_the_same_whatever_the_others_and_threads_are(name: str) -> Non
         torch.set_num_threads(threads)
 
 
-def test_what_does_not_fit_is_told() -> None:
+def test_shapes_that_do_not_fit_are_refused() -> None:
     x, up, down = (
         random(3, 64, seed=0),
         pack_bf16(random(64, 64, seed=1)),
         pack_bf16(random(8, 64, seed=2)),
     )
-    with pytest.raises(RuntimeError, match="64 rows of gate and up do not go with 64 columns"):
+    with pytest.raises(RuntimeError, match="64 rows of gate and up do not fit 64 columns"):
         gated_mlp(x, up, down, "silu")
     down = pack_bf16(random(8, 32, seed=2))
     with pytest.raises(RuntimeError, match="no activation 'gelu'"):
         gated_mlp(x, up, down, "gelu")
-    with pytest.raises(RuntimeError, match="does not go with a weight"):
+    with pytest.raises(RuntimeError, match="does not fit a weight"):
         gated_mlp(x[:, :32], up, down, "silu")
     empty = gated_mlp(x[:0], up, down, "silu")
     assert empty.shape == (0, 8)

@@ -166,7 +166,7 @@ def test_the_peak_counts_what_it_does(name: str) -> None:
     ("x", "weight", "message"),
     [
         (torch.zeros(1, 8), torch.zeros(4, 8).bfloat16(), "takes bfloat16"),
-        (torch.zeros(1, 8).bfloat16(), torch.zeros(4, 9).bfloat16(), "does not go with"),
+        (torch.zeros(1, 8).bfloat16(), torch.zeros(4, 9).bfloat16(), "does not fit"),
         (torch.zeros(1, 4).bfloat16(), torch.zeros(4, 9).bfloat16()[:, :4], "must be contiguous"),
     ],
 )

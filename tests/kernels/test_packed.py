@@ -51,7 +51,7 @@ def check(m: int, n: int, k: int, with_bias: bool, seed: int) -> None:
     with_bias=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_products_of_any_shape(name: str, m: int, n: int, k: int, with_bias: bool, seed: int) -> None:
+def test_matmuls_of_any_shape(name: str, m: int, n: int, k: int, with_bias: bool, seed: int) -> None:
     OPS.use_instruction_set(name)
     check(m, n, k, with_bias, seed)
 
@@ -73,7 +73,7 @@ def test_products_of_any_shape(name: str, m: int, n: int, k: int, with_bias: boo
         (530, 2120, 545),
     ],
 )
-def test_products_at_the_borders(name: str, m: int, n: int, k: int) -> None:
+def test_matmuls_at_the_borders(name: str, m: int, n: int, k: int) -> None:
     OPS.use_instruction_set(name)
     check(m, n, k, True, m)
 
@@ -192,11 +192,11 @@ TOKENS = torch.zeros(2, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("data", "weight", "first", "message"),
     [
-        (GOOD, torch.zeros(2, 70), 0, "takes bfloat16"),
-        (GOOD, random(2, 64, seed=0), 0, "do not go into"),
-        (GOOD, random(2, 97, seed=0), 0, "do not go into"),
-        (GOOD, random(2, 70, seed=0), 63, "do not go into"),
-        (GOOD, random(2, 70, seed=0), -1, "do not go into"),
+        (GOOD, torch.zeros(2, 70), 0, "takes 2-D bfloat16"),
+        (GOOD, random(2, 64, seed=0), 0, "do not fit into"),
+        (GOOD, random(2, 97, seed=0), 0, "do not fit into"),
+        (GOOD, random(2, 70, seed=0), 63, "do not fit into"),
+        (GOOD, random(2, 70, seed=0), -1, "do not fit into"),
         (GOOD[..., :512], random(2, 70, seed=0), 0, "must be uint8 and contiguous"),
     ],
 )
@@ -211,10 +211,10 @@ def test_what_cannot_be_packed_is_refused(
     ("tokens", "k", "count", "message"),
     [
         (TOKENS.int(), 70, 40, "must be int64"),
-        (TOKENS, 97, 40, "are not those of"),
-        (TOKENS, 64, 40, "are not those of"),
-        (TOKENS, 70, 65, "are not those of"),
-        (TOKENS, 70, -1, "are not those of"),
+        (TOKENS, 97, 40, "numbers do not fit"),
+        (TOKENS, 64, 40, "numbers do not fit"),
+        (TOKENS, 70, 65, "numbers do not fit"),
+        (TOKENS, 70, -1, "numbers do not fit"),
     ],
 )
 def test_what_cannot_be_looked_up_is_refused(
@@ -225,6 +225,6 @@ def test_what_cannot_be_looked_up_is_refused(
 
 
 @pytest.mark.parametrize("k", [64, 97])
-def test_products_that_do_not_fit_are_refused(k: int) -> None:
-    with pytest.raises(RuntimeError, match="does not go with"):
+def test_matmuls_that_do_not_fit_are_refused(k: int) -> None:
+    with pytest.raises(RuntimeError, match="does not fit"):
         OPS.quant_linear(random(1, k, seed=0), GOOD, None, None, 16, 0, 40, None)

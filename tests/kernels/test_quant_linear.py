@@ -311,8 +311,8 @@ assert GOOD.scale is not None
     ("x", "change", "message"),
     [
         (X.float(), {}, "takes bfloat16"),
-        (X[:, :32], {}, "does not go with"),
-        (torch.zeros(()).bfloat16(), {}, "does not go with"),
+        (X[:, :32], {}, "does not fit"),
+        (torch.zeros(()).bfloat16(), {}, "does not fit"),
         (X, {"bits": 5}, "4, 8 or 16 bits"),
         (X, {"bits": 8}, "must be uint8 and contiguous"),
         (X, {"scale": None, "offset": None}, "4 or 8 bits have scales"),

@@ -114,9 +114,9 @@ def test_it_is_an_operator_that_torch_can_trace() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"qkv": torch.zeros(2, 95)}, "do not go with caches"),
-        ({"qkv": torch.zeros(2, 32)}, "do not go with caches"),
-        ({"qkv": torch.zeros(2, 6, 16)}, "do not go with caches"),
+        ({"qkv": torch.zeros(2, 95)}, "do not fit caches"),
+        ({"qkv": torch.zeros(2, 32)}, "do not fit caches"),
+        ({"qkv": torch.zeros(2, 6, 16)}, "do not fit caches"),
         ({"qkv": torch.zeros(2, 96).half()}, "q is Half"),
         ({"qkv": torch.zeros(2, 112)}, "runs of heads"),
         ({"angles": angles_of(7, 8, False)}, "must be float32 .8 or more, 8 or fewer"),

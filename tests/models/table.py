@@ -2,7 +2,7 @@
 
     python -m tests.models.table
 
-What the tests hold against a tolerance is told here in figures, by the same functions; a family that
+What the tests hold against a tolerance is printed here in figures, by the same functions; a family that
 fails a test fails here, too, and nothing is written. The tests check that the table lists what they
 test.
 """

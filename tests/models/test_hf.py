@@ -76,9 +76,9 @@ def test_ranks(size: int, comm: str, folders: dict[str, str], run_ranks: RunRank
     each rank holds its part alone."""
     code, out, err = run_ranks("hf", size, comm, folders=folders)
     assert code == 0, err
-    told = [json.loads(line) for line in out.splitlines()]
-    assert [line["name"] for line in told] == list(FAMILIES)
-    for line in told:
+    reports = [json.loads(line) for line in out.splitlines()]
+    assert [line["name"] for line in reports] == list(FAMILIES)
+    for line in reports:
         whole = (Path(folders[line["name"]]) / "model.safetensors").stat().st_size
         _, heads, kv_heads, *_ = FAMILIES[line["name"]]
         for rank, (held, cached) in enumerate(line["held"]):

@@ -94,9 +94,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         if name in NESTED:
             torch.save(wanted(save_nested(name, folder)), folder / "wanted.pt")
             return folder
-        family, changes, spoil = FOLDERS[name]
+        family, changes, damage = FOLDERS[name]
         make(family, **changes).save_pretrained(folder)
-        spoil(folder)
+        damage(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         torch.save(wanted(model.eval()), folder / "wanted.pt")
         return folder

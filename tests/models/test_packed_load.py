@@ -65,20 +65,20 @@ def test_nothing_is_held_twice(config: ModelConfig, monkeypatch: pytest.MonkeyPa
 def test_what_is_made_in_blocks_is_what_is_made_at_once(
     config: ModelConfig, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where blocks end inside a panel, and bytes are told as they are filled, to the last."""
+    """Also where blocks end inside a panel; the progress counts every byte that is filled."""
     monkeypatch.setattr(tp.layers, "prefers_packed", lambda: packed)
-    states, told = [], []
+    states, counts = [], []
     for size in (1 << 30, 7 * config.dim * 4):
         monkeypatch.setattr(models.load, "BLOCK_BYTES", size)
         checkpoint, steps = random_checkpoint(expected_shapes(config), 3), list[tuple[int, int]]()
         add = lambda done, total, steps=steps: steps.append((done, total))  # noqa: E731
         model = load_model(config, checkpoint, Group(1, 2), torch.bfloat16, add)
         states.append({**dict(model.named_parameters()), **dict(model.named_buffers())})
-        told.append(steps)
+        counts.append(steps)
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert told[0][-1] == told[1][-1] and told[1][-1][0] == told[1][-1][1]
-    assert len(told[1]) > 2 * len(told[0]) and told[1] == sorted(told[1])
+    assert counts[0][-1] == counts[1][-1] and counts[1][-1][0] == counts[1][-1][1]
+    assert len(counts[1]) > 2 * len(counts[0]) and counts[1] == sorted(counts[1])
 
 
 def test_where_it_is_not_preferred_or_not_bfloat16_weights_stay(

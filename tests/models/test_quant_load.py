@@ -25,9 +25,9 @@ from models.quant_rules import (
     check_quant,
     held_quantized,
     is_linear,
+    matmuls_of,
     parse_asked,
     parse_quant,
-    products_of,
     scheme_for,
 )
 from models.sizes import layout_of
@@ -335,9 +335,9 @@ def test_what_is_asked_of_the_head() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_how_a_head_is_held(tied: bool) -> None:
     config = replace(CONFIG, tie_embeddings=tied)
-    products = products_of(config)
+    matmuls = matmuls_of(config)
     head = (EMBEDDING if tied else HEAD,)
-    plain = {name: StoredWeight("BF16") for names in products for name in names}
+    plain = {name: StoredWeight("BF16") for names in matmuls for name in names}
     four, other = Scheme(4, 32), Scheme(4, 32, symmetric=False)
     own = plain | {head[0]: StoredWeight("Q4_1", other)}
     finer = plain | {head[0]: StoredWeight("Q6_K")}
@@ -348,11 +348,11 @@ def test_how_a_head_is_held(tied: bool) -> None:
     ):
         asked = parse_asked(text)
         for stored, wanted in ((plain, rounded), (own, kept), (finer, again)):
-            held = {each.names: each for each in held_quantized(config, products, stored, asked, 1)}
+            held = {each.names: each for each in held_quantized(config, matmuls, stored, asked, 1)}
             assert (held[head].scheme if head in held else None) == wanted, text
             assert head not in held or held[head].kept == (stored is own)
             if stored is plain:
-                assert {held[names].scheme for names in products if names != head} == {four}
+                assert {held[names].scheme for names in matmuls if names != head} == {four}
 
 
 def test_what_cannot_be_cut_is_refused_with_the_numbers_that_can() -> None:

@@ -59,7 +59,7 @@ def of_transformers(logits: Tensor, sampling: Sampling, seen: list[int]) -> Tens
     return logits.softmax(-1)
 
 
-WISHES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+SETTINGS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "temperature": {"temperature": st.floats(0.1, 5)},
     "top_k": {"top_k": st.integers(1, 700)},
     "top_p": {"top_p": st.floats(0.01, 0.99)},
@@ -67,15 +67,17 @@ WISHES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "repetition": {"repetition_penalty": st.floats(0.3, 3)},
     "bias": {"logit_bias": st.just(((7, 5.0), (3, -100.0), (12, 0.25)))},
 }
-WISHES["combined"] = {name: values for wish in list(WISHES.values()) for name, values in wish.items()}
+SETTINGS["combined"] = {
+    name: values for setting in list(SETTINGS.values()) for name, values in setting.items()
+}
 
 
-@pytest.mark.parametrize("wish", WISHES)
+@pytest.mark.parametrize("setting", SETTINGS)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_distributions_are_those_of_transformers(wish: str, data: st.DataObject) -> None:
+def test_distributions_are_those_of_transformers(setting: str, data: st.DataObject) -> None:
     values: dict[str, Any] = data.draw(
-        st.fixed_dictionaries({"temperature": st.just(1.0), **WISHES[wish]})
+        st.fixed_dictionaries({"temperature": st.just(1.0), **SETTINGS[setting]})
     )
     sampling = Sampling(**values)
     # Beyond the first candidates, and flat enough that top_p wants more of them.
@@ -105,8 +107,8 @@ def on_the_edge(logits: Tensor, sampling: Sampling, made: Tensor, wanted: Tensor
     return bool(mass < 1e-5 or ratio < 1e-6)
 
 
-def test_the_reference_tells_limits_apart() -> None:
-    """What the test above compares does depend on every wish, and on the order of the limits."""
+def test_the_reference_depends_on_each_limit() -> None:
+    """What the test above compares does depend on every setting, and on the order of the limits."""
     logits = torch.linspace(-2, 2, 40).unsqueeze(0)
     base = of_transformers(logits, Sampling(1.0), [1, 39])
     changes: list[dict[str, Any]] = [
@@ -192,7 +194,7 @@ def test_draws_follow_the_distribution(sampling: Sampling) -> None:
     counts = torch.bincount(torch.tensor(drawn), minlength=12)
     expected = distribution(sampler, logits)[0]
     assert p_value(counts, expected * total) > ALARM
-    # So many draws do tell a distribution that is a little wrong.
+    # So many draws do detect a distribution that is a little wrong.
     wrong = expected ** (1 / 1.4)
     assert p_value(counts, wrong / wrong.sum() * total) < ALARM
 

@@ -151,7 +151,10 @@ def test_a_sentencepiece_model_gives_the_tokens_of_sentencepiece(folder: Path) -
 
     original = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     codec = read(folder)
-    assert codec.encode("a", True) == [1, *original.encode("a")]  # Llama's first token, unless told
+    assert codec.encode("a", True) == [
+        1,
+        *original.encode("a"),
+    ]  # Llama's first token, unless the file says otherwise
     words = [word for text in CORPUS for word in text.split(" ")]
     draw = random.Random(1)
     texts = [text for text in TEXTS if "<s>" not in text]

@@ -112,7 +112,7 @@ def test_a_byte_level_vocabulary_gives_the_tokens_of_its_tokenizer_json(
 
 @pytest.mark.parametrize("pre", MODELS)
 def test_a_text_is_cut_where_the_tokenizer_json_cuts_it(pre: str) -> None:
-    """Whatever the merges make of it: also where no word of the texts would tell."""
+    """Whatever the merges make of it: also where no word of the texts would show the difference."""
     declared, normalizer, _ = MODELS[pre]
     trained = train_bytes(declared, normalizer)
     built = build_bytes(trained.get_vocab(False), [], SPLITTINGS[pre])
@@ -139,8 +139,8 @@ def test_a_word_that_is_a_token_is_taken_whole_where_the_model_does_so(
     assert load_codec(open_checkpoint(file)).encode("hello", True) == ([4] if whole else [5, 2, 2, 3])
 
 
-def test_pre_tokenizers_are_told_apart() -> None:
-    """Families share names, but no family is another by mistake: the texts tell them apart."""
+def test_pre_tokenizers_are_distinguished() -> None:
+    """Families share names, but no family is another by mistake: the texts distinguish them."""
     from tests.models.vocabularies import CORPUS
 
     def words(pre: str) -> str:

@@ -114,9 +114,9 @@ def test_a_run_of_byte_tokens_waits_for_its_end(codecs: dict[str, tuple[TextCode
     assert streamed(codec, [letter, *run, letter]) == ["a", "", "", "", "", "\U0001f9ffa", ""]
     assert streamed(codec, [letter, *run]) == ["a", "", "", "", "", "\U0001f9ff"]
     # A special token is left out, so the run goes on behind it; one byte too many spoils all of it.
-    spoilt = [letter, *run, *special, run[0]]
-    assert streamed(codec, spoilt)[:-1] == ["a"] + [""] * 6
-    assert "".join(streamed(codec, spoilt)) == codec.decode(spoilt) == "a" + "\ufffd" * 5
+    invalid = [letter, *run, *special, run[0]]
+    assert streamed(codec, invalid)[:-1] == ["a"] + [""] * 6
+    assert "".join(streamed(codec, invalid)) == codec.decode(invalid) == "a" + "\ufffd" * 5
 
 
 def test_two_streams_do_not_share_what_they_hold(codecs: dict[str, tuple[TextCodec, int]]) -> None:

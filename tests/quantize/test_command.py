@@ -227,7 +227,7 @@ def test_what_cannot_be_done_is_said_in_a_line(
         ("quant=int8 word", "not key=value"),
     ):
         assert match in refused(capsys, model, out, *word.split())
-    # 96 columns: what fits is told, for this model.
+    # 96 columns: the message says what fits this model.
     said = refused(capsys, model, out, "quant=int4-g128")
     assert Q_PROJ in said and "96 columns" in said and said.endswith(": int8, int4-g32, int4-g32-asym")
     assert list(tmp_path.iterdir()) == []
@@ -257,7 +257,7 @@ def test_sources_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_too_little_space_is_told_before(
+def test_too_little_space_is_reported_before(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("usage", (), {"free": 1000})

@@ -20,7 +20,7 @@ from models.config import ModelConfig, expected_shapes
 from models.load import config_of, load_model
 from models.mlp import ACTIVATIONS, Experts
 from models.quant_rules import parse_quant
-from quantize.calibrate import Settings, hessian_of, quantize_block, quantize_product
+from quantize.calibrate import Settings, hessian_of, quantize_block, quantize_matrix
 from quantize.command import main
 from quantize.walk import Walk
 from tests.models.expert_files import KEYS, MIXTRAL, in_mixtral
@@ -31,7 +31,7 @@ from weights.open import open_checkpoint
 from weights.quant import parse_scheme
 
 SOURCE = replace(MIXTRAL, vocab_size=128, max_seq_len=512)
-UNMET = 3  # an expert that the router never chooses
+UNROUTED = 3  # an expert that the router never chooses
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def tensors() -> dict[str, Tensor]:
         found[name] = torch.ones(shape) if norm else (values * shape[-1] ** -0.5).bfloat16()
     # Inputs of the router have a first component that is always large.
     found["model.embed_tokens.weight"][:, 0] = 4.0
-    found["model.layers.0.mlp.gate.weight"][UNMET, 0] = -30.0
+    found["model.layers.0.mlp.gate.weight"][UNROUTED, 0] = -30.0
     return found
 
 
@@ -98,11 +98,13 @@ def test_gptq_and_an_expert_that_no_token_meets(
     words = [f"model={source}", f"calibration={text}", "quant=int4-g32", "sample_len=64"]
     assert main([*words, f"out={tmp_path / 'a'}", "output=json", f"perplexity={text}"]) == 0
     report = json.loads(capsys.readouterr().out)
-    unmet = [f"model.layers.0.mlp.experts.{UNMET}.{p}_proj.weight" for p in ("gate", "up", "down")]
-    assert report["rounded_experts"] == unmet
+    unrouted = [
+        f"model.layers.0.mlp.experts.{UNROUTED}.{p}_proj.weight" for p in ("gate", "up", "down")
+    ]
+    assert report["rounded_experts"] == unrouted
     by_name = {one["name"]: one for one in report["weights"]}
-    assert all(by_name[name]["output_error"] is None for name in unmet)
-    assert all(0 < by_name[name]["weight_error"] < 0.05 for name in unmet)
+    assert all(by_name[name]["output_error"] is None for name in unrouted)
+    assert all(0 < by_name[name]["weight_error"] < 0.05 for name in unrouted)
     assert 0 < report["output_error"] < report["weight_error"] < 0.05
     assert report["perplexity_after"] == pytest.approx(report["perplexity_before"], rel=0.2)
     assert logits(tmp_path / "a", "auto").isfinite().all()
@@ -146,11 +148,11 @@ def quantized_by_hand(
                 own.append(row)
     inputs = torch.stack(own)
     gate_up = original.gate_ups.weight[0]
-    _, values = quantize_product(gate_up, hessian_of(iter([inputs]), inputs.shape[1]), settings)
+    _, values = quantize_matrix(gate_up, hessian_of(iter([inputs]), inputs.shape[1]), settings)
     gate, up = F.linear(inputs, values).chunk(2, dim=-1)
     hidden = ACTIVATIONS[config.activation](gate) * up
     down = original.downs.weight[0]
-    _, rounded = quantize_product(down, hessian_of(iter([hidden]), hidden.shape[1]), settings)
+    _, rounded = quantize_matrix(down, hessian_of(iter([hidden]), hidden.shape[1]), settings)
     prefix, half = "model.layers.0.mlp.experts.0", len(gate_up) // 2
 
     def energy(weight: Tensor, x: Tensor) -> float:

@@ -139,8 +139,8 @@ def test_searched_scales_err_less(name: str) -> None:
     assert (error(searched) <= error(plain)).all()
     assert error(searched).sum() < 0.99 * error(plain).sum()
     importance = torch.linspace(0, 1, K).square()
-    weighed = search_grid(w, scheme, importance)
-    assert error(weighed, importance).sum() <= error(searched, importance).sum()
+    weighted = search_grid(w, scheme, importance)
+    assert error(weighted, importance).sum() <= error(searched, importance).sum()
     # What is searched can be stored.
     assert torch.equal(searched.scale, searched.scale.half().float())
 

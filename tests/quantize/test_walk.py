@@ -88,8 +88,8 @@ def test_the_tokens_of_several_texts_count_alike() -> None:
 def test_inputs_are_those_of_the_quantized_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What each product's Hessian was made of, against the inputs of the same product in the model that
-    came out, run whole."""
+    """The inputs from which each linear's Hessian was computed, against the inputs of the
+    same linear in the quantized model, run as a whole."""
     checkpoint = open_checkpoint(make_folder(tmp_path / "model"))
     plan = plan_quantize(checkpoint, parse_asked("int4-g32"))
     seen: list[Tensor] = []
@@ -103,13 +103,13 @@ def test_inputs_are_those_of_the_quantized_model(
     out = tmp_path / "out"
     out.mkdir()
     carry_out(plan, out, False, (Settings(plan.scheme, False, 0.01, True), text))
-    # The last product of the second layer comes after all others.
+    # The last linear of the second layer comes after all others.
     written = read_back(plan, out)
     model = load_model(config_of(checkpoint), written, Group(0, 1), torch.float32)
     model.setup(1, 50)
-    for number, product in ((0, "0.attention.qkv"), (5, "1.attention.out"), (7, "1.mlp.down")):
+    for number, linear in ((0, "0.attention.qkv"), (5, "1.attention.out"), (7, "1.mlp.down")):
         inputs: list[Tensor] = []
-        part = model.layers.get_submodule(product)
+        part = model.layers.get_submodule(linear)
         hook = part.register_forward_pre_hook(lambda _, given, inputs=inputs: inputs.append(given[0]))
         for piece in text:
             positions = torch.arange(len(piece))
@@ -128,12 +128,12 @@ def test_gptq_keeps_outputs_nearer_than_rounding(tmp_path: Path) -> None:
     walk = Walk(checkpoint, plan.config, text)
     block = walk.layer(0)
     rounded = []
-    for path in calibrate.PRODUCTS:
+    for path in calibrate.LINEARS:
         if path == "mlp.up":
             continue
-        product = block.get_submodule(path)
-        weight = product.get_parameter("weight")
-        hessian = calibrate.hessian_of(walk.inputs(block, product), weight.shape[1])
+        linear = block.get_submodule(path)
+        weight = linear.get_parameter("weight")
+        hessian = calibrate.hessian_of(walk.inputs(block, linear), weight.shape[1])
         assert hessian is not None
         grid = search_grid(weight, plan.scheme)
         change = grid.values(grid.integers(weight)) - weight

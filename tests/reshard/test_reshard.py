@@ -577,7 +577,7 @@ def test_an_empty_folder_is_taken(fast: Path) -> None:
     assert open_checkpoint(fast / "out").world_size == 2
 
 
-def test_a_full_disk_is_told_before_and_while_writing(
+def test_a_full_disk_is_reported_before_and_while_writing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if os.geteuid() != 0:

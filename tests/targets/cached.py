@@ -1,4 +1,4 @@
-"""Compile a step with a collective in it, and tell whether its code was found on disk."""
+"""Compile a step with a collective in it, and print whether its code was found on disk."""
 
 from __future__ import annotations
 

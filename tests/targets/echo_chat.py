@@ -55,10 +55,10 @@ def main(env: RankSettings, payload: str) -> int:
 def serve(channel: socket.socket, pause_s: float, folder: Path, continues: bool) -> None:
     lines = channel.makefile("rb")
 
-    def tell(**message: Any) -> None:
+    def send(**message: Any) -> None:
         channel.sendall(json.dumps(message).encode() + b"\n")
 
-    tell(ready={"model": "echo", "max_seq_len": 100, "continues": continues, "dtype": "words"})
+    send(ready={"model": "echo", "max_seq_len": 100, "continues": continues, "dtype": "words"})
     cached = 0
     for line in lines:
         request = json.loads(line)
@@ -74,7 +74,7 @@ def serve(channel: socket.socket, pause_s: float, folder: Path, continues: bool)
             (folder / "die").touch()
             time.sleep(60)
         if asked == "error":
-            tell(id=number, error="the conversation is too long")
+            send(id=number, error="the conversation is too long")
             continue
         if asked == "escape":
             asked = "\x1b[31mred"
@@ -88,7 +88,7 @@ def serve(channel: socket.socket, pause_s: float, folder: Path, continues: bool)
         for i, word in enumerate(words):
             said.append(word if i == 0 else f" {word}")
             # The last piece is held back, as half a character would be.
-            tell(id=number, text=said[-1] if i < len(words) - 1 or i == 0 else "")
+            send(id=number, text=said[-1] if i < len(words) - 1 or i == 0 else "")
             if words[0] == "deaf":
                 time.sleep(pause_s)
             elif select.select([channel], [], [], pause_s)[0]:
@@ -104,7 +104,7 @@ def serve(channel: socket.socket, pause_s: float, folder: Path, continues: bool)
             "tokens": len(said), "ttft_s": 0.25, "tpot_s": 0.5, "text": "".join(said), "more": 1,
         }  # fmt: skip
         cached = prompt + len(said)
-        tell(id=number, done=done)
+        send(id=number, done=done)
 
 
 if __name__ == "__main__":

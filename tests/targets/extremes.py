@@ -18,17 +18,17 @@ from comm import ops
 from comm.sizes import slot_bytes
 from comm.sources import read_level
 from tests.targets.draws import SUMMABLE, Session, reference_sum, same
-from tests.targets.forking import Tell, new_session, run_forked, shm_group
+from tests.targets.forking import Report, new_session, run_forked, shm_group
 from tests.targets.sequences import two_groups
 
 INSTRUCTION_SETS = ("base", "avx2", "avx512", "avx512bf16")
 
 
-def crowd() -> None:
+def many_ranks() -> None:
     """64 ranks, tiny messages."""
     session, size = new_session(), 64
 
-    def body(rank: int, tell: Tell) -> None:
+    def body(rank: int, report: Report) -> None:
         torch.set_num_threads(1)
         with shm_group(rank, size, session) as group:
             for i, dtype in enumerate(SUMMABLE):
@@ -51,7 +51,7 @@ def large_messages() -> None:
     """64 MiB, and what is just above all buffers together, by two threads a rank."""
     size, session = 2, new_session()
 
-    def body(rank: int, tell: Tell) -> None:
+    def body(rank: int, report: Report) -> None:
         torch.set_num_threads(2)
         slot = slot_bytes(size)
         with two_groups(rank, size, session) as (large, parts):
@@ -79,7 +79,7 @@ def refusals() -> None:
     """What cannot be is an error on every rank, before anybody waits, and the group goes on."""
     size, session = 2, new_session()
 
-    def body(rank: int, tell: Tell) -> None:
+    def body(rank: int, report: Report) -> None:
         x = torch.randn(4, 6)
         with shm_group(rank, size, session) as group:
             yoke, handle = torch.ops.yoke, group.handle
@@ -109,7 +109,7 @@ def refusals() -> None:
                 ("the residual's must be", lambda: norm(x, x[:2], torch.ones(6))),
                 ("the residual's must be", lambda: norm(x, x, torch.ones(4))),
                 ("must be the same", lambda: norm(x, x.half(), torch.ones(6))),
-                ("fewer columns in all", lambda: ops.topk(x, 13, 6 * rank, group)),
+                ("all ranks together have fewer", lambda: ops.topk(x, 13, 6 * rank, group)),
                 ("999", lambda: yoke.all_reduce(x, 999)),
                 ("was not built", lambda: yoke.shm_set_simd(handle, "none")),
             ]
@@ -129,7 +129,7 @@ def instruction_sets() -> None:
     """Every one that this machine has gives the same bits."""
     size, session = 2, new_session()
 
-    def body(rank: int, tell: Tell) -> list[str]:
+    def body(rank: int, report: Report) -> list[str]:
         found = []
         with shm_group(rank, size, session) as group:
             results: list[list[Tensor]] = []
@@ -155,7 +155,7 @@ def latency() -> None:
     """Four ranks, on as few cores as this machine has: ranks that wait must let the others run."""
     size, session = 4, new_session()
 
-    def body(rank: int, tell: Tell) -> float:
+    def body(rank: int, report: Report) -> float:
         torch.set_num_threads(1)
         x = torch.ones(2048)  # 8 KiB
         with shm_group(rank, size, session) as group:
@@ -171,4 +171,6 @@ def latency() -> None:
     assert mean < 20e-3, f"{mean * 1e3:.1f} ms: the ranks wait for the scheduler"
 
 
-CASES = {case.__name__: case for case in (crowd, large_messages, refusals, instruction_sets, latency)}
+CASES = {
+    case.__name__: case for case in (many_ranks, large_messages, refusals, instruction_sets, latency)
+}

@@ -13,8 +13,8 @@ from comm.group import Rendezvous, open_group
 
 def main(env: RankSettings, payload: str) -> int:
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
-    tell = lambda message: print(message, file=sys.stderr)  # noqa: E731
-    with open_group(env.rank, env.world_size, env.backend, rendezvous, 60.0, tell) as group:
+    report = lambda message: print(message, file=sys.stderr)  # noqa: E731
+    with open_group(env.rank, env.world_size, env.backend, rendezvous, 60.0, report) as group:
         assert group.backend == "gloo"
         assert ops.all_reduce(torch.ones(2), group).tolist() == [2.0, 2.0]
     return 0

@@ -17,7 +17,16 @@ import torch
 
 from comm import ops
 from comm.group import Group, set_timeout
-from tests.targets.forking import Tell, fork, forked, new_session, run_forked, shm_group, stop, wait_for
+from tests.targets.forking import (
+    Report,
+    fork,
+    forked,
+    new_session,
+    run_forked,
+    shm_group,
+    stop,
+    wait_for,
+)
 from tests.targets.segments import mappings
 
 
@@ -59,7 +68,7 @@ def check_killed(size: int, victim: int, name: str, moment: str) -> float:
     """Kill a rank and return how long the slowest of the others took to say so."""
     session = new_session()
 
-    def body(rank: int, tell: Tell) -> None:
+    def body(rank: int, report: Report) -> None:
         torch.set_num_threads(1)
         operator = operators(size)[name]
         with shm_group(rank, size, session) as group:
@@ -67,12 +76,12 @@ def check_killed(size: int, victim: int, name: str, moment: str) -> float:
             if moment == "after":
                 assert is_right(name, operator(group), size)
             if moment != "during" and rank == victim:
-                tell("ready")
+                report("ready")
                 time.sleep(60)
             if rank == victim:
                 for _ in range(3):
                     operator(group)
-                tell("ready")
+                report("ready")
             if moment == "before":
                 operator(group)
             while True:
@@ -112,11 +121,11 @@ def stopped() -> None:
     """A rank that is stopped is alive: the deadline names it."""
     session = new_session()
 
-    def body(rank: int, tell: Tell) -> None:
+    def body(rank: int, report: Report) -> None:
         with shm_group(rank, 3, session) as group:
             set_timeout(group, 0.8)
             if rank == 1:
-                tell("ready")
+                report("ready")
             while True:
                 ops.all_reduce(torch.ones(100), group)
 
@@ -137,13 +146,13 @@ def broken() -> None:
     """After a failure, a group stays broken; another one works."""
     first, second = new_session(), new_session()
 
-    def body(rank: int, tell: Tell) -> None:
+    def body(rank: int, report: Report) -> None:
         with shm_group(rank, 2, first) as group, shm_group(rank, 2, second) as other:
             with pytest.raises(RuntimeError, match="same collectives in the same order") as failure:
                 ops.all_reduce(torch.ones(4 + rank), group)
             said = str(failure.value).splitlines()[0]
             for _ in range(2):
-                with pytest.raises(RuntimeError, match="this group is broken since: ") as again:
+                with pytest.raises(RuntimeError, match="this group failed earlier ") as again:
                     ops.barrier(group)
                 assert said in str(again.value)
             assert ops.all_reduce(torch.ones(4), other).tolist() == [2.0] * 4
@@ -155,15 +164,15 @@ def forked_child() -> None:
     """A child of a rank cannot use the rank's group, and does it no harm."""
     session, own = new_session(), new_session()
 
-    def child(group: Group) -> Callable[[int, Tell], None]:
-        def body(rank: int, tell: Tell) -> None:
+    def child(group: Group) -> Callable[[int, Report], None]:
+        def body(rank: int, report: Report) -> None:
             for call in (
                 lambda: ops.all_reduce(torch.ones(3), group),
                 lambda: ops.barrier(group),
                 lambda: set_timeout(group, 1.0),
             ):
                 with pytest.raises(
-                    RuntimeError, match="belongs to the process that this one was forked"
+                    RuntimeError, match="belongs to the process from which this one was forked"
                 ):
                     call()
             assert mappings() == []
@@ -174,7 +183,7 @@ def forked_child() -> None:
 
         return body
 
-    def body(rank: int, tell: Tell) -> None:
+    def body(rank: int, report: Report) -> None:
         torch.set_num_threads(1)
         with shm_group(rank, 2, session) as group:
             for _ in range(3):
@@ -184,7 +193,7 @@ def forked_child() -> None:
                 assert ops.all_reduce(torch.ones(3), group).tolist() == [2.0] * 3
                 assert len(mappings()) == 1
 
-    def wait_for_child(body: Callable[[int, Tell], None]) -> None:
+    def wait_for_child(body: Callable[[int, Report], None]) -> None:
         rank = fork(0, body)
         wait_for(rank, "returned")
         stop(rank)
@@ -196,7 +205,7 @@ def closed() -> None:
     """Closing twice is fine; an operator on a closed group is an error; so is one of no group."""
     session = new_session()
 
-    def body(rank: int, tell: Tell) -> None:
+    def body(rank: int, report: Report) -> None:
         with shm_group(rank, 2, session) as group:
             ops.barrier(group)
             torch.ops.yoke.shm_close_group(group.handle)

@@ -21,20 +21,20 @@ from typing import Any
 from comm.group import Group, Rendezvous, open_group
 from comm.shm import load_extension
 
-# What a rank tells while it runs: `tell("ready")`.
-Tell = Callable[[str], None]
-Body = Callable[[int, Tell], Any]
+# A rank's reports while it runs: `report("ready")`.
+Report = Callable[[str], None]
+Body = Callable[[int, Report], Any]
 
 
 @dataclass
 class Rank:
-    """A child. Its pipe carries a JSON line for each thing told, and a last one for its end."""
+    """A child. Its pipe carries a JSON line for each report, and a last one for its end."""
 
     rank: int
     pid: int
     pipe: int
     unread: bytes = b""
-    told: list[dict[str, Any]] = field(default_factory=list)
+    reports: list[dict[str, Any]] = field(default_factory=list)
     status: int | None = None
 
 
@@ -44,7 +44,7 @@ def new_session() -> str:
 
 @contextmanager
 def forked(size: int, body: Body) -> Iterator[list[Rank]]:
-    """Runs `body(rank, tell)` in a process each; kills what is left of them at the end."""
+    """Runs `body(rank, report)` in a process each; kills what is left of them at the end."""
     load_extension()
     ranks = [fork(rank, body) for rank in range(size)]
     try:
@@ -61,17 +61,17 @@ def fork(number: int, body: Body) -> Rank:
         os.close(writing)
         return Rank(number, pid, reading)
 
-    def tell(what: str, **facts: Any) -> None:
+    def report(what: str, **facts: Any) -> None:
         os.write(writing, json.dumps({"what": what, "at": time.monotonic(), **facts}).encode() + b"\n")
 
     code = 1
     try:
-        tell("returned", value=body(number, tell))
+        report("returned", value=body(number, report))
         code = 0
     except BaseException as error:
         lines = str(error).strip().splitlines() or [""]
         trace = traceback.format_exc()[-3000:]
-        tell("raised", kind=type(error).__name__, message=lines[0][:2000], traceback=trace)
+        report("raised", kind=type(error).__name__, message=lines[0][:2000], traceback=trace)
     finally:
         os._exit(code)
 
@@ -85,16 +85,16 @@ def stop(rank: Rank) -> None:
 
 
 def wait_for(rank: Rank, what: str, seconds: float = 60.0) -> dict[str, Any]:
-    """The next thing that the rank tells; it must be `what`."""
+    """The next report of the rank; it must be `what`."""
     deadline = time.monotonic() + seconds
-    while not rank.told:
+    while not rank.reports:
         ready, _, _ = select.select([rank.pipe], [], [], max(0.0, deadline - time.monotonic()))
-        assert ready, f"rank {rank.rank} told nothing for {seconds} s"
+        assert ready, f"rank {rank.rank} reported nothing for {seconds} s"
         data = os.read(rank.pipe, 1 << 16)
         assert data, f"rank {rank.rank} ended without a word"
         *lines, rank.unread = (rank.unread + data).split(b"\n")
-        rank.told += [json.loads(line) for line in lines]
-    found = rank.told.pop(0)
+        rank.reports += [json.loads(line) for line in lines]
+    found = rank.reports.pop(0)
     assert found["what"] == what, f"rank {rank.rank}: {found.get('traceback') or found}"
     return found
 
@@ -107,7 +107,9 @@ def run_forked(size: int, body: Body, seconds: float = 120.0) -> list[Any]:
         while len(values) < size:
             pipes = {rank.pipe: rank for rank in ranks if rank.rank not in values}
             ready, _, _ = select.select(list(pipes), [], [], seconds)
-            assert ready, f"ranks {[rank.rank for rank in pipes.values()]} told nothing for {seconds} s"
+            assert ready, (
+                f"ranks {[rank.rank for rank in pipes.values()]} reported nothing for {seconds} s"
+            )
             for pipe in ready:
                 rank = pipes[pipe]
                 values[rank.rank] = wait_for(rank, "returned", seconds)["value"]

@@ -73,7 +73,7 @@ def main(env: RankSettings, payload: str) -> int:
 
 @torch.no_grad()
 def _left_alone(runner: Runner, group: Group) -> str:
-    """What rank 0 is told when it alone takes a token step."""
+    """The error that rank 0 gets when it alone runs a decode step."""
     ops.barrier(group)
     set_timeout(group, 0.5)
     if group.rank != 0:

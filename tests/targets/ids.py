@@ -1,4 +1,4 @@
-"""The greedy tokens of models, on groups of several sizes, against those that the payload tells."""
+"""The greedy tokens of models, on groups of several sizes, against those in the payload."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load this rank's part of a checkpoint, and tell what it took."""
+"""Load this rank's part of a checkpoint, and print how much memory it took."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from comm import ops
 from comm.errors import CommError, SpaceError
 from comm.group import Group
 from comm.sizes import segment_bytes
-from tests.targets.forking import Tell, fork, new_session, run_forked, shm_group, stop, wait_for
+from tests.targets.forking import Report, fork, new_session, run_forked, shm_group, stop, wait_for
 
 SHM = Path("/dev/shm")
 
@@ -30,7 +30,7 @@ def little_memory() -> None:
     """/dev/shm is smaller than a group."""
     session = new_session()
 
-    def body(rank: int, tell: Tell) -> str:
+    def body(rank: int, report: Report) -> str:
         with (
             pytest.raises(SpaceError if rank == 0 else CommError) as failure,
             shm_group(rank, 2, session, timeout_s=2.0),
@@ -50,7 +50,7 @@ def memory_that_is_taken() -> None:
     """/dev/shm has room when rank 0 looks, and none when rank 1 comes."""
     session = new_session()
 
-    def body(rank: int, tell: Tell) -> str:
+    def body(rank: int, report: Report) -> str:
         with pytest.raises(CommError) as failure, shm_group(rank, 2, session, timeout_s=3.0):
             pass
         return f"{type(failure.value).__name__}: {failure.value}"
@@ -81,10 +81,10 @@ def wait_for_segment(session: str, size: int) -> Path:
     return path
 
 
-def join_and_sum(session: str, size: int, timeout_s: float = 20.0) -> Callable[[int, Tell], str]:
+def join_and_sum(session: str, size: int, timeout_s: float = 20.0) -> Callable[[int, Report], str]:
     """A body that joins, sums and returns "joined", or what went wrong."""
 
-    def body(rank: int, tell: Tell) -> str:
+    def body(rank: int, report: Report) -> str:
         try:
             with shm_group(rank, size, session, timeout_s=timeout_s) as group:
                 assert ops.all_reduce(torch.ones(3), group).tolist() == [size] * 3
@@ -219,7 +219,7 @@ def many_groups() -> None:
     """Groups that are made and closed leave nothing."""
     session = new_session()
 
-    def body(rank: int, tell: Tell) -> None:
+    def body(rank: int, report: Report) -> None:
         torch.set_num_threads(1)
         ops.all_reduce(torch.ones(1), Group(0, 1))
         before, handles = descriptors(), set()

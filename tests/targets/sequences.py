@@ -28,7 +28,7 @@ from tests.targets.draws import (
     reference_sum,
     same,
 )
-from tests.targets.forking import Tell, listen, new_session, run_forked, shm_group
+from tests.targets.forking import Report, listen, new_session, run_forked, shm_group
 
 NO_CHOICE = {"nan": -1, "inf": -2, "-inf": -3}
 
@@ -189,7 +189,7 @@ def worlds(seed: str = "1000") -> None:
     most, session = 8, new_session()
     with listen() as server:
 
-        def body(rank: int, tell: Tell) -> float:
+        def body(rank: int, report: Report) -> float:
             torch.set_num_threads(1)
             meeting = Rendezvous(
                 session, port=server.getsockname()[1], store_fd=server.fileno() if rank == 0 else None
@@ -219,7 +219,7 @@ def threads(seed: str = "1000") -> None:
     by two threads, of which one comes after the other."""
     size, session = 3, new_session()
 
-    def body(rank: int, tell: Tell) -> None:
+    def body(rank: int, report: Report) -> None:
         torch.set_num_threads(2)
         failures: list[BaseException] = []
 

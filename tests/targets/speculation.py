@@ -1,4 +1,5 @@
-"""Texts with and without guesses, in real ranks; compiled, also whether anything was compiled later."""
+"""Texts with and without draft tokens, in real ranks; if compiled, also whether anything was compiled
+later."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def check(rank: int) -> None:
 def forked() -> None:
     from tests.targets.forking import run_forked
 
-    run_forked(1, lambda rank, tell: check(rank))
+    run_forked(1, lambda rank, report: check(rank))
 
 
 CASES = {"forked": forked}

@@ -111,7 +111,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path
         root / "m.gguf", arrays, {"blk.0.attn_q.weight": Kind.Q8_0, "blk.0.ffn_up.weight": Kind.Q4_0}
     )
     archive = pth / "pytorch_model.bin"
-    # An archive tells its records at its end, and torch's pickle is its first record.
+    # An archive lists its records at its end, and torch's pickle is its first record.
     return {
         "safetensors": (safetensors, safetensors / "model.safetensors", 300),
         "config": (safetensors, safetensors / "config.json", 400),

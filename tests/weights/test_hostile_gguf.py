@@ -107,7 +107,7 @@ def test_heads_that_gguf_cannot_have(value: bytes, tmp_path: Path) -> None:
     refused(save(tmp_path / "m.gguf", raw_gguf([query], [heads])), "head_count|not 3 heads")
 
 
-def test_a_text_that_is_no_utf8_is_told_when_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_text_that_is_no_utf8_is_reported_when_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     save(path, raw_gguf([raw_tensor()], [pair(b"k", 8, text(b"\xff"))]))
     config = open_checkpoint(path).config

@@ -173,8 +173,8 @@ def shards(folder: Path, tensors: dict[str, torch.Tensor], form: str, **places: 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_the_index_says_what_is_read(form: str, tmp_path: Path) -> None:
-    """Tensors in another shard than it says, or unlisted, are not read; what it lists wrongly is told
-    to who needs it."""
+    """Tensors in another shard than it says, or unlisted, are not read; a wrong entry is an error only
+    where its tensor is needed."""
     folder = tmp_path / "m"
     places = shards(folder, tiny(), form, mtp_fc_weight="held", mtp_norm_weight=f"gone.{form}")
     checkpoint = open_checkpoint(folder)
@@ -247,7 +247,7 @@ def test_greedy_tokens_are_those_of_transformers(
 
 def quantized(tmp_path: Path) -> list[tuple[Path, list[int]]]:
     """Folders of quantized weights, and what transformers makes of these weights dequantized: GPTQ
-    told by a file beside the config, with a module left out; and scales of a cache."""
+    described by a file beside the config, with a module left out; and scales of a cache."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     made = []

@@ -140,7 +140,7 @@ def test_an_edited_config_counts(yoke: Path) -> None:
     assert open_checkpoint(yoke).config == config
 
 
-def test_the_manifest_tells_what_the_model_has(made: Path) -> None:
+def test_the_manifest_says_what_the_model_has(made: Path) -> None:
     manifest = read_manifest(made)
     assert (manifest.num_heads, manifest.num_kv_heads, manifest.head_dim) == (16, 8, 4)
     tensor = next(tensor for tensor in manifest.tensors if tensor.name == K)

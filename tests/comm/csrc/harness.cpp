@@ -1,15 +1,15 @@
 // The collectives without torch and without processes: ranks are threads over one memory region, so that
-// a sanitizer sees every access. Every result is compared, bit for bit, with sums that are taken here in
+// a sanitizer sees every access. Every result is compared, bit for bit, with sums that are computed here in
 // another way. tests/comm/test_core.py builds this with several compilers' flags and runs it.
 //
 //   harness random SEED CASES   all operators in random order, worlds 1 to 8, in small and large buffers;
 //                               every rank with another instruction set
 //   harness plain SEED CASES    the same without instruction sets, as on a processor that has none
-//   harness crowd SEED CASES    with 64 ranks
+//   harness many SEED CASES     with 64 ranks
 //   harness kernels SEED        every instruction set against the plain one and against the reference
 //   harness faults              ranks that are dead, late, or call something else
 //
-// The last line it prints says what was checked; anything that is wrong ends it with exit code 1.
+// The last line of its output says what was checked. Any error ends it with exit code 1.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -50,7 +50,7 @@ void check(bool holds, const std::string& what) {
 
 std::size_t below(Random& random, std::size_t limit) { return static_cast<std::size_t>(random() % limit); }
 
-// ---- The reference: numbers as their bits, by arithmetic and not by shifting. -------------------------
+// ---- The reference: converts numbers to bits by arithmetic, not by shifting. ---------------------------
 
 struct Format {
   int exponent_bits, mantissa_bits;
@@ -69,7 +69,7 @@ double decode(Format f, std::uint16_t bits) {
   return sign * std::ldexp(mantissa + (1 << f.mantissa_bits), exponent - f.bias() - f.mantissa_bits);
 }
 
-// To nearest, ties to even (the rounding mode of a process that has set none).
+// To nearest, ties to even (the default rounding mode of a process).
 std::uint16_t encode(Format f, double value) {
   const int top = (1 << f.exponent_bits) - 1;
   const auto sign = static_cast<std::uint16_t>(std::signbit(value) ? 0x8000 : 0);
@@ -117,7 +117,7 @@ void put_float(DType dtype, unsigned char* to, float value) {
 void reference_sum(DType dtype, const std::vector<const unsigned char*>& parts, const unsigned char* residual,
                    unsigned char* out) {
   if (is_float(dtype)) {
-    volatile float total = get_float(dtype, parts[0]);  // one addition at a time, whatever the compiler would like
+    volatile float total = get_float(dtype, parts[0]);  // one addition at a time; the compiler must not reorder them
     for (std::size_t r = 1; r < parts.size(); ++r) total = total + get_float(dtype, parts[r]);
     if (residual != nullptr) total = get_float(dtype, residual) + total;
     put_float(dtype, out, total);
@@ -157,7 +157,7 @@ Bytes reference_norm(DType dtype, const Bytes& x, const Bytes& weight, float eps
   return out;
 }
 
-// The same bits. Which of several NaN a sum keeps is the compiler's choice, so those are all alike.
+// Whether the bits are equal. Which of several NaN a sum keeps is the compiler's choice, so all NaN are equal.
 bool same_number(DType dtype, const unsigned char* a, const unsigned char* b) {
   if (std::memcmp(a, b, size_of(dtype)) == 0) return true;
   return is_float(dtype) && std::isnan(get_float(dtype, a)) && std::isnan(get_float(dtype, b));
@@ -171,7 +171,7 @@ void check_equal(DType dtype, const unsigned char* found, const Bytes& wanted, c
   }
 }
 
-// Normal numbers: a root mean square of rows with an infinity is checked elsewhere.
+// For normal numbers. Root mean squares of rows with an infinity are checked elsewhere.
 void check_near(DType dtype, const unsigned char* found, const Bytes& wanted, const std::string& what) {
   const std::size_t unit = size_of(dtype);
   // Two roundings, and a sum of squares in another order.
@@ -189,7 +189,7 @@ void check_near(DType dtype, const unsigned char* found, const Bytes& wanted, co
 
 enum class Data { kNormal, kWild };
 
-// Wild data: any bits at all, so infinities, NaN, denormals, and many that differ by half a unit.
+// Wild data: any bits, so infinities, NaN, denormals, and many numbers that differ by half a unit.
 Bytes make_numbers(Random& random, DType dtype, std::size_t count, Data data) {
   const std::size_t unit = size_of(dtype);
   Bytes out(count * unit);
@@ -248,7 +248,7 @@ const ParallelFor kSerial = [](std::size_t size, std::size_t,
   if (size != 0) body(0, size);
 };
 
-// The second half by another thread, as torch's pool would.
+// Runs the second half in another thread, as torch's pool would.
 const ParallelFor kTwoThreads = [](std::size_t size, std::size_t grain,
                                    const std::function<void(std::size_t, std::size_t)>& body) {
   const std::size_t grains = (size + grain - 1) / grain;
@@ -275,7 +275,7 @@ std::vector<const Kernels*> all_kernels() {
   return found;
 }
 
-// ---- Cases: made once, with what each rank should get, then run by every rank ---------------------------
+// ---- Cases: created once, with the result that each rank should get, then run by every rank --------------
 
 enum class Kind { kAllReduce, kReduceScatter, kAllGather, kBroadcast, kBarrier, kAddNorm, kBest, kMeasure, kNumber };
 const char* const kKindNames[] = {"all_reduce", "reduce_scatter", "all_gather", "broadcast",
@@ -284,7 +284,7 @@ const char* const kKindNames[] = {"all_reduce", "reduce_scatter", "all_gather", 
 struct Case {
   Kind kind = Kind::kAllReduce;
   DType dtype = DType::kFloat32;
-  std::size_t count = 0;  // elements, or bytes of what is only moved
+  std::size_t count = 0;  // elements, or bytes for collectives that only move data
   std::size_t rows = 0, width = 0, k = 0;
   int root = 0;
   bool in_place = false;
@@ -307,7 +307,7 @@ struct Case {
   }
 };
 
-// Mostly small; odd; now and then several buffers long; now and then nothing; now and then at a border.
+// Mostly small and odd; sometimes several buffers long, sometimes 0, sometimes at the border of a buffer.
 std::size_t random_size(Random& random, std::size_t slot_bytes, std::size_t unit, std::size_t most) {
   const std::size_t slot = slot_bytes / unit;
   std::size_t size = 0;
@@ -349,7 +349,7 @@ void fill_best(Random& random, Case& c, int world) {
     total += c.columns.back();
   }
   if (total < c.k) c.columns[0] += c.k, total += c.k;
-  // Few different values: most of the best are ties. All parts in one row first.
+  // Few different values, so most of the best are ties. First all parts in one row.
   static const float kValues[] = {-std::numeric_limits<float>::infinity(), -1.5f, -0.0f, 0.0f, 2.0f, 2.25f,
                                   std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()};
   const std::size_t choices = 1 + below(random, std::size(kValues));
@@ -419,7 +419,7 @@ Case make_case(Random& random, int world, std::size_t slot_bytes) {
     case Kind::kAddNorm: {
       c.dtype = static_cast<DType>(below(random, 3));
       const std::size_t unit = size_of(c.dtype);
-      // Rows that fit a part, rows that do not, and rows of nothing.
+      // Rows that fit a part, rows that do not, and empty rows.
       c.width = below(random, 3) == 0 ? below(random, 8) : 1 + below(random, below(random, 3) == 0 ? 2500 : 200);
       c.rows = below(random, std::min<std::size_t>(60, most / (c.width * unit + 1)) + 1);
       c.count = c.rows * c.width;
@@ -454,9 +454,9 @@ void run_case(const Rank& me, const Case& c, std::size_t index) {
   const std::string name = c.name(index, me.world, me.rank);
   if (c.kind == Kind::kBarrier) return barrier(with);
   if (c.kind == Kind::kMeasure) {
-    // All ranks must find the same: told by a gather, which compares.
+    // All ranks must find the same switch point: gathered and compared.
     const std::size_t mine = measure_switch_point(with);
-    check(mine <= me.collectives.channel.slot_bytes(), name + ": the switch point is above a buffer");
+    check(mine <= me.collectives.channel.slot_bytes(), name + ": the switch point is larger than a buffer");
     std::vector<std::size_t> everyones(static_cast<std::size_t>(me.world));
     all_gather(with, &mine, everyones.data(), sizeof mine, DType::kBytes);
     for (const std::size_t theirs : everyones) check(theirs == mine, name + ": ranks have different switch points");
@@ -513,7 +513,7 @@ void run_cases(std::uint64_t seed, std::size_t cases, int world, std::size_t slo
   run_ranks(world, [&](int rank) {
     Channel channel(region.base, rank, world, slot_bytes, [](int) { return true; });
     channel.set_pid(1000 + rank);
-    // Ranks with different instruction sets: each sums its own part, and all must come to the same.
+    // Ranks with different instruction sets: each sums its own part, and all must get the same result.
     const Kernels* const own = kernels[(seed + static_cast<std::size_t>(rank)) % kernels.size()];
     const Rank me{{channel, own, slot_bytes, threads}, rank, world};
     try {
@@ -528,7 +528,7 @@ int run_random(std::uint64_t seed, std::size_t cases) {
   for (int world = 1; world <= 8; ++world) {
     const auto w = static_cast<std::uint64_t>(world);
     run_cases(seed * 1000 + w, cases, world, 4096, kSerial);
-    // Buffers in which a message is worth more than one thread.
+    // Buffers large enough that a message is divided among threads.
     if (world <= 3) run_cases(seed * 2000 + w, cases / 4 + 1, world, 256 * 1024, kTwoThreads);
     run_cases(seed * 3000 + w, cases / 2 + 1, world, 3 * 4096, kTwoThreads);
   }
@@ -543,7 +543,7 @@ int run_kernels(std::uint64_t seed) {
   const std::vector<const Kernels*> all = all_kernels();
   std::string names;
   for (const Kernels* kernels : all) names += std::string(names.empty() ? "" : ", ") + kernels->name;
-  // Every number of 16 bits as it is, with 0 added, and with its neighbors' halves (ties).
+  // Every 16-bit number: plus 0, plus itself, and plus half a unit of its neighbors (ties).
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
     const auto type = static_cast<std::size_t>(dtype);
     const Format format = dtype == DType::kFloat16 ? kHalf : kBrain;
@@ -551,7 +551,7 @@ int run_kernels(std::uint64_t seed) {
       const auto b = static_cast<std::uint16_t>(bits);
       const double value = decode(format, b);
       if (std::isnan(value) || encode(format, value) == b) continue;
-      fail("the reference does not give back " + std::to_string(b));
+      fail("the reference does not round-trip " + std::to_string(b));
     }
     std::vector<std::uint16_t> every(65536), other(65536), wanted(65536);
     for (const int mode : {0, 1, 2, 3}) {
@@ -579,7 +579,7 @@ int run_kernels(std::uint64_t seed) {
           }
         }
         if (plain.empty()) plain = found;
-        if (mode == 0 && found != plain) fail(std::string(kernels->name) + ": other bits than the plain sum");
+        if (mode == 0 && found != plain) fail(std::string(kernels->name) + ": the bits differ from the plain sum's");
       }
     }
   }
@@ -611,11 +611,11 @@ int run_kernels(std::uint64_t seed) {
         const Block added(count * unit, unit), shared(count * unit, 0), own(residual, unit);
         const float squares = kernels->add_sum[type](added.data, shared.data, from.data(), sources, own.data, count);
         check_equal(dtype, added.data, wanted_added, name + ", added");
-        check(std::memcmp(added.data, shared.data, count * unit) == 0, name + ", the copy of what was added");
-        // What the owner of a row has summed and what its peers take over must be normalized alike.
+        check(std::memcmp(added.data, shared.data, count * unit) == 0, name + ", the copy of the sum");
+        // The sum of a row at its owner and the copies of it at its peers must be normalized alike.
         const Block taken(count * unit, shift);
         const float same = kernels->copy[type](taken.data, shared.data, count);
-        check(std::memcmp(taken.data, added.data, count * unit) == 0, name + ", taken over");
+        check(std::memcmp(taken.data, added.data, count * unit) == 0, name + ", copied");
         check(std::memcmp(&squares, &same, sizeof same) == 0 || (std::isnan(squares) && std::isnan(same)),
               name + ", the sums of squares");
         kernels->add_sum[type](own.data, nullptr, from.data(), sources, own.data, count);
@@ -680,7 +680,7 @@ void call(const Collectives& c, Kind kind, std::size_t count) {
   }
 }
 
-// What the ranks of a group said: "" for one that failed in nothing.
+// The errors of the ranks of a group: "" for a rank without an error.
 struct Outcome {
   std::vector<std::string> said, after;
   std::vector<double> seconds;
@@ -702,7 +702,7 @@ Outcome run_failing(int world, double timeout_s, const IsAlive& is_alive, const 
     const Collectives c{channel, &best_kernels(), 4096, kSerial};
     const double start = now();
     try {
-      barrier(c);  // so that all have told their pid
+      barrier(c);  // so that all have published their pids
       body(c, rank);
       return;
     } catch (const PeerError& error) {
@@ -725,54 +725,54 @@ Outcome run_failing(int world, double timeout_s, const IsAlive& is_alive, const 
 bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 void check_broken(const Outcome& outcome, std::size_t rank) {
-  check(contains(outcome.after[rank], "broken since: " + outcome.said[rank]),
-        "a broken group did not stay broken: '" + outcome.after[rank] + "'");
+  check(contains(outcome.after[rank], "failed earlier and cannot be used: " + outcome.said[rank]),
+        "a failed group can still be used: '" + outcome.after[rank] + "'");
 }
 
 int run_faults() {
   for (int i = 0; i < static_cast<int>(Kind::kNumber); ++i) {
     const Kind kind = static_cast<Kind>(i);
     for (const std::size_t count : {std::size_t{20}, std::size_t{5000}}) {
-      // Rank 1 does not come: it is dead. (In the middle of an operator: tests/targets/faults.py.)
+      // Rank 1 is dead and never calls. (A rank that dies within an operator: tests/targets/faults.py.)
       const auto outcome = run_failing(
           3, 60.0, [](int peer) { return peer != 1; },
           [&](const Collectives& c, int rank) {
             if (rank != 1) call(c, kind, count);
           },
-          kind == Kind::kMeasure ? 64 * 1024 : 4096);  // there is nothing to measure in a small buffer
+          kind == Kind::kMeasure ? 64 * 1024 : 4096);  // a small buffer has nothing to measure
       for (const std::size_t rank : {0, 2}) {
         const std::string& said = outcome.said[rank];
         check(outcome.is_peer_error[rank] && contains(said, "rank 1 (pid 1001), which has died"),
-              std::string(kKindNames[i]) + ": a dead rank was told as '" + said + "'");
-        check(contains(said, "rank " + std::to_string(rank) + " waited"), "who waited: " + said);
+              std::string(kKindNames[i]) + ": a dead rank was reported as '" + said + "'");
+        check(contains(said, "rank " + std::to_string(rank) + " waited"), "the message does not name the rank that waited: " + said);
         check(outcome.seconds[rank] < 2.0, "noticed after " + std::to_string(outcome.seconds[rank]) + " s");
         check_broken(outcome, rank);
       }
     }
   }
-  {  // Dead, but it had done its part: that is no failure.
+  {  // Rank 1 is dead, but it had published its step: no failure.
     const auto outcome = run_failing(
         2, 60.0, [](int peer) { return peer != 1; },
         [](const Collectives& c, int rank) {
           if (rank == 0) std::this_thread::sleep_for(std::chrono::milliseconds(500));
           call(c, Kind::kAllReduce, 8);
         });
-    check(outcome.said[0].empty() && outcome.said[1].empty(), "it was done, but told as dead: " + outcome.said[0]);
+    check(outcome.said[0].empty() && outcome.said[1].empty(), "it had published, but was reported as dead: " + outcome.said[0]);
   }
-  {  // It does its part and dies between the look at its step and the look whether it lives.
-    std::atomic<int> looks{0};
+  {  // Rank 1 publishes its step and dies between the check of its step and the check whether it is alive.
+    std::atomic<int> checks{0};
     const auto outcome = run_failing(
         2, 60.0,
         [&](int peer) {
-          if (peer != 1 || looks.fetch_add(1) > 0) return true;
+          if (peer != 1 || checks.fetch_add(1) > 0) return true;
           std::this_thread::sleep_for(std::chrono::milliseconds(200));
           return false;
         },
         [&](const Collectives& c, int rank) {
-          while (rank == 1 && looks.load() == 0) std::this_thread::yield();
+          while (rank == 1 && checks.load() == 0) std::this_thread::yield();
           call(c, Kind::kAllReduce, 8);
         });
-    check(looks.load() > 0 && outcome.said[0].empty(), "it had published, but was told as dead: " + outcome.said[0]);
+    check(checks.load() > 0 && outcome.said[0].empty(), "it had published before it died, but was reported as dead: " + outcome.said[0]);
   }
   {  // Late.
     const auto outcome = run_failing(
@@ -784,12 +784,12 @@ int run_faults() {
     for (const std::size_t rank : {0, 1}) {
       check(outcome.is_peer_error[rank] && contains(outcome.said[rank], "waited 0.4 s for rank 2 (pid 1002)") &&
                 contains(outcome.said[rank], "is at step 1"),
-            "a late rank was told as '" + outcome.said[rank] + "'");
+            "a late rank was reported as '" + outcome.said[rank] + "'");
       check(outcome.seconds[rank] >= 0.4 && outcome.seconds[rank] < 2.0, "the deadline was not kept");
       check_broken(outcome, rank);
     }
   }
-  {  // A rank that comes after it slept, in time: no failure, also not for those that sleep on its futex.
+  {  // A rank that sleeps and then calls before the deadline: no failure, nor for ranks that sleep on its futex.
     const auto outcome = run_failing(
         4, 30.0, [](int) { return true; },
         [](const Collectives& c, int rank) {
@@ -798,9 +798,9 @@ int run_faults() {
             call(c, Kind::kAllReduce, 3000);
           }
         });
-    for (const std::string& said : outcome.said) check(said.empty(), "a rank in time was told as " + said);
+    for (const std::string& said : outcome.said) check(said.empty(), "a rank that was in time was reported as " + said);
   }
-  // Not the same thing: another size, operator, dtype, root, or algorithm.
+  // Calls that differ in the size, operator, dtype, root, or algorithm.
   const std::function<void(const Collectives&, int)> different[] = {
       [](const Collectives& c, int rank) { call(c, Kind::kAllReduce, rank == 1 ? 9 : 8); },
       [](const Collectives& c, int rank) { call(c, rank == 1 ? Kind::kAllGather : Kind::kAllReduce, 8); },
@@ -818,7 +818,7 @@ int run_faults() {
         const Collectives with{c.channel, c.kernels, rank == 1 ? std::size_t{0} : std::size_t{4096}, c.parallel_for};
         call(with, Kind::kAllReduce, 8);
       },
-      [](const Collectives& c, int rank) {  // as many elements, in other rows
+      [](const Collectives& c, int rank) {  // the same number of elements, in rows of another width
         float x[12] = {}, y[12], z[12];
         all_reduce_add_rms_norm(c, x, x, x, 1e-5f, y, z, rank == 1 ? 3 : 4, rank == 1 ? 4 : 3, DType::kFloat32);
       },
@@ -828,11 +828,11 @@ int run_faults() {
     for (const std::size_t rank : {0, 1}) {
       check(!outcome.is_peer_error[rank] && contains(outcome.said[rank], "the same collectives in the same order") &&
                 contains(outcome.said[rank], "rank " + std::to_string(rank) + " calls "),
-            "ranks that differ were told: '" + outcome.said[rank] + "'");
+            "ranks whose calls differ got: '" + outcome.said[rank] + "'");
       check_broken(outcome, rank);
     }
   }
-  // What cannot be.
+  // Invalid arguments of a channel.
   const Region region(2, 4096);
   const auto alive = [](int) { return true; };
   const std::function<void()> wrong[] = {
@@ -847,7 +847,7 @@ int run_faults() {
     } catch (const std::invalid_argument&) {
       continue;
     }
-    fail("a channel that cannot be was made");
+    fail("a channel was created from invalid arguments");
   }
   std::printf("faults\n");
   return 0;
@@ -861,13 +861,13 @@ int main(int argc, char** argv) {
   const std::size_t cases = argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 40;
   plain_only = mode == "plain";
   if (mode == "random" || mode == "plain") return run_random(seed, cases);
-  if (mode == "crowd") {
+  if (mode == "many") {
     run_cases(seed, cases, 64, 4096, kSerial);
     std::printf("64 ranks, %zu cases\n", cases);
     return 0;
   }
   if (mode == "kernels") return run_kernels(seed);
   if (mode == "faults") return run_faults();
-  std::fprintf(stderr, "usage: harness random|plain|crowd|kernels|faults [SEED [CASES]]\n");
+  std::fprintf(stderr, "usage: harness random|plain|many|kernels|faults [SEED [CASES]]\n");
   return 2;
 }

@@ -1,5 +1,5 @@
-// Rotary embedding of queries and keys (Su et al., RoFormer, 2021); `turn` means rotate here. Each multiplication is
-// rounded before the addition, as in torch's operators, so the bits equal torch's on any instruction set.
+// Rotary embedding of queries and keys (Su et al., RoFormer, 2021). Each multiplication is rounded before the
+// addition, as in torch's operators, so the bits equal torch's on any instruction set.
 #pragma once
 
 #include "attend.h"
@@ -35,7 +35,7 @@ inline void put(Lanes x, T* to, int64_t count) {
 }
 
 template <class T>
-void turn_halves(const TurnArgs& a, const T* from, T* to) {
+void rotate_halves(const RotateArgs& a, const T* from, T* to) {
   for (int64_t d = 0; d < a.half; d += kLanes) {
     const int64_t left = a.half - d;
     const Lanes cos = some(a.cos + d, left), sin = some(a.sin + d, left);
@@ -54,7 +54,7 @@ inline Lanes neighbors(Lanes x) {  // swaps the two numbers of each pair
 }
 
 template <class T>
-void turn_pairs(const TurnArgs& a, const T* from, T* to) {
+void rotate_pairs(const RotateArgs& a, const T* from, T* to) {
   for (int64_t d = 0; d < 2 * a.half; d += kLanes) {
     const int64_t left = 2 * a.half - d;
     Lanes cos = {}, sin = {};
@@ -70,26 +70,26 @@ void turn_pairs(const TurnArgs& a, const T* from, T* to) {
 }
 
 template <class T>
-void turn_as(const TurnArgs& a) {
+void rotate_as(const RotateArgs& a) {
   const T* from = static_cast<const T*>(a.from);
   T* to = static_cast<T*>(a.to);
   if (a.interleaved) {
-    turn_pairs(a, from, to);
+    rotate_pairs(a, from, to);
   } else {
-    turn_halves(a, from, to);
+    rotate_halves(a, from, to);
   }
-  const int64_t turned = 2 * a.half;
-  if (turned == a.h) return;
-  for (int64_t i = turned; i < a.heads * a.h; i += a.h) {
-    memcpy(to + i, from + i, sizeof(T) * static_cast<size_t>(a.h - turned));
+  const int64_t rotated = 2 * a.half;
+  if (rotated == a.h) return;
+  for (int64_t i = rotated; i < a.heads * a.h; i += a.h) {
+    memcpy(to + i, from + i, sizeof(T) * static_cast<size_t>(a.h - rotated));
   }
 }
 
-void turn(const TurnArgs& a) {
+void rotate(const RotateArgs& a) {
   switch (a.type) {
-    case Type::bf16: return turn_as<brain>(a);
-    case Type::f16: return turn_as<half>(a);
-    default: return turn_as<float>(a);
+    case Type::bf16: return rotate_as<brain>(a);
+    case Type::f16: return rotate_as<half>(a);
+    default: return rotate_as<float>(a);
   }
 }
 
