@@ -13,6 +13,8 @@ import os
 import runpy
 import socket
 import sys
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 
 from base.errors import LaunchError
@@ -30,7 +32,42 @@ def check_program(words: list[str]) -> str:
         raise LaunchError("run needs a program: run [flags] script.py args... (or -m module args...)")
     if not module and not Path(rest[0]).is_file():
         raise LaunchError(f"{rest[0]} is not a file; run takes script.py args... or -m module args...")
+    if module and not _is_known(rest[0].partition(".")[0]):
+        raise LaunchError(_no_module(rest[0]))
     return json.dumps({"module": module, "name": rest[0], "argv": rest[1:]})
+
+
+def _is_known(top: str) -> bool:
+    """Whether a program could import a module or package of this name, which has no dots. Nothing is
+    imported: a package's own code would run in the launcher."""
+    path = [entry for entry in sys.path if entry != CHECKOUT]
+    path[:0] = [] if sys.flags.safe_path else [os.getcwd()]
+    for finder in sys.meta_path:
+        where = path if finder is PathFinder else None
+        if finder.find_spec(top, where) is not None:
+            return True
+    return False
+
+
+def _no_module(name: str) -> str:
+    return (
+        f"-m {name}: {sys.executable} finds no module of this name, nor a package with __main__.py; is "
+        "it installed there, or in the current folder?"
+    )
+
+
+def _check_module(name: str) -> None:
+    """Raise LaunchError if there is no such module to run. The packages that it is in are imported."""
+    try:
+        spec = find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = find_spec(f"{name}.__main__")
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise  # one that a package needs is missing
+        spec = None
+    if spec is None:
+        raise LaunchError(_no_module(name))
 
 
 def main(env: RankSettings, payload: str) -> int:
@@ -49,6 +86,7 @@ def main(env: RankSettings, payload: str) -> int:
         if program["module"]:
             _prepend_path(os.getcwd())
             sys.argv = [name, *argv]
+            _check_module(name)
             runpy.run_module(name, run_name="__main__", alter_sys=True)
         else:
             path = str(Path(name).resolve())

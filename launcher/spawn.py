@@ -27,7 +27,7 @@ from launcher.allocator import allocator_variables
 from launcher.chat.console import start_console
 from launcher.child import CHECKOUT, PROGRAM, RankEnv, env_to_json
 from launcher.guard import MARK, mark_of, remove_segments
-from launcher.output import Sink, open_channel, open_log, untouched, whole_lines
+from launcher.output import Outlet, Sink, open_channel, open_log, open_outlets, pieces, whole_lines
 from launcher.plan import LaunchPlan
 from launcher.rank import Rank
 from launcher.watch import Run, TimeLimits, kill_groups, signal_pipe, watch
@@ -83,7 +83,8 @@ def launch(
             started, channel = start_console(console, stack)
         ranks: list[Rank] = []
         stack.callback(kill_groups, ranks)
-        start = _Start(plan, options, session, target, payload, selector, stack)
+        outlets = open_outlets()
+        start = _Start(plan, options, session, target, payload, selector, stack, outlets)
         # Bound here and passed to rank 0, so no other process can take the port in between.
         with socket.create_server(("127.0.0.1", 0), backlog=max(len(plan.ranks), 16)) as store:
             for env in _environments(start, store, channel):
@@ -94,7 +95,7 @@ def launch(
         guard.wait()  # reaps the guard's first process, which ends once the guard has detached itself
         selector.register(wakeup, selectors.EVENT_READ, None)
         limits = TimeLimits(options.grace_s, options.start_timeout_s, options.hang_timeout_s)
-        return watch(Run(ranks, limits, started), selector, wakeup, options.tracebacks)
+        return watch(Run(ranks, limits, started, outlets), selector, wakeup, options.tracebacks)
 
 
 def _start_guard(session: str, stack: ExitStack) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
@@ -125,7 +126,7 @@ def _start_guard(session: str, stack: ExitStack) -> tuple[subprocess.Popen[bytes
 @dataclass(frozen=True)
 class _Start:
     """What all ranks of a run are started with. Their pipes are registered in `selector`; `stack` is
-    closed when the run has ended."""
+    closed when the run has ended; `outlets` are those of stdout and stderr."""
 
     plan: LaunchPlan
     options: RunOptions
@@ -134,6 +135,13 @@ class _Start:
     payload: str
     selector: selectors.BaseSelector
     stack: ExitStack
+    outlets: tuple[Outlet, Outlet]
+
+    @property
+    def merges(self) -> bool:
+        """Whether lines of rank 0 are merged with those of others: programs of the user's may print a
+        line in pieces. Our own print text as it comes, and nothing on other ranks but messages."""
+        return self.target == PROGRAM and len(self.plan.ranks) > 1
 
 
 def _environments(
@@ -172,7 +180,8 @@ def _start_rank(start: _Start, env: RankEnv) -> Rank:
         log = start.stack.enter_context(open_log(start.options.log_dir, env.rank))
     report, report_end = os.pipe()
     spec = _write_spec(start, env, report_end)
-    ours, theirs = _channels(env.rank, log)
+    inherits = env.rank == 0 and log is None and not start.merges
+    ours, theirs = ([], []) if inherits else _channels(start, env.rank)
     sockets = [fd for fd in (env.store_fd, env.channel_fd) if fd is not None]
     try:
         process = subprocess.Popen(
@@ -189,16 +198,15 @@ def _start_rank(start: _Start, env: RankEnv) -> Rank:
             os.close(fd)
         raise LaunchError(f"rank {env.rank} cannot be started: {error}") from error
     finally:
-        for fd in (spec, report_end, *theirs):
+        for fd in {spec, report_end, *theirs}:
             os.close(fd)
     rank = Rank(env.rank, process)
     _register(start.selector, report, rank.read_report)
-    for fd, stream in zip(ours, (sys.stdout, sys.stderr), strict=False):
-        if env.rank:
-            sink = whole_lines(env.rank, stream, log)
+    for fd, stream, outlet in zip(ours, (sys.stdout, sys.stderr), start.outlets, strict=False):
+        if env.rank or (start.merges and not stream.isatty()):
+            sink = whole_lines(env.rank, stream, outlet, log)
         else:
-            assert log is not None
-            sink = untouched(stream, log)
+            sink = pieces(stream, outlet, log, fd if stream.isatty() else -1)
         _register(start.selector, fd, sink)
     return rank
 
@@ -239,12 +247,13 @@ def path_flags() -> list[str]:
     return ["-P"] if sys.flags.safe_path else []
 
 
-def _channels(rank: int, log: IO[bytes] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Our ends and the rank's ends of its stdout and stderr; empty if it inherits ours."""
-    if rank == 0 and log is None:
-        return (), ()
-    pairs = [open_channel(rank == 0 and stream.isatty()) for stream in (sys.stdout, sys.stderr)]
-    return tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
+def _channels(start: _Start, rank: int) -> tuple[list[int], list[int]]:
+    """Our ends of a rank's output, and its ends of stdout and stderr. If ours are one file, it has one
+    channel for both, so that what it prints stays in order."""
+    streams = (sys.stdout, sys.stderr)[: 1 if start.outlets[0] is start.outlets[1] else 2]
+    pairs = [open_channel(rank == 0 and stream.isatty()) for stream in streams]
+    theirs = [pair[1] for pair in pairs]
+    return [pair[0] for pair in pairs], [theirs[0], theirs[-1]]
 
 
 def rank_variables(env: RankEnv) -> dict[str, str]:

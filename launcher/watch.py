@@ -26,6 +26,7 @@ from typing import IO
 
 from base.streams import say
 from launcher.chat.console import Console, end_console
+from launcher.output import Outlet, UnreadError, settle
 from launcher.rank import Rank
 from launcher.verdict import Verdict, find_cause, message_of, on_failed, on_left, on_stuck
 
@@ -59,6 +60,7 @@ class Run:
     ranks: Sequence[Rank]
     limits: TimeLimits
     console: Console | None = None
+    outlets: Sequence[Outlet] = ()  # where lines of ranks may wait
 
     def running(self) -> list[Rank]:
         """The ranks whose end has not been noticed yet."""
@@ -99,10 +101,14 @@ def watch(run: Run, selector: selectors.BaseSelector, wakeup: int, tracebacks: b
         stage = after_console(run, stage)
         stage = after_ends(run, stage)
         stage = after_time(run, stage, time.monotonic())
+        for outlet in run.outlets:
+            settle(outlet, time.monotonic())
     kill_groups(run.ranks)
     if run.console is not None:
         end_console(run.console)
     _drain(selector)
+    for outlet in run.outlets:
+        settle(outlet, math.inf)
     if stage.verdict is None:
         return 0
     # Reports are read only now: one may still have been in its pipe when its rank was reaped.
@@ -114,7 +120,7 @@ def watch(run: Run, selector: selectors.BaseSelector, wakeup: int, tracebacks: b
 def _wake_at(run: Run, stage: Stage) -> float:
     """The time at which something must be done even if nothing happens."""
     stuck = map(run.limits.due_at, run.running()) if stage.verdict is None else ()
-    return min(stage.deadline, *stuck, math.inf)
+    return min(stage.deadline, *stuck, *(outlet.due for outlet in run.outlets), math.inf)
 
 
 def after_signal(run: Run, stage: Stage, number: int) -> Stage:
@@ -208,7 +214,7 @@ def _wait(selector: selectors.BaseSelector, wakeup: int, deadline: float) -> Ite
 
 
 def _handle(selector: selectors.BaseSelector, key: selectors.SelectorKey) -> None:
-    """Read once from a rank's pipe; close the pipe at its end."""
+    """Read once from a rank's pipe; close the pipe at its end, or if nobody reads what it passes on."""
     stream: IO[bytes] = key.fileobj  # type: ignore[assignment]
     try:
         chunk = os.read(stream.fileno(), 65536)
@@ -216,7 +222,10 @@ def _handle(selector: selectors.BaseSelector, key: selectors.SelectorKey) -> Non
         if error.errno != errno.EIO:  # EIO is the end of a pseudo-terminal
             raise
         chunk = b""
-    key.data(chunk)
+    try:
+        key.data(chunk)
+    except UnreadError:
+        chunk = b""
     if not chunk:
         selector.unregister(stream)
         stream.close()
@@ -235,7 +244,8 @@ def _drain(selector: selectors.BaseSelector) -> None:
     for key in list(selector.get_map().values()):
         if key.data is not None:
             selector.unregister(key.fileobj)
-            key.data(b"")
+            with suppress(UnreadError):
+                key.data(b"")
             key.fileobj.close()  # type: ignore[union-attr]
 
 

@@ -22,7 +22,8 @@ from tests.running import CHECKOUT, RunRanks, RunYoke, yoke
 pytest.register_assert_rewrite(
     *(f"tests.{path.name}" for path in (CHECKOUT / "tests").iterdir() if path.is_dir())
 )
-# With it a program prints a line in two pieces, and another rank's may come between them.
+# With it a target of the tests prints a line in two pieces, and rank 0 of our own programs writes to
+# the launcher's streams itself: another rank's line may come between. (Not with `run`: test_program.)
 os.environ.pop("PYTHONUNBUFFERED", None)
 # A shell that starts the tests in the background has them ignore Ctrl-C, and with them what they start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

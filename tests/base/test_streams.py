@@ -14,7 +14,7 @@ import pytest
 
 from base.errors import LaunchError
 from base.streams import printable
-from launcher.output import untouched
+from launcher.output import Outlet, pieces
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -99,7 +99,7 @@ def test_a_log_on_a_full_disk_is_one_message() -> None:
         open("/dev/full", "wb", buffering=0) as log,
         pytest.raises(LaunchError, match=r"/dev/full cannot be written \(No space left on device\)"),
     ):
-        untouched(sys.stdout, log)(b"text")
+        pieces(sys.stdout, Outlet(), log)(b"text")
 
 
 TEXTS = ["naïve", "猫 “x”", "\udce9", "\ud800 alone"]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pexpect
 import pytest
 
 from base.errors import LaunchError
+from base.streams import UNREAD
 from launcher.flags import parse_flags
 from launcher.program import check_program
 from tests.running import CHECKOUT, RunYoke
@@ -121,3 +124,105 @@ def test_a_program_that_is_not_there_is_refused() -> None:
     for words in ([], ["-m"], ["no/such/file.py"]):
         with pytest.raises(LaunchError, match="run"):
             check_program(words)
+
+
+@pytest.mark.parametrize("name", ["nosuch", "pkg.nosuch", "nosuch.part", "pkg", "plain.part"])
+def test_a_module_that_is_not_there_is_one_message(
+    name: str, run_yoke: RunYoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pkg").mkdir()
+    (tmp_path / "pkg" / "__init__.py").write_text("")
+    (tmp_path / "plain.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    result = run_yoke("run", "--ranks", "2", "-m", name, "-v")
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: -m {name}: ") and result.stderr.count("\n") == 1
+
+
+def test_a_module_that_a_program_needs_is_its_own_error(
+    run_yoke: RunYoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pkg").mkdir()
+    (tmp_path / "pkg" / "__init__.py").write_text("import nosuch\n")
+    (tmp_path / "pkg" / "part.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    result = run_yoke("run", "--ranks", "2", "-m", "pkg.part")
+    assert result.returncode == 1
+    assert "import nosuch" in result.stderr and result.stderr.count("ModuleNotFoundError") == 1
+
+
+PIECES = """
+import os, sys
+rank = os.environ["RANK"]
+for i in range(200):
+    for word in ("rank", rank, "says", str(i)):
+        print(word, end=" ", flush=True)
+        if i % 50 == 0:
+            print("and", end=" ", flush=True, file=sys.stderr)
+    print(flush=True)
+print("end", end="")
+print(file=sys.stderr)
+"""
+LINE = r"(\[rank [1-9]\] )?(rank \d says \d+ |end|(and )+)"
+
+
+@pytest.mark.parametrize("streams", ["two", "one"])
+def test_lines_that_are_printed_in_pieces_do_not_mix(tmp_path: Path, streams: str) -> None:
+    script = tmp_path / "pieces.py"
+    script.write_text(PIECES if streams == "two" else PIECES.replace("i % 50 == 0", "False"))
+    done = subprocess.run(
+        [sys.executable, str(CHECKOUT / "launch.py"), "run", "--ranks", "3", str(script)],
+        stdout=subprocess.PIPE, text=True, timeout=120, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stderr=subprocess.PIPE if streams == "two" else subprocess.STDOUT, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert not [line for line in lines if not re.fullmatch(LINE, line)]
+    assert len(lines) == 3 * 201
+
+
+def test_at_a_terminal_pieces_of_rank_0_are_shown_at_once_and_lines_do_not_mix(tmp_path: Path) -> None:
+    script = tmp_path / "pieces.py"
+    # Rank 1 prints while rank 0's line is open, and rank 0 ends it only when it has seen that.
+    script.write_text(
+        "import os, sys, time\n"
+        "here = os.path.dirname(os.path.abspath(__file__))\n"
+        "def wait_for(name):\n"
+        "    while not os.path.exists(os.path.join(here, name)): time.sleep(0.01)\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    print(sys.stdout.isatty(), os.get_terminal_size().columns)\n"
+        "    print('asked', end=' ', flush=True)\n"
+        "    wait_for('seen')\n"
+        "    print('answered')\n"
+        "else:\n"
+        "    wait_for('asked')\n"
+        "    print('beside', file=sys.stderr)\n"
+    )
+    terminal = pexpect.spawn(
+        sys.executable, [str(CHECKOUT / "launch.py"), "run", "--ranks", "2", str(script)],
+        encoding="utf-8", timeout=60, dimensions=(24, 91),
+    )  # fmt: skip
+    try:
+        terminal.expect_exact("True 91\r\nasked ")
+        (tmp_path / "asked").touch()
+        terminal.expect_exact("\r\n[rank 1] beside\r\n")
+        assert terminal.before == ""
+        (tmp_path / "seen").touch()
+        terminal.expect_exact("answered\r\n")
+        terminal.expect(pexpect.EOF)
+    finally:
+        terminal.close(force=True)
+    assert terminal.exitstatus == 0
+
+
+def test_a_reader_that_goes_ends_the_run(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import time\nwhile True:\n    print('line', flush=True)\n    time.sleep(0.01)\n")
+    with subprocess.Popen(
+        [sys.executable, str(CHECKOUT / "launch.py"), "run", "--ranks", "2", str(script)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline().endswith("line\n")
+        process.stdout.close()
+        assert process.wait(60) == UNREAD
