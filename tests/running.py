@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -40,3 +43,24 @@ def run_case(module: str, case: str, before: tuple[str, ...] = ()) -> str:
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return done.stdout
+
+
+def refused(
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], *words: object
+) -> str:
+    """Run a command that must end with exit code 2; the one line that it says."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 2
+    said = capsys.readouterr()
+    lines = said.err.strip().splitlines()
+    assert len(lines) == 1 and said.out == "", said
+    return lines[0]
+
+
+def wait_for_files(folder: Path, pattern: str, process: subprocess.Popen[str]) -> None:
+    """Until a process that runs has written one: it can be interrupted in the middle of its work."""
+    deadline = time.monotonic() + 300
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None, f"it ended with {process.returncode} before it wrote {pattern}"
+        assert time.monotonic() < deadline, f"it did not write {pattern}"
+        time.sleep(0.005)

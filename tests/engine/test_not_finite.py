@@ -20,8 +20,9 @@ from models.load import config_of, load_model
 from models.presets import PRESETS
 from models.reference import generate as plain_loop
 from models.sampling import Sampling
-from tests.quantize.small import make_folder, tensors_of
+from tests.quantize.small import make_folder
 from tests.running import RunYoke
+from tests.tensors import tensors_of
 from weights.formats.random_io import random_checkpoint
 from weights.open import open_checkpoint
 

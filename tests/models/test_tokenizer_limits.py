@@ -25,7 +25,7 @@ from tests.models.hostile_texts import (
     plain_json,
     write_json,
 )
-from tests.models.test_tokenizer_folder import read
+from tests.models.tokenizer_folders import read
 from tests.models.vocabularies import CORPUS
 
 

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from base.errors import InputError
 from models.tokenizer.codec import TextCodec, byte_codec, make_codec
 from models.tokenizer.open import load_codec
-from tests.models.test_tokenizer_gguf import LLAMA_3, byte_level, patterns
+from tests.models.pre_tokenizers import LLAMA_3, byte_level, patterns
 from tests.models.vocabularies import TEXTS, train_bytes, train_spm
 from weights.checkpoint import Checkpoint
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
 from models.config import ModelConfig, expected_shapes
@@ -64,7 +64,3 @@ def make_folder(folder: Path, tie_embeddings: bool = False) -> Path:
     vocab = {chr(i): i for i in range(128)}
     Tokenizer(models.BPE(vocab, [])).save(str(folder / "tokenizer.json"))
     return folder
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")

@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,9 @@ from models.quant_rules import parse_asked, parse_quant
 from quantize.command import main
 from quantize.job import parse_quantize_job, searches, uses_gptq
 from quantize.plan import plan_quantize
-from tests.quantize.small import CONFIG, TEXT, make_folder, tensors_of
-from tests.running import CHECKOUT
+from tests.quantize.small import CONFIG, TEXT, make_folder
+from tests.running import CHECKOUT, refused, wait_for_files
+from tests.tensors import tensors_of
 from weights.open import open_checkpoint
 from weights.quant import parse_scheme
 from weights.quantize import quantize_rtn
@@ -43,20 +43,6 @@ def quantized(tmp_path: Path, source: Path, *words: str) -> Path:
     out = tmp_path / "out"
     assert main([f"model={source}", f"out={out}", *words]) == 0
     return out
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """Run what must end with exit code 2; the one line that it says."""
-    capsys.readouterr()
-    assert main(list(words)) == 2
-    said = capsys.readouterr()
-    lines = said.err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and said.out == "", said
-    return lines[0]
-
-
-def tensors_in(folder: Path) -> dict[str, Tensor]:
-    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 def reference(name: str, stored: dict[str, Tensor], weights: dict[str, Any]) -> np.ndarray[Any, Any]:
@@ -91,7 +77,7 @@ def test_the_folder_says_what_was_quantized(
     monkeypatch.setattr("quantize.plan.SHARD_BYTES", 60_000)
     monkeypatch.setattr("quantize.run._PIECE", 1000)  # a few rows at a time
     out = quantized(tmp_path, source, f"quant={quant}", "clip=none")
-    scheme, before, stored = parse_scheme(quant), tensors_of(source), tensors_in(out)
+    scheme, before, stored = parse_scheme(quant), tensors_of(source), tensors_of(out)
     config = json.loads((out / "config.json").read_text())
     quantization = config.pop("quantization_config")
     assert config == json.loads((source / "config.json").read_text())
@@ -150,7 +136,7 @@ def test_an_lm_head_that_is_the_embedding_stays(tmp_path: Path) -> None:
     out = quantized(tmp_path, source, "quant=int4-g64")
     quantization = json.loads((out / "config.json").read_text())["quantization_config"]
     assert quantization["ignore"] == ["lm_head"] and quantization["format"] == "pack-quantized"
-    assert not any("lm_head" in name for name in tensors_in(out))
+    assert not any("lm_head" in name for name in tensors_of(out))
 
 
 def held(folder: Path, quant: str) -> dict[str, Tensor]:
@@ -181,7 +167,7 @@ def test_a_folder_holds_what_a_run_makes_for_itself(
     # Untied for the sake of its copy alone, and the table as it was.
     config, stored, before = (
         json.loads((out / "config.json").read_text()),
-        tensors_in(out),
+        tensors_of(out),
         tensors_of(source),
     )
     assert config["tie_word_embeddings"] == (tied and head == "none")
@@ -226,14 +212,14 @@ def test_what_cannot_be_done_is_said_in_a_line(
         ("out= quant=int8", "out= is missing"),
         ("quant=int8 word", "not key=value"),
     ):
-        assert match in refused(capsys, model, out, *word.split())
+        assert match in refused(main, capsys, model, out, *word.split())
     # 96 columns: the message says what fits this model.
-    said = refused(capsys, model, out, "quant=int4-g128")
+    said = refused(main, capsys, model, out, "quant=int4-g128")
     assert Q_PROJ in said and "96 columns" in said and said.endswith(": int8, int4-g32, int4-g32-asym")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("")
-    assert "not empty" in refused(capsys, model, out, "quant=int8")
+    assert "not empty" in refused(main, capsys, model, out, "quant=int8")
 
 
 def test_sources_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,13 +230,13 @@ def test_sources_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
         "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
     }
     (source / "config.json").write_text(json.dumps(changed))
-    assert "quantized already" in refused(capsys, *words)
+    assert "quantized already" in refused(main, capsys, *words)
     (source / "config.json").write_text(json.dumps(config))
     for name, bad in ((Q_PROJ, torch.nan), ("model.norm.weight", torch.inf)):
         tensors = tensors_of(source)
         tensors[name].view(-1)[-1] = bad
         save_file(tensors, source / "model.safetensors")
-        said = refused(capsys, *words)
+        said = refused(main, capsys, *words)
         assert name in said and "not finite" in said
         tensors[name].view(-1)[-1] = 1
         save_file(tensors, source / "model.safetensors")
@@ -262,7 +248,7 @@ def test_too_little_space_is_reported_before(
 ) -> None:
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr("weights.output.shutil.disk_usage", lambda folder: usage)
-    said = refused(capsys, f"model={source}", f"out={tmp_path / 'out'}", "quant=int8")
+    said = refused(main, capsys, f"model={source}", f"out={tmp_path / 'out'}", "quant=int8")
     assert "1000 B free" in said and list(tmp_path.iterdir()) == []
 
 
@@ -300,10 +286,7 @@ def test_a_signal_leaves_nothing(source: Path, tmp_path: Path) -> None:
          f"out={tmp_path / 'out'}", f"calibration={text}", "samples=100000", "sample_len=64"],
         cwd=CHECKOUT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 300
-    while not list(tmp_path.glob(".out.partial-*/*.safetensors")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for_files(tmp_path, ".out.partial-*/*.safetensors", process)
     process.send_signal(signal.SIGTERM)
     out, said = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM

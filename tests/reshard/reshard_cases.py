@@ -9,10 +9,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from models.config import ModelConfig, expected_shapes
-from weights.checkpoint import Checkpoint
+from reshard import command
 
 Kind = gguf.GGMLQuantizationType
 SMALL = ModelConfig(
@@ -25,6 +25,10 @@ SMALL = ModelConfig(
     vocab_size=37,
     max_seq_len=64,
 )
+
+
+def run(*words: object) -> None:
+    assert command.main([str(word) for word in words]) == 0
 
 
 def small(num_heads: int, num_kv_heads: int, ffn_dim: int = 96, vocab_size: int = 37) -> ModelConfig:
@@ -64,32 +68,6 @@ def write_hf(folder: Path, config: ModelConfig, tensors: dict[str, torch.Tensor]
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
     save_file(tensors or random_tensors(config), folder / "model.safetensors", {"format": "pt"})
     return folder
-
-
-def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor
-        for file in folder.glob("*.safetensors")
-        for name, tensor in load_file(file).items()
-    }
-
-
-def whole(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    return {
-        name: entry.read(tuple(slice(0, size) for size in entry.shape))
-        for name, entry in checkpoint.entries.items()
-    }
-
-
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    """Whether both hold the same bytes under the same names."""
-    return left.keys() == right.keys() and all(
-        left[name].dtype == right[name].dtype
-        and left[name].shape == right[name].shape
-        and left[name].contiguous().view(-1).view(torch.uint8).tolist()
-        == right[name].contiguous().view(-1).view(torch.uint8).tolist()
-        for name in left
-    )
 
 
 def write_meta(folder: Path, world_size: int, num_heads: int, num_kv_heads: int, head_dim: int) -> Path:

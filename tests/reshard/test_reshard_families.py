@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
 
-from reshard import command as reshard
 from tests.models import gguf_files
 from tests.models.families import save
-from tests.reshard.reshard_cases import hf_tensors, same
+from tests.reshard.reshard_cases import run
+from tests.tensors import same, tensors_of
 from weights.open import open_checkpoint
-
-
-@pytest.fixture
-def fast() -> Iterator[Path]:
-    """A folder in memory where there is one: what is measured here is not the disk's fsync."""
-    where = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="reshard-", dir=where) as folder:
-        yield Path(folder)
-
-
-def run(*words: object) -> None:
-    assert reshard.main([str(word) for word in words]) == 0
 
 
 @pytest.mark.parametrize(
@@ -47,11 +32,11 @@ def run(*words: object) -> None:
 )
 def test_there_and_back(name: str, fast: Path) -> None:
     save(name, fast / "hf")
-    original = hf_tensors(fast / "hf")
+    original = tensors_of(fast / "hf")
     run("--to", 2, "--verify-forward", fast / "hf", fast / "a")
     assert open_checkpoint(fast / "a").world_size == 2
     run("--to", 1, fast / "a", fast / "back")
-    assert same(hf_tensors(fast / "back"), original)  # and so are its logits
+    assert same(tensors_of(fast / "back"), original)  # and so are its logits
     assert (fast / "back/config.json").read_bytes() == (fast / "hf/config.json").read_bytes()
 
 
@@ -60,7 +45,7 @@ def test_falcons_rows_when_kv_heads_are_copied(fast: Path) -> None:
     save("falcon-11b", fast / "hf")
     run("--to", 5, fast / "hf", fast / "a")
     run("--to", 1, fast / "a", fast / "back")
-    assert same(hf_tensors(fast / "back"), hf_tensors(fast / "hf"))
+    assert same(tensors_of(fast / "back"), tensors_of(fast / "hf"))
 
 
 BLOCKS: dict[str, Any] = {"num_attention_heads": 8, "intermediate_size": 64}

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from base.errors import InputError
 from reshard import command as reshard
 from reshard.plan import plan_reshard
-from tests.reshard.reshard_cases import SMALL, random_tensors, same, small, whole, write_hf
+from tests.reshard.reshard_cases import SMALL, random_tensors, small, write_hf
+from tests.tensors import same, whole
 from tp.heads import split_heads
 from tp.shard import plan_layout, slices_of
 from weights.formats.yoke_io import open_folder, open_yoke
