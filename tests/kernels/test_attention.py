@@ -47,7 +47,11 @@ def token_by_token(q: torch.Tensor, cache: KVCache, at: Places, rule: Rule) -> t
     for token in range(q.shape[0]):
         position = int(positions[token])
         seen = torch.arange(max(0, position + 1 - window) if window else 0, position + 1)
-        row = rows[token].expand(seen.shape) if sources is None else sources[token, seen].long()
+        if sources is not None:
+            row = sources[token, seen].long()
+        else:
+            assert rows is not None
+            row = rows[token].expand(seen.shape)
         for q_start, q_stop, kv_start, kv_stop in runs:
             group = (q_stop - q_start) // (kv_stop - kv_start)
             for head in range(q_start, q_stop):

@@ -61,8 +61,8 @@ def machine(cpus: Sequence[Cpu], offline: Collection[int] = ()) -> dict[str, str
     online = [number for number in range(len(cpus)) if number not in offline]
     files = {f"{CPU}/online": ",".join(map(str, online))}
 
-    def listed(same: Callable[[Cpu], bool]) -> str:
-        return ",".join(str(number) for number in online if same(cpus[number]))
+    def listed(key: Callable[[Cpu], object], value: object) -> str:
+        return ",".join(str(number) for number in online if key(cpus[number]) == value)
 
     for number, cpu in enumerate(cpus):
         folder = f"{CPU}/cpu{number}"
@@ -73,18 +73,16 @@ def machine(cpus: Sequence[Cpu], offline: Collection[int] = ()) -> dict[str, str
         files |= {
             f"{folder}/topology/physical_package_id": str(package),
             f"{folder}/topology/core_id": str(cpu.core),
-            f"{folder}/topology/package_cpus_list": listed(lambda other, p=package: other.socket == p),
-            f"{folder}/topology/thread_siblings_list": listed(lambda other, o=own: other[:3] == o),
+            f"{folder}/topology/package_cpus_list": listed(lambda other: other.socket, package),
+            f"{folder}/topology/thread_siblings_list": listed(lambda other: other[:3], own),
         }
         if cpu.l3 is not None:
             files |= {
                 f"{folder}/cache/index3/level": "3",
-                f"{folder}/cache/index3/shared_cpu_list": listed(
-                    lambda other, l3=cpu.l3: other.l3 == l3
-                ),
+                f"{folder}/cache/index3/shared_cpu_list": listed(lambda other: other.l3, cpu.l3),
             }
     for node in {cpu.node for cpu in cpus}:
-        files[f"{NODE}/node{node}/cpulist"] = listed(lambda other, n=node: other.node == n)
+        files[f"{NODE}/node{node}/cpulist"] = listed(lambda other: other.node, node)
         files |= memory(node, 2**20)
     return files
 

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pexpect
 import pytest
@@ -15,8 +16,8 @@ import pytest
 from base.errors import InputError
 from models.fetch import Offer, _require_space
 from models.hub import Needed, Reference
-from tests.conftest import CHECKOUT, yoke
 from tests.models.hub_server import COMMIT, Hub, serving
+from tests.running import CHECKOUT, yoke
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64,
@@ -63,7 +64,7 @@ def sharded() -> dict[str, bytes]:
 WANTED = list(sharded())[:6]
 
 
-def environment(hub: Hub, cache: Path) -> dict[str, str]:
+def environment(hub: Hub, cache: Path) -> dict[str, Any]:
     return {
         "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(cache), "HF_TOKEN": "", "HF_HUB_OFFLINE": "0",
         "HF_TOKEN_PATH": str(cache / "token"), "no_proxy": "*",
