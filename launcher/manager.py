@@ -11,7 +11,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from base.errors import LaunchError
 
@@ -74,41 +74,76 @@ _MPI = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Claim:
+    """What a manager's `variables` say of this rank, unchecked. `address`: of rank 0, "" if unknown;
+    `hint`: how to set it. `node` None: the manager does not number the machines."""
+
+    manager: str
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    run_id: str
+    variables: tuple[str, ...]
+    address: str
+    hint: str = "MASTER_ADDR=HOST in the environment"
+    node: int | None = None
+
+
 def find_manager(environ: Mapping[str, str], parent_pid: int) -> Managed | None:
     """This rank's place if a manager started it as one of several ranks, else None. Raises LaunchError
     if the variables contradict each other."""
     if "RANK" in environ and "WORLD_SIZE" in environ and "LOCAL_RANK" in environ:
         return _torchrun(environ, parent_pid)
+    claim = _mpi(environ, parent_pid) or _srun(environ)
+    return None if claim is None else _checked(claim, environ)
+
+
+def _mpi(environ: Mapping[str, str], parent_pid: int) -> _Claim | None:
     for name, rank, size, local_rank, local_size, ids in _MPI:
         # Slurm's PMI sets some of Hydra's variables; Slurm's own are read below.
         known = rank in environ and size in environ and local_rank in environ
         if known and _number(environ, size) > 1:
-            world = _number(environ, size)
             run_id = next((environ[key] for key in ids if key in environ), str(parent_pid))
-            return _checked(
-                environ, name, _number(environ, rank), world, _number(environ, local_rank),
-                _number(environ, local_size), f"{name} {run_id}", f"-x MASTER_ADDR=HOST ({name})",
-                (rank, size, local_rank),
-            )  # fmt: skip
-    # `srun` sets the variables of a step. A batch script has only those of the job, and is not a rank.
-    if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
-        world = _number(environ, "SLURM_STEP_NUM_TASKS")
-        if world > 1:
-            node = _number(environ, "SLURM_NODEID", 0)
-            per_node = tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", str(world)))
-            if node >= len(per_node):
-                raise LaunchError(
-                    f"SLURM_NODEID={node} is not a node of SLURM_STEP_TASKS_PER_NODE; start with srun"
-                )
-            run_id = f"srun {environ.get('SLURM_JOB_ID', '')}.{environ['SLURM_STEP_ID']}"
-            hosts = first_host(environ.get("SLURM_STEP_NODELIST", ""))
-            return _checked(
-                {"MASTER_ADDR": hosts, **environ} if hosts else environ, "srun",
-                _number(environ, "SLURM_PROCID"), world, _number(environ, "SLURM_LOCALID"),
-                per_node[node], run_id, "MASTER_ADDR=HOST in the environment",
-                ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), node,
-            )  # fmt: skip
+            return _Claim(
+                manager=name,
+                rank=_number(environ, rank),
+                world_size=_number(environ, size),
+                local_rank=_number(environ, local_rank),
+                local_world_size=_number(environ, local_size),
+                run_id=f"{name} {run_id}",
+                variables=(rank, size, local_rank),
+                address=environ.get("MASTER_ADDR", ""),
+                hint=f"-x MASTER_ADDR=HOST ({name})",
+            )
     return None
+
+
+def _srun(environ: Mapping[str, str]) -> _Claim | None:
+    # `srun` sets the variables of a step. A batch script has only those of the job, and is not a rank.
+    if "SLURM_STEP_ID" not in environ or "SLURM_PROCID" not in environ:
+        return None
+    world = _number(environ, "SLURM_STEP_NUM_TASKS")
+    if world <= 1:
+        return None
+    node = _number(environ, "SLURM_NODEID", 0)
+    per_node = tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", str(world)))
+    if node >= len(per_node):
+        raise LaunchError(
+            f"SLURM_NODEID={node} is not a node of SLURM_STEP_TASKS_PER_NODE; start with srun"
+        )
+    return _Claim(
+        manager="srun",
+        rank=_number(environ, "SLURM_PROCID"),
+        world_size=world,
+        local_rank=_number(environ, "SLURM_LOCALID"),
+        local_world_size=per_node[node],
+        run_id=f"srun {environ.get('SLURM_JOB_ID', '')}.{environ['SLURM_STEP_ID']}",
+        variables=("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+        address=environ.get("MASTER_ADDR", first_host(environ.get("SLURM_STEP_NODELIST", ""))),
+        node=node,
+    )
 
 
 def _torchrun(environ: Mapping[str, str], parent_pid: int) -> Managed:
@@ -118,56 +153,57 @@ def _torchrun(environ: Mapping[str, str], parent_pid: int) -> Managed:
     port = environ.get("MASTER_PORT", "")
     parts = [environ.get("TORCHELASTIC_RUN_ID", "" if port else str(parent_pid)), port]
     parts.append(environ.get("TORCHELASTIC_RESTART_COUNT", ""))
-    place = _checked(
-        environ,
-        "torchrun" if elastic else "the environment (RANK, WORLD_SIZE)",
-        _number(environ, "RANK"),
-        world,
-        _number(environ, "LOCAL_RANK"),
-        _number(environ, "LOCAL_WORLD_SIZE", world),
-        "torchrun " + " ".join(parts),
-        "MASTER_ADDR=HOST in the environment",
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    claim = _Claim(
+        manager="torchrun" if elastic else "the environment (RANK, WORLD_SIZE)",
+        rank=_number(environ, "RANK"),
+        world_size=world,
+        local_rank=_number(environ, "LOCAL_RANK"),
+        local_world_size=_number(environ, "LOCAL_WORLD_SIZE", world),
+        run_id="torchrun " + " ".join(parts),
+        variables=("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        address=environ.get("MASTER_ADDR", ""),
     )
-    node = _number(environ, "GROUP_RANK", place.node)
+    place = _checked(claim, environ)
     agent = elastic and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    address = environ.get("MASTER_ADDR", place.master_addr) if agent else place.master_addr
-    return Managed(**{**vars(place), "agent_store": agent, "node": node, "master_addr": address})
+    return replace(
+        place,
+        agent_store=agent,
+        node=_number(environ, "GROUP_RANK", place.node),
+        master_addr=environ.get("MASTER_ADDR", place.master_addr) if agent else place.master_addr,
+    )
 
 
-def _checked(
-    environ: Mapping[str, str],
-    manager: str,
-    rank: int,
-    world_size: int,
-    local_rank: int,
-    local_world_size: int,
-    run_id: str,
-    hint: str,
-    variables: tuple[str, ...],
-    node: int | None = None,
-) -> Managed:
+def _checked(claim: _Claim, environ: Mapping[str, str]) -> Managed:
+    """The place that is claimed. Raises LaunchError if there is no such place."""
+    rank, world_size = claim.rank, claim.world_size
+    local_rank, local_world_size = claim.local_rank, claim.local_world_size
     if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
+        variables = ", ".join(claim.variables)
         raise LaunchError(
-            f"{manager} says rank {rank} of {world_size}, and local rank {local_rank} of "
-            f"{local_world_size}: that is impossible; were {', '.join(variables)} set by another run?"
+            f"{claim.manager} says rank {rank} of {world_size}, and local rank {local_rank} of "
+            f"{local_world_size}: that is impossible; were {variables} set by another run?"
         )
     # Ranks of one machine always meet on the loopback interface, whatever MASTER_ADDR says.
-    one = local_world_size == world_size
-    address = "127.0.0.1" if one else environ.get("MASTER_ADDR", "")
+    address = "127.0.0.1" if local_world_size == world_size else claim.address
     port = _number(environ, "MASTER_PORT", 0)
     if local_world_size < world_size and (not address or not port):
         raise LaunchError(
             f"{world_size} ranks on several machines need the address of rank 0: set "
-            f"MASTER_PORT=N and {hint}"
+            f"MASTER_PORT=N and {claim.hint}"
         )
-    node = (
-        rank - local_rank if node is None else node
-    )  # the first rank of the machine, if ranks are numbered in blocks
     return Managed(
-        manager, rank, world_size, local_rank, local_world_size, address, port, run_id, node,
-        variables=tuple((key, environ[key]) for key in variables if key in environ),
-    )  # fmt: skip
+        manager=claim.manager,
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        master_addr=address,
+        master_port=port,
+        run_id=claim.run_id,
+        # Without a number, the first rank of the machine stands for it: ranks are numbered in blocks.
+        node=rank - local_rank if claim.node is None else claim.node,
+        variables=tuple((key, environ[key]) for key in claim.variables if key in environ),
+    )
 
 
 def _number(environ: Mapping[str, str], key: str, default: int | None = None) -> int:

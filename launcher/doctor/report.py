@@ -31,13 +31,13 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from base.streams import show, show_json, writing
-from launcher.doctor.backends import find_backends, release
+from launcher.doctor.backends import Backend, find_backends, release
 from launcher.doctor.probe import (
     Compiler,
     Kernel,
@@ -117,13 +117,13 @@ def examine(
     here: bool = True,
 ) -> dict[str, Any]:
     """The report, as the module's docstring describes it."""
-    not_told: list[str] = []
+    failures: list[str] = []
 
     def attempt(what: str, probe: Callable[[], _T]) -> _T | None:
         try:
             return probe()
         except Exception as error:  # any failure: the other facts are still reported
-            not_told.append(f"{what}: {type(error).__name__}: {error}")
+            failures.append(f"{what}: {type(error).__name__}: {error}")
             return None
 
     torch_process = attempt("torch", lambda: start_torch_probe(checkout))  # runs in parallel
@@ -141,11 +141,9 @@ def examine(
     if torch_process is not None:
         try:
             torch, torch_error = finish_torch_probe(torch_process), ""
-            not_told.extend(torch["failed"])
+            failures.extend(torch["failed"])
         except Exception as error:
             torch_error = str(error)
-    torch_version = torch["version"] if torch else None
-    backends = attempt("optional packages", lambda: find_backends(torch_version)) or ()
     facts = Facts(
         ranks=plan.ranks if plan else (),
         backend=plan.backend if plan else "none",
@@ -157,6 +155,20 @@ def examine(
         torch_error=torch_error or None,
         placements=placements,
     )
+    torch_version = torch["version"] if torch else None
+    backends = attempt("optional packages", lambda: find_backends(torch_version)) or ()
+    return _report(topology, facts, cpu, backends, failures)
+
+
+def _report(
+    topology: Topology,
+    facts: Facts,
+    cpu: dict[str, Any],
+    backends: Sequence[Backend],
+    failures: list[str],
+) -> dict[str, Any]:
+    limits, kernel, compiler = facts.limits, facts.kernel, facts.compiler
+    refusal = facts.memory_refusal
     return {
         "machine": _machine(topology, cpu),
         "limits": {
@@ -166,13 +178,13 @@ def examine(
         },
         "kernel": asdict(kernel) if kernel else {},
         "compiler": asdict(compiler) if compiler else {},
-        "torch": torch,
+        "torch": facts.torch,
         "cpu": {name: cpu.get(name) for name in INSTRUCTIONS},
         "backends": [asdict(backend) for backend in backends],
         "will_use": will_use(facts, cpu),
-        "placement": [asdict(placement) for placement in placements],
+        "placement": [asdict(placement) for placement in facts.placements],
         "to_change": [asdict(change) for change in to_change(topology, facts)],
-        "not_told": not_told,
+        "not_told": failures,
     }
 
 
