@@ -134,6 +134,11 @@ def run(flags: Flags) -> int:
         return doctor(_topology(flags), flags.json, CHECKOUT, request, here=flags.sysfs is None)
     if flags.command == "models":
         return _models(flags)
+    if flags.command == "cache":
+        from launcher.cache import cache_command
+        from models.find import hub_cache
+
+        return cache_command(flags.names, flags.json, hub_cache())
     if flags.sysfs is None:
         require_backend(flags.request.comm)
     if flags.given.get("device") == "cuda" and flags.request.rank_per is None:

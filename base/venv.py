@@ -14,7 +14,8 @@ from importlib.util import find_spec
 
 # What requirements/runtime.txt installs, by the names that are imported; and torch.
 PACKAGES = (
-    "gguf", "jinja2", "numpy", "omegaconf", "psutil", "rich", "safetensors", "tokenizers", "torch",
+    "gguf", "huggingface_hub", "jinja2", "numpy", "omegaconf", "psutil", "rich", "safetensors",
+    "tokenizers", "torch",
 )  # fmt: skip
 _OLDEST = (3, 11)
 _REASON = "YOKE_CONTINUED"  # the environment variable that carries the reason to the second process

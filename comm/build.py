@@ -31,6 +31,7 @@ from typing import IO
 
 import torch
 
+from base.caches import BUILD_LOCK, EXTENSIONS
 from base.compiler import find_compiler
 from base.private import (
     NotPrivateError,
@@ -91,7 +92,7 @@ def build_extensions(
     libraries = [folder / _file_name(compiler, extension) for extension in extensions]
     if all(map(_is_there, libraries)):
         return libraries
-    with _build_lock(folder / "build.lock", report) as lock:
+    with _build_lock(folder / BUILD_LOCK, report) as lock:
         missing = [
             (extension, library)
             for extension, library in zip(extensions, libraries, strict=True)
@@ -105,7 +106,7 @@ def build_extensions(
 def built_extension(extension: Extension = COMM) -> Path | None:
     """The compiled extension, if there is one for this torch, compiler and source; builds nothing."""
     try:
-        if not any(folder and (folder / "extensions").is_dir() for folder in cache_candidates()):
+        if not any(folder and (folder / EXTENSIONS).is_dir() for folder in cache_candidates()):
             return None  # to look makes no folder
         library = _folder() / _file_name(_compiler(), extension)
     except BuildError:
@@ -125,7 +126,7 @@ def _compiler() -> list[str]:
 
 def _folder() -> Path:
     try:
-        return make_private(cache_folder()[0] / "extensions")
+        return make_private(cache_folder()[0] / EXTENSIONS)
     except OSError as error:
         raise BuildError(f"no folder for compiled code: {error}; set XDG_CACHE_HOME") from error
 

@@ -33,12 +33,12 @@ from typing import IO
 
 import torch
 
+from base.caches import COMPILED, COMPILED_MARK, COMPILERS
 from base.compiler import find_compiler, program_of
 from base.private import NotPrivateError, cache_folder, make_private
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # torch's own variable; a value that the user set is kept
 _SEAL = "yoke-seal.json"
-_MARK = "yoke-made-this"
 _WAIT_S = 300.0  # longest wait for other runs that compile, before damaged code can be dropped
 
 
@@ -69,7 +69,7 @@ def use_cache_folder() -> CodeFolder:
             remark = f"{VARIABLE} is not used: {error}"
     yoke, _ = cache_folder()
     if folder is None:
-        folder = _own_folder(yoke / f"inductor-torch-{torch.__version__}")
+        folder = _own_folder(yoke / f"{COMPILED}{torch.__version__}")
     os.environ[VARIABLE] = str(folder.path)
     _use_compiler(yoke)
     return replace(folder, remark=remark)
@@ -80,14 +80,16 @@ def _own_folder(path: Path) -> CodeFolder:
     without a mark."""
     if not path.exists():
         begun = make_private(path.with_name(f"{path.name}.{uuid.uuid4().hex}"))
-        (begun / _MARK).write_text("Yoke made this folder, and may remove what its seal names.\n")
+        (begun / COMPILED_MARK).write_text(
+            "Yoke made this folder, and may remove what its seal names.\n"
+        )
         try:
             begun.rename(path)
         except OSError:  # another rank was first
-            (begun / _MARK).unlink()
+            (begun / COMPILED_MARK).unlink()
             begun.rmdir()
     real = make_private(path)
-    return CodeFolder(real, own=(real / _MARK).is_file())
+    return CodeFolder(real, own=(real / COMPILED_MARK).is_file())
 
 
 def _use_compiler(yoke: Path) -> None:
@@ -103,7 +105,7 @@ def _use_compiler(yoke: Path) -> None:
 
     script = f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'
     name = f"{hashlib.sha256(script.encode()).hexdigest()[:12]}-{Path(program_of(words)).name}"
-    program = make_private(yoke / "compilers") / name
+    program = make_private(yoke / COMPILERS) / name
     temporary = program.with_name(f"{name}.{uuid.uuid4().hex}")
     temporary.write_text(script)
     temporary.chmod(0o700)
@@ -118,7 +120,7 @@ def compiling(folder: CodeFolder, say: Callable[[str], None]) -> Iterator[None]:
     if not folder.own:
         yield
         return
-    with (folder.path / _MARK).open("r+") as lock:
+    with (folder.path / COMPILED_MARK).open("r+") as lock:
         if _is_damaged(folder.path):
             say(_drop(folder.path, lock))
         _lock(lock, fcntl.LOCK_SH, _WAIT_S)
@@ -168,7 +170,7 @@ def _drop(folder: Path, lock: IO[str]) -> str:
         aside = folder.with_name(f"{folder.name}.damaged-{uuid.uuid4().hex[:8]}")
         aside.mkdir(mode=0o700)
         for entry in folder.iterdir():
-            if entry.name != _MARK:
+            if entry.name != COMPILED_MARK:
                 entry.rename(aside / entry.name)
         return f"the list of the compiled code in {folder} was damaged; its files were moved to {aside}"
     for name in names:

@@ -27,6 +27,7 @@ COMMANDS = {
     "quantize": "write 8-bit or 4-bit weights: quantize model=... quant=... out=DIR",
     "reshard": "convert a checkpoint to any number of ranks: reshard --to N CHECKPOINT OUT",
     "models": "list families and presets, with memory per rank: models [NAME...] [dtype=...]",
+    "cache": "list what is kept on disk from run to run, or clear it: cache [clear [NAME ...]]",
 }
 
 
@@ -34,8 +35,9 @@ COMMANDS = {
 class Flags:
     """The parsed command line. `given`: the keys of the job that were given, with their texts (the last
     one of a key counts); `words`: the same as they were typed, for `quantize`, whose keys are its own.
-    `names` are the words after `models`; `program` are those after `run` or `reshard`; `head` is the
-    command line before the program; `named`: the command was given, not left to its default."""
+    `names` are the words after `models` or `cache`; `program` are those after `run` or `reshard`;
+    `head` is the command line before the program; `named`: the command was given, not left to its
+    default."""
 
     command: str
     named: bool
@@ -179,15 +181,21 @@ def parse_flags(argv: Sequence[str]) -> Flags:
         words = [word for word in found.words if "=" in word]
         command, program = commands[0] if commands else "generate", []
         names = commands[1:]
-        if command not in COMMANDS or (names and command != "models"):
+        if command not in COMMANDS or (names and command not in ("models", "cache")):
             known = ", ".join(COMMANDS)
             raise LaunchError(
                 f"{commands[-1]!r} is not a command ({known}) and not key=value"
                 f"{nearest(commands[-1], list(COMMANDS))}; see --help"
             )
-    for flag, value in (("--sysfs", found.sysfs), ("--json", found.json)):
-        if value and command not in ("plan", "doctor", "models"):
-            raise LaunchError(f"{flag} is for the commands plan, doctor and models only")
+    readers = ("plan", "doctor", "models")
+    for flag, value, takers in (
+        ("--sysfs", found.sysfs, readers),
+        ("--json", found.json, (*readers, "cache")),
+    ):
+        if value and command not in takers:
+            raise LaunchError(
+                f"{flag} is for the commands {', '.join(takers[:-1])} and {takers[-1]} only"
+            )
     return Flags(
         command=command,
         named=command != "generate" or "generate" in found.words,

@@ -114,6 +114,19 @@ needs. A name, its beginning or a pattern with * narrows the list.""",
 """,
         sections=("read",),
     ),
+    "cache": _Page(
+        "cache [clear [NAME ...]] [--json]",
+        """\
+Lists what Yoke keeps in ~/.cache/yoke from one run to the next: compiled operators and steps. All of it
+is made again when it is needed. cache clear removes it, or only what is named; never while a run makes
+files there.""",
+        """\
+  python launch.py cache
+  python launch.py cache clear
+  python launch.py cache clear compiled
+""",
+        sections=("read",),
+    ),
 }
 
 
