@@ -32,22 +32,31 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 os.environ.update([MARK])
 
 
-# The files of `make quick`: pure code, and one generation on two ranks. None has a test of over five
-# seconds on two quiet cores (`python -m pytest -m quick --durations=10`) but for those marked slow.
+# The files of `make quick`: pure code, and one generation on two ranks. Together they take a minute of
+# processor time, and no test over five seconds (`-m quick --durations=10`) but for those marked slow.
 QUICK = (
-    "test_quick", "test_docs", "test_imports", "launcher/test_plan", "launcher/test_topology",
-    "launcher/test_cgroup", "launcher/test_gpus", "launcher/test_places", "launcher/test_chat_lines",
-    "launcher/test_allocator", "launcher/test_backends", "tp/test_split", "weights/test_quant",
-    "weights/test_formats", "weights/test_gguf", "models/test_philox", "models/test_rope",
-    "models/test_gguf_config", "models/test_presets", "models/test_tokenizer", "kernels/test_rotary",
-    "engine/test_requests", "engine/test_drafts", "engine/test_beam_plan", "engine/test_texts",
-    "engine/test_prompts", "engine/test_catalog",
+    "test_quick", "test_docs", "test_imports", "test_child", "base/test_folders", "base/test_private",
+    "comm/test_errors", "engine/test_beam_plan", "engine/test_catalog", "engine/test_drafts",
+    "engine/test_prompts", "engine/test_requests", "engine/test_texts", "kernels/test_rotary",
+    "kernels/test_sets", "launcher/test_allocator", "launcher/test_backends", "launcher/test_cgroup",
+    "launcher/test_chat_lines", "launcher/test_gpus", "launcher/test_machines", "launcher/test_places",
+    "launcher/test_plan", "launcher/test_topology", "models/test_chat", "models/test_config_json",
+    "models/test_defaults", "models/test_gguf_config", "models/test_philox", "models/test_presets",
+    "models/test_rope", "models/test_spm_pieces", "models/test_tokenizer",
+    "models/test_tokenizer_files", "models/test_tokenizer_folder", "models/test_tokenizer_gguf",
+    "models/test_tokenizer_limits", "quantize/test_gptq", "reshard/test_reshard_command",
+    "reshard/test_reshard_ends", "tp/test_split", "weights/test_companions", "weights/test_formats",
+    "weights/test_gguf", "weights/test_hostile", "weights/test_hostile_gguf", "weights/test_quant",
+    "weights/test_yoke_io",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of QUICK that are not slow as `quick`."""
     files = {CHECKOUT / "tests" / f"{name}.py" for name in QUICK}
+    assert all(file.exists() for file in files), sorted(
+        file.name for file in files if not file.exists()
+    )
     for item in items:
         if item.path in files and item.get_closest_marker("slow") is None:
             item.add_marker("quick")

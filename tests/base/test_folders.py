@@ -68,8 +68,8 @@ def test_a_tilde_is_the_home_or_stays(nobody: None, monkeypatch: pytest.MonkeyPa
     ("words", "code", "expected"),
     [
         (["plan"], 0, ""),
-        (["model=owner/name", "prompt=x"], 2, "error: model=owner/name: no weights found"),
-        (["model=~/x", "prompt=x"], 2, "error: model=~/x: no weights found"),
+        (["model=owner/name", "prompt=x"], 2, "error: model=owner/name: there is no such path"),
+        (["model=~/x", "prompt=x"], 2, "error: model=~/x: there is no such file"),
         (["model=tiny", "weights=random", "prompts=~/x"], 2, "error: prompts=~/x"),
         (
             ["quantize", "model=~nobody-at-all/x", "quant=int8", "out=/tmp/none"],

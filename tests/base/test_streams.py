@@ -71,7 +71,7 @@ def test_a_message_that_is_lost_changes_nothing(redirection: str) -> None:
 
 def test_no_prompts_from_a_closed_input() -> None:
     done = shell("<&-", (*LAUNCH, "model=tiny", "weights=random", "prompts=-"))
-    assert done.returncode == 2 and done.stderr.startswith(b"error: prompts=-")
+    assert done.returncode == 2 and done.stderr.startswith(b"error: prompt= is missing")
 
 
 def test_a_program_may_have_no_output(tmp_path: Path) -> None:

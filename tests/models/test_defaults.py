@@ -104,6 +104,7 @@ SIZES: dict[str, dict[str, Any]] = {
 GPTJ_SIZES = {"n_embd": 128, "n_head": 2, "n_layer": 2}
 
 
+@pytest.mark.slow
 def test_models_of_files_with_sizes_alone(tmp_path: Path, run_ranks: RunRanks) -> None:
     """Their logits, against transformers on the same folder, on 1 and 2 ranks."""
     folders = {}
