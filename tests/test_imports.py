@@ -144,6 +144,12 @@ def test_nothing_is_imported_by_name_but_what_has_a_reason() -> None:
             assert not around, f"{file} loads a module by name"
 
 
+def test_tests_share_modules_and_not_their_conftest() -> None:
+    """pytest imports a conftest.py by itself; what tests import is in a module beside it."""
+    for file in sources("tests"):
+        assert "tests.conftest" not in imported(file), f"{file}: import from tests.running"
+
+
 def test_the_launcher_needs_only_the_standard_library_and_psutil() -> None:
     for file in [*sources("launcher"), *sources("base")]:
         own = {"base"} if file.parent.name == "base" else {"base", "launcher", "psutil"}

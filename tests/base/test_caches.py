@@ -14,7 +14,7 @@ import pytest
 from base.caches import KINDS, cache_roots, clear_caches, read_caches
 from base.errors import LaunchError
 from launcher.cache import ago, cache_command
-from tests.conftest import yoke
+from tests.running import yoke
 
 TORCH = "inductor-torch-2.13.0+cpu"
 
