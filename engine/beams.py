@@ -116,6 +116,7 @@ def find(
             beams = advance(search, beams, best_continuations(search, beams, logits, name))
             gone = cancelled()
         done, parents, tokens = _broadcast_choice(runner, beams, gone)
+        runner.check()
         times.append(time.perf_counter())
         if done:
             break

@@ -151,6 +151,8 @@ def _meet(task: dict[str, Any] | None, engine: Opened) -> dict[str, Any] | None:
     if int(ops.broadcast(there, 0, group)):
         found: dict[str, Any] = share(task, group, engine.runner.device)
         return found
+    for runner in engine.ready.runners:
+        runner.check()
     if group.rank:
         time.sleep(
             IDLE_S * 0.9
@@ -264,5 +266,5 @@ def _facts(env: RankSettings, resolved: ResolvedJob, engine: Opened) -> dict[str
         "ranks": engine.group.size,
         "placement": env.placement,
         "load_s": round(engine.load_s, 1),
-        "compile_s": round(engine.compile_s, 1),
+        "compile_s": round(engine.ready.compile_s, 1),
     }

@@ -27,6 +27,7 @@ from engine.job import stop_texts
 from engine.loop import Watcher, generate
 from engine.opening import Opened, joined, open_engine, share, step_names
 from engine.prompts import Prompt
+from engine.ready import compile_state
 from engine.report import (
     Result,
     RunFacts,
@@ -76,8 +77,8 @@ def _run(env: RankSettings, resolved: ResolvedJob, engine: Opened) -> None:
     if not results:
         return
     facts = RunFacts(
-        engine.load_s, engine.compile_s, peaks, engine.dtype, engine.quant, engine.group.backend,
-        env.plans,
+        engine.load_s, engine.ready.compile_s, compile_state(engine.ready, resolved.job.compile), peaks,
+        engine.dtype, engine.quant, engine.group.backend, env.plans,
     )  # fmt: skip
     if len(results) > 1:
         write_batch_summary(results, facts, seconds, env.placement)

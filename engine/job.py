@@ -61,7 +61,7 @@ class Job:
     length_penalty: float = 1.0
     draft: str = ""
     draft_tokens: int = 4
-    compile: bool = True
+    compile: str = "auto"
     chat: bool = False
     output: str = "text"
     # Dimensions that override a preset, to try the shape of a large model quickly.
@@ -100,7 +100,7 @@ HELP: dict[str, str] = {
     "check_every": "steps between two checks for finished sequences",
     "num_beams": "width of the beam search; 1: no beam search. length_penalty= [1]",
     "draft": "propose tokens: lookup (in the text so far) or a small model; draft_tokens= [4]",
-    "compile": "compile the steps (slower start, faster tokens)",
+    "compile": "auto (start at once, and compile beside the run), true (wait for it) or false",
     "chat": "wrap the prompt in the model's chat template",
     "output": "text (streamed) or json (an object for each prompt)",
     "num_layers": "with weights=random: overrides the preset; likewise dim, num_heads, "
@@ -130,6 +130,7 @@ _CHOICES = {
     "quant": ("auto", "none", *SCHEMES),
     "quant_head": HEADS,
     "activations": ("auto", "int8"),
+    "compile": ("auto", "true", "false"),
     "output": ("text", "json"),
     "generation_config": ("auto", "none"),
 }

@@ -94,6 +94,7 @@ def generate(
     while waiting or any(loop.works):
         _admit(loop, waiting)
         _synchronize(loop, answers)
+        runner.check()
         left = [work.max_new_tokens - work.made for work in loop.works if work is not None]
         if not left:
             continue

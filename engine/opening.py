@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from comm.build import build_extensions
 from comm.errors import BuildError, converting_errors
 from comm.group import Group, Rendezvous, open_group, set_timeout
 from comm.sources import COMM
-from engine.compiling import compiling, use_cache_folder
-from engine.dtypes import dtype_name, kv_dtype_name
+from engine.dtypes import dtype_name
 from engine.job import Job, fitted_length
 from engine.memory import keeps_quantized
-from engine.report import build_progress, compile_progress
+from engine.ready import Ready, make_ready
+from engine.report import build_progress
 from engine.resolve import ResolvedJob, check_draft, check_ranks
-from engine.steps import BEAMS, DECODE, EXTEND, GREEDY, AnyModel, Runner, make_runner, warm_up
+from engine.steps import BEAMS, DECODE, EXTEND, GREEDY, AnyModel, Runner
 from kernels.load import has_kernels
 from kernels.sources import KERNELS
 from models.config import expected_shapes
@@ -52,7 +52,8 @@ START_TIMEOUT_S = 1800.0
 @dataclass(frozen=True)
 class Opened:
     """An engine that is ready to run. `codec` is None except on rank 0; `draft` runs the draft model,
-    None without one. `quant`: the scheme of most weights, "" if not quantized. Times in seconds."""
+    None without one. `quant`: the scheme of most weights, "" if not quantized. `ready`: how far
+    compiling is. `load_s` in seconds."""
 
     group: Group
     runner: Runner
@@ -61,7 +62,7 @@ class Opened:
     dtype: str
     quant: str
     load_s: float
-    compile_s: float
+    ready: Ready
 
 
 @contextmanager
@@ -130,46 +131,23 @@ def open_engine(env: RankSettings, resolved: ResolvedJob, group: Group, names: S
                 draft = _load_draft(resolved, source, group, env.plan.device)
             load_s = time.perf_counter() - started
             parts = (model,) if draft is None else (model, draft)
-            runners = [_runner(job, part, group, env.plan.device) for part in parts]
+            ready = make_ready(env, job, group, parts, names)
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"rank {group.rank}: {env.plan.device} has too little memory for weights and cache "
                 f"({str(error).splitlines()[0]}); use more GPUs, or a smaller max_seq_len or batch"
             ) from error
-        with _code_folder(env) if job.compile else nullcontext():
-            ops.barrier(group)
-            with compile_progress(job.compile, enabled=group.rank == 0) as show:
-                compile_s = warm_up(runners[0], names, show)
-                for runner in runners[1:]:
-                    compile_s += warm_up(runner, (EXTEND, GREEDY), show)
-            ops.barrier(group)
     set_timeout(group, env.comm_timeout_s)
     return Opened(
         group=group,
-        runner=runners[0],
-        draft=runners[1] if len(runners) > 1 else None,
+        runner=ready.runners[0],
+        draft=ready.runners[1] if len(ready.runners) > 1 else None,
         codec=codec,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         quant=model.quantized if isinstance(model, Decoder) else "",
         load_s=load_s,
-        compile_s=compile_s if job.compile else 0.0,
+        ready=ready,
     )
-
-
-@contextmanager
-def _code_folder(env: RankSettings) -> Iterator[None]:
-    """Wraps compiling. On each machine, local rank 0 checks and seals the folder of compiled code."""
-    try:
-        folder = use_cache_folder()
-    except OSError as error:
-        raise InputError(
-            f"no folder for compiled code: {error}; set XDG_CACHE_HOME to a folder that only you can "
-            "write to, or use compile=false"
-        ) from error
-    if env.rank == 0 and folder.remark:
-        say(folder.remark)
-    with compiling(folder, say) if env.local_rank == 0 else nullcontext():
-        yield
 
 
 def _build_operators(env: RankSettings) -> None:
@@ -213,11 +191,6 @@ def step_names(job: Job, plain: bool) -> tuple[str, ...]:
     if job.draft:
         return (EXTEND,)
     return EXTEND, GREEDY if plain else DECODE
-
-
-def _runner(job: Job, model: AnyModel, group: Group, device: str) -> Runner:
-    kv_dtype: torch.dtype = getattr(torch, kv_dtype_name(job.kv_dtype, job.dtype, device))
-    return make_runner(model, group, job.max_seq_len, job.compile, max(job.batch, 1), kv_dtype)
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,12 @@ class Result:
 @dataclass(frozen=True)
 class RunFacts:
     """Figures of a run. Times in seconds; `peak_rss_bytes` and `plan` have one entry for each rank.
-    `quant`: the scheme of most weights, "" if they are not quantized."""
+    `quant`: the scheme of most weights, "" if they are not quantized. `compiled`: whether the steps are
+    compiled by now, in words."""
 
     load_s: float
     compile_s: float
+    compiled: str
     peak_rss_bytes: list[int]
     dtype: str
     quant: str
@@ -70,7 +72,7 @@ def write_summary(result: Result, facts: RunFacts, placement: str) -> None:
         acceptance = f"{result.accepted} of {result.drafted} draft tokens accepted, {share:.0f} % | "
     say(
         f"[{result.prompt_tokens} + {result.tokens} tokens | TTFT {result.ttft_s * 1e3:.0f} ms | "
-        f"TPOT {result.tpot_s * 1e3:.1f} ms | {rate} | {acceptance}compile {facts.compile_s:.1f} s | "
+        f"TPOT {result.tpot_s * 1e3:.1f} ms | {rate} | {acceptance}{facts.compiled} | "
         f"{_numbers(facts)} over {facts.comm} | {placement}]"
     )
 
@@ -86,7 +88,7 @@ def write_batch_summary(
     asked, made = (sum(getattr(r, name) for r in results) for name in ("prompt_tokens", "tokens"))
     say(
         f"[{len(results)} prompts | {asked} + {made} tokens | {seconds:.1f} s | "
-        f"{made / seconds:.1f} tokens/s | compile {facts.compile_s:.1f} s | "
+        f"{made / seconds:.1f} tokens/s | {facts.compiled} | "
         f"{_numbers(facts)} over {facts.comm} | {placement}]"
     )
 

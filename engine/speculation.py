@@ -75,6 +75,9 @@ def generate(
     rows: dict[int, DraftedSlot] = {}
     answers: dict[int, Answer] = {}
     while waiting or rows:
+        runner.check()
+        if draft is not None:
+            draft.check()
         for place in range(runner.num_rows):
             if waiting and place not in rows:
                 rows[place] = _admit(*waiting.popleft(), place, sampler)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -44,7 +44,8 @@ class Runner:
     decode_beams(tokens, positions, sources int32 [R, S]) -> float32 [R, vocab_size]
 
     `chunk`: most tokens of one `extend` call; `padded`: every call has exactly that many. `mixed`: one
-    call may hold tokens of several slots.
+    call may hold tokens of several slots. `at_check`: what all ranks call when a loop synchronizes; it
+    may replace steps.
     """
 
     group: Group
@@ -58,6 +59,12 @@ class Runner:
     mixed: bool
     compiled: bool
     steps: dict[str, StepFunction]
+    at_check: list[Callable[[], None]] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Call what is to be called at a synchronization. Collective."""
+        for call in self.at_check:
+            call()
 
 
 def make_runner(

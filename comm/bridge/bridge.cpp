@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd_ops.h>
 #include <ATen/ops/linear_ops.h>
+#include <torch/csrc/inductor/aoti_runner/model_container_runner_cpu.h>
 #include <torch/library.h>
 #if __has_include(<torch/csrc/shim_exception_state.h>)  // torch 2.13 has it
 #include <torch/csrc/shim_exception_state.h>
@@ -14,6 +15,8 @@
 
 #include <cstring>
 #include <memory>
+#include <mutex>
+#include <unordered_map>
 
 namespace yoke {
 
@@ -177,6 +180,62 @@ Operators::Operators(const char* library, std::initializer_list<Operator> on_cpu
     cpu->impl(std::string(op.schema, std::strchr(op.schema, '(')).c_str(), boxed(op));
   }
   for (const Operator& op : anywhere) known->def(op.schema, boxed(op));
+}
+
+namespace {
+
+struct LoadedStep {
+  explicit LoadedStep(const std::string& path) : runner(path, 1, /*run_single_threaded=*/true) {}
+
+  torch::inductor::AOTIModelContainerRunnerCpu runner;
+  std::vector<at::Tensor> tensors;
+};
+
+std::mutex steps_lock;
+std::vector<std::unique_ptr<LoadedStep>>& steps() {
+  // Never destroyed: a step may run while the process ends.
+  static auto* const all = new std::vector<std::unique_ptr<LoadedStep>>;
+  return *all;
+}
+
+std::int64_t load_step(const std::string& path, const std::vector<std::string>& names,
+                       const std::vector<at::Tensor>& tensors) {
+  TORCH_CHECK(names.size() == tensors.size(), names.size(), " names for ", tensors.size(), " tensors");
+  std::unordered_map<std::string, const at::Tensor*> by_name;
+  for (std::size_t i = 0; i < names.size(); ++i) by_name[names[i]] = &tensors[i];
+  auto step = std::make_unique<LoadedStep>(path);
+  std::unordered_map<std::string, at::Tensor> wanted;
+  for (const auto& [constant, name] : step->runner.getConstantNamesToOriginalFQNs()) {
+    const auto found = by_name.find(name);
+    TORCH_CHECK(found != by_name.end(), "the compiled step ", path, " needs a tensor '", name, "' that the model lacks");
+    wanted[constant] = *found->second;
+    step->tensors.push_back(*found->second);
+  }
+  step->runner.update_constant_buffer(wanted, /*use_inactive=*/false, /*validate_full_updates=*/true,
+                                      /*user_managed=*/true);
+  const std::lock_guard<std::mutex> guard(steps_lock);
+  steps().push_back(std::move(step));
+  return static_cast<std::int64_t>(steps().size()) - 1;
+}
+
+at::Tensor run_step(std::int64_t number, const std::vector<at::Tensor>& inputs) {
+  LoadedStep* step = nullptr;
+  {
+    const std::lock_guard<std::mutex> guard(steps_lock);
+    TORCH_CHECK(number >= 0 && number < static_cast<std::int64_t>(steps().size()), "there is no step ", number);
+    step = steps()[static_cast<std::size_t>(number)].get();
+  }
+  auto results = step->runner.run(inputs);
+  TORCH_CHECK(results.size() == 1, "a step has one result, this one has ", results.size());
+  return std::move(results[0]);
+}
+
+}  // namespace
+
+CompiledSteps::CompiledSteps(const char* library) {
+  auto* const known = new torch::Library(torch::Library::FRAGMENT, library, std::nullopt, __FILE__, __LINE__);
+  known->def("load_step(str path, str[] names, Tensor[] tensors) -> int", &load_step);
+  known->def("run_step(int step, Tensor[] inputs) -> Tensor", &run_step);
 }
 
 }  // namespace yoke

@@ -275,4 +275,12 @@ struct Operators {
   Operators(const char* library, std::initializer_list<Operator> on_cpu, std::initializer_list<Operator> anywhere = {});
 };
 
+// The same for models' steps that torch has compiled ahead of time (a shared object with a JSON file beside it):
+//   load_step(str path, str[] names, Tensor[] tensors) -> int: `tensors` are the model's, by name. They are used where
+//     they are, and kept alive for as long as the process runs.
+//   run_step(int step, Tensor[] inputs) -> Tensor: a step with one result.
+struct CompiledSteps {
+  explicit CompiledSteps(const char* library);
+};
+
 }  // namespace yoke

@@ -157,6 +157,8 @@ std::string last_error() { return last_error_of_compiled_code(); }
 
 std::int64_t few_rows() { return chosen()->few_rows; }
 
+const CompiledSteps steps("yoke_kernels");
+
 const Operators operators(
     "yoke_kernels",
     {

@@ -1,0 +1,162 @@
+"""From loaded models to runners that can start: caches allocated, steps compiled as the job asks.
+
+`compile=true` waits until all steps are compiled, `compile=auto` starts at once and lets the compiler
+work beside the run (`engine.background`), `compile=false` compiles nothing. Our own models on CPUs,
+with our own operators, are compiled ahead of time, to packages that a later start loads. Other models,
+devices and transports go through torch.compile, which cannot compile beside a run: there `auto` waits
+too.
+
+Not here: how models are loaded (`engine.opening`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from base.errors import InputError
+from base.rank import RankSettings
+from base.streams import say
+from comm import ops
+from comm.group import Group
+from engine import background
+from engine.background import Upgrade
+from engine.compiling import compiling, use_cache_folder
+from engine.dtypes import kv_dtype_name
+from engine.job import Job
+from engine.packages import read_seconds
+from engine.report import compile_progress
+from engine.steps import EXTEND, GREEDY, AnyModel, Runner, make_runner, warm_up
+from kernels.load import has_kernels
+from models.decoder import Decoder
+
+
+class CompileError(RuntimeError):
+    """A step could not be compiled although the job waits for it."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Runners of the model and of the draft model, if there is one. `compile_s`: seconds of waiting for
+    the compiler. `upgrades`: what is still compiled beside the run."""
+
+    runners: tuple[Runner, ...]
+    compile_s: float
+    upgrades: tuple[Upgrade, ...] = ()
+
+
+def make_ready(
+    env: RankSettings, job: Job, group: Group, models: Sequence[AnyModel], names: Sequence[str]
+) -> Ready:
+    """Allocate caches of `job.batch` slots for the models, and run the steps once: `names` of the first
+    model, EXTEND and GREEDY of a draft model. Collective. Raises InputError, CompileError."""
+    ahead = [job.compile != "false" and compiles_ahead(model, group) for model in models]
+    waits = job.compile == "true" or not all(ahead)
+    by_torch = job.compile != "false" and not all(ahead)
+    runners = tuple(
+        _runner(job, model, group, by_torch and not packed)
+        for model, packed in zip(models, ahead, strict=True)
+    )
+    wanted = [tuple(names), *[(EXTEND, GREEDY)] * (len(models) - 1)]
+    started = time.perf_counter()
+    upgrades = []
+    with _code_folder(env) if by_torch else nullcontext():
+        ops.barrier(group)
+        with compile_progress(job.compile != "false" and waits, enabled=group.rank == 0) as progress:
+            for runner, model, steps, packed in zip(runners, models, wanted, ahead, strict=True):
+                if packed and isinstance(model, Decoder):
+                    upgrades.append(_upgrade(job, runner, model, steps, progress))
+            for runner, steps in zip(runners, wanted, strict=True):
+                warm_up(runner, steps, progress)
+        ops.barrier(group)
+    pending = [upgrade for upgrade in upgrades if upgrade.packages]
+    if pending and group.rank == 0:
+        say(_pending_line(pending))
+    compile_s = time.perf_counter() - started if waits and job.compile != "false" else 0.0
+    return Ready(runners, compile_s, tuple(upgrades))
+
+
+def compiles_ahead(model: AnyModel, group: Group) -> bool:
+    """Whether the model's steps, which call no operators but torch's and ours, go to packages."""
+    return (
+        isinstance(model, Decoder)
+        and next(model.parameters()).device.type == "cpu"
+        and (group.size == 1 or group.backend == "shm")
+        and has_kernels()
+    )
+
+
+def _upgrade(
+    job: Job, runner: Runner, model: Decoder, names: Sequence[str], progress: Callable[[str], object]
+) -> Upgrade:
+    waits = job.compile == "true"
+    # A text's first token needs `extend` once, and each token needs the other step.
+    ordered = sorted(names, key=lambda name: name == EXTEND)
+    try:
+        upgrade = background.start_upgrade(runner, model, ordered, 0 if waits else background.NICENESS)
+    except OSError as error:
+        raise _no_folder(error) from error
+    if waits:
+        if failed := background.finish(upgrade, progress):
+            raise CompileError(
+                f"rank {runner.group.rank}: {', '.join(failed)} cannot be compiled: "
+                f"{background.reason(upgrade)}; compile=false runs without"
+            )
+    else:
+        runner.at_check.append(lambda: background.advance(upgrade))
+    return upgrade
+
+
+def _pending_line(pending: Sequence[Upgrade]) -> str:
+    steps = [name for upgrade in pending for name in upgrade.packages]
+    last_s = sum(read_seconds(name) for name in steps)
+    took = f" (last time {last_s:.0f} s)" if last_s else ""
+    return (
+        f"compiling beside the run: {', '.join(steps)}{took}; until then steps run uncompiled, and "
+        "compile=true would wait"
+    )
+
+
+def compile_state(ready: Ready, compile_key: str) -> str:
+    """Returns a few words on whether the steps are compiled by now, for a line of figures."""
+    if compile_key == "false":
+        return "uncompiled"
+    left = [name for upgrade in ready.upgrades for name in upgrade.packages]
+    if left:
+        return f"{', '.join(left)} not compiled yet"
+    late = max((s for upgrade in ready.upgrades for s in upgrade.done_s.values()), default=0.0)
+    if late > ready.compile_s + 1.0:
+        return f"compiled after {late:.0f} s"
+    return f"compile {ready.compile_s:.1f} s"
+
+
+def _runner(job: Job, model: AnyModel, group: Group, compiled: bool) -> Runner:
+    device = str(next(model.parameters()).device)
+    kv_dtype: torch.dtype = getattr(torch, kv_dtype_name(job.kv_dtype, job.dtype, device))
+    return make_runner(model, group, job.max_seq_len, compiled, max(job.batch, 1), kv_dtype)
+
+
+def _no_folder(error: OSError) -> InputError:
+    return InputError(
+        f"no folder for compiled code: {error}; set XDG_CACHE_HOME to a folder that only you can "
+        "write to, or use compile=false"
+    )
+
+
+@contextmanager
+def _code_folder(env: RankSettings) -> Iterator[None]:
+    """Wraps torch.compile. On each machine, local rank 0 checks and seals the folder of code."""
+    try:
+        folder = use_cache_folder()
+    except OSError as error:
+        raise _no_folder(error) from error
+    if env.rank == 0 and folder.remark:
+        say(folder.remark)
+    with compiling(folder, say) if env.local_rank == 0 else nullcontext():
+        yield
