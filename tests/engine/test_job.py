@@ -22,7 +22,7 @@ def test_values_are_typed_and_texts_are_kept_as_they_are() -> None:
     job = parse_job([*GOOD, "temperature=1", "top_k=5", "compile=false", "prompt=[1, ${x}] = yes"])
     assert job.temperature == 1.0
     assert job.top_k == 5
-    assert job.compile is False
+    assert job.compile == "false"
     assert job.prompt == "[1, ${x}] = yes"
     assert job.max_new_tokens == Job.max_new_tokens
 
@@ -34,7 +34,7 @@ def test_values_are_typed_and_texts_are_kept_as_they_are() -> None:
         (["max_new_token=5"], "did you mean 'max_new_tokens'"),
         (["qqq=5"], "unknown key 'qqq'; see"),
         (["max_new_tokens=ten"], "max_new_tokens=ten: must be of type int"),
-        (["compile=perhaps"], "compile=perhaps: must be of type bool"),
+        (["compile=perhaps"], "compile=perhaps: must be one of auto, true, false"),
         (["temperature=nan"], "temperature=nan"),
         (["top_p=0"], "top_p=0.0 must be a number above 0"),
         (["max_new_tokens=0"], "must be between 1"),
