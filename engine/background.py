@@ -112,7 +112,7 @@ def advance(upgrade: Upgrade) -> None:
                 say(f"rank {runner.group.rank}: {name} stays uncompiled: {reason(upgrade)}")
 
 
-def finish(upgrade: Upgrade, progress: Callable[[str], None]) -> list[str]:
+def finish(upgrade: Upgrade, progress: Callable[[str], object]) -> list[str]:
     """Wait until all steps are compiled; `progress` is called with a line for the user when another
     step is begun. Returns the names of those that failed. Collective."""
     process, total = upgrade.process, len(upgrade.packages)

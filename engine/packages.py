@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from base.private import NotPrivateError, cache_folder, check_private_file, make_private
+from engine.steps import with_reason
 from models.decoder import Decoder
 
 MANIFEST = "manifest.json"
@@ -105,9 +106,10 @@ def load_package(package: Path, model: Decoder) -> Callable[..., Tensor]:
     """Returns the compiled step, which runs on the model's own tensors. Raises RuntimeError if it does
     not fit the model."""
     tensors = {
-        f"model.{name}": tensor for name, tensor in model.named_parameters(remove_duplicate=False)
+        f"model.{name}": tensor
+        for named in (model.named_parameters, model.named_buffers)
+        for name, tensor in named(remove_duplicate=False)
     }
-    tensors |= {f"model.{name}": tensor for name, tensor in model.named_buffers(remove_duplicate=False)}
     step: int = torch.ops.yoke_kernels.load_step(
         str(package / LIBRARY), list(tensors), list(tensors.values())
     )
@@ -117,7 +119,7 @@ def load_package(package: Path, model: Decoder) -> Callable[..., Tensor]:
         result: Tensor = run(step, inputs)
         return result
 
-    return call
+    return with_reason(call)
 
 
 @contextmanager
@@ -187,7 +189,7 @@ def _save_sorted(pickler: Any, items: set[Any]) -> None:
 
 def _reduced(
     tensor: Tensor, rooms: dict[tuple[int, int], _Room]
-) -> tuple[Callable[..., Tensor], tuple]:
+) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
     span = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     num_bytes = span * tensor.element_size() if tensor.numel() else 0
     room = rooms.setdefault((tensor.data_ptr(), num_bytes), _Room(num_bytes))

@@ -178,7 +178,7 @@ def _compiled(name: str, step: StepFunction, own: bool, on_gpu: bool, in_cpp: bo
         if in_cpp:
             options |= _CALLED_IN_CPP
         quick = torch.compile(step, fullgraph=True, dynamic=dynamic, options=options)
-        return _with_reason(quick) if in_cpp else quick
+        return with_reason(quick) if in_cpp else quick
     # One CUDA graph, collectives included: launching each kernel would take longer than the kernels.
     recorded = torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
@@ -190,7 +190,7 @@ def _compiled(name: str, step: StepFunction, own: bool, on_gpu: bool, in_cpp: bo
     return replay
 
 
-def _with_reason(step: StepFunction) -> StepFunction:
+def with_reason(step: StepFunction) -> StepFunction:
     """Wrap a step so that its errors give the reason: the generated C++ says only which call failed."""
 
     def call(*inputs: Tensor) -> Tensor:

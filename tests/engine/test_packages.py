@@ -145,7 +145,7 @@ def test_steps_of_every_family_are_one_graph_for_any_number_of_tokens(
     where = torch.tensor([[3, 5, 7], [0, 1, 0], [0, 0, 1]])
     wanted = torch.tensor([1, 2])
     with torch.no_grad():
-        expected = model.extend(*where, wanted)
+        expected = model.extend(where[0], where[1], where[2], wanted)
         # The graph, with the values that the model has.
         graph = export_step(model, EXTEND, SHAPE).module()
         torch.testing.assert_close(graph(where, wanted), expected, rtol=1e-4, atol=1e-5)

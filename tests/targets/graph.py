@@ -55,7 +55,7 @@ def main(env: RankSettings, payload: str) -> int:
             for lengths in ((1,), (2,), (3, 50), (128, 1, 129), (511,), (512, 2), (513,), (1000, 3)):
                 generate(runner, [Request((7,) * length, 5) for length in lengths])
         after = dict(counters["stats"])
-        failure = _left_alone(runner, group) if env.backend == "shm" else ""
+        failure = left_alone(runner, group) if env.backend == "shm" else ""
         if env.rank == 0:
             print(
                 json.dumps(
@@ -72,7 +72,7 @@ def main(env: RankSettings, payload: str) -> int:
 
 
 @torch.no_grad()
-def _left_alone(runner: Runner, group: Group) -> str:
+def left_alone(runner: Runner, group: Group) -> str:
     """The error that rank 0 gets when it alone runs a decode step."""
     ops.barrier(group)
     set_timeout(group, 0.5)
