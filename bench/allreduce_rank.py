@@ -32,7 +32,7 @@ from torch import Tensor
 
 from base.rank import RankSettings
 from comm import ops
-from comm.group import Group, Rendezvous, open_group
+from comm.group import Group, GroupOptions, Rendezvous, open_group
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_CALLS = 1000
@@ -50,7 +50,7 @@ def main(env: RankSettings, payload: str) -> int:
 
         def opened(backend: str) -> Group:
             group = stack.enter_context(
-                open_group(env.rank, env.world_size, backend, rendezvous, 600.0, label="bench")
+                open_group(env.rank, env.world_size, backend, rendezvous, 600.0, GroupOptions("bench"))
             )
             if group.backend != backend:
                 raise RuntimeError(f"the backend {backend} is not available here")

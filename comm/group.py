@@ -73,17 +73,30 @@ class Rendezvous:
 
 
 @dataclass(frozen=True)
-class _Options:
+class GroupOptions:
+    """What few groups need. Those that are open at the same time need different labels. `device`: where
+    the tensors are. `switch_bytes`: the largest message that shared memory sends in one step; 0
+    measures it. Where gloo is used instead of shared memory, rank 0 calls `on_fallback` with the
+    reason."""
+
+    label: str = "0"
+    device: str = "cpu"
+    switch_bytes: int = 0
+    on_fallback: Callable[[str], None] = field(default=lambda message: None, compare=False)
+
+
+@dataclass(frozen=True)
+class _Request:
     """The arguments of `open_group`."""
 
     rank: int
     size: int
     rendezvous: Rendezvous
     timeout_s: float
-    label: str
-    device: torch.device
-    switch_bytes: int
-    on_fallback: Callable[[str], None] = field(compare=False)
+    options: GroupOptions
+
+
+USUAL = GroupOptions()
 
 
 @contextmanager
@@ -93,99 +106,92 @@ def open_group(
     backend: str,
     rendezvous: Rendezvous,
     timeout_s: float,
-    on_fallback: Callable[[str], None] = lambda message: None,
-    *,
-    label: str = "0",
-    device: str = "cpu",
-    switch_bytes: int = 0,
+    options: GroupOptions = USUAL,
 ) -> Iterator[Group]:
     """Join the group of all ranks, and leave it at the end of the block.
 
     `timeout_s` (seconds) bounds the wait for the others to join and, until `set_timeout`, each
-    collective. If the shared-memory operators cannot be compiled, gloo is used instead and rank 0 calls
-    `on_fallback` with the reason. Groups that are open at the same time need different labels.
-    `switch_bytes` is the largest message that shared memory sends in one step; 0 measures it. Raises
+    collective. If the shared-memory operators cannot be compiled, gloo is used instead. Raises
     CommError.
     """
     if backend not in BACKENDS:
         raise CommError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
-    options = _Options(
-        rank, size, rendezvous, timeout_s, label, torch.device(device), switch_bytes, on_fallback
-    )
-    if size > 1 and backend.startswith("shm") and not _has_extension(options):
+    asked = _Request(rank, size, rendezvous, timeout_s, options)
+    if size > 1 and backend.startswith("shm") and not _has_extension(asked):
         backend = "gloo"
     with converting_errors(rank), ExitStack() as stack:
         if size == 1:
             yield Group(0, 1)
         elif backend == "shm":
-            yield _open_shm(options, label, rank, size, stack)
+            yield _open_shm(asked, options.label, rank, size, stack)
         elif backend == "shm+gloo":
-            yield _open_machines(options, stack)
+            yield _open_machines(asked, stack)
         elif backend == "deepspeed":
-            group = _open_torch(options, "gloo", stack)
+            group = _open_torch(asked, "gloo", stack)
             optional.open_deepspeed(rank, size, rendezvous.session, rendezvous.node, group.name)
             yield replace(group, backend="deepspeed")
         else:
             if backend == "ccl":
                 optional.load_ccl()
-            yield _open_torch(options, backend, stack)
+            yield _open_torch(asked, backend, stack)
 
 
-def _has_extension(options: _Options) -> bool:
+def _has_extension(asked: _Request) -> bool:
     try:
         load_extension()
     except BuildError as error:
         # The ranks of a machine have the same compiler, so either all of them get here or none.
-        if options.rank == 0:
-            options.on_fallback(f"using gloo, which is slower, instead of shared memory: {error}")
+        if asked.rank == 0:
+            asked.options.on_fallback(f"using gloo, which is slower, instead of shared memory: {error}")
         return False
     return True
 
 
-def _open_shm(options: _Options, label: str, rank: int, size: int, stack: ExitStack) -> Group:
-    name = f"yoke-{options.rendezvous.session}-{label}"
-    handle = join_segment(name, rank, size, options.timeout_s, options.switch_bytes)
+def _open_shm(asked: _Request, label: str, rank: int, size: int, stack: ExitStack) -> Group:
+    name = f"yoke-{asked.rendezvous.session}-{label}"
+    handle = join_segment(name, rank, size, asked.timeout_s, asked.options.switch_bytes)
     stack.callback(torch.ops.yoke.shm_close_group, handle)
     return Group(rank, size, "shm", handle=handle)
 
 
-def _open_torch(options: _Options, backend: str, stack: ExitStack) -> Group:
+def _open_torch(asked: _Request, backend: str, stack: ExitStack) -> Group:
     """Open a torch process group: the default one, or another if that is already open."""
-    timeout = datetime.timedelta(seconds=options.timeout_s)
+    timeout = datetime.timedelta(seconds=asked.timeout_s)
+    device = torch.device(asked.options.device)
     try:
         if dist.is_initialized():
             group = dist.new_group(backend=backend, timeout=timeout)
         else:
-            store = _open_store(options, backend, timeout)
+            store = _open_store(asked, backend, timeout)
             stack.callback(id, store)  # keeps a reference: torch does not keep the Python part alive
             dist.init_process_group(
                 backend,
                 store=store,
-                rank=options.rank,
-                world_size=options.size,
+                rank=asked.rank,
+                world_size=asked.size,
                 timeout=timeout,
-                device_id=options.device if options.device.type == "cuda" else None,
+                device_id=device if device.type == "cuda" else None,
             )
             group = dist.group.WORLD
     except CommError:
         raise
     except RuntimeError as error:
-        raise CommError(f"rank {options.rank} could not join {backend}: {first_line(error)}") from error
+        raise CommError(f"rank {asked.rank} could not join {backend}: {first_line(error)}") from error
     assert group is not None
     stack.callback(dist.destroy_process_group, group)
-    return Group(options.rank, options.size, backend, name=group.group_name)
+    return Group(asked.rank, asked.size, backend, name=group.group_name)
 
 
-def _open_store(options: _Options, backend: str, timeout: datetime.timedelta) -> Any:
-    meeting = options.rendezvous
+def _open_store(asked: _Request, backend: str, timeout: datetime.timedelta) -> Any:
+    meeting = asked.rendezvous
     listener = meeting.store_fd
-    hosts = options.rank == 0 and not meeting.hosted
+    hosts = asked.rank == 0 and not meeting.hosted
     if hosts and listener is None:  # by itself, torch would listen at every address
-        listener = listen_at(meeting.address, meeting.port, options.on_fallback)
+        listener = listen_at(meeting.address, meeting.port, asked.options.on_fallback)
     store: Any = dist.TCPStore(  # type: ignore[attr-defined]
         meeting.address,
         meeting.port,
-        options.size,
+        asked.size,
         is_master=hosts,
         timeout=timeout,
         master_listen_fd=listener,
@@ -193,39 +199,39 @@ def _open_store(options: _Options, backend: str, timeout: datetime.timedelta) ->
     if meeting.hosted:  # the store outlives a run, so each run needs its own prefix
         name = f"yoke-{meeting.run or meeting.session}"
         store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-    key = agree_on_key(store, options.rank, options.size, (meeting.secret or meeting.session).encode())
+    key = agree_on_key(store, asked.rank, asked.size, (meeting.secret or meeting.session).encode())
     if backend == "nccl":
         # NCCL's threads read the store at any time, even while Python exits: no Python store here.
         return dist.PrefixStore(key.hex(), store)  # type: ignore[attr-defined]
     return SignedStore(store, key)
 
 
-def _open_machines(options: _Options, stack: ExitStack) -> Group:
+def _open_machines(asked: _Request, stack: ExitStack) -> Group:
     """Shared memory inside each machine, gloo between their leaders."""
-    world = _open_torch(options, "gloo", stack)
-    nodes = [torch.zeros(1, dtype=torch.int64) for _ in range(options.size)]
-    dist.all_gather(nodes, torch.tensor([options.rendezvous.node]))
+    world = _open_torch(asked, "gloo", stack)
+    nodes = [torch.zeros(1, dtype=torch.int64) for _ in range(asked.size)]
+    dist.all_gather(nodes, torch.tensor([asked.rendezvous.node]))
     machines: dict[int, list[int]] = {}
     for rank, node in enumerate(nodes):
         machines.setdefault(int(node), []).append(rank)
     members = tuple(tuple(ranks) for ranks in machines.values())
-    own = next(ranks for ranks in members if options.rank in ranks)
+    own = next(ranks for ranks in members if asked.rank in ranks)
     if all(len(ranks) == 1 for ranks in members):
         return world
-    place = own.index(options.rank)
-    label = f"{options.label}-{options.rendezvous.node}"
-    local = Group(0, 1) if len(own) == 1 else _open_shm(options, label, place, len(own), stack)
+    place = own.index(asked.rank)
+    label = f"{asked.options.label}-{asked.rendezvous.node}"
+    local = Group(0, 1) if len(own) == 1 else _open_shm(asked, label, place, len(own), stack)
     first = [ranks[0] for ranks in members]
     # `new_group` is collective: every rank of the world must call it.
-    between = dist.new_group(first, timeout=datetime.timedelta(seconds=options.timeout_s))
+    between = dist.new_group(first, timeout=datetime.timedelta(seconds=asked.timeout_s))
     leaders = None
     if place == 0:
         assert between is not None
         stack.callback(dist.destroy_process_group, between)
-        leaders = Group(first.index(options.rank), len(first), "gloo", name=between.group_name)
+        leaders = Group(first.index(asked.rank), len(first), "gloo", name=between.group_name)
     return Group(
-        options.rank,
-        options.size,
+        asked.rank,
+        asked.size,
         "shm+gloo",
         name=world.name,
         local=local,

@@ -21,7 +21,7 @@ from base.streams import say
 from comm import ops
 from comm.build import build_extensions
 from comm.errors import BuildError, converting_errors
-from comm.group import Group, Rendezvous, open_group, set_timeout
+from comm.group import Group, GroupOptions, Rendezvous, open_group, set_timeout
 from comm.sources import COMM
 from engine.dtypes import dtype_name
 from engine.job import Job, fitted_length
@@ -79,7 +79,7 @@ def joined(env: RankSettings) -> Iterator[Group]:
     _build_operators(env)
     opened = open_group(
         env.rank, env.world_size, env.backend, rendezvous, env.start_timeout_s or START_TIMEOUT_S,
-        on_fallback=say, device=env.plan.device,
+        GroupOptions(device=env.plan.device, on_fallback=say),
     )  # fmt: skip
     group = opened.__enter__()
     set_timeout(group, START_TIMEOUT_S)

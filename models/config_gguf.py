@@ -156,32 +156,48 @@ def _fields(
         "logits_cap": keys.number_or_zero("final_logit_softcapping"),
     }
     fields |= _windows(keys, num_layers)
+    fields |= _experts(keys, name, fields, names)
+    fields |= _special(keys, name, fields)
+    return fields
+
+
+def _experts(
+    keys: _Metadata, name: str, fields: Mapping[str, Any], names: Collection[str]
+) -> dict[str, Any]:
+    """The fields of a mixture of experts; none for a dense model."""
     num_experts = keys.size("expert_count", MAX_EXPERTS)
-    if num_experts:
-        used = keys.integer("expert_used_count")
-        # Without a key for the width: Qwen's experts of a token together have the dense layer's width.
-        width = ffn_dim // max(used, 1) if name == "qwen3moe" else ffn_dim
-        fields |= {
-            "num_experts": num_experts,
-            "experts_per_token": used,
-            "expert_dim": keys.integer("expert_feed_forward_length", width),
-            "norm_topk": keys.flag("expert_weights_norm"),
-            "dense_layers": tuple(
-                i for i in range(num_layers) if f"model.layers.{i}.mlp.gate.weight" not in names
-            ),
-        }
+    if not num_experts:
+        return {}
+    used, ffn_dim = keys.integer("expert_used_count"), fields["ffn_dim"]
+    # Without a key for the width: Qwen's experts of a token together have the dense layer's width.
+    width = ffn_dim // max(used, 1) if name == "qwen3moe" else ffn_dim
+    layers = range(fields["num_layers"])
+    return {
+        "num_experts": num_experts,
+        "experts_per_token": used,
+        "expert_dim": keys.integer("expert_feed_forward_length", width),
+        "norm_topk": keys.flag("expert_weights_norm"),
+        "dense_layers": tuple(i for i in layers if f"model.layers.{i}.mlp.gate.weight" not in names),
+    }
+
+
+def _special(keys: _Metadata, name: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that only some architectures have, given those that are `known`."""
+    fields: dict[str, Any] = {}
     if name == "granite":
         fields["embedding_scale"] = keys.number_or_zero("embedding_scale") or 1.0
         fields["residual_scale"] = keys.number_or_zero("residual_scale") or 1.0
         fields["logits_scale"] = 1 / (keys.number_or_zero("logit_scale") or 1.0)
     if name == "smollm3":  # there is no key for it: every fourth layer
-        fields["no_rope"] = tuple(range(3, num_layers, 4))
+        fields["no_rope"] = tuple(range(3, known["num_layers"], 4))
     if name in ("gemma2", "gemma3"):
+        dim = known["dim"]
         fields["embedding_scale"] = math.sqrt(max(dim, 0))
-        scale = head_dim_of(dim, num_heads) if (name, num_layers) in _GEMMA_27B else head_dim
-        fields["attention_scale"] = fields["attention_scale"] or max(scale, 1) ** -0.5
+        wide = (name, known["num_layers"]) in _GEMMA_27B
+        scale = head_dim_of(dim, known["num_heads"]) if wide else known["head_dim"]
+        fields["attention_scale"] = known["attention_scale"] or max(scale, 1) ** -0.5
     if name == "gemma3":
-        fields["local_rope"] = Rope(keys.number("rope.freq_base_swa"), rope.dim)
+        fields["local_rope"] = Rope(keys.number("rope.freq_base_swa"), known["rope"].dim)
     return fields
 
 

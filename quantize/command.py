@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from base.command import typed
 from base.errors import InputError
@@ -22,6 +23,10 @@ from weights.output import (
     left_by,
     new_folder,
 )
+
+if TYPE_CHECKING:  # torch is imported only after the command line has been checked
+    from quantize.plan import Plan
+    from quantize.report import Report
 
 
 def main(words: Sequence[str]) -> int:
@@ -53,12 +58,7 @@ def run(job: QuantizeJob) -> None:
     from models.quant_rules import ask
     from models.sizes import num_parameters
     from quantize import report as reports
-    from quantize.calibrate import Settings
     from quantize.plan import plan_quantize
-    from quantize.read_back import read_back
-    from quantize.run import carry_out
-    from quantize.texts import WINDOW, read_tokens, spread
-    from quantize.walk import perplexity_of
     from weights.open import open_checkpoint
 
     named = job.quant_head != "auto"
@@ -70,14 +70,30 @@ def run(job: QuantizeJob) -> None:
     for line in checkpoint.notes:
         say(line)
     note(checkpoint.path, {entry.stored_as for entry in checkpoint.entries.values() if entry.block > 1})
+    report = write(job, plan, out, 2 * num_parameters(was))
+    if job.output == "json":
+        show_json(reports.to_json(report))
+    else:
+        with writing():
+            reports.show(report)
+    say(f"wrote {job.out}")
+
+
+def write(job: QuantizeJob, plan: Plan, out: Path, bytes_before: int) -> Report:
+    """Carry a plan out, and measure what the job asks for. Raises InputError."""
+    from quantize.calibrate import Settings
+    from quantize.read_back import read_back
+    from quantize.report import Report
+    from quantize.run import carry_out
+    from quantize.texts import WINDOW, read_tokens, spread
+    from quantize.walk import perplexity_of
+
     evaluated = calibration = None
     if job.perplexity:
-        evaluated = list(
-            read_tokens(job.perplexity, "perplexity", checkpoint, plan.config).split(WINDOW)
-        )
-        evaluated = [text for text in evaluated if len(text) > 1]
+        tokens = read_tokens(job.perplexity, "perplexity", plan.checkpoint, plan.config)
+        evaluated = [text for text in tokens.split(WINDOW) if len(text) > 1]
     if uses_gptq(job):
-        tokens = read_tokens(job.calibration, "calibration", checkpoint, plan.config)
+        tokens = read_tokens(job.calibration, "calibration", plan.checkpoint, plan.config)
         settings = Settings(plan.scheme, searches(job), job.damp, job.order == "act")
         calibration = settings, spread(tokens, job.samples, job.sample_len)
     start = time.perf_counter()
@@ -90,25 +106,19 @@ def run(job: QuantizeJob) -> None:
             say("measuring perplexity")
             before = perplexity_of(plan.checkpoint, plan.config, evaluated)
             after = perplexity_of(read_back(plan, partial), plan.config, evaluated)
-    report = reports.Report(
+    return Report(
         str(out),
         plan.scheme.name,
         plan.schemes[HEAD].name if HEAD in plan.schemes else "none",
         "gptq" if calibration else "rtn",
         tuple(errors),
-        2 * num_parameters(was),
+        bytes_before,
         plan.total_bytes,
         seconds,
         sum(map(len, calibration[1])) if calibration else 0,
         before,
         after,
     )
-    if job.output == "json":
-        show_json(reports.to_json(report))
-    else:
-        with writing():
-            reports.show(report)
-    say(f"wrote {job.out}")
 
 
 def note(source: Path, blocks: set[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from base.rank import RankSettings
 from comm import ops
-from comm.group import Group, Rendezvous, open_group
+from comm.group import Group, GroupOptions, Rendezvous, open_group
 from models.load import config_of, load_model
 from tests.models.families import STEPS, largest_difference, run
 from weights.open import open_checkpoint
@@ -26,9 +26,13 @@ def main(env: RankSettings, payload: str) -> int:
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
     for size in job["sizes"]:
         if env.rank < size:
-            with open_group(env.rank, size, env.backend, rendezvous, 120.0, label=str(size)) as group:
+            with open_group(
+                env.rank, size, env.backend, rendezvous, 120.0, GroupOptions(str(size))
+            ) as group:
                 _run(job, group)
-    with open_group(env.rank, env.world_size, env.backend, rendezvous, 300.0, label="end") as group:
+    with open_group(
+        env.rank, env.world_size, env.backend, rendezvous, 300.0, GroupOptions("end")
+    ) as group:
         ops.barrier(group)
     return 0
 

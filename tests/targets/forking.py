@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from comm.group import Group, Rendezvous, open_group
+from comm.group import Group, GroupOptions, Rendezvous, open_group
 from comm.shm import load_extension
 
 # A rank's reports while it runs: `report("ready")`.
@@ -127,7 +127,12 @@ def shm_group(
 ) -> Iterator[Group]:
     """A shared-memory group with a session of its own."""
     with open_group(
-        rank, size, "shm", Rendezvous(session), timeout_s, label=label, switch_bytes=switch_bytes
+        rank,
+        size,
+        "shm",
+        Rendezvous(session),
+        timeout_s,
+        GroupOptions(label, switch_bytes=switch_bytes),
     ) as group:
         if size > 1:
             assert group.backend == "shm"

@@ -9,7 +9,7 @@ import torch
 
 from base.rank import RankSettings
 from comm import ops
-from comm.group import Rendezvous, open_group
+from comm.group import GroupOptions, Rendezvous, open_group
 from models.load import config_of, load_model
 from models.quant_rules import parse_quant
 from models.reference import generate
@@ -23,7 +23,9 @@ def main(env: RankSettings, payload: str) -> int:
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
     for size in job["sizes"]:
         if env.rank < size:
-            with open_group(env.rank, size, env.backend, rendezvous, 120.0, label=str(size)) as group:
+            with open_group(
+                env.rank, size, env.backend, rendezvous, 120.0, GroupOptions(str(size))
+            ) as group:
                 for path, quant, prompt, wanted in job["models"]:
                     checkpoint = open_checkpoint(Path(path))
                     model = load_model(
@@ -36,6 +38,8 @@ def main(env: RankSettings, payload: str) -> int:
                     found = generate(model, group, prompt, len(wanted))
                     assert found == wanted, f"{path}: {found} instead of {wanted}"
                     assert bool(model.quantized) == (quant != "none"), path
-    with open_group(env.rank, env.world_size, env.backend, rendezvous, 300.0, label="end") as group:
+    with open_group(
+        env.rank, env.world_size, env.backend, rendezvous, 300.0, GroupOptions("end")
+    ) as group:
         ops.barrier(group)
     return 0

@@ -9,7 +9,7 @@ import torch
 
 from base.rank import RankSettings
 from comm import ops
-from comm.group import Group, Rendezvous, open_group
+from comm.group import Group, GroupOptions, Rendezvous, open_group
 from models.load import config_of, load_model
 from models.quant_rules import parse_quant
 from weights.open import open_checkpoint
@@ -25,7 +25,9 @@ def main(env: RankSettings, payload: str) -> int:
     rendezvous = Rendezvous(env.session, env.master_addr, env.master_port, env.store_fd)
     for size in job["sizes"]:
         if env.rank < size:
-            with open_group(env.rank, size, env.backend, rendezvous, 120.0, label=str(size)) as group:
+            with open_group(
+                env.rank, size, env.backend, rendezvous, 120.0, GroupOptions(str(size))
+            ) as group:
                 for path, quant in job["models"]:
                     logits = logits_of(Path(path), quant, group)
                     wanted = torch.load(wanted_file(Path(path), quant))
@@ -34,7 +36,9 @@ def main(env: RankSettings, payload: str) -> int:
                     )
                     for other in ops.all_gather(logits, group):
                         assert torch.equal(other, logits), f"{path}: ranks hold different bits"
-    with open_group(env.rank, env.world_size, env.backend, rendezvous, 300.0, label="end") as group:
+    with open_group(
+        env.rank, env.world_size, env.backend, rendezvous, 300.0, GroupOptions("end")
+    ) as group:
         ops.barrier(group)
     return 0
 
