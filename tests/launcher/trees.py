@@ -154,3 +154,8 @@ def gpus(num: int = 3) -> dict[str, str]:
             ),
         }
     return files
+
+
+def with_mask(cpus: str, mems: str) -> dict[str, str]:
+    status = f"Name:\tpython\nCpus_allowed_list:\t{cpus}\nMems_allowed_list:\t{mems}\nThreads:\t1"
+    return {"proc/self/status": status}

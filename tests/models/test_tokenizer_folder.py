@@ -22,6 +22,7 @@ from tests.models.tokenizer_folders import (
 )
 from tests.models.vocabularies import SPECIAL, TEXTS, train_bytes, train_spm
 
+# What tokenizer_config.json may say, as files of real models do.
 SETTINGS: dict[str, dict[str, Any]] = {
     "nothing": {},
     "names": {
