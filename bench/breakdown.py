@@ -1,4 +1,4 @@
-"""Where the time of a token step goes, by torch's profiler. `bench/decode.py --profile` uses this
+"""Where the time of a decode step goes, by torch's profiler. `bench/decode.py --profile` uses this
 module to record the steps, sort the events and draw the table.
 
 Times are self times, without the operators that an operator calls. Inductor's kernels in compiled code
@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from engine.steps import Runner, StepFunction
 
 RECORDED_KERNELS = {"cpp.enable_kernel_profile": True}
-_STEP = "yoke: token step"
+_STEP = "yoke: decode step"
 
 MATMULS = "matmuls"
 ATTENTION = "attention and cache"
@@ -84,7 +84,7 @@ class Event:
 
 
 def record_tokens(runner: Runner, run: Callable[[Runner], Any]) -> Recorded:
-    """Record the token steps that `run` takes with the runner that it is given. The last step is left
+    """Record the decode steps that `run` takes with the runner that it is given. The last step is left
     out, because the time after it does not belong to a step. Raises ValueError for fewer than two."""
 
     def marked(step: StepFunction) -> StepFunction:
@@ -109,7 +109,7 @@ def sort_events(events: Sequence[Event]) -> Recorded:
     """The parts of all steps except the last. Raises ValueError for fewer than two steps."""
     steps = sorted((e for e in events if e.name == _STEP), key=lambda e: e.start_us)
     if len(steps) < 2:
-        raise ValueError(f"{len(steps)} token steps were recorded; a breakdown needs at least two")
+        raise ValueError(f"{len(steps)} decode steps were recorded; a breakdown needs at least two")
     begin, end = steps[0].start_us, steps[-1].start_us
     steps = steps[:-1]
     parts = dict.fromkeys(_ORDER, 0.0)

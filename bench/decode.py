@@ -4,7 +4,7 @@ The engine's own loop runs, so the time of a step is complete: the compiled step
 sending it to the other ranks. A preset has random weights; a folder or .gguf has its own. The bound is
 the time to read a rank's weights once, measured in the same ranks with the fastest known read. Bare
 reads and steps of each batch size alternate in one process, over the same weights, so the ratios of one
-sample are of the same moment. World sizes are launched in turn, `--rounds` times. Prints best and
+sample are of the same moment. World sizes are launched alternately, `--rounds` times. Prints best and
 median; the last line is JSON.
 
 `--profile` shows where the time of a step goes (bench/breakdown.py).
@@ -136,7 +136,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
     parser.add_argument("--kv-dtype", choices=["bfloat16", "float32", "float16", "int8"])
     parser.add_argument("--samples", type=int, default=9)
-    parser.add_argument("--rounds", type=int, default=1, help="launches of each world, in turn [1]")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="launches of each world size [1]"
+    )
     parser.add_argument("--tokens", type=int, default=16, help="steps per sample, which is their mean")
     parser.add_argument("--prompt", type=int, default=32, help="tokens in the cache at the start")
     parser.add_argument("--max-seq-len", type=int, default=512)

@@ -1,4 +1,4 @@
-"""The part of bench/decode.py that runs in every rank: alternating token steps and bare reads."""
+"""The part of bench/decode.py that runs in every rank: alternating decode steps and bare reads."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def twin(model: Decoder) -> Decoder:
 
 
 def weights_read(model: Decoder) -> list[Tensor]:
-    """The tensors that a token step reads completely: all weights and scales, except the embedding if
+    """The tensors that a decode step reads completely: all weights and scales, except the embedding if
     it is not tied to the head (a step reads one row of it)."""
     tied = model.head.weight is model.embed.weight  # if both are packed, they are buffers
     weights = [weight for weight in model.parameters() if weight is not model.embed.weight or tied]

@@ -2,7 +2,7 @@
 
     operators       from the start of `make demo`'s command to its first token, nothing cached: the C++
                     operators are built; steps run uncompiled                                limit 45 s
-    second start    the same command again: operators are there, steps are still compiled beside it
+    second start    the same command again: operators are there, steps are still compiled during the run
     waits           the same command with compile=true: until the first token of compiled steps
     compiled        and again: compiled steps are loaded from disk
     new model       a 1B model of random weights, for the first time: from its weights being loaded to

@@ -4,7 +4,7 @@ Linears of 1, 4, 16 and 512 rows with weights of bfloat16, int8, and int4 in gro
 call uses another copy of the weight, of so many that no cache holds them, in huge pages as in ranks.
 Measured for each linear: the weight's bytes per second against a bare read, floating-point operations
 (two per weight and row) against the core's peak, and speed against the bfloat16 linear with as many
-rows. Linears, read and peak alternate; ratios are within one turn. Prints best and median; the last
+rows. Linears, read and peak alternate; ratios are within one round. Prints best and median; the last
 line is JSON.
 
 `--packed` adds bfloat16 in the packed layout of the quantized weights. On a busy machine, use small
@@ -92,7 +92,7 @@ def _quantized(scheme: str, n: int, k: int) -> Packed:
 
 def measure(flags: argparse.Namespace) -> dict[str, Any]:
     """The samples: seconds by scheme and rows; bytes per second of a bare read and operations per
-    second of the peak, by turn."""
+    second of the peak, by round."""
     n, k = flags.shape
     schemes = [*SCHEMES, *([PACKED] if flags.packed else [])]
     weights = {scheme: make(scheme, n, k, flags.mib << 20) for scheme in schemes}
@@ -128,7 +128,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 def summary(found: dict[str, Any], n: int, k: int) -> list[dict[str, Any]]:
     """A line per linear, with values as [best, median]. A ratio is [ratio of the bests, median of the
-    ratios of each turn]."""
+    ratios of each round]."""
     reads, peaks = found["read_per_s"], found["peak_per_s"]
     lines = []
     for scheme, by_rows in found["seconds"].items():

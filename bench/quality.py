@@ -9,7 +9,7 @@ A row for `--only` may name the head's scheme after the layers' scheme, as in qu
 "int4-g32/same rtn". Without it SmolLM2's head, which is tied to the embedding, is not quantized.
 
 Two caveats for the figures. SmolLM2's weights are available only in GGUF's Q4_1: each group of 32
-weights lies on a grid of 16 levels, with a minimum of its own. The grids of int4-g32-asym are nearly of
+weights is on a grid of 16 levels, with a minimum of its own. The grids of int4-g32-asym are nearly of
 that kind (but its zero point is an integer, and Q4_1's minimum need not be a multiple of its step). So
 it does better here than on weights that were never rounded; the results of symmetric schemes and of
 larger groups are more representative. And 670 tokens are few: a difference of a few percent between two

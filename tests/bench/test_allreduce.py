@@ -1,4 +1,4 @@
-"""The bench runs, and says what it promises. No time is judged here."""
+"""The benchmark runs, and prints what it promises. No time is checked here."""
 
 from __future__ import annotations
 

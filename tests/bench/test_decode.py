@@ -1,4 +1,4 @@
-"""The bench of token steps runs, and its breakdown adds up. No time is judged here."""
+"""The benchmark of decode steps runs, and its breakdown adds up. No time is checked here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.breakdown import Event, overhead_us, sort_events, work_and_wait
 from bench.decode import scaling, summary
 from tests.running import CHECKOUT
 
-STEP = "yoke: token step"
+STEP = "yoke: decode step"
 
 
 def step_at(start: float, late: float) -> list[Event]:
@@ -54,7 +54,7 @@ def test_a_steps_parts_add_up() -> None:
 
 
 def test_one_step_is_no_breakdown() -> None:
-    with pytest.raises(ValueError, match="1 token steps were recorded"):
+    with pytest.raises(ValueError, match="1 decode steps were recorded"):
         sort_events(step_at(0, 0))
 
 

@@ -22,7 +22,7 @@ def test_steps_are_whole_graphs_and_later_prompts_compile_nothing(
     seen = json.loads(out)
     assert seen["breaks"] == {}
     assert seen["compiled"] == seen["after"]
-    assert len(seen["graphs"]) == 2  # the prompt step and the token step
+    assert len(seen["graphs"]) == 2  # the prompt step and the decode step
     layers = PRESETS["tiny"].num_layers
     ends = []
     for graph in seen["graphs"]:
@@ -31,7 +31,7 @@ def test_steps_are_whole_graphs_and_later_prompts_compile_nothing(
         assert graph[: len(sums)] == sums
         ends.append(graph[len(sums) :])
     gather = "yoke::all_gather" if comm == "shm" else "_c10d_functional::all_gather_into_tensor"
-    # The prompt step gathers logits; the token step compares the ranks' candidates.
+    # The prompt step gathers logits; the decode step compares the ranks' candidates.
     assert ends == [[gather], ["yoke::argmax"] if comm == "shm" else [gather, gather]]
     if comm == "shm":
         assert re.match(r"all_reduce.*rank 0 waited 0.5 s for rank 1", seen["failure"])
