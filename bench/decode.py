@@ -136,9 +136,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
     parser.add_argument("--kv-dtype", choices=["bfloat16", "float32", "float16", "int8"])
     parser.add_argument("--samples", type=int, default=9)
-    parser.add_argument(
-        "--rounds", type=int, default=1, help="launches of each world size [1]"
-    )
+    parser.add_argument("--rounds", type=int, default=1, help="launches of each world size [1]")
     parser.add_argument("--tokens", type=int, default=16, help="steps per sample, which is their mean")
     parser.add_argument("--prompt", type=int, default=32, help="tokens in the cache at the start")
     parser.add_argument("--max-seq-len", type=int, default=512)
