@@ -17,6 +17,7 @@ from base.rank import RankSettings
 from bench.breakdown import RECORDED_KERNELS, Recorded, record_tokens, work_and_wait
 from comm import ops
 from comm.group import Group, Rendezvous, open_group
+from engine.background import compile_now
 from engine.compiling import use_cache_folder
 from engine.loop import generate
 from engine.opening import all_cores
@@ -49,7 +50,7 @@ def main(env: RankSettings, payload: str) -> int:
             if task["profile"]:
                 # Compiled separately, so that inductor's kernels are recorded too.
                 with torch._inductor.config.patch(RECORDED_KERNELS):
-                    recorded = {batch: _runner(model, task, batch) for batch in task["batch"]}
+                    recorded = {batch: _runner(model, task, batch, True) for batch in task["batch"]}
         read = weights_read(model)
         prompt = tuple(i % 100 for i in range(task["prompt"]))
         token_s: dict[int, list[float]] = {batch: [] for batch in runners}
@@ -78,12 +79,14 @@ def open_model(name: str) -> tuple[ModelConfig, Checkpoint]:
     return config_of(checkpoint), checkpoint
 
 
-def _runner(model: Decoder, task: dict[str, Any], batch: int) -> Runner:
-    """A runner with the same parameters, and its own KV cache."""
+def _runner(model: Decoder, task: dict[str, Any], batch: int, recorded: bool = False) -> Runner:
+    """A runner with the same parameters, and its own KV cache. `recorded`: for the profiler, which sees
+    inside steps that torch.compile has compiled."""
+    own = twin(model)
     kv_dtype = getattr(torch, task["kv_dtype"]) if task["kv_dtype"] else None
-    runner = make_runner(
-        twin(model), model.group, task["max_seq_len"], not task["eager"], batch, kv_dtype
-    )
+    runner = make_runner(own, model.group, task["max_seq_len"], recorded, batch, kv_dtype)
+    if not (task["eager"] or recorded):
+        compile_now(runner, own, (GREEDY, EXTEND))
     warm_up(runner, (EXTEND, GREEDY))
     return runner
 

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from base.rank import RankSettings
 from comm import ops
 from comm.group import Group, Rendezvous, open_group
+from engine.background import compile_now
 from engine.compiling import use_cache_folder
 from engine.opening import all_cores
 from engine.steps import EXTEND, Runner, extend, make_runner, warm_up
@@ -47,7 +48,9 @@ def main(env: RankSettings, payload: str) -> int:
             all_cores(env.plan.cpus) if env.bind_cores else nullcontext(),
             torch._inductor.config.patch(RECORDED_KERNELS if task["profile"] else {}),
         ):
-            runner = make_runner(model, group, prompt + 1, not task["eager"])
+            runner = make_runner(model, group, prompt + 1, task["profile"] and not task["eager"])
+            if not (task["eager"] or task["profile"]):
+                compile_now(runner, model, (EXTEND,))
             warm_up(runner, (EXTEND,))
         if prompt > runner.chunk:
             raise RuntimeError(f"--prompt {prompt}: a prefill call has at most {runner.chunk} tokens")

@@ -18,6 +18,7 @@ from bench.decode_rank import open_model, slowest, token_seconds, weights_read
 from bench.quant import EAGER, PLAIN
 from comm import ops
 from comm.group import Group, Rendezvous, open_group
+from engine.background import compile_now
 from engine.compiling import use_cache_folder
 from engine.opening import all_cores
 from engine.steps import EXTEND, GREEDY, Runner, extend, make_runner, warm_up
@@ -48,7 +49,9 @@ def main(env: RankSettings, payload: str) -> int:
                     model = load_model(
                         *open_model(task["model"]), group, torch.bfloat16, quant=parse_quant(quant)
                     )
-                    runner = make_runner(model, group, length, name != EAGER, task["batch"])
+                    runner = make_runner(model, group, length, False, task["batch"])
+                    if name != EAGER:
+                        compile_now(runner, model, (GREEDY, EXTEND))
                     warm_up(runner, (EXTEND, GREEDY))
                 runners[name], weights[name] = runner, weights_read(model)
         prompt = tuple(i % 100 for i in range(SHORT))

@@ -47,6 +47,12 @@ _END_S = 2.0  # for the compiling process to remove what it has begun
 _MISSING, _READY, _FAILED = 0, 1, -1
 
 
+class CompileError(RuntimeError):
+    """A step could not be compiled although the run waits for it."""
+
+    exit_code = 1
+
+
 @dataclass
 class Upgrade:
     """What a rank still compiles for a runner; mutable. `packages`: by the names of steps, in the order
@@ -112,9 +118,26 @@ def advance(upgrade: Upgrade) -> None:
                 say(f"rank {runner.group.rank}: {name} stays uncompiled: {reason(upgrade)}")
 
 
-def finish(upgrade: Upgrade, progress: Callable[[str], object]) -> list[str]:
+def compile_now(
+    runner: Runner,
+    model: Decoder,
+    names: Sequence[str],
+    progress: Callable[[str], object] = lambda line: None,
+) -> Upgrade:
+    """Compile the steps, or load them from disk, and wait for that. Collective. Raises CompileError;
+    OSError if there is no private folder for packages."""
+    upgrade = start_upgrade(runner, model, names, niceness=0)
+    if failed := _finish(upgrade, progress):
+        raise CompileError(
+            f"rank {runner.group.rank}: {', '.join(failed)} cannot be compiled: {reason(upgrade)}; "
+            "compile=false runs without"
+        )
+    return upgrade
+
+
+def _finish(upgrade: Upgrade, progress: Callable[[str], object]) -> list[str]:
     """Wait until all steps are compiled; `progress` is called with a line for the user when another
-    step is begun. Returns the names of those that failed. Collective."""
+    step is begun. Returns the names of those that failed."""
     process, total = upgrade.process, len(upgrade.packages)
     wanted = list(upgrade.packages)
     if process is not None and process.stdout is not None:

@@ -35,12 +35,6 @@ from kernels.load import has_kernels
 from models.decoder import Decoder
 
 
-class CompileError(RuntimeError):
-    """A step could not be compiled although the job waits for it."""
-
-    exit_code = 1
-
-
 @dataclass(frozen=True)
 class Ready:
     """Runners of the model and of the draft model, if there is one. `compile_s`: seconds of waiting for
@@ -95,21 +89,15 @@ def compiles_ahead(model: AnyModel, group: Group) -> bool:
 def _upgrade(
     job: Job, runner: Runner, model: Decoder, names: Sequence[str], progress: Callable[[str], object]
 ) -> Upgrade:
-    waits = job.compile == "true"
     # A text's first token needs `extend` once, and each token needs the other step.
     ordered = sorted(names, key=lambda name: name == EXTEND)
     try:
-        upgrade = background.start_upgrade(runner, model, ordered, 0 if waits else background.NICENESS)
+        if job.compile == "true":
+            return background.compile_now(runner, model, ordered, progress)
+        upgrade = background.start_upgrade(runner, model, ordered)
     except OSError as error:
         raise _no_folder(error) from error
-    if waits:
-        if failed := background.finish(upgrade, progress):
-            raise CompileError(
-                f"rank {runner.group.rank}: {', '.join(failed)} cannot be compiled: "
-                f"{background.reason(upgrade)}; compile=false runs without"
-            )
-    else:
-        runner.at_check.append(lambda: background.advance(upgrade))
+    runner.at_check.append(lambda: background.advance(upgrade))
     return upgrade
 
 
