@@ -84,7 +84,8 @@ def _runner(model: Decoder, task: dict[str, Any], batch: int, recorded: bool = F
     inside steps that torch.compile has compiled."""
     own = twin(model)
     kv_dtype = getattr(torch, task["kv_dtype"]) if task["kv_dtype"] else None
-    runner = make_runner(own, model.group, task["max_seq_len"], recorded, batch, kv_dtype)
+    by_torch = recorded and not task["eager"]
+    runner = make_runner(own, model.group, task["max_seq_len"], by_torch, batch, kv_dtype)
     if not (task["eager"] or recorded):
         compile_now(runner, own, (GREEDY, EXTEND))
     warm_up(runner, (EXTEND, GREEDY))
