@@ -22,6 +22,7 @@ import platform
 import time
 import tomllib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +36,7 @@ from comm.sizes import segment_bytes
 from launcher.chat.console import CHAT
 from launcher.chat.terminal import is_interactive
 from launcher.child import PROGRAM
+from launcher.claims import locked, note, read_claims, runs_folder
 from launcher.doctor.backends import require_backend
 from launcher.draw import draw, plan_to_json, render_plain
 from launcher.elastic import agent_command, become_agent, check_nodes
@@ -47,6 +49,7 @@ from launcher.machine.topology import Topology, read_topology
 from launcher.manager import find_manager
 from launcher.plan import LaunchPlan, plan_launch
 from launcher.program import check_program
+from launcher.share import overlaps
 from launcher.shared_secret import shared_secret
 from launcher.spawn import launch, new_session
 from launcher.starter import is_typed_in_rank, was_started_by
@@ -154,13 +157,22 @@ def run(flags: Flags) -> int:
             "chat needs a terminal of its own and ranks on one machine: start it without torchrun, "
             "srun, mpirun and --nnodes; generate works with all of them"
         )
+    if flags.request.share and (place is not None or flags.nnodes > 1):
+        raise LaunchError("--share is for runs that Yoke starts itself on one machine: leave it out")
     if place is not None:
         if place.world_size > 1 and is_typed_in_rank(dict(place.variables), os.getpid()):
             raise LaunchError(f"this shell is itself the rank, so this command is not: {place.claim}")
         job = _job(flags, place.world_size, attended=False)
         plan = local_plan(place, flags.request)
         return join(place, plan, flags.options, *_target(flags, job))
-    topology, plan = _read_and_plan(flags)
+    with ExitStack() as stack:
+        return _start_here(flags, stack)
+
+
+def _start_here(flags: Flags, stack: ExitStack) -> int:
+    """Start the ranks on this machine, and return the exit code of the run. Raises LaunchError and
+    InputError."""
+    topology, plan = _read_and_plan(flags, stack)
     check_nodes(flags.nnodes, flags.node_rank, flags.rdzv_endpoint)
     job = _job(flags, len(plan.ranks) * flags.nnodes)
     if flags.nnodes > 1:
@@ -217,16 +229,31 @@ def _offline(flags: Flags) -> int:
     return quantize(flags.words)
 
 
-def _read_and_plan(flags: Flags) -> tuple[Topology, LaunchPlan]:
+def _read_and_plan(flags: Flags, stack: ExitStack | None = None) -> tuple[Topology, LaunchPlan]:
+    """The machine and the plan. With `stack`, the plan is for a run: it is noted for other runs until
+    the stack is closed, and what is wrong with it is said."""
     topology = _topology(flags)
-    plan = plan_launch(topology, flags.request)
+    folder = runs_folder() if flags.sysfs is None and flags.request.binds else None
+    if folder is None:
+        plan = plan_launch(topology, flags.request)
+        shared: list[str] = []
+    else:
+        with locked(folder):
+            claims = read_claims(folder)
+            plan = plan_launch(topology, replace(flags.request, claims=claims))
+            bound = {cpu for rank in plan.ranks for cpu in rank.cpus}
+            shared = overlaps(topology.cores, bound, claims)
+            if stack is not None:
+                note(folder, bound, stack)
     quota = read_cgroup(flags.sysfs or Path("/")).cpu_quota
     cpus = {cpu for rank in plan.ranks for cpu in rank.cpus}
     if quota is not None and quota < len(cpus):
         warning = f"the cgroup quota is {quota:g} cpus, and the ranks use {len(cpus)}: they will stall"
         plan = replace(plan, reasons=(*plan.reasons, warning))
-        if flags.command != "plan":
-            say(typed(f"warning: {warning}; see: python launch.py doctor"))
+        shared.append(f"{warning}; see: python launch.py doctor")
+    if stack is not None:
+        for line in shared:
+            say(typed(f"warning: {line}"))
     return topology, plan
 
 

@@ -125,6 +125,7 @@ def make_parser(words: str, sections: Sequence[str] = (), usage: str = "") -> _P
     flag("--bind-core-list", metavar="LIST", help="use only these cpus, such as 0-27,32-59")
     flag("--cores-per-rank", type=int, metavar="N", help="give each rank N cores")
     flag("--reserve-cores", type=int, default=0, metavar="N", help="keep N cores free of ranks")
+    flag("--share", action="store_true", help="take only cores to which no other run of yours is bound")
     flag("--smt", action="store_true", help="use all hardware threads, not only the first of each core")
     flag("--numa-memory", metavar="HOW", help="bind (default), preferred, interleave or none")
     flag = section("comm", "communication between ranks")
@@ -228,6 +229,7 @@ def _request(found: argparse.Namespace) -> LaunchRequest:
         smt=found.smt,
         numa_memory=found.numa_memory,
         comm=found.comm,
+        share=found.share,
     )
 
 

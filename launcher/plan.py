@@ -17,6 +17,7 @@ from itertools import groupby
 from base.errors import LaunchError
 from launcher.divide import divide, group_cores, join_shared, socket_of
 from launcher.machine.topology import Core, Gpu, Topology, format_cpu_list
+from launcher.share import Claim, free_units, left_cores, overlaps
 
 MAX_RANKS = 1024  # of a shared-memory group (kMaxWorld in comm/csrc/channel.h)
 _FEW_RANKS = 64  # up to this many may share a few cores, for experiments; more need a core each
@@ -30,7 +31,8 @@ class LaunchRequest:
     """What the flags ask for. None leaves the choice to the plan.
 
     `core_list` holds logical cpus; `reserve_cores` is the number of physical cores that no rank gets.
-    `gpu_word`: how the user asked for a rank on each GPU, for errors.
+    `gpu_word`: how the user asked for a rank on each GPU, for errors. `claims`: what other runs are
+    bound to; `share` takes only cores that these leave.
     """
 
     ranks: int | None = None
@@ -43,6 +45,8 @@ class LaunchRequest:
     numa_memory: str | None = None
     comm: str = "auto"
     gpu_word: str = "--rank-per gpu"
+    share: bool = False
+    claims: tuple[Claim, ...] = ()
 
     @property
     def binds(self) -> bool:
@@ -55,6 +59,7 @@ class LaunchRequest:
             or self.numa_memory not in (None, "none")
             or self.reserve_cores > 0
             or self.smt
+            or self.share
         )
 
 
@@ -101,6 +106,10 @@ def plan_launch(topology: Topology, request: LaunchRequest) -> LaunchPlan:
     _check_ranks(request.ranks, len(topology.cores))
     reasons = list(topology.notes)
     cores = _chosen_cores(topology, request, reasons)
+    if request.share:
+        cores = left_cores(cores, request.claims, reasons)
+    elif request.binds and request.ranks and request.core_list is None and request.rank_per != "gpu":
+        cores = free_units(cores, request.claims, request.ranks, request.rank_per, reasons)
     cores, reserved = _reserve(cores, request.reserve_cores, reasons)
     places = _places(topology, cores, request, reasons)
     if request.cores_per_rank is not None:
@@ -118,6 +127,9 @@ def plan_launch(topology: Topology, request: LaunchRequest) -> LaunchPlan:
         _place_rank(topology, rank, place, request, keep_all_threads, reasons)
         for rank, place in enumerate(places)
     )
+    if request.binds:
+        bound = [cpu for rank in ranks for cpu in rank.cpus]
+        reasons += overlaps(topology.cores, bound, request.claims)
     backend = _backend(places, request, reasons)
     return LaunchPlan(ranks, backend, request.binds, tuple(dict.fromkeys(reasons)), reserved)
 
