@@ -120,3 +120,14 @@ def run_ranks(capfd: pytest.CaptureFixture[str]) -> RunRanks:
         return code, out, err
 
     return run
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tiny operators: threads that share their cores with other processes wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from itertools import product
@@ -36,13 +36,7 @@ PROMPTS = ((1, 2, 3, 1, 2), (7,), tuple(range(40)), (9, 9, 9), (5, 6) * 260, (11
 DRAFTS = ("lookup", "same", "other")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny operators: threads that wait for each other on busy cores would take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache
@@ -273,7 +267,7 @@ def test_a_draft_is_a_model_of_the_same_vocabulary_or_look_up() -> None:
     assert asdict(from_json(to_json(lookup))) == asdict(lookup)
     for words, said in (
         (["draft=lokup"], "draft=lokup is neither a preset nor a path, did you mean 'lookup'"),
-        (["draft=no/model"], "draft=no/model: no weights found"),
+        (["draft=no/model"], "draft=no/model: there is no such path"),
         (["draft=smollm2-360m"], "draft=smollm2-360m: it has a vocabulary of 49152 tokens"),
         (["draft=lookup", "draft_tokens=0"], "draft_tokens=0: must be between 1"),
     ):

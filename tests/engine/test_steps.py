@@ -109,4 +109,4 @@ def test_what_fails_below_compiled_cpp_says_why() -> None:
     with pytest.raises(RuntimeError, match="API call failed"):
         compiled(x, torch.tensor([0, 8]))
     with pytest.raises(RuntimeError, match=r"^attend: position 8 in a cache of 8"):
-        steps._with_reason(compiled)(x, torch.tensor([0, 8]))
+        steps.with_reason(compiled)(x, torch.tensor([0, 8]))

@@ -22,6 +22,7 @@ from kernels.attention import (
 from kernels.load import load_kernels
 from kernels.rotary import Angles
 from models.attention import CachedAttention, Step
+from tests.kernels.samples import numbers
 from tests.kernels.sets import EACH, SETS
 from tp.heads import split_heads
 
@@ -33,10 +34,6 @@ PAIRS = [(q, q) for q in (BF16, FP16, FP32)] + [
 ]
 # Of results and weights that are rounded to q's dtype, the sum of weights being 1 and values about 1.
 TOLERANCE = {FP32: 1e-5, FP16: 2**-9, BF16: 2**-6}
-
-
-def numbers(cached: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    return cached.double() if scales is None else cached.double() * scales.double().unsqueeze(-1)
 
 
 def token_by_token(q: torch.Tensor, cache: KVCache, at: Places, rule: Rule) -> torch.Tensor:

@@ -12,16 +12,13 @@ from kernels.gated_mlp import ACTIVATIONS, gated_mlp, gated_mlp_reference
 from kernels.load import load_kernels
 from kernels.packed import pack_bf16
 from kernels.quant_linear import Packed, pack, quant_linear
+from tests.kernels.samples import random
 from tests.kernels.sets import EACH, SETS
 from weights.quantize import quantize_rtn
 from weights.schemes import parse_scheme
 
 assert load_kernels()
 OPS = torch.ops.yoke_kernels
-
-
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
 def act(gate: Tensor, activation: str) -> Tensor:

@@ -18,15 +18,12 @@ from kernels.attention import (
     write_reference,
 )
 from kernels.load import load_kernels
+from tests.kernels.samples import numbers
 from tests.kernels.sets import EACH
 
 assert load_kernels()
 pytestmark = pytest.mark.usefixtures("one_thread")
 BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
-
-
-def numbers(cached: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    return cached.double() if scales is None else cached.double() * scales.double().unsqueeze(-1)
 
 
 def some_cache(

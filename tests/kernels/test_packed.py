@@ -19,14 +19,11 @@ from kernels.packed import (
     prefers_packed,
 )
 from kernels.quant_linear import quant_linear, quant_linear_reference, unpack_bf16
+from tests.kernels.samples import random
 from tests.kernels.sets import EACH, SETS
 
 assert load_kernels()
 OPS = torch.ops.yoke_kernels
-
-
-def random(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
 def check(m: int, n: int, k: int, with_bias: bool, seed: int) -> None:

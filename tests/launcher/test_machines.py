@@ -7,13 +7,12 @@ machine; what is odd or broken in a description is in test_topology.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from launcher.machine.cgroup import read_cgroup
-from launcher.machine.topology import Topology, read_topology
-from launcher.plan import LaunchPlan, LaunchRequest, RankPlan, plan_launch
+from launcher.machine.topology import read_topology
+from launcher.plan import RankPlan
 from tests.launcher.trees import (
     CPU,
     NODE,
@@ -23,12 +22,9 @@ from tests.launcher.trees import (
     machine,
     memory,
     memory_only,
+    planned,
     write,
 )
-
-
-def planned(topology: Topology, **request: Any) -> LaunchPlan:
-    return plan_launch(topology, LaunchRequest(**{"bind_cores": True, **request}))
 
 
 def near(rank: RankPlan) -> tuple[tuple[int, ...], tuple[int, ...], str]:

@@ -5,21 +5,16 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from base.errors import LaunchError
 from launcher.draw import render_plain
 from launcher.fit import check_fit
-from launcher.machine.topology import Topology, read_topology
-from launcher.plan import MAX_RANKS, LaunchPlan, LaunchRequest, plan_launch
-from tests.launcher.trees import NODE, sockets_on_nodes, two_sockets, write
+from launcher.machine.topology import read_topology
+from launcher.plan import MAX_RANKS, LaunchPlan
+from tests.launcher.trees import NODE, planned, sockets_on_nodes, two_sockets, write
 from tests.running import CHECKOUT, RunYoke
-
-
-def planned(topology: Topology, **wishes: Any) -> LaunchPlan:
-    return plan_launch(topology, LaunchRequest(**{"bind_cores": True, **wishes}))
 
 
 def cpus(plan: LaunchPlan) -> list[tuple[int, ...]]:

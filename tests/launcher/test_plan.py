@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,7 +15,8 @@ from launcher.draw import plan_to_json, render_plain
 from launcher.fit import check_fit, require_fit
 from launcher.flags import parse_flags
 from launcher.machine.topology import Core, Gpu, Node, Socket, Topology
-from launcher.plan import LaunchPlan, LaunchRequest, plan_launch
+from launcher.plan import LaunchRequest, plan_launch
+from tests.launcher.trees import planned
 from tests.running import RunYoke
 
 
@@ -61,14 +61,10 @@ def with_hbm(topology: Topology) -> Topology:
     return replace(topology, nodes=(*topology.nodes, *more), allowed_nodes=tuple(range(3 * count)))
 
 
-def plan(topology: Topology, **wishes: Any) -> LaunchPlan:
-    return plan_launch(topology, LaunchRequest(**{"bind_cores": True, **wishes}))
-
-
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 9), st.integers(1, 2), st.integers(1, 64))
 def test_every_core_is_used_once(sockets: int, nodes: int, cores: int, smt: int, ranks: int) -> None:
     topology = machine(sockets, nodes, cores, smt)
-    made = plan(topology, ranks=ranks)
+    made = planned(topology, ranks=ranks)
     assert [rank.rank for rank in made.ranks] == list(range(ranks))
     used = [cpu for rank in made.ranks for cpu in rank.cpus]
     firsts = [core.cpus[0] for core in topology.cores]
@@ -83,7 +79,7 @@ def test_every_core_is_used_once(sockets: int, nodes: int, cores: int, smt: int,
     sizes = [rank.num_threads for rank in made.ranks]
     if ranks <= len(firsts) and (sockets * nodes) % ranks == 0:
         assert len(set(sizes)) == 1
-    assert plan(topology, ranks=ranks) == made
+    assert planned(topology, ranks=ranks) == made
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(2, 6), st.integers(1, 8))
@@ -93,9 +89,9 @@ def test_reserved_cores_are_nobodys_and_spread(
     topology = machine(sockets, nodes, cores, 2)
     if reserve >= len(topology.cores):
         with pytest.raises(LaunchError, match="--reserve-cores"):
-            plan(topology, reserve_cores=reserve)
+            planned(topology, reserve_cores=reserve)
         return
-    made = plan(topology, ranks=1, reserve_cores=reserve)
+    made = planned(topology, ranks=1, reserve_cores=reserve)
     used = {cpu for rank in made.ranks for cpu in rank.cpus}
     assert not used & set(made.reserved_cpus)
     assert len(made.reserved_cpus) == 2 * reserve
@@ -110,100 +106,102 @@ def test_reserved_cores_are_nobodys_and_spread(
 
 def test_one_rank_per_socket_even_with_several_nodes_each() -> None:
     for wishes in ({}, {"ranks": 2}, {"rank_per": "socket"}):
-        made = plan(machine(2, 4, 3, smt=2), **wishes)
+        made = planned(machine(2, 4, 3, smt=2), **wishes)
         assert [rank.nodes for rank in made.ranks] == [(0, 1, 2, 3), (4, 5, 6, 7)]
         assert [rank.memory_policy for rank in made.ranks] == ["bind", "bind"]
         assert any("--rank-per node" in reason for reason in made.reasons)
-    made = plan(machine(2, 4, 3), ranks=4)
+    made = planned(machine(2, 4, 3), ranks=4)
     assert [rank.nodes for rank in made.ranks] == [(0, 1), (2, 3), (4, 5), (6, 7)]
 
 
 def test_one_rank_per_node_or_cache() -> None:
     topology = machine(2, 2, 4, l3_size=2)
-    assert [rank.nodes for rank in plan(topology, rank_per="node").ranks] == [(0,), (1,), (2,), (3,)]
-    made = plan(topology, rank_per="l3")
+    assert [rank.nodes for rank in planned(topology, rank_per="node").ranks] == [(0,), (1,), (2,), (3,)]
+    made = planned(topology, rank_per="l3")
     assert [rank.cpus for rank in made.ranks] == [(i, i + 1) for i in range(0, 16, 2)]
-    made = plan(topology, rank_per="node", ranks=2)
+    made = planned(topology, rank_per="node", ranks=2)
     assert [rank.cpus for rank in made.ranks] == [(0, 1, 2, 3), (4, 5, 6, 7)]
     assert any("node 2, node 3 stay unused" in reason for reason in made.reasons)
-    made = plan(topology, rank_per="node", ranks=8)
+    made = planned(topology, rank_per="node", ranks=8)
     assert [rank.cpus for rank in made.ranks] == [(i, i + 1) for i in range(0, 16, 2)]
     with pytest.raises(LaunchError, match="no L3 caches"):
-        plan(machine(1, 1, 4), rank_per="l3")
+        planned(machine(1, 1, 4), rank_per="l3")
 
 
 def test_a_list_of_cpus_is_used_as_it_is() -> None:
     topology = machine(2, 1, 4, smt=2)
-    made = plan(topology, core_list=(1, 2, 3, 5, 6, 7))
+    made = planned(topology, core_list=(1, 2, 3, 5, 6, 7))
     assert [rank.cpus for rank in made.ranks] == [(1, 2, 3), (5, 6, 7)]
-    made = plan(topology, core_list=(0, 8, 1, 4, 5))  # 0 and 8 are one core
+    made = planned(topology, core_list=(0, 8, 1, 4, 5))  # 0 and 8 are one core
     assert [rank.cpus for rank in made.ranks] == [(0, 1, 8), (4, 5)]
     assert any("0,8 are one core" in reason for reason in made.reasons)
     with pytest.raises(LaunchError, match="not 16-17"):
-        plan(topology, core_list=(0, 16, 17))
+        planned(topology, core_list=(0, 16, 17))
     with pytest.raises(LaunchError, match="--bind-core-list"):
-        plan(topology, core_list=())
+        planned(topology, core_list=())
 
 
 def test_hardware_threads_and_cores_per_rank() -> None:
     topology = machine(2, 1, 4, smt=2)
-    assert plan(topology, smt=True).ranks[1].cpus == (4, 5, 6, 7, 12, 13, 14, 15)
-    assert plan(topology, smt=True).ranks[1].num_threads == 8
-    made = plan(topology, cores_per_rank=3)
+    assert planned(topology, smt=True).ranks[1].cpus == (4, 5, 6, 7, 12, 13, 14, 15)
+    assert planned(topology, smt=True).ranks[1].num_threads == 8
+    made = planned(topology, cores_per_rank=3)
     assert [rank.cpus for rank in made.ranks] == [(0, 1, 2), (4, 5, 6)]
     assert any("1 of 4 cores stay unused" in reason for reason in made.reasons)
     with pytest.raises(LaunchError, match="socket 0 has 4 cores"):
-        plan(topology, cores_per_rank=5)
+        planned(topology, cores_per_rank=5)
     with pytest.raises(LaunchError, match="at least 1"):
-        plan(topology, cores_per_rank=0)
+        planned(topology, cores_per_rank=0)
 
 
 def test_memory_near_the_cores() -> None:
     topology = with_hbm(machine(2, 1, 2))
-    made = plan(topology)
+    made = planned(topology)
     assert [rank.preferred_nodes for rank in made.ranks] == [(2,), (3,)]
     assert [rank.nodes for rank in made.ranks] == [(0, 2), (1, 3)]
     assert {rank.memory_policy for rank in made.ranks} == {"preferred"}
     assert any("HBM is preferred" in reason for reason in made.reasons)
     assert any("4 (cxl)" in reason for reason in made.reasons)
-    made = plan(topology, numa_memory="bind")
+    made = planned(topology, numa_memory="bind")
     assert [(rank.nodes, rank.memory_policy) for rank in made.ranks] == [
         ((0, 2), "bind"),
         ((1, 3), "bind"),
     ]
     for policy in ("interleave", "preferred", "none"):
-        assert {r.memory_policy for r in plan(machine(1, 2, 2), numa_memory=policy).ranks} == {policy}
+        assert {r.memory_policy for r in planned(machine(1, 2, 2), numa_memory=policy).ranks} == {
+            policy
+        }
     without = replace(topology, nodes=tuple(replace(n, memory_bytes=0) for n in topology.nodes))
-    made = plan(without)
+    made = planned(without)
     assert {rank.memory_policy for rank in made.ranks} == {"none"}
     assert any("have no memory" in reason for reason in made.reasons)
 
 
 def test_gpus_and_the_cores_beside_them() -> None:
     topology = machine(2, 1, 4, gpus=4)
-    made = plan(topology, rank_per="gpu")
+    made = planned(topology, rank_per="gpu")
     assert [rank.device for rank in made.ranks] == [f"cuda:{i}" for i in range(4)]
     assert [rank.cpus for rank in made.ranks] == [(0, 1), (2, 3), (4, 5), (6, 7)]
     assert [rank.nodes for rank in made.ranks] == [(0,), (0,), (1,), (1,)]
     assert made.backend == "nccl"
-    assert plan(topology, rank_per="gpu", comm="gloo").backend == "gloo"
-    assert len(plan(topology, rank_per="gpu", ranks=2).ranks) == 2
-    shared = plan(machine(1, 1, 4, gpus=1), rank_per="gpu", ranks=2, comm="gloo")
+    assert planned(topology, rank_per="gpu", comm="gloo").backend == "gloo"
+    assert len(planned(topology, rank_per="gpu", ranks=2).ranks) == 2
+    shared = planned(machine(1, 1, 4, gpus=1), rank_per="gpu", ranks=2, comm="gloo")
     assert [rank.device for rank in shared.ranks] == ["cuda:0", "cuda:0"]
     assert any("2 ranks share 1 GPUs" in reason for reason in shared.reasons)
     with pytest.raises(LaunchError, match="4 GPUs are visible, 5 ranks"):
-        plan(topology, rank_per="gpu", ranks=5)
+        planned(topology, rank_per="gpu", ranks=5)
     with pytest.raises(LaunchError, match="0 GPUs"):
-        plan(machine(1, 1, 1), rank_per="gpu")
+        planned(machine(1, 1, 1), rank_per="gpu")
     with pytest.raises(LaunchError, match="--comm nccl"):
-        plan(topology, comm="nccl")
-    assert any("--rank-per gpu" in reason for reason in plan(topology).reasons)
+        planned(topology, comm="nccl")
+    assert any("--rank-per gpu" in reason for reason in planned(topology).reasons)
 
 
 def test_cores_without_a_socket_count_by_node() -> None:
     topology = machine(2, 1, 2)
     lost = tuple(replace(core, socket=None) if core.node else core for core in topology.cores)
-    made = plan(replace(topology, sockets=topology.sockets[:1], cores=lost))
+    made = planned(replace(topology, sockets=topology.sockets[:1], cores=lost))
     assert [rank.cpus for rank in made.ranks] == [(0, 1), (2, 3)]
 
 
@@ -211,17 +209,17 @@ def test_slow_cores_are_told() -> None:
     topology = machine(1, 1, 4)
     kinds = ("performance", "performance", "efficiency", "efficiency")
     cores = tuple(replace(c, kind=k) for c, k in zip(topology.cores, kinds, strict=True))
-    made = plan(replace(topology, cores=cores))
+    made = planned(replace(topology, cores=cores))
     assert made.ranks[0].cpus == (0, 1, 2, 3)
     assert any("--bind-core-list 0-1" in reason for reason in made.reasons)
 
 
 def test_a_remainder_of_cores_is_used_and_said() -> None:
-    made = plan(machine(1, 1, 7), ranks=3)
+    made = planned(machine(1, 1, 7), ranks=3)
     assert [rank.num_threads for rank in made.ranks] == [3, 2, 2]
     assert any("one more" in reason for reason in made.reasons)
     uneven = machine(2, 1, 4)
-    made = plan(replace(uneven, cores=uneven.cores[:5]))
+    made = planned(replace(uneven, cores=uneven.cores[:5]))
     assert any("--cores-per-rank 1 makes them equal" in reason for reason in made.reasons)
 
 
@@ -236,7 +234,7 @@ def test_without_the_flag_nothing_is_bound() -> None:
 @pytest.mark.parametrize("ranks", [0, -1, 65])
 def test_impossible_numbers_of_ranks_are_refused(ranks: int) -> None:
     with pytest.raises(LaunchError, match=f"--ranks {ranks}"):
-        plan(machine(1, 1, 1), ranks=ranks)
+        planned(machine(1, 1, 1), ranks=ranks)
 
 
 def test_flags_in_both_spellings_mean_the_same() -> None:
@@ -269,7 +267,7 @@ def test_flags_that_make_no_sense_end_with_2(run_yoke: RunYoke, words: str) -> N
 
 def test_the_plan_for_programs_and_for_people() -> None:
     topology = machine(2, 2, 2)
-    made = plan(topology, comm="gloo")
+    made = planned(topology, comm="gloo")
     data = json.loads(json.dumps(plan_to_json(topology, made)))
     assert data.keys() >= {"topology", "ranks", "backend", "reasons"}
     assert data["topology"].keys() == {
@@ -286,7 +284,7 @@ def test_the_plan_for_programs_and_for_people() -> None:
 
 def test_memory_is_divided_by_what_ranks_need() -> None:
     topology = machine(2, 1, 2)  # 16 GiB each
-    made = plan(topology)
+    made = planned(topology)
     needs = [{"weights": 12 << 30}, {"weights": 15 << 30, "kv_cache": 2 << 30}]
     fits = check_fit(topology, made, needs)
     assert [fit.fits for fit in fits] == [True, False]
@@ -298,7 +296,7 @@ def test_memory_is_divided_by_what_ranks_need() -> None:
     # A cgroup's limit holds for all together.
     assert not any(fit.fits for fit in check_fit(topology, made, needs, limit_bytes=20 << 30))
     # Two ranks on one node have it together.
-    fits = check_fit(topology, plan(topology, ranks=4), [{"weights": 9 << 30}] * 4)
+    fits = check_fit(topology, planned(topology, ranks=4), [{"weights": 9 << 30}] * 4)
     assert not any(fit.fits for fit in fits)
 
 

@@ -1,10 +1,14 @@
-"""Small sysfs and proc trees, written by tests: what a machine describes, as a dict of path to text."""
+"""Small sysfs and proc trees, written by tests: what a machine describes, as a dict of path to text;
+and plans for such machines."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from launcher.machine.topology import Topology
+from launcher.plan import LaunchPlan, LaunchRequest, plan_launch
 
 CPU = "sys/devices/system/cpu"
 NODE = "sys/devices/system/node"
@@ -159,3 +163,8 @@ def gpus(num: int = 3) -> dict[str, str]:
 def with_mask(cpus: str, mems: str) -> dict[str, str]:
     status = f"Name:\tpython\nCpus_allowed_list:\t{cpus}\nMems_allowed_list:\t{mems}\nThreads:\t1"
     return {"proc/self/status": status}
+
+
+def planned(topology: Topology, **request: Any) -> LaunchPlan:
+    """A plan of ranks that are bound, unless the request says otherwise."""
+    return plan_launch(topology, LaunchRequest(**{"bind_cores": True, **request}))

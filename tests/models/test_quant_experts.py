@@ -19,13 +19,13 @@ from engine.resolve import resolve
 from models.config import ModelConfig, expected_shapes
 from models.decoder import Decoder
 from models.load import config_of, load_model
-from models.load_quant import read_rounded
 from models.mlp import Experts, run_experts, run_experts_dense
-from models.quant_rules import check_quant, parse_asked, parse_quant, scheme_for
+from models.quant_rules import check_quant, parse_asked, parse_quant
 from tests.models.expert_files import CONFIG, DIM, MIXTRAL, WIDTH, write_folder, write_gguf
+from tests.models.rounded import dequantized
 from tests.targets.quant import TOKENS
 from tests.weights.quant_files import Kind
-from weights.checkpoint import Checkpoint, Entry
+from weights.checkpoint import Checkpoint
 from weights.formats.random_io import random_checkpoint
 from weights.open import open_checkpoint
 from weights.outline import read_outline
@@ -47,23 +47,6 @@ def logits(
 
 def experts_of(model: Decoder) -> Experts:
     return next(module for module in model.modules() if isinstance(module, Experts))
-
-
-def dequantized(checkpoint: Checkpoint, name: str) -> Checkpoint:
-    """The same weights, rounded and back."""
-
-    def rounded(weight: str, entry: Entry) -> Entry:
-        own = scheme_for(weight, parse_asked(name))
-        if own is None:
-            return entry
-
-        def read(slices: tuple[slice, ...]) -> torch.Tensor:
-            whole = read_rounded(entry, tuple(slice(0, size) for size in entry.shape), own)
-            return whole.dequantize()[slices]
-
-        return Entry(entry.shape, "random", read)
-
-    return replace(checkpoint, entries={n: rounded(n, e) for n, e in checkpoint.entries.items()})
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:

@@ -18,7 +18,7 @@ from kernels.quant_linear import Packed, unpack_bf16
 from models.config import EMBEDDING, HEAD, ModelConfig, expected_shapes
 from models.decoder import Decoder
 from models.load import config_of, linears_of, load_model
-from models.load_quant import plan_layers, read_layer, read_rounded
+from models.load_quant import plan_layers, read_layer
 from models.quant_rules import (
     HEAD_SCHEME,
     Asked,
@@ -28,13 +28,13 @@ from models.quant_rules import (
     matmuls_of,
     parse_asked,
     parse_quant,
-    scheme_for,
 )
 from models.sizes import layout_of
 from reshard.plan import plan_reshard
 from reshard.run import Reader
 from reshard.run import write as write_parts
 from tests.models.expert_files import write_folder, write_gguf
+from tests.models.rounded import dequantized
 from tests.running import RunRanks
 from tests.targets.quant import TOKENS, logits_of, wanted_file
 from tests.weights.quant_files import CONFIG as KEYS
@@ -55,23 +55,9 @@ def checkpoint_of(config: ModelConfig) -> Checkpoint:
     return random_checkpoint(expected_shapes(config), 3)
 
 
-def dequantized(found: Checkpoint, quant: str) -> Checkpoint:
-    """The same weights, rounded and back: what a model with quantized weights must compute with. The
-    head has weights of its own."""
-    entries = {HEAD: found.entries[EMBEDDING], **found.entries}
-
-    def rounded(name: str, entry: Entry) -> Entry:
-        own = scheme_for(name, parse_asked(quant))
-        if own is None:
-            return entry
-
-        def read(slices: tuple[slice, ...]) -> torch.Tensor:
-            whole = read_rounded(entry, tuple(slice(0, size) for size in entry.shape), own)
-            return whole.dequantize()[slices]
-
-        return Entry(entry.shape, "random", read)
-
-    return replace(found, entries={n: rounded(n, e) for n, e in entries.items()})
+def with_head(found: Checkpoint) -> Checkpoint:
+    """With weights of its own for the head, where it is the embedding."""
+    return replace(found, entries={HEAD: found.entries[EMBEDDING], **found.entries})
 
 
 @torch.no_grad()
@@ -89,7 +75,7 @@ def logits(config: ModelConfig, checkpoint: Checkpoint, quant: str) -> torch.Ten
 )
 def test_a_model_computes_with_its_rounded_weights(quant: str, tied: bool) -> None:
     config = replace(CONFIG, tie_embeddings=tied)
-    rounded = dequantized(checkpoint_of(config), quant)
+    rounded = dequantized(with_head(checkpoint_of(config)), quant)
     wanted = logits(replace(config, tie_embeddings=False), rounded, "none")
     found = logits(config, checkpoint_of(config), quant)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))

@@ -15,7 +15,7 @@ from gguf.quants import dequantize, quantize
 from safetensors.torch import save_file
 
 from base.errors import InputError
-from weights.checkpoint import Checkpoint
+from tests.weights.samples import whole
 from weights.formats.random_io import random_checkpoint
 from weights.open import open_checkpoint
 
@@ -45,11 +45,6 @@ def write_gguf(path: Path, kind: Kind, seed: int = 0) -> dict[str, np.ndarray]:
     writer.write_tensors_to_file()
     writer.close()
     return stored
-
-
-def whole(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    entry = checkpoint.entries[name]
-    return entry.read(tuple(slice(0, size) for size in entry.shape))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
