@@ -15,7 +15,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,10 +26,11 @@ from comm import ops
 from engine.generate import encode_prompt, run_requests, shared_stops
 from engine.job import Job, sampling_of, stop_texts
 from engine.loop import Watcher
-from engine.opening import Opened, joined, open_engine, share, step_names
+from engine.opening import Opened, compile_more, joined, open_engine, share, step_names
 from engine.prompts import Prompt
 from engine.requests import Answer, Request
 from engine.resolve import ResolvedJob, from_json
+from engine.settings import changed_job, settings_of
 from engine.texts import text_stream
 from models.chat import start_templates
 from models.sampling_params import check_sampling
@@ -56,7 +57,7 @@ def main(env: RankSettings, payload: str) -> int:
             channel = channel_of(env.channel_fd)
         if channel is not None:
             send(channel, {"ready": _facts(env, resolved, engine)})
-        _serve(resolved, engine, channel)
+        _serve(env, resolved, engine, names, channel)
     return 0
 
 
@@ -115,18 +116,36 @@ def receive(channel: Channel, wait_s: float) -> None:
         wait_s = 0.0
 
 
-def _serve(resolved: ResolvedJob, engine: Opened, channel: Channel | None) -> None:
+def _serve(
+    env: RankSettings,
+    resolved: ResolvedJob,
+    engine: Opened,
+    names: Sequence[str],
+    channel: Channel | None,
+) -> None:
+    """`names`: the steps that are compiled."""
     kept: tuple[int, ...] = ()  # the tokens whose keys are in the cache
     stops = shared_stops(engine)
     while True:
         task: dict[str, Any] | None = None
         if channel is not None and engine.codec is not None:
-            task = next_task(resolved, engine.codec, channel, kept, engine.runner.max_seq_len)
+            limits = engine.runner.max_seq_len, engine.runner.vocab_size
+            task = next_task(resolved, engine.codec, channel, kept, *limits)
         task = _meet(task, engine)
         if task is None:
             continue
         if task["id"] is None:
             return
+        if "set" in task:
+            limits = engine.runner.max_seq_len, engine.runner.vocab_size
+            resolved = replace(resolved, job=changed_job(resolved.job, task["set"], *limits))
+            wanted = step_names(resolved.job, sampling_of(resolved.job).is_plain)
+            if lacking := [name for name in wanted if name not in names]:
+                engine = compile_more(env, resolved.job, engine, lacking)
+                names, kept = (*names, *lacking), ()  # compiling wrote into the cache
+            if channel is not None:
+                send(channel, {"id": task["id"], "settings": settings_of(resolved.job)})
+            continue
         request = Request(
             tuple(task["tokens"]), task["max_new_tokens"], sampling_of(resolved.job), task["cached"],
             "the conversation",
@@ -161,10 +180,15 @@ def _meet(task: dict[str, Any] | None, engine: Opened) -> dict[str, Any] | None:
 
 
 def next_task(
-    resolved: ResolvedJob, codec: TextCodec, channel: Channel, kept: tuple[int, ...], max_seq_len: int
+    resolved: ResolvedJob,
+    codec: TextCodec,
+    channel: Channel,
+    kept: tuple[int, ...],
+    max_seq_len: int,
+    vocab_size: int,
 ) -> dict[str, Any] | None:
-    """Returns the next task for all ranks: a tokenized request; {"id": None} to end; None if there is
-    none. A conversation that cannot be answered is reported over the channel."""
+    """Returns the next task for all ranks: a tokenized request; settings; {"id": None} to end; None if
+    there is none. What cannot be done is reported over the channel."""
     if not channel.messages:
         receive(channel, IDLE_S)
     if not channel.messages:
@@ -176,6 +200,9 @@ def next_task(
         return None  # a cancel message for an answer that has already ended
     number = message["id"]
     try:
+        if "set" in message:
+            changed_job(resolved.job, message["set"], max_seq_len, vocab_size)
+            return {"id": number, "set": message["set"]}
         prompt, most = asked_of(resolved, codec, message["messages"])
         tokens = encode_prompt(codec, prompt, max_seq_len)
         room = max_seq_len - len(tokens)

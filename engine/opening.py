@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from comm.sources import COMM
 from engine.dtypes import dtype_name
 from engine.job import Job, fitted_length
 from engine.memory import keeps_quantized
-from engine.ready import Ready, make_ready
+from engine.ready import Ready, add_steps, make_ready
 from engine.report import build_progress
 from engine.resolve import ResolvedJob, check_draft, check_ranks
 from engine.steps import BEAMS, DECODE, EXTEND, GREEDY, AnyModel, Runner
@@ -148,6 +148,16 @@ def open_engine(env: RankSettings, resolved: ResolvedJob, group: Group, names: S
         load_s=load_s,
         ready=ready,
     )
+
+
+def compile_more(env: RankSettings, job: Job, engine: Opened, names: Sequence[str]) -> Opened:
+    """The engine with further steps, compiled as the job asks. They write into the cache. Collective.
+    Raises InputError, CompileError."""
+    set_timeout(engine.group, START_TIMEOUT_S)
+    with all_cores(env.plan.cpus) if env.bind_cores else nullcontext():
+        ready = add_steps(env, job, engine.ready, names)
+    set_timeout(engine.group, env.comm_timeout_s)
+    return replace(engine, ready=ready)
 
 
 def _build_operators(env: RankSettings) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,11 +37,12 @@ from models.decoder import Decoder
 
 @dataclass(frozen=True)
 class Ready:
-    """Runners of the model and of the draft model, if there is one. `compile_s`: seconds of waiting for
-    the compiler. `upgrades`: what is still compiled beside the run."""
+    """Runners of the model and of the draft model, if there is one, and those models. `compile_s`:
+    seconds of waiting for the compiler. `upgrades`: what is still compiled beside the run."""
 
     runners: tuple[Runner, ...]
-    compile_s: float
+    models: tuple[AnyModel, ...]
+    compile_s: float = 0.0
     upgrades: tuple[Upgrade, ...] = ()
 
 
@@ -51,29 +52,44 @@ def make_ready(
     """Allocate caches of `job.batch` slots for the models, and run the steps once: `names` of the first
     model, EXTEND and GREEDY of a draft model. Collective. Raises InputError, CompileError."""
     ahead = [job.compile != "false" and compiles_ahead(model, group) for model in models]
-    waits = job.compile == "true" or not all(ahead)
     by_torch = job.compile != "false" and not all(ahead)
     runners = tuple(
         _runner(job, model, group, by_torch and not packed)
         for model, packed in zip(models, ahead, strict=True)
     )
     wanted = [tuple(names), *[(EXTEND, GREEDY)] * (len(models) - 1)]
+    return _with_steps(env, job, Ready(runners, tuple(models)), wanted)
+
+
+def add_steps(env: RankSettings, job: Job, ready: Ready, names: Sequence[str]) -> Ready:
+    """Run further steps of the first model once, which are compiled as the first ones were. They write
+    into the cache. Collective. Raises InputError, CompileError."""
+    return _with_steps(env, job, ready, [tuple(names), *[()] * (len(ready.runners) - 1)])
+
+
+def _with_steps(env: RankSettings, job: Job, ready: Ready, wanted: Sequence[tuple[str, ...]]) -> Ready:
+    """`wanted`: the steps of each runner."""
+    group = ready.runners[0].group
+    ahead = [job.compile != "false" and compiles_ahead(model, group) for model in ready.models]
+    waits = job.compile == "true" or not all(ahead)
+    by_torch = job.compile != "false" and not all(ahead)
     started = time.perf_counter()
     upgrades = []
     with _code_folder(env) if by_torch else nullcontext():
         ops.barrier(group)
         with compile_progress(job.compile != "false" and waits, enabled=group.rank == 0) as progress:
-            for runner, model, steps, packed in zip(runners, models, wanted, ahead, strict=True):
-                if packed and isinstance(model, Decoder):
+            parts = zip(ready.runners, ready.models, wanted, ahead, strict=True)
+            for runner, model, steps, packed in parts:
+                if packed and steps and isinstance(model, Decoder):
                     upgrades.append(_upgrade(job, runner, model, steps, progress))
-            for runner, steps in zip(runners, wanted, strict=True):
+            for runner, steps in zip(ready.runners, wanted, strict=True):
                 warm_up(runner, steps, progress)
         ops.barrier(group)
     pending = [upgrade for upgrade in upgrades if upgrade.packages]
     if pending and group.rank == 0:
         say(_pending_line(pending))
-    compile_s = time.perf_counter() - started if waits and job.compile != "false" else 0.0
-    return Ready(runners, compile_s, tuple(upgrades))
+    waited_s = time.perf_counter() - started if waits and job.compile != "false" else 0.0
+    return replace(ready, compile_s=ready.compile_s + waited_s, upgrades=(*ready.upgrades, *upgrades))
 
 
 def compiles_ahead(model: AnyModel, group: Group) -> bool:

@@ -14,6 +14,7 @@ when the console ends. In a pipeline Ctrl-C stops the run as usual.
 The channel is a socket with a JSON object on each line, in UTF-8:
 
     console -> rank 0   {"id": n, "messages": [{"role": str, "content": str}, ...]}
+                        {"id": n, "set": [str, ...]}                           key=value words
                         {"cancel": n}
                         (end of the stream: rank 0 exits with code 0)
     rank 0 -> console   {"ready": {"model": str, "max_seq_len": int, ...}}     once; "continues": true
@@ -22,6 +23,8 @@ The channel is a socket with a JSON object on each line, in UTF-8:
                         {"id": n, "done": {"finish": "stop" | "length" | "cancelled",
                             "prompt_tokens": int, "cached_tokens": int, "tokens": int,
                             "ttft_s": float, "tpot_s": float, "text": str}}    the whole answer
+                        {"id": n, "settings": {key: value, ...}}               after "set": all that can
+                            be changed in this way
                         {"id": n, "error": str}                                this request failed
 
 Rank 0 must not block in a write: a console that was stopped with Ctrl-Z does not read, and the other

@@ -12,6 +12,7 @@ go to stderr.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -21,9 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from base.errors import InputError
+from base.folders import expand
 from base.streams import OutputError, printable, say, show, silence
 from launcher.bind import die_with_parent
 from launcher.chat import view as view
+from launcher.chat.files import load_messages, save_messages
 from launcher.chat.lines import (
     AbandonedError,
     ResumedError,
@@ -71,6 +75,7 @@ class Chat:
     system: str = ""
     messages: list[dict[str, str]] = field(default_factory=list)  # without the system message
     answers: list[Done] = field(default_factory=list)  # of the whole session
+    last: Done | None = None  # of the conversation; None after one was loaded
     turns: int = 0  # of the conversation
     requests: int = 0
     at_prompt: bool = False
@@ -217,7 +222,7 @@ def _execute(chat: Chat, turn: Turn) -> bool:
     if word == "/help":
         _write(chat, view.help_text() + "\n")
     elif word == "/stats":
-        _write(chat, view.stats(chat.answers, chat.turns, chat.max_seq_len) + "\n")
+        _write(chat, view.stats(chat.answers, chat.last, chat.turns, chat.max_seq_len) + "\n")
     elif word == "/reset":
         _reset(chat)
     elif word == "/system" and chat.continues:
@@ -227,14 +232,68 @@ def _execute(chat: Chat, turn: Turn) -> bool:
         _reset(chat)
     elif word == "/system":
         _write(chat, (chat.system or "(no system message)") + "\n")
+    elif word == "/set":
+        _set(chat, rest[0] if rest else "")
+    elif word in ("/save", "/load"):
+        _use_file(chat, word, rest[0] if rest else "")
     else:
         _note(chat, view.unknown(printable(word)))
     return True
 
 
+def _set(chat: Chat, text: str) -> None:
+    """Change settings of the job, which rank 0 checks, and show them; without a text, show all. Raises
+    EndedError, and InterruptedByKeyError at the second Ctrl-C."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        _note(chat, f"error: /set {printable(text)}: {error}")
+        return
+    chat.requests += 1
+    send(chat.link, {"id": chat.requests, "set": words})
+    message: Message = {}
+    interrupts = 0
+    while message.get("id") != chat.requests:
+        try:
+            message = receive(chat.link)
+        except InterruptedByKeyError:
+            interrupts += 1
+            if interrupts > 1:
+                raise
+            _note(chat, "waiting for the settings; Ctrl-C once more ends the chat")
+    if "error" in message:
+        _note(chat, f"error: {printable(message['error'])}")
+        return
+    changed = {word.partition("=")[0] for word in words}
+    _write(chat, view.settings(message["settings"], changed) + "\n")
+
+
+def _use_file(chat: Chat, command: str, name: str) -> None:
+    """Save the conversation in a file, or replace it by the one in a file."""
+    if not name:
+        _note(chat, f"{command} needs a file: {command} FILE")
+        return
+    path = expand(name)
+    try:
+        if command == "/save":
+            system = [{"role": "system", "content": chat.system}] if chat.system else []
+            save_messages(path, [*system, *chat.messages])
+            what = "saved in"
+        else:
+            messages = load_messages(path)
+            first = [message["content"] for message in messages[:1] if message["role"] == "system"]
+            chat.system, chat.messages = first[0] if first else "", messages[len(first) :]
+            chat.turns, chat.last = len(chat.messages) // 2, None
+            what = "loaded from"
+    except InputError as error:
+        _note(chat, f"error: {printable(str(error))}")
+        return
+    _write(chat, f"{view.count_turns(chat.turns)} {what} {printable(str(path))}\n")
+
+
 def _reset(chat: Chat) -> None:
     chat.messages.clear()
-    chat.turns = 0
+    chat.turns, chat.last = 0, None
     if chat.modes is not None:
         _note(chat, "a new conversation" + (", with the system message" if chat.system else ""))
 
@@ -282,6 +341,7 @@ def _finish(chat: Chat, asked: dict[str, str], shown: str, message: Message) -> 
         _write(chat, "\n")
     chat.messages += [asked, {"role": "assistant", "content": done.text}]
     chat.answers.append(done)
+    chat.last = done
     chat.turns += 1
     if chat.modes is not None:
         _note(chat, view.figures(done))

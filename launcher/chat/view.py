@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from launcher.chat.link import Done
@@ -11,6 +12,9 @@ COMMANDS = {
     "/help": "this list",
     "/reset": "forget the conversation, keep the system message",
     "/system TEXT": 'set the system message and reset; "" removes it; without TEXT: show it',
+    "/set KEY=VALUE ...": "change temperature=, seed=, stop=, ...; without KEY: show them all",
+    "/save FILE": "write the conversation to a file, as JSON",
+    "/load FILE": "go on with the conversation in a file",
     "/stats": "tokens, times, rates",
     "/quit": "end the chat, as Ctrl-D does",
 }
@@ -22,7 +26,7 @@ empty prompt, it ends the chat. Arrow up recalls earlier messages."""
 
 
 def help_text() -> str:
-    lines = [f"  {name:<14}{text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<20}{text}" for name, text in COMMANDS.items()]
     return "\n".join([*lines, _KEYS])
 
 
@@ -58,11 +62,24 @@ def figures(done: Done) -> str:
     return f"[{' | '.join(parts)}]"
 
 
-def stats(answers: Sequence[Done], turns: int, max_seq_len: int) -> str:
-    """A small table. `answers` are all those of this session; the last `turns` of them form the current
-    conversation. `max_seq_len` is in tokens."""
+def settings(values: Mapping[str, Any], changed: Container[str]) -> str:
+    """The settings that were changed, or all of them if none was, as they are typed."""
+    shown = {key: value for key, value in values.items() if key in changed} or values
+    return "  " + " ".join(f"{key}={shlex.quote(str(value))}" for key, value in shown.items())
+
+
+def count_turns(turns: int) -> str:
+    return "1 turn" if turns == 1 else f"{turns} turns"
+
+
+def stats(answers: Sequence[Done], current: Done | None, turns: int, max_seq_len: int) -> str:
+    """A small table. `answers` are all those of this session; `current` is the last one of the current
+    conversation, which has `turns`, None if it was loaded and has none yet. `max_seq_len` is in
+    tokens."""
     last = answers[-1] if answers else None
-    used = last.prompt_tokens + last.tokens if last is not None and turns else 0
+    used = "0" if current is None else str(current.prompt_tokens + current.tokens)
+    if current is None and turns:
+        used = "not counted yet,"
     rows = [
         ("turns", f"{turns} in this conversation, {len(answers)} in all"),
         ("conversation", f"{used} of {max_seq_len} tokens"),

@@ -54,11 +54,25 @@ def test_turns_go_on_from_what_is_cached() -> None:
 
 
 def test_a_conversation_that_is_too_long_is_refused_and_the_chat_goes_on() -> None:
+    """And so is a setting that cannot change; others hold from the next turn on."""
     chat = start(*WORDS, "max_seq_len=64", "max_new_tokens=4")
-    out, err = chat.communicate("x" * 100 + "\nhi\n", timeout=120)
+    lines = [
+        "x" * 100, "hi", "/set max_seq_len=99", "/set logit_bias=512:1", "/reset",
+        "/set temperature=5 seed=3", "hi", "/reset", "/set max_new_tokens=3", "hi", "/reset",
+        "/set temperature=0 max_new_tokens=4", "hi",
+    ]  # fmt: skip
+    out, err = chat.communicate("\n".join(lines) + "\n", timeout=120)
     assert chat.returncode == 0, err
-    assert "max_seq_len=64 leaves no room for an answer" in out + err
+    assert "max_seq_len=64 leaves no room for an answer" in err
+    assert "max_seq_len= cannot change during a chat: the cache was made for its value" in err
+    assert "a token of logit_bias=512 must be an integer from 0 to 511" in err
     assert "Traceback" not in err
+    answers = [line for line in out.splitlines() if not line.startswith("  ")]
+    greedy, drawn, shorter, again = answers
+    assert again == greedy != drawn and drawn.startswith(shorter) and drawn != shorter
+    assert [line for line in out.splitlines() if line.startswith("  ")] == [
+        "  temperature=5.0 seed=3", "  max_new_tokens=3", "  temperature=0.0 max_new_tokens=4",
+    ]  # fmt: skip
 
 
 @pytest.fixture

@@ -61,9 +61,9 @@ def test_a_chat_goes_on(folder: Path) -> None:
         channel = channel_of(ours.detach())
         conversations = [[{"role": "user", "content": text}] for text in ("the cat <|r6|>", "a dog")]
         channel.messages.extend({"id": i, "messages": each} for i, each in enumerate(conversations))
-        assert next_task(resolved, codec, channel, (), 64) is None
+        assert next_task(resolved, codec, channel, (), 64, 512) is None
         assert MESSAGE in json.loads(theirs.recv(1 << 16))["error"]
-        task = next_task(resolved, codec, channel, (), 64)
+        task = next_task(resolved, codec, channel, (), 64, 512)
         assert task is not None and task["tokens"] == [ord(c) for c in "a dog"]
         channel.socket.close()
 

@@ -97,7 +97,7 @@ def test_figures_of_answers() -> None:
     assert figures(Done("cancelled", 1, 0, 1, 0.1, 0.0, "")) == (
         "[stopped | 1 tokens | TTFT 100 ms | no rate]"
     )
-    assert stats([first, last], 2, 64).splitlines() == [
+    assert stats([first, last], last, 2, 64).splitlines() == [
         "  turns         2 in this conversation, 2 in all",
         "  conversation  31 of 64 tokens",
         "  TTFT          300 ms last, 200 ms mean",
@@ -105,5 +105,5 @@ def test_figures_of_answers() -> None:
         "  rate          50.0 tokens/s last, 58.3 tokens/s mean",
         "  cached        15 of 20 prompt tokens last, 15 of 30 in all",
     ]
-    assert stats([], 0, 64).splitlines()[1] == "  conversation  0 of 64 tokens"
-    assert "  conversation  0 of 64 tokens" in stats([first], 0, 64)  # after /reset
+    assert stats([], None, 0, 64).splitlines()[1] == "  conversation  0 of 64 tokens"
+    assert "  conversation  0 of 64 tokens" in stats([first], None, 0, 64)  # after /reset

@@ -28,7 +28,7 @@ def test_a_pipeline_hears_the_answers_and_nothing_else(tmp_path: Path) -> None:
     assert result.stderr.splitlines() == [
         "loading ...",  # and a carriage return, which splits lines too
         "error: the conversation is too long (this turn does not count)",
-        "no command /nothing; there are: /help  /reset  /system  /stats  /quit",
+        "no command /nothing; there are: /help  /reset  /system  /set  /save  /load  /stats  /quit",
     ]
     expect_gone(pids(tmp_path))
 

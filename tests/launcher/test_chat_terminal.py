@@ -47,7 +47,7 @@ def test_a_conversation_with_history_and_commands(tmp_path: Path) -> None:
         say(terminal, '/system ""', "a new conversation\r\n")
         say(terminal, "first", "user first\r\n")
         say(terminal, "/what", "no command /what; there are: /help  /reset")
-        say(terminal, "/help", "  /help         this list")
+        say(terminal, "/help", "  /help               this list")
         terminal.send('"""\r')
         terminal.expect_exact(MORE)
         terminal.send("/x\r")

@@ -64,6 +64,13 @@ def serve(channel: socket.socket, pause_s: float, folder: Path, continues: bool)
         request = json.loads(line)
         if "cancel" in request:
             continue  # too late
+        if "set" in request:
+            reply = {"settings": {"temperature": 0.5, "stop": "a b", "words": request["set"]}}
+            send(
+                id=request["id"],
+                **({"error": "no \x1b such key"} if "bad=1" in request["set"] else reply),
+            )
+            continue
         number, messages = request["id"], request["messages"]
         asked = messages[-1]["content"]
         if asked == "die":
