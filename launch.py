@@ -233,7 +233,8 @@ def _read_and_plan(flags: Flags, stack: ExitStack | None = None) -> tuple[Topolo
     """The machine and the plan. With `stack`, the plan is for a run: it is noted for other runs until
     the stack is closed, and what is wrong with it is said."""
     topology = _topology(flags)
-    folder = runs_folder() if flags.sysfs is None and flags.request.binds else None
+    here = flags.sysfs is None and flags.nnodes == 1
+    folder = runs_folder() if here and flags.request.binds else None
     if folder is None:
         plan = plan_launch(topology, flags.request)
         shared: list[str] = []
