@@ -5,8 +5,8 @@ mark in it, is ever removed: a folder that somebody else put there stays. A kind
 removed only while nobody holds it, and the lock's file stays, so that a run which waits for the lock
 finds an empty folder and no other.
 
-What is not here: who makes the files (`comm.build`, `engine.compiling`); the hub's cache of models,
-which other programs share.
+What is not here: who makes the files (`comm.build`, `engine.packages`, `engine.compiling`); the hub's cache
+of models, which other programs share.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from base.private import NotPrivateError, cache_candidates, check_private
 
 EXTENSIONS = "extensions"
 BUILD_LOCK = "build.lock"
+STEPS = "steps"
+STEPS_LOCK = "lock"
 COMPILED = "inductor-torch-"  # and torch's version
 COMPILED_MARK = "yoke-made-this"
 COMPILERS = "compilers"
@@ -43,7 +45,8 @@ class Kind:
 
 KINDS = (
     Kind("extensions", "C++ operators for torch", EXTENSIONS, BUILD_LOCK),
-    Kind("compiled", "compiled steps of models", rf"{COMPILED}[\w.+-]+", COMPILED_MARK),
+    Kind("steps", "steps of models, compiled ahead of time", STEPS, STEPS_LOCK),
+    Kind("compiled", "steps that torch.compile compiled", rf"{COMPILED}[\w.+-]+", COMPILED_MARK),
     Kind(
         "damaged",
         "compiled steps that were put aside",

@@ -36,8 +36,10 @@ from engine.packages import (
     MANIFEST,
     StepShape,
     checksum_of,
+    in_use,
     is_complete,
     keep_seconds,
+    packages_folder,
     partial_folder,
 )  # fmt: skip
 from engine.steps import BEAMS, EXTEND
@@ -68,11 +70,12 @@ def main(fd: int) -> int:
     if request.collectives:
         load_extension()
     model: Decoder = pickle.loads(request.model)
-    for name, package in request.packages.items():
-        started = time.monotonic()
-        _report(step=name)
-        compile_step(model, name, request.shape, Path(package))
-        _report(step=name, seconds=time.monotonic() - started)
+    with in_use(packages_folder()):
+        for name, package in request.packages.items():
+            started = time.monotonic()
+            _report(step=name)
+            compile_step(model, name, request.shape, Path(package))
+            _report(step=name, seconds=time.monotonic() - started)
     return 0
 
 

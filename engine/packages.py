@@ -16,6 +16,7 @@ Not here: compiling (`engine.compile_child`), and when a run changes to compiled
 from __future__ import annotations
 
 import copyreg
+import fcntl
 import functools
 import hashlib
 import io
@@ -34,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from base.caches import STEPS, STEPS_LOCK
 from base.private import NotPrivateError, cache_folder, check_private_file, make_private
 from engine.steps import with_reason
 from models.decoder import Decoder
@@ -58,7 +60,9 @@ class StepShape:
 
 def packages_folder() -> Path:
     """Returns the folder of packages, which only this user can write to. Raises OSError."""
-    return make_private(cache_folder()[0] / "steps")
+    folder = make_private(cache_folder()[0] / STEPS)
+    (folder / STEPS_LOCK).touch(mode=0o600)
+    return folder
 
 
 def describe(model: Decoder) -> bytes:
@@ -120,6 +124,14 @@ def load_package(package: Path, model: Decoder) -> Callable[..., Tensor]:
         return result
 
     return with_reason(call)
+
+
+@contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Hold the lock that keeps `cache clear` from the folder of packages."""
+    with (folder / STEPS_LOCK).open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in (
         "extensions/build.lock", "extensions/yoke_comm-0123.so", f"{TORCH}/yoke-made-this",
         f"{TORCH}/ab/code.cpp", f"{TORCH}/ab/code.so", f"{TORCH}.damaged-0a1b2c3d/x/old.so",
-        "compilers/abc-g++", "inductor-torch-9/theirs.so", "notes/important.txt", "file",
+        "compilers/abc-g++", "steps/lock", "steps/0a1b/step.so", "inductor-torch-9/theirs.so", "notes/important.txt", "file",
     ):  # fmt: skip
         file = root / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def left(root: Path) -> set[str]:
 
 
 OTHERS = {"inductor-torch-9/theirs.so", "notes/important.txt", "file"}
-LOCKS = {"extensions/build.lock", f"{TORCH}/yoke-made-this"}
+LOCKS = {"extensions/build.lock", "steps/lock", f"{TORCH}/yoke-made-this"}
 
 
 def test_what_there_is_by_kind(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,6 +52,7 @@ def test_what_there_is_by_kind(root: Path, capsys: pytest.CaptureFixture[str]) -
     found = read_caches(root)
     assert [(cache.kind.name, cache.path.name, cache.files) for cache in found] == [
         ("extensions", "extensions", 1),
+        ("steps", "steps", 1),
         ("compiled", TORCH, 2),
         ("damaged", f"{TORCH}.damaged-0a1b2c3d", 1),
         ("compilers", "compilers", 1),
@@ -59,7 +60,7 @@ def test_what_there_is_by_kind(root: Path, capsys: pytest.CaptureFixture[str]) -
     assert all(cache.size >= 5000 and time.time() - cache.used < 600 for cache in found)
     assert cache_command([], False, root) == 0
     told = capsys.readouterr().out
-    assert f"{root}: " in told and f"{TORCH}: compiled steps of models\n" in told
+    assert f"{root}: " in told and f"{TORCH}: steps that torch.compile compiled\n" in told
     assert "models from the hub, which other programs share" in told
     assert cache_command([], True, None) == 0
     listed = json.loads(capsys.readouterr().out)
@@ -109,7 +110,10 @@ def test_a_folder_that_others_can_write_is_not_touched(root: Path) -> None:
     ("words", "match"),
     [
         (["clera"], "cache clera: must be cache .a list. or cache clear, did you mean 'clear'"),
-        (["clear", "extension"], "must be one of extensions, compiled, .* did you mean 'extensions'"),
+        (
+            ["clear", "extension"],
+            "must be one of extensions, steps, compiled, .* did you mean 'extensions'",
+        ),
     ],
 )
 def test_wrong_words(words: list[str], match: str) -> None:
@@ -128,4 +132,4 @@ def test_the_command(root: Path) -> None:
     assert done.returncode == 0 and done.stdout.startswith("cleared compiled: "), done.stderr
     assert not (root / TORCH / "ab").exists()
     assert yoke("cache", "--sysfs", "/").returncode == 2
-    assert len(KINDS) == 4
+    assert len(KINDS) == 5
