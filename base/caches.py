@@ -5,8 +5,8 @@ mark in it, is ever removed: a folder that somebody else put there stays. A kind
 removed only while nobody holds it, and the lock's file stays, so that a run which waits for the lock
 finds an empty folder and no other.
 
-What is not here: who makes the files (`comm.build`, `engine.packages`, `engine.compiling`); the hub's cache
-of models, which other programs share.
+What is not here: who makes the files (`comm.build`, `engine.packages`, `engine.compiling`); the hub's
+cache of models, which other programs share.
 """
 
 from __future__ import annotations

@@ -32,7 +32,10 @@ class Rule:
     typed: str | None = None  # on standard input
 
 
-FIGURES = r"\[\d+ \+ \d+ tokens \| TTFT \d+ ms \| TPOT [\d.]+ ms \| .* tokens/s \| .* over (shm|none) \| rank 0 on "
+FIGURES = (
+    r"\[\d+ \+ \d+ tokens \| TTFT \d+ ms \| TPOT [\d.]+ ms \| .* tokens/s \| "
+    r".* over (shm|none) \| rank 0 on "
+)
 # By what the command contains; the first that matches.
 RULES = {
     r"launch\.py$": Rule(0, r"python launch\.py \[flags\]"),

@@ -29,7 +29,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in (
         "extensions/build.lock", "extensions/yoke_comm-0123.so", f"{TORCH}/yoke-made-this",
         f"{TORCH}/ab/code.cpp", f"{TORCH}/ab/code.so", f"{TORCH}.damaged-0a1b2c3d/x/old.so",
-        "compilers/abc-g++", "steps/lock", "steps/0a1b/step.so", "inductor-torch-9/theirs.so", "notes/important.txt", "file",
+        "compilers/abc-g++", "steps/lock", "steps/0a1b/step.so",
+        "inductor-torch-9/theirs.so", "notes/important.txt", "file",
     ):  # fmt: skip
         file = root / name
         file.parent.mkdir(parents=True, exist_ok=True)
