@@ -267,7 +267,7 @@ def _job(flags: Flags, world_size: int, attended: bool = True) -> ResolvedJob | 
     `attended`: a person at the terminal may be asked whether to fetch the model."""
     if flags.command == "run":
         return None
-    from engine.job import make_job
+    from engine.job import parse_job
     from engine.resolve import check_ranks, resolve
 
     chat = flags.command == "chat"
@@ -276,7 +276,7 @@ def _job(flags: Flags, world_size: int, attended: bool = True) -> ResolvedJob | 
             raise LaunchError(
                 f"{key}= goes with generate; leave it out: chat reads its messages from the terminal"
             )
-    job = make_job(flags.given, need_prompt=flags.command == "generate")
+    job = parse_job(flags.given, need_prompt=flags.command == "generate")
     if chat and "max_new_tokens" not in job.given:
         # An answer ends with a stop token, or when the sequence is full.
         job = replace(job, max_new_tokens=job.max_seq_len - 1)

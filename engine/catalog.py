@@ -14,7 +14,7 @@ from typing import Any
 
 from base.errors import InputError
 from engine.dtypes import dtype_name
-from engine.job import make_job
+from engine.job import parse_job
 from engine.memory import Workload, rank_needs
 from models.config import ModelConfig
 from models.families import FAMILIES, Family, family_of
@@ -46,7 +46,7 @@ def catalog(
         if key not in KEYS:
             raise InputError(f"models takes {'= and '.join(KEYS)}=, not {f'{key}={text}'!r}")
     # Checked like a job; the model and max_new_tokens are placeholders.
-    job = make_job({"model": "tiny", "max_new_tokens": "1", **given}, need_prompt=False)
+    job = parse_job({"model": "tiny", "max_new_tokens": "1", **given}, need_prompt=False)
     chosen = select(names)
     models = [
         _describe(name, job.dtype, job.max_seq_len, world_sizes, machine_bytes) for name in chosen

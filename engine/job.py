@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -136,19 +136,8 @@ _CHOICES = {
 }
 
 
-def parse_job(words: Sequence[str], need_prompt: bool = True) -> Job:
-    """As `make_job`, from `key=value` words. The last one of a key counts."""
-    values: dict[str, str] = {}
-    for word in words:
-        key, separator, text = word.partition("=")
-        if not separator:
-            raise InputError(f"{word!r} is not a flag, a command or key=value; see --help")
-        values[key] = text
-    return make_job(values, need_prompt)
-
-
-def make_job(values: Mapping[str, str], need_prompt: bool = True) -> Job:
-    """Check the keys that were given, with their texts. Raises InputError that names the key.
+def parse_job(values: Mapping[str, str], need_prompt: bool = True) -> Job:
+    """Parse and check the texts of the keys that were given. Raises InputError that names the key.
     `need_prompt`: also without a prompt."""
     for key in values:
         if key not in KEYS:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from base.errors import InputError, nearest
-from engine.job import KEYS, Job, make_job, sampling_of
+from engine.job import KEYS, Job, parse_job, sampling_of
 from models.sampling_params import check_sampling
 
 CHANGEABLE = (
@@ -40,7 +40,7 @@ def changed_job(job: Job, words: Sequence[str], max_seq_len: int, vocab_size: in
             raise InputError(_refusal(key))
         values[key] = text
     length = max(max_seq_len, 2)
-    parsed = make_job({"model": job.model, "max_seq_len": str(length), **values}, need_prompt=False)
+    parsed = parse_job({"model": job.model, "max_seq_len": str(length), **values}, need_prompt=False)
     given = tuple(dict.fromkeys((*job.given, *values)))
     changed = replace(job, given=given, **{key: getattr(parsed, key) for key in values})
     check_sampling(sampling_of(changed), vocab_size)

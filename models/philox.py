@@ -10,9 +10,6 @@ What is not here: many numbers at once (weights, noise for a whole vocabulary).
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1
@@ -44,13 +41,6 @@ def uniform(seed: int, counter: int, stream: int, count: int) -> list[float]:
         a, b, c, d = philox((counter & _WORD, counter >> 32 & _WORD, stream, block), key)
         numbers += [_number(a, b), _number(c, d)]
     return numbers[:count]
-
-
-def uniforms(seed: Tensor, counter: Tensor, stream: int, count: int) -> Tensor:
-    """`uniform` for R rows: seed int64 [R], counter int64 [R] -> float64 [R, count], same device."""
-    pairs = zip(seed.tolist(), counter.tolist(), strict=True)
-    numbers = [uniform(key, at, stream, count) for key, at in pairs]
-    return torch.tensor(numbers, dtype=torch.float64, device=seed.device).view(len(numbers), count)
 
 
 def _number(high: int, low: int) -> float:

@@ -27,7 +27,7 @@ from base.errors import InputError
 from models import penalties
 from models.limits import largest, weights
 from models.penalties import Table, make_table
-from models.philox import uniform, uniforms
+from models.philox import uniform
 from models.sampling_params import Sampling, check_sampling
 
 __all__ = [
@@ -42,7 +42,6 @@ __all__ = [
     "make_sampler",
     "record",
     "start_row",
-    "uniforms",
 ]
 
 CHOICE_STREAM = 0  # the `philox` stream of `choose`; other draws use other streams
@@ -56,7 +55,7 @@ class Sampler:
     rows: list[Sampling]
     tables: list[Table | None]  # None: no bias, no penalties
     names: list[str]  # of the requests, for errors
-    seed: Tensor  # int64 [R], the seeds of `rows`, for `uniforms`
+    seed: Tensor  # int64 [R], the seeds of `rows`, for `uniform`
 
 
 @dataclass(frozen=True)

@@ -164,12 +164,6 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def load_hf_model(checkpoint: Checkpoint, group: Group, dtype: torch.dtype) -> HfModel:
-    """Build and fill this rank's part of a checkpoint's model. Raises InputError."""
-    model, weights = build_model(checkpoint.folder, group, dtype)
-    return fill_model(model, weights, checkpoint, group)
-
-
 def fill_model(
     model: HfModel,
     weights: dict[str, Weight],

@@ -18,7 +18,6 @@ from base.errors import InputError
 from comm.group import Group
 from engine.beam_plan import Search
 from engine.beams import beam_search, find, generate_beams
-from engine.job import parse_job
 from engine.loop import Watcher, generate
 from engine.prompts import read_prompts
 from engine.requests import Answer, Request
@@ -29,6 +28,7 @@ from models.decoder import Decoder
 from models.load import config_of, load_model
 from models.presets import PRESETS
 from models.tokenizer.codec import byte_codec
+from tests.jobs import job_of
 from tests.models.families import make
 from tests.running import RunRanks, RunYoke
 from weights.formats.random_io import random_checkpoint
@@ -304,8 +304,8 @@ def test_the_command_searches(run_yoke: RunYoke) -> None:
 def test_what_does_not_go_with_beams_is_refused(word: str, tmp_path: Path) -> None:
     given = ["model=tiny", "weights=random", "output=json", "num_beams=4"]
     with pytest.raises(InputError, match=rf"num_beams=4 does not go with {word}"):
-        parse_job([*given, "prompt=x", word])
-    parse_job([*given[:3], "prompt=x", word])
+        job_of([*given, "prompt=x", word])
+    job_of([*given[:3], "prompt=x", word])
     key, _, value = word.partition("=")
     if key in ("draft", "engine", "stop"):
         return
@@ -313,5 +313,5 @@ def test_what_does_not_go_with_beams_is_refused(word: str, tmp_path: Path) -> No
     own = {"5": 1} if key == "logit_bias" else json.loads(value)
     lines.write_text(json.dumps({"prompt": "x"}) + "\n" + json.dumps({"prompt": "y", key: own}))
     with pytest.raises(InputError, match=rf"line 2: num_beams=4 does not go with {key}="):
-        read_prompts(parse_job([*given, f"prompts={lines}"]))
-    assert len(read_prompts(parse_job([*given[:3], f"prompts={lines}"]))) == 2
+        read_prompts(job_of([*given, f"prompts={lines}"]))
+    assert len(read_prompts(job_of([*given[:3], f"prompts={lines}"]))) == 2

@@ -17,7 +17,6 @@ from gguf import GGMLQuantizationType as Form
 from safetensors.torch import save_file
 
 from comm.group import Group
-from engine.job import parse_job
 from engine.memory import job_needs, with_batch
 from engine.resolve import ResolvedJob, resolve
 from models.decoder import Decoder
@@ -27,6 +26,7 @@ from models.quant_rules import matmuls_of, parse_quant
 from reshard.plan import plan_reshard
 from reshard.run import Reader
 from reshard.run import write as write_parts
+from tests.jobs import job_of
 from tests.weights.quant_files import CONFIG, Kind, write
 from weights.open import open_checkpoint
 from weights.outline import read_outline
@@ -89,9 +89,9 @@ def mixed(layer: int, name: str) -> Form:
     return {"output": Form.Q6_K, "attn_output": Form.BF16, "ffn_down": Form.Q4_K}.get(name, Form.Q4_1)
 
 
-def job_of(path: Path, *words: str) -> ResolvedJob:
+def resolved_of(path: Path, *words: str) -> ResolvedJob:
     common = [f"model={path}", "prompt=hi", "dtype=bfloat16", "max_seq_len=64", "max_new_tokens=2"]
-    return with_batch(resolve(parse_job([*common, *words])))
+    return with_batch(resolve(job_of([*common, *words])))
 
 
 def held(path: Path, quant: str, rank: int, size: int) -> tuple[int, int]:
@@ -115,13 +115,13 @@ def check(path: Path, quant: str) -> list[int]:
     scheme, slash, head = quant.partition("/")
     words = [f"quant={scheme}", *([f"quant_head={head}"] if slash else [])]
     for size in (1, 2):
-        needs = job_needs(job_of(path, *words), size, thorough=False)
+        needs = job_needs(resolved_of(path, *words), size, thorough=False)
         for rank, need in enumerate(needs):
             found, filled = held(path, quant, rank, size)
             assert 0 <= found - need["weights"] <= filled, (path.name, quant, size)
             with mock.patch("tp.layers.prefers_packed", return_value=False):
                 assert held(path, quant, rank, size) == (need["weights"], 0), (path.name, quant, size)
-    return [need["weights"] for need in job_needs(job_of(path, *words), 1, False)]
+    return [need["weights"] for need in job_needs(resolved_of(path, *words), 1, False)]
 
 
 @pytest.mark.parametrize("form", ["Q4_0", "Q4_1", "Q8_0", "Q6_K", "mixed"])
@@ -270,7 +270,7 @@ def test_weights_that_a_config_alone_claims_are_not_listed(
     config |= claims | {"architectures": ["MixtralForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr("engine.memory.matmuls_of", lambda config: pytest.fail("listed"))
-    assert len(job_needs(job_of(tmp_path), 2, thorough=False)) == 2
+    assert len(job_needs(resolved_of(tmp_path), 2, thorough=False)) == 2
 
 
 def test_an_estimate_needs_no_torch(gguf: Path) -> None:
@@ -279,7 +279,8 @@ def test_an_estimate_needs_no_torch(gguf: Path) -> None:
         "from engine.job import parse_job\n"
         "from engine.memory import job_needs, with_batch\n"
         "from engine.resolve import resolve\n"
-        f"job = with_batch(resolve(parse_job(['model={gguf}', 'prompt=x', 'dtype=bfloat16'])))\n"
+        f"given = {{'model': '{gguf}', 'prompt': 'x', 'dtype': 'bfloat16'}}\n"
+        "job = with_batch(resolve(parse_job(given)))\n"
         "assert 60e6 < job_needs(job, 1, False)[0]['weights'] < 160e6\n"
         "assert 'torch' not in sys.modules\n"
     )

@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 
 from base.errors import InputError
-from engine.job import Job, parse_job, stop_texts
+from engine.job import Job, stop_texts
 from engine.memory import job_needs, smaller_batch, with_batch
 from engine.resolve import check_ranks, from_json, resolve, to_json
 from models.find import find_weights
+from tests.jobs import job_of
 from tests.running import RunYoke
 
 GOOD = ["model=tiny", "weights=random", "prompt=hi"]
 
 
 def test_values_are_typed_and_texts_are_kept_as_they_are() -> None:
-    job = parse_job([*GOOD, "temperature=1", "top_k=5", "compile=false", "prompt=[1, ${x}] = yes"])
+    job = job_of([*GOOD, "temperature=1", "top_k=5", "compile=false", "prompt=[1, ${x}] = yes"])
     assert job.temperature == 1.0
     assert job.top_k == 5
     assert job.compile == "false"
@@ -68,17 +69,17 @@ def test_values_are_typed_and_texts_are_kept_as_they_are() -> None:
 )
 def test_what_is_wrong_is_named(words: list[str], match: str) -> None:
     with pytest.raises(InputError, match=match):
-        resolve(parse_job([*GOOD, *words]))
+        resolve(job_of([*GOOD, *words]))
 
 
 @pytest.mark.parametrize("key", ["model", "prompt"])
 def test_a_missing_key_is_named(key: str) -> None:
     with pytest.raises(InputError, match=f"{key}= is missing"):
-        parse_job([word for word in GOOD if not word.startswith(key)])
+        job_of([word for word in GOOD if not word.startswith(key)])
 
 
 def test_overrides_change_a_preset() -> None:
-    resolved = resolve(parse_job([*GOOD, "num_layers=5", "ffn_dim=64"]))
+    resolved = resolve(job_of([*GOOD, "num_layers=5", "ffn_dim=64"]))
     assert resolved.config is not None
     assert (resolved.config.num_layers, resolved.config.ffn_dim) == (5, 64)
     with pytest.raises(InputError, match="7 ranks for 6 query heads"):
@@ -86,10 +87,10 @@ def test_overrides_change_a_preset() -> None:
 
 
 def test_a_job_survives_the_way_to_its_ranks() -> None:
-    resolved = resolve(parse_job([*GOOD, 'prompt="é\n\U0001f600']))
+    resolved = resolve(job_of([*GOOD, 'prompt="é\n\U0001f600']))
     assert from_json(to_json(resolved)) == resolved
     words = [*GOOD, "draft=tiny", "logit_bias=5:-1.5,6:2", "temperature=0.5", 'stop=["a", "b"]']
-    resolved = resolve(parse_job(words))
+    resolved = resolve(job_of(words))
     assert resolved.draft is not None
     assert resolved.prompts[0].sampling.logit_bias == ((5, -1.5), (6, 2.0))
     assert stop_texts(resolved.job) == ("a", "b")
@@ -101,20 +102,19 @@ def test_how_many_texts_are_made_at_once(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a\n" * 20)
     words = ["model=tiny", "weights=random", f"prompts={file}"]
-    asked = resolve(parse_job(words))
+    asked = resolve(job_of(words))
     assert with_batch(asked).job.batch == 8
     tried, sizes = with_batch(asked), []
     while smaller := smaller_batch(asked, tried):
         tried = smaller
         sizes.append(tried.job.batch)
     assert sizes == [4, 2, 1]
-    fixed = resolve(parse_job([*words, "batch=3"]))
+    fixed = resolve(job_of([*words, "batch=3"]))
     assert with_batch(fixed).job.batch == 3
     assert smaller_batch(fixed, with_batch(fixed)) is None
-    assert with_batch(resolve(parse_job([*GOOD, "num_beams=5"]))).job.batch == 5
+    assert with_batch(resolve(job_of([*GOOD, "num_beams=5"]))).job.batch == 5
     one, three = (
-        job_needs(with_batch(resolve(parse_job([*words, f"batch={size}"]))), 2, True)[0]
-        for size in (1, 3)
+        job_needs(with_batch(resolve(job_of([*words, f"batch={size}"]))), 2, True)[0] for size in (1, 3)
     )
     assert three["kv_cache"] == 3 * one["kv_cache"]
     assert three["weights"] == one["weights"]
@@ -129,7 +129,7 @@ def test_a_model_in_the_hub_cache_is_found(tmp_path: Path, monkeypatch: pytest.M
     refs.mkdir()
     (refs / "main").write_text("abc")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    assert resolve(parse_job(["model=some/model", "prompt=x"])).checkpoint == snapshot
+    assert resolve(job_of(["model=some/model", "prompt=x"])).checkpoint == snapshot
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from base.errors import InputError
-from engine.job import fitted_length, parse_job
+from engine.job import fitted_length
 from engine.memory import job_needs, with_batch
 from engine.opening import about_length
 from engine.resolve import from_json, resolve, to_json
 from models.config import Rope
 from models.presets import PRESETS
 from models.sampling import Sampling
+from tests.jobs import job_of
 from tests.quantize.small import make_folder
 from tests.running import RunYoke
 
@@ -36,7 +37,7 @@ def write(folder: Path, **settings: Any) -> None:
 
 def sampling_of(folder: Path, *words: str) -> tuple[Sampling, str]:
     """Of the one prompt, and what is said."""
-    resolved = resolve(parse_job([f"model={folder}", "prompt=x", *words]))
+    resolved = resolve(job_of([f"model={folder}", "prompt=x", *words]))
     assert from_json(to_json(resolved)) == resolved
     return resolved.prompts[0].sampling, "\n".join(resolved.notes)
 
@@ -109,21 +110,21 @@ def test_prompts_of_a_file_have_them_and_may_say_otherwise(folder: Path, tmp_pat
     file = tmp_path / "prompts.jsonl"
     lines = [{"prompt": "a"}, {"prompt": "b", "repetition_penalty": 1, "logit_bias": {"5": 1}}]
     file.write_text("\n".join(map(json.dumps, lines)))
-    resolved = resolve(parse_job([f"model={folder}", f"prompts={file}"]))
+    resolved = resolve(job_of([f"model={folder}", f"prompts={file}"]))
     ban = (4, float("-inf"))
     assert [prompt.sampling for prompt in resolved.prompts] == [
         Sampling(repetition_penalty=1.5, logit_bias=(ban,)),
         Sampling(logit_bias=(ban, (5, 1.0))),
     ]
     assert resolved.job.stop == '["end"]'
-    chat = resolve(parse_job([f"model={folder}"], need_prompt=False))
+    chat = resolve(job_of([f"model={folder}"], need_prompt=False))
     assert chat.job.repetition_penalty == 1.5
 
 
 def test_a_gguf_file_has_its_own(folder: Path) -> None:
     write(folder, repetition_penalty=1.5)
     (folder / "x.gguf").write_bytes(b"GGUF")
-    job = parse_job([f"model={folder / 'x.gguf'}", "prompt=x"])
+    job = job_of([f"model={folder / 'x.gguf'}", "prompt=x"])
     assert resolve(job).job == job
 
 
@@ -154,11 +155,11 @@ def test_tokens_are_transformers_with_its_defaults(ranks: int, folder: Path, run
 
 def test_lengths_that_nobody_gave_are_lowered(folder: Path) -> None:
     words = [f"model={folder}", "prompt=x", "dtype=float32"]
-    job = parse_job(words)
+    job = job_of(words)
     assert fitted_length(job, 512) == 512
     assert fitted_length(job, 4096) == fitted_length(job, None) == 1024
     assert fitted_length(job, 4096, 256) == 256
-    given = parse_job([*words, "max_seq_len=600"])
+    given = job_of([*words, "max_seq_len=600"])
     assert fitted_length(given, 600, 256) == 600
     with pytest.raises(InputError, match="max_seq_len=600: this model was trained for 512 at most"):
         fitted_length(given, 512)
@@ -166,14 +167,14 @@ def test_lengths_that_nobody_gave_are_lowered(folder: Path) -> None:
     with pytest.raises(InputError, match="max_seq_len=600: this model was trained for 512"):
         job_needs(with_batch(resolve(given)), 1, False)
     sizes = [
-        job_needs(with_batch(resolve(parse_job([*words, *more]))), 1, False)[0]["kv_cache"]
+        job_needs(with_batch(resolve(job_of([*words, *more]))), 1, False)[0]["kv_cache"]
         for more in ([], ["max_seq_len=512"], ["max_seq_len=256"])
     ]
     assert sizes[0] == sizes[1] == 2 * sizes[2]
-    short = parse_job([*words, "max_seq_len=40"])
+    short = job_of([*words, "max_seq_len=40"])
     assert (short.max_new_tokens, short.given) == (39, ("model", "prompt", "dtype", "max_seq_len"))
     with pytest.raises(InputError, match="max_new_tokens=64 does not leave room"):
-        parse_job([*words, "max_seq_len=40", "max_new_tokens=64"])
+        job_of([*words, "max_seq_len=40", "max_new_tokens=64"])
 
 
 def test_room_that_changes_short_texts_is_reported() -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from base.errors import InputError
-from engine.job import Job, parse_job
+from engine.job import Job
 from engine.prompts import prompt_from_dict, read_prompts
+from tests.jobs import job_of
 
 
 def job(file: Path, *words: str) -> Job:
-    return parse_job(["model=tiny", f"prompts={file}", *words])
+    return job_of(["model=tiny", f"prompts={file}", *words])
 
 
 def test_a_prompt_on_each_line(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from base.errors import InputError
-from engine.job import help_lines, parse_job
+from engine.job import help_lines
 from engine.memory import job_needs, keeps_quantized, with_batch
 from engine.resolve import check_ranks, from_json, resolve, to_json
 from models.quant_rules import Asked, Quant, parse_quant
+from tests.jobs import job_of
 from tests.running import RunYoke
 from tests.weights.quant_files import Kind, write
 from weights.schemes import Scheme
@@ -44,11 +45,11 @@ WORDS = ["model=llama-3.2-1b", "weights=random", "prompt=hi", "dtype=bfloat16"]
 )
 def test_what_does_not_go_is_refused(words: list[str], match: str) -> None:
     with pytest.raises(InputError, match=match):
-        check_ranks(resolve(parse_job([*WORDS, *words])), 1)
+        check_ranks(resolve(job_of([*WORDS, *words])), 1)
 
 
 def test_ranks_that_would_cut_too_little_are_refused() -> None:
-    resolved = resolve(parse_job([*WORDS, "model=tiny", "quant=int8"]))
+    resolved = resolve(job_of([*WORDS, "model=tiny", "quant=int8"]))
     check_ranks(resolved, 3)
     with pytest.raises(InputError, match=r"with 2 ranks .* --ranks N with N of 1, 3, or quant=none"):
         check_ranks(resolved, 2)
@@ -57,7 +58,7 @@ def test_ranks_that_would_cut_too_little_are_refused() -> None:
 def test_a_draft_keeps_what_its_file_has() -> None:
     for quant, wanted in (("int8", "auto"), ("auto", "auto"), ("none", "none")):
         head = ["quant_head=same"] if quant == "int8" else []
-        resolved = resolve(parse_job([*WORDS, "draft=llama-3.2-1b", f"quant={quant}", *head]))
+        resolved = resolve(job_of([*WORDS, "draft=llama-3.2-1b", f"quant={quant}", *head]))
         assert resolved.draft is not None
         assert resolved.draft.job.quant == wanted
         assert resolved.draft.quant == parse_quant(wanted)
@@ -71,14 +72,14 @@ def test_what_is_asked_is_one_value_that_ranks_get_too() -> None:
         (["quant=int4-g32", "quant_head=same"], Quant(Asked(Scheme(4, 32), Scheme(4, 32)))),
         (["quant=int4-g64-asym", "quant_head=none"], Quant(Asked(Scheme(4, 64, False), None))),
     ):
-        resolved = resolve(parse_job([*WORDS, *words]))
+        resolved = resolve(job_of([*WORDS, *words]))
         assert resolved.quant == wanted
         assert from_json(to_json(resolved)) == resolved
 
 
 def test_the_estimate_counts_packed_weights(tmp_path: Path) -> None:
     def weights(*words: str) -> int:
-        return job_needs(with_batch(resolve(parse_job([*WORDS, *words]))), 1, False)[0]["weights"]
+        return job_needs(with_batch(resolve(job_of([*WORDS, *words]))), 1, False)[0]["weights"]
 
     plain, eight, four = weights(), weights("quant=int8"), weights("quant=int4-g32")
     embedding = 128256 * 2048
@@ -96,8 +97,8 @@ def test_the_estimate_counts_packed_weights(tmp_path: Path) -> None:
 
 def test_auto_keeps_what_our_matmuls_take() -> None:
     for words, kept in (([], True), (["dtype=float32"], False), (["quant=none"], False)):
-        assert keeps_quantized(parse_job([*WORDS, *words])) is kept
-    assert not keeps_quantized(parse_job(WORDS), "cuda:0")
+        assert keeps_quantized(job_of([*WORDS, *words])) is kept
+    assert not keeps_quantized(job_of(WORDS), "cuda:0")
     assert any("quant=" in line and "int4-g32" in line for line in help_lines())
 
 

@@ -15,9 +15,9 @@ import pytest
 
 from engine.chat import asked_of
 from engine.generate import encode_prompt
-from engine.job import parse_job
 from engine.resolve import resolve
 from models.tokenizer.codec import byte_codec
+from tests.jobs import job_of
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 WORDS = ("model=tiny", "weights=random", "compile=false", "dtype=float32")
@@ -131,13 +131,13 @@ def test_a_model_without_a_template_continues_the_last_message() -> None:
     codec = byte_codec(256)
     base = replace(codec, chat_templates={})
     # `chat` asks for answers that may fill the sequence; a text that goes on would do so.
-    job = replace(parse_job(words, need_prompt=False), max_new_tokens=499)
+    job = replace(job_of(words, need_prompt=False), max_new_tokens=499)
     prompt, most = asked_of(resolve(job), codec, messages)
     assert (prompt.messages, most) == (tuple(messages), 499)
     prompt, most = asked_of(resolve(job), base, messages)
     assert (prompt.text, prompt.messages, most) == ("two", (), 64)
     assert encode_prompt(base, prompt, 500) == base.encode("two", True)
-    job = parse_job([*words, "max_new_tokens=200"], need_prompt=False)
+    job = job_of([*words, "max_new_tokens=200"], need_prompt=False)
     assert asked_of(resolve(job), base, messages)[1] == 200
 
 

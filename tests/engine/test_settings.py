@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from base.errors import InputError
-from engine.job import KEYS, parse_job
+from engine.job import KEYS
 from engine.settings import CHANGEABLE, changed_job, settings_of
+from tests.jobs import job_of
 
-JOB = parse_job(["model=tiny", "weights=random", "prompt=x", "top_k=5", "max_seq_len=100"])
+JOB = job_of(["model=tiny", "weights=random", "prompt=x", "top_k=5", "max_seq_len=100"])
 
 
 def test_values_are_changed_and_the_rest_stays() -> None:

@@ -15,7 +15,6 @@ import torch
 from base.errors import InputError
 from comm.group import Group
 from engine import speculation
-from engine.job import parse_job
 from engine.loop import Watcher, generate
 from engine.opening import step_names
 from engine.requests import Answer, Request
@@ -27,6 +26,7 @@ from models.load import load_model
 from models.presets import PRESETS
 from models.sampling import Sampling
 from tests.engine.chances import chi_square, limit
+from tests.jobs import job_of
 from tests.running import RunRanks, RunYoke
 from weights.formats.random_io import random_checkpoint
 
@@ -258,9 +258,9 @@ def test_the_command_reports_how_many_draft_tokens_were_accepted(run_yoke: RunYo
 
 
 def test_a_draft_is_a_model_of_the_same_vocabulary_or_look_up() -> None:
-    lookup = resolve(parse_job([*JOB, "draft=lookup"]))
+    lookup = resolve(job_of([*JOB, "draft=lookup"]))
     assert lookup.draft is None and step_names(lookup.job, True) == (EXTEND,)
-    small = resolve(parse_job([*JOB, "draft=tiny", "num_layers=5", "seed=3"]))
+    small = resolve(job_of([*JOB, "draft=tiny", "num_layers=5", "seed=3"]))
     assert small.draft is not None and small.draft.config == PRESETS["tiny"]
     assert small.draft.job.model == "tiny" and small.draft.job.seed == 3
     assert from_json(to_json(small)) == small
@@ -272,8 +272,8 @@ def test_a_draft_is_a_model_of_the_same_vocabulary_or_look_up() -> None:
         (["draft=lookup", "draft_tokens=0"], "draft_tokens=0: must be between 1"),
     ):
         with pytest.raises(InputError, match=said):
-            resolve(parse_job([*JOB, *words]))
-    wide = resolve(parse_job([*JOB, "draft=tiny", "num_heads=8", "num_kv_heads=8"]))
+            resolve(job_of([*JOB, *words]))
+    wide = resolve(job_of([*JOB, "draft=tiny", "num_heads=8", "num_kv_heads=8"]))
     with pytest.raises(InputError, match="draft=tiny: 8 ranks for 6 query heads"):
         check_ranks(wide, 8)
 

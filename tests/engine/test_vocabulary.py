@@ -11,10 +11,10 @@ from tokenizers import AddedToken, Tokenizer
 
 from base.errors import InputError
 from engine.chat import channel_of, next_task
-from engine.job import parse_job
 from engine.resolve import resolve
 from models.tokenizer.codec import byte_codec, within_vocabulary
 from models.tokenizer.open import load_codec
+from tests.jobs import job_of
 from tests.quantize.small import make_folder
 from tests.running import RunYoke
 from weights.open import open_checkpoint
@@ -53,7 +53,7 @@ def test_a_prompt_with_it_is_named(folder: Path, tmp_path: Path, run_yoke: RunYo
 
 def test_a_chat_goes_on(folder: Path) -> None:
     """The user gets an error message, and the next turn works."""
-    resolved = resolve(parse_job(words(folder), need_prompt=False))
+    resolved = resolve(job_of(words(folder), need_prompt=False))
     codec = within_vocabulary(load_codec(open_checkpoint(folder)), 128)
     assert codec.stop_tokens == {1}
     ours, theirs = socket.socketpair()

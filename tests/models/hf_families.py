@@ -7,6 +7,11 @@ from typing import Any
 
 import torch
 
+from comm.group import Group
+from models.hf.model import HfModel, build_model, fill_model
+from weights.formats.safetensors_io import open_safetensors
+from weights.locate import locate
+
 COMMON: dict[str, Any] = {
     "num_hidden_layers": 2,
     "vocab_size": 301,
@@ -73,6 +78,12 @@ def save(name: str, folder: Path, **changes: Any) -> Any:
     model = make(name, **changes)
     model.save_pretrained(folder)
     return model
+
+
+def load_hf(folder: Path, group: Group) -> HfModel:
+    """This rank's part of the model in a folder, in float32."""
+    checkpoint = open_safetensors(locate(folder), translated=False)
+    return fill_model(*build_model(folder, group, torch.float32), checkpoint, group)
 
 
 def add_tokenizer(folder: Path) -> None:

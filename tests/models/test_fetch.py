@@ -27,10 +27,10 @@ CONFIG = {
 PROGRAM = """
 import sys
 from base.errors import InputError
-from engine.job import parse_job
+from tests.jobs import job_of
 from engine.resolve import resolve
 try:
-    print(resolve(parse_job(sys.argv[1:])).checkpoint)
+    print(resolve(job_of(sys.argv[1:])).checkpoint)
 except InputError as error:
     sys.exit(str(error))
 """

@@ -18,16 +18,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from base.errors import InputError
 from comm.group import Group
-from engine.job import parse_job
 from engine.memory import job_needs
 from engine.resolve import check_ranks, resolve
-from models.hf.model import HfModel, build_model, load_hf_model
-from tests.models.hf_families import FAMILIES, add_tokenizer, save
+from models.hf.model import HfModel, build_model
+from tests.jobs import job_of
+from tests.models.hf_families import FAMILIES, add_tokenizer, load_hf, save
 from tests.running import RunRanks, RunYoke
 from tests.targets.hf import run, wanted_of
 from tp.heads import split_heads
-from weights.formats.safetensors_io import open_safetensors
-from weights.locate import locate
 
 # What these hold whole: VaultGemma's table, which it scales; the latents of MiniCPM3's attention.
 WHOLE = ("vaultgemma", "minicpm3")
@@ -54,9 +52,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tokens: torch.Tensor) -> d
 def test_one_rank_eager_and_traced(name: str, folders: dict[str, str], tokens: torch.Tensor) -> None:
     """The same logits from the one graph that a compiler would be handed."""
     folder = Path(folders[name])
-    model = load_hf_model(
-        open_safetensors(locate(folder), translated=False), Group(0, 1), torch.float32
-    )
+    model = load_hf(folder, Group(0, 1))
     rows = [0, 1, 2]
     wanted = wanted_of(torch.load(folder / "wanted.pt"), rows)
     torch._dynamo.reset()
@@ -163,9 +159,7 @@ def test_weights_that_do_not_fit_are_named(folders: dict[str, str], tmp_path: Pa
     ):  # fmt: skip
         save_file(changed, file)
         with pytest.raises(InputError, match=message):
-            load_hf_model(
-                open_safetensors(locate(folder), translated=False), Group(0, 1), torch.float32
-            )
+            load_hf(folder, Group(0, 1))
 
 
 def test_before_any_rank(
@@ -173,16 +167,16 @@ def test_before_any_rank(
 ) -> None:
     """What the command says without torch: heads, folders, the package."""
     words = ["prompt=x", "engine=hf"]
-    job = resolve(parse_job([f"model={folders['cohere2']}", *words]))
+    job = resolve(job_of([f"model={folders['cohere2']}", *words]))
     check_ranks(job, 6)
     with pytest.raises(InputError, match="7 ranks for 6 query heads"):
         check_ranks(job, 7)
     assert job_needs(job, 2, thorough=True) == []
     with pytest.raises(InputError, match=r"reads a folder with config\.json"):
-        resolve(parse_job([f"model={tmp_path}", *words]))
+        resolve(job_of([f"model={tmp_path}", *words]))
     with pytest.raises(InputError, match="weights=random goes with engine=yoke"):
-        resolve(parse_job(["model=tiny", "weights=random", *words]))
-    own = resolve(parse_job([f"model={folders['cohere2']}", "prompt=x"]))
+        resolve(job_of(["model=tiny", "weights=random", *words]))
+    own = resolve(job_of([f"model={folders['cohere2']}", "prompt=x"]))
     with pytest.raises(InputError, match=r"'Cohere2ForCausalLM' is not supported.*engine=hf runs any"):
         job_needs(own, 2, thorough=True)
 
@@ -191,10 +185,10 @@ def test_before_any_rank(
 
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.51.3")
     with pytest.raises(InputError, match=r"needs transformers 5\.23 or newer, and 4\.51\.3"):
-        resolve(parse_job([f"model={folders['cohere2']}", *words]))
+        resolve(job_of([f"model={folders['cohere2']}", *words]))
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(InputError, match=r"pip install 'transformers>=5\.23'"):
-        resolve(parse_job([f"model={folders['cohere2']}", *words]))
+        resolve(job_of([f"model={folders['cohere2']}", *words]))
 
 
 @pytest.mark.parametrize(

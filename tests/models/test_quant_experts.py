@@ -13,7 +13,6 @@ from gguf import GGMLQuantizationType as Form
 
 from base.errors import InputError
 from comm.group import Group
-from engine.job import parse_job
 from engine.memory import job_needs, with_batch
 from engine.resolve import resolve
 from models.config import ModelConfig, expected_shapes
@@ -21,6 +20,7 @@ from models.decoder import Decoder
 from models.load import config_of, load_model
 from models.mlp import Experts, run_experts, run_experts_dense
 from models.quant_rules import check_quant, parse_asked, parse_quant
+from tests.jobs import job_of
 from tests.models.expert_files import CONFIG, DIM, MIXTRAL, WIDTH, write_folder, write_gguf
 from tests.models.rounded import dequantized
 from tests.targets.quant import TOKENS
@@ -108,7 +108,7 @@ def test_experts_are_kept_in_ggufs_blocks(form: str, tmp_path: Path) -> None:
     assert said == ("layers: 3 of int4-g32, 1 dequantized (Q5_0)" if form == "mixed" else "")
     # The estimate counts what is held.
     words = [f"model={path}", "prompt=x", "dtype=bfloat16", "max_seq_len=32", "max_new_tokens=2"]
-    job = with_batch(resolve(parse_job(words)))
+    job = with_batch(resolve(job_of(words)))
     for size in (1, 2):
         for rank, need in enumerate(job_needs(job, size, thorough=False)):
             with mock.patch("tp.layers.prefers_packed", return_value=False):  # which fills weights up

@@ -11,9 +11,7 @@ import torch
 from base.rank import RankSettings
 from comm import ops
 from comm.group import Rendezvous, open_group
-from models.hf.model import load_hf_model
-from weights.formats.safetensors_io import open_safetensors
-from weights.locate import locate
+from tests.models.hf_families import load_hf
 
 LENGTHS = (9, 5, 7)  # of the prompts in a batch; each is padded to 12
 STEPS = 8
@@ -47,9 +45,7 @@ def main(env: RankSettings, payload: str) -> int:
     with open_group(env.rank, env.world_size, env.backend, rendezvous, 120.0) as group:
         for name, folder in json.loads(payload)["folders"].items():
             path = Path(folder)
-            model = load_hf_model(
-                open_safetensors(locate(path), translated=False), group, torch.float32
-            )
+            model = load_hf(path, group)
             wanted = torch.load(path / "wanted.pt")
             for rows in ([0, 1, 2], [1]):
                 logits = run(model, tokens, rows)

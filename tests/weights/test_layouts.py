@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from base.errors import InputError
-from engine.job import parse_job
 from engine.resolve import resolve
 from models.config import expected_shapes
 from models.config_hf import from_hf
+from tests.jobs import job_of
 from tests.weights.samples import (
     CONFIG,
     HEADS,
@@ -261,7 +261,7 @@ def test_the_hub_cache_may_hold_any_format(
     main = tmp_path / "models--some--model" / "refs" / "main"
     main.write_text("abc\n")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    job = parse_job(["model=some/model", "prompt=x"])
+    job = job_of(["model=some/model", "prompt=x"])
     with pytest.raises(InputError, match="no weights found"):
         resolve(job)
     (snapshot / name).touch()

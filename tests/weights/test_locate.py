@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from base.errors import InputError
 from comm.group import Group
-from engine.job import parse_job
 from engine.resolve import resolve
 from models.load import config_of, load_model
+from tests.jobs import job_of
 from tests.models.families import save
 from tests.models.gguf_files import write as write_gguf
 from tests.running import RunRanks
@@ -128,7 +128,7 @@ def test_links_into_a_store_of_blobs(write: Callable[..., Path], tmp_path: Path)
     for file in folder.iterdir():
         if file.name in ("config.json", "params.json"):
             continue
-        job = parse_job([f"model={file}", "prompt=x"])
+        job = job_of([f"model={file}", "prompt=x"])
         path = resolve(job).checkpoint
         assert path == file
         checkpoint = open_checkpoint(path)
