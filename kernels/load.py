@@ -1,6 +1,6 @@
 """Load the operators `torch.ops.yoke_kernels.*`, and tell torch their shapes.
 
-`python -m kernels.load` compiles them ahead of the first run.
+`python -m kernels.load` compiles them, and those of comm, ahead of the first run.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comm.build import build_extension
+from comm.build import build_extension, build_extensions
 from comm.errors import BuildError
+from comm.sources import COMM
 from kernels.sources import KERNELS
 
 # The places of num_rows among the arguments after x: of quant_linear, and of gated_mlp's down.
@@ -86,6 +87,7 @@ def _fake_write_and_attend(
 
 if __name__ == "__main__":
     try:
-        print(build_extension(KERNELS))
+        for library in build_extensions([COMM, KERNELS]):  # together: what both need is compiled once
+            print(library)
     except BuildError as error:
         sys.exit(f"error: {error}")

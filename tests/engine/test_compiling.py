@@ -187,8 +187,8 @@ def cache_with_extensions(folder: Path) -> Path:
     cache.mkdir(mode=0o700)
     built = subprocess.run(
         [sys.executable, "-m", "kernels.load"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    (cache / "extensions").symlink_to(Path(built).parent)
+    ).stdout.splitlines()
+    (cache / "extensions").symlink_to(Path(built[0]).parent)
     return cache
 
 
