@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,23 @@ class _Parser(argparse.ArgumentParser):
         raise LaunchError(f"{message}; see --help")
 
 
+def _section(parser: _Parser, title: str, shown: bool) -> Callable[..., None]:
+    """A section of the help; returns a function that adds a flag to it, in both spellings (--a-b and
+    --a_b)."""
+    group = parser.add_argument_group(title)
+
+    def flag(name: str, *short: str, **options: Any) -> None:
+        if not shown:
+            options["help"] = argparse.SUPPRESS
+        group.add_argument(*short, name, **options)
+        other = "--" + name[2:].replace("-", "_")
+        if other != name:
+            hidden = options | {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+            group.add_argument(other, **hidden)
+
+    return flag
+
+
 def make_parser(words: str, sections: Sequence[str] = (), usage: str = "") -> _Parser:
     """The parser; `words` is how many words there are besides flags. `sections` and `usage` are those
     that its help shows [all]."""
@@ -104,19 +121,8 @@ def make_parser(words: str, sections: Sequence[str] = (), usage: str = "") -> _P
         allow_abbrev=False,
     )
 
-    def section(key: str, title: str) -> Any:
-        group = parser.add_argument_group(title)
-
-        def flag(name: str, *short: str, **options: Any) -> None:
-            if sections and key not in sections:
-                options["help"] = argparse.SUPPRESS
-            group.add_argument(*short, name, **options)
-            other = "--" + name[2:].replace("-", "_")
-            if other != name:
-                hidden = options | {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
-                group.add_argument(other, **hidden)
-
-        return flag
+    def section(key: str, title: str) -> Callable[..., None]:
+        return _section(parser, title, not sections or key in sections)
 
     flag = section("place", "placing ranks (each of these flags except --ranks also binds them)")
     flag("--bind-cores-to-rank", action="store_true", help="bind each rank to its cores and memory")
