@@ -5,7 +5,7 @@ hold in all of them. A character that the encoding lacks is printed as a replace
 escape. A stream that was closed (`>&-`) becomes /dev/null: otherwise the next file to be opened would
 get its number, and output would go into that file. Output that nobody reads (`| head`) ends the program
 silently; output that cannot be written (a full disk) ends it with one message. A message that cannot be
-written to stderr is dropped, and the program goes on.
+written to stderr is dropped, and the program continues.
 
 Not here: the output of a program that `run` starts; it has the streams that python gives it.
 """

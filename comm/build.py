@@ -84,8 +84,8 @@ def build_extensions(
 ) -> list[Path]:
     """Return the paths of the compiled extensions, compiling first what is not there yet.
 
-    A file lock lets one process build while others wait for its result; each of them tells how far the
-    build is, about twice a second. The compilers run on `cpus`, by default those of this thread. Raises
+    A file lock lets one process build while others wait for its result; each of them reports the
+    progress about twice a second. The compilers run on `cpus`, by default those of this thread. Raises
     BuildError when there is no C++ compiler, or it fails, or there is no place for the result.
     """
     compiler, folder = _compiler(), _folder()
@@ -107,7 +107,7 @@ def built_extension(extension: Extension = COMM) -> Path | None:
     """The compiled extension, if there is one for this torch, compiler and source; builds nothing."""
     try:
         if not any(folder and (folder / EXTENSIONS).is_dir() for folder in cache_candidates()):
-            return None  # to look makes no folder
+            return None  # checking creates no folder
         library = _folder() / _file_name(_compiler(), extension)
     except BuildError:
         return None

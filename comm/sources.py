@@ -72,7 +72,7 @@ def level_of(features: Collection[str]) -> int:
 
 
 def read_level(cpuinfo: Path = Path("/proc/cpuinfo")) -> int:
-    """This processor's; all where nobody can tell."""
+    """This processor's level; the highest where it cannot be read."""
     if platform.machine() != "x86_64":
         return 0
     try:

@@ -1,4 +1,4 @@
-"""Steps that are compiled beside the run, and the change from uncompiled steps to compiled ones.
+"""Steps that are compiled during the run, and the change from uncompiled steps to compiled ones.
 
 Each rank looks for the packages of its steps (`engine.packages`) and starts a process that compiles the
 missing ones (`engine.compile_child`), at a lower priority. Meanwhile steps run uncompiled. At each

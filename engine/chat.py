@@ -3,7 +3,7 @@
 Rank 0 reads requests from the channel, one JSON object on each line (`launcher.chat.console` has the
 protocol), and broadcasts them to the other ranks. While there is no request, all ranks synchronize many
 times a second, so that a wait for a person never looks like a rank that hangs. The keys of earlier
-turns stay in the cache: when a conversation goes on, only its new tokens are run.
+turns stay in the cache: when a conversation continues, only its new tokens are run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The process that compiles a model's steps into packages, beside the rank that it compiles for.
+"""The process that compiles a model's steps into packages, while the rank runs.
 
 It gets the model's structure without weights (`packages.describe`), exports each step as one graph,
 compiles it, and moves the package to its place when it is complete. To standard output it writes one

@@ -9,7 +9,7 @@ the code (the seal). Before the next compiling it compares them; on a mismatch t
 compiled again.
 
 Yoke drops only files that the seal names, in folders that Yoke made, which contain its mark. A run that
-compiles holds a lock on the mark, and while it does, nobody drops. A folder that the user chose, with
+compiles holds a lock on the mark; meanwhile no run drops code. A folder that the user chose, with
 torch's own variable, is used unchanged: Yoke neither checks it, nor writes to it, nor removes anything.
 
 Not here: how long this takes (docs/log.md).

@@ -43,7 +43,7 @@ class Index:
 def look_up(index: Index, text: Sequence[int], count: int) -> list[int]:
     """Returns `count` tokens that may follow `text`, or []: those that followed the latest earlier
     occurrence of its longest indexed suffix. If they reach the end of the text, they continue with
-    themselves, as in Lempel and Ziv's compression: a text that repeats itself is expected to go on.
+    themselves, as in Lempel and Ziv's compression: a text that repeats itself is expected to continue.
 
     `index` is the index of this text; it is updated.
     """

@@ -100,7 +100,7 @@ HELP: dict[str, str] = {
     "check_every": "steps between two checks for finished sequences",
     "num_beams": "width of the beam search; 1: no beam search. length_penalty= [1]",
     "draft": "propose tokens: lookup (in the text so far) or a small model; draft_tokens= [4]",
-    "compile": "auto (start at once, and compile beside the run), true (wait for it) or false",
+    "compile": "auto (start at once, and compile during the run), true (wait for it) or false",
     "chat": "wrap the prompt in the model's chat template",
     "output": "text (streamed) or json (an object for each prompt)",
     "num_layers": "with weights=random: overrides the preset; likewise dim, num_heads, "

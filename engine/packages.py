@@ -71,7 +71,7 @@ def describe(model: Decoder) -> bytes:
     AttributeError for a model with a part that cannot be pickled."""
     rooms: dict[tuple[int, int], _Room] = {}
     buffer = io.BytesIO()
-    # The one in Python: it alone can be told to sort sets, whose order differs between processes.
+    # The pickler in Python: only this one can sort sets, whose order differs between processes.
     pickler = pickle._Pickler(buffer)
     pickler.dispatch = pickler.dispatch | {set: _save_sorted}  # type: ignore[misc]
     pickler.dispatch_table = copyreg.dispatch_table.copy()

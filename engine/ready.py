@@ -1,9 +1,9 @@
 """From loaded models to runners that can start: caches allocated, steps compiled as the job asks.
 
 `compile=true` waits until all steps are compiled, `compile=auto` starts at once and lets the compiler
-work beside the run (`engine.background`), `compile=false` compiles nothing. Our own models on CPUs,
+work during the run (`engine.background`), `compile=false` compiles nothing. Our own models on CPUs,
 with our own operators, are compiled ahead of time, to packages that a later start loads. Other models,
-devices and transports go through torch.compile, which cannot compile beside a run: there `auto` waits
+devices and transports go through torch.compile, which cannot compile during a run: there `auto` waits
 too.
 
 Not here: how models are loaded (`engine.opening`).
@@ -38,7 +38,7 @@ from models.decoder import Decoder
 @dataclass(frozen=True)
 class Ready:
     """Runners of the model and of the draft model, if there is one, and those models. `compile_s`:
-    seconds of waiting for the compiler. `upgrades`: what is still compiled beside the run."""
+    seconds of waiting for the compiler. `upgrades`: what is still compiled during the run."""
 
     runners: tuple[Runner, ...]
     models: tuple[AnyModel, ...]
@@ -122,7 +122,7 @@ def _pending_line(pending: Sequence[Upgrade]) -> str:
     last_s = sum(read_seconds(name) for name in steps)
     took = f" (last time {last_s:.0f} s)" if last_s else ""
     return (
-        f"compiling beside the run: {', '.join(steps)}{took}; until then steps run uncompiled, and "
+        f"compiling during the run: {', '.join(steps)}{took}; until then steps run uncompiled, and "
         "compile=true would wait"
     )
 

@@ -1,4 +1,4 @@
-"""Load the operators `torch.ops.yoke_kernels.*`, and tell torch their shapes.
+"""Load the operators `torch.ops.yoke_kernels.*`, and register their shapes with torch.
 
 `python -m kernels.load` compiles them, and those of comm, ahead of the first run.
 """

@@ -2,7 +2,7 @@
 
 They are config, tokenizer, chat templates and licenses, read as bytes. This is a module of its own
 for safety: a downloaded folder may hold a link named LICENSE to a private file, and the output may be
-published. So a file is copied only if it really lies in the model's folder, or in the blob store of
+published. So a file is copied only if it really is in the model's folder, or in the blob store of
 the hub cache that the folder is a snapshot of. What is not here: which of the files are rewritten.
 """
 

@@ -166,8 +166,8 @@ def _only_one(folder: Path, names: list[str], suffix: str) -> tuple[Path, ...]:
 
 
 def is_companion(name: str) -> bool:
-    """Whether a file of this name lies beside weights without being the model: an adapter, the state of
-    a training run, the vision part of a GGUF model."""
+    """Whether a file of this name is not the model, though stored with weights: an adapter, the state
+    of a training run, the vision part of a GGUF model."""
     return _COMPANION.fullmatch(name) is not None
 
 
@@ -240,8 +240,8 @@ def read_index(index: Path) -> dict[str, str]:
         # The index comes with the model and is not trusted: it must not name files elsewhere.
         if not name or Path(name).name != name or name == "..":
             raise InputError(
-                f"{index} names {name[:200]!r}: shards must lie beside their index; download the model "
-                "again"
+                f"{index} names {name[:200]!r}: shards must be in the folder of their index; download "
+                "the model again"
             )
     return places
 
@@ -278,7 +278,7 @@ def _visible(folder: Path) -> list[str]:
 
 
 def _hops(path: Path) -> list[Path]:
-    """The path as given, followed by the target of each link in turn."""
+    """The path as given, followed by the target of each link."""
     found = [path]
     while len(found) < _MAX_LINKS and found[-1].is_symlink():
         found.append(found[-1].parent / os.readlink(found[-1]))

@@ -81,7 +81,7 @@ def plain_entry(
     are in elements; without them the tensor is dense. Raises ValueError if it does not fit."""
     size = item_size(dtype)
     if offset < 0 or num_elements < 0 or offset + num_elements * size > data.size:
-        raise ValueError(f"{name!r} lies outside the file")
+        raise ValueError(f"{name!r} is outside the file")
     count = math.prod(shape)
     if strides is None:
         strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))

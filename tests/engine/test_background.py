@@ -1,4 +1,4 @@
-"""Steps that are compiled beside the run: ranks change to them together, with the same text."""
+"""Steps that are compiled during the run: ranks change to them together, with the same text."""
 
 from __future__ import annotations
 

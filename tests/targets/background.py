@@ -1,4 +1,4 @@
-"""Ranks whose steps are compiled beside the run: the change, a start that finds packages, a failure."""
+"""Ranks whose steps are compiled during the run: the change, a start that finds packages, a failure."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def described(dtype: object = "F32", shape: object = (4,), offsets: object = (0,
     ("content", "pattern"),
     [
         *((struct.pack("<Q", n) + b"{}" + b"\0" * 20, "its header has") for n in HUGE),
-        (raw_safetensors(described())[:-1], "w' lies outside the file"),
+        (raw_safetensors(described())[:-1], "w' is outside the file"),
         (raw_safetensors(described()) + b"\0", "end at byte"),
         (raw_safetensors(b"[1]"), "type list"),
         (raw_safetensors(b"[" * 300_000), "nested too deeply"),

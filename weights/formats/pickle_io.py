@@ -102,7 +102,7 @@ def _records(file: Path, size: int) -> dict[str, tuple[int, int]]:
                 raise ValueError(f"the record {info.filename!r} has two names")
             offset = info.header_offset + _LOCAL_HEADER + name_length + extra_length
             if offset + info.file_size > size:
-                raise ValueError(f"the record {info.filename!r} lies outside the file")
+                raise ValueError(f"the record {info.filename!r} is outside the file")
             records[info.filename] = (offset, info.file_size)
             ranges.append((info.header_offset, offset + info.file_size, info.filename))
     check_overlaps(ranges)
@@ -147,7 +147,7 @@ def _entry(
     shape, strides, start = check_shape(tensor.shape), tensor.strides, tensor.offset
     whole = all(type(number) is int for number in (start, *strides))
     if not whole or len(strides) != len(shape) or start < 0 or start * size > held:
-        raise ValueError(f"{name!r} lies outside its storage")
+        raise ValueError(f"{name!r} is outside its storage")
     return plain_entry(
         name, data, offset + start * size, held // size - start, tensor.dtype, shape, strides
     )
