@@ -101,11 +101,11 @@ def test_what_an_index_names(form: str, tmp_path: Path) -> None:
         index = folder / "model.safetensors.index.json"
     names = list(tiny())
     for place, pattern in {
-        "../m/" + good: "beside their index",
-        "/etc/passwd": "beside their index",
-        "..": "beside their index",
-        "": "beside their index",
-        ".": "beside their index",
+        "../m/" + good: "in the folder of their index",
+        "/etc/passwd": "in the folder of their index",
+        "..": "in the folder of their index",
+        "": "in the folder of their index",
+        ".": "in the folder of their index",
         "a\0b": "is missing",
         "\ud800": "is missing",
         "x" * 5000: "is missing",
