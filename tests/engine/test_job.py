@@ -200,7 +200,7 @@ def test_a_revision_that_is_not_main_is_named(tmp_path: Path, monkeypatch: pytes
         (["--share", "--nnodes=2", *GOOD], "--share is for runs that Yoke starts itself"),
         (["device=cuda", *GOOD], "device=cuda: 0 GPUs are visible here; leave device=cuda out"),
         (["--rank-per=gpu", *GOOD], "--rank-per gpu: 0 GPUs are visible here"),
-        (["--json", *GOOD], "--json is for the commands plan, doctor and models only"),
+        (["--json", *GOOD], "--json is for the commands plan, doctor, models and cache only"),
         (["plan", "--sysfs", "/nonexistent"], "lists no cpus"),
     ],
 )
