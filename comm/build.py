@@ -69,7 +69,7 @@ class BuildProgress:
     estimated: bool
 
 
-Report = Callable[[BuildProgress], None]
+ReportProgress = Callable[[BuildProgress], None]
 
 
 def build_extension(extension: Extension = COMM) -> Path:
@@ -79,7 +79,7 @@ def build_extension(extension: Extension = COMM) -> Path:
 
 def build_extensions(
     extensions: Sequence[Extension],
-    report: Report = lambda progress: None,
+    report: ReportProgress = lambda progress: None,
     cpus: Collection[int] | None = None,
 ) -> list[Path]:
     """Return the paths of the compiled extensions, compiling first what is not there yet.
@@ -182,7 +182,7 @@ def _torch_paths() -> list[str]:
 
 
 @contextmanager
-def _build_lock(path: Path, report: Report) -> Iterator[IO[str]]:
+def _build_lock(path: Path, report: ReportProgress) -> Iterator[IO[str]]:
     """Hold the lock `path`, in which the one who holds it writes how far it is."""
     deadline = time.monotonic() + _TIMEOUT_S
     with path.open("a+") as lock:
@@ -207,7 +207,7 @@ def _build_lock(path: Path, report: Report) -> Iterator[IO[str]]:
 def _build(
     compiler: list[str],
     missing: Sequence[tuple[Extension, Path]],
-    report: Report,
+    report: ReportProgress,
     lock: IO[str],
     cpus: Collection[int] | None,
 ) -> None:

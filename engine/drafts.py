@@ -64,7 +64,7 @@ def look_up(index: Index, text: Sequence[int], count: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class DraftVerdict:
     """The result for a slot: how many of its draft tokens were accepted, and the last token that was
     chosen. Unless the text ended there, that token follows the accepted ones."""
 
@@ -78,7 +78,7 @@ def verify_drafts(
     drafts: Mapping[int, Sequence[int]],
     made: Mapping[int, int],
     keep: Callable[[int, int, Choice], bool],
-) -> dict[int, Verdict]:
+) -> dict[int, DraftVerdict]:
     """Choose the next tokens of each slot while they equal the draft tokens, and one more token.
 
     logits: float32 [M, vocab_size]; for each slot of `drafts`, in order, the logits after its last
@@ -93,7 +93,7 @@ def verify_drafts(
         first[row] = total
         total += len(draft) + 1
     assert total == len(logits)
-    verdicts: dict[int, Verdict] = {}
+    verdicts: dict[int, DraftVerdict] = {}
     going, depth = list(drafts), 0
     while going:
         places, counts = torch.zeros(2, num_rows, dtype=torch.int64)
@@ -105,7 +105,7 @@ def verify_drafts(
         accepted = {row for row in going if is_accepted(drafts[row], depth, tokens[row])}
         ended = {row for row in going if keep(row, tokens[row], choice)}
         for row in going:
-            verdicts[row] = Verdict(depth + (row in accepted), tokens[row])
+            verdicts[row] = DraftVerdict(depth + (row in accepted), tokens[row])
         going = [row for row in going if row in accepted and row not in ended]
         depth += 1
     return verdicts

@@ -7,7 +7,8 @@ a prompt, or draft tokens) and share the reading of keys and values; a single to
 own.
 
 A model's layer calls `write_and_attend`, which also rotates queries and keys by their positions,
-because each call costs a token some microseconds, whatever it does. `write` and `attend` are its parts.
+because each call costs a token some microseconds, whatever it does. `write_kv` and `attend` are its
+parts.
 
 The functions `..._reference` are the same in torch, over the whole cache. Tests compare the operators
 with them, and they run on any device and with any compiler.
@@ -86,7 +87,7 @@ def can_attend(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in DTYPES and has_kernels()
 
 
-def write(cache: KVCache, k: Tensor, v: Tensor, rows: Tensor | None, positions: Tensor) -> None:
+def write_kv(cache: KVCache, k: Tensor, v: Tensor, rows: Tensor | None, positions: Tensor) -> None:
     """Write k and v [N, K, h] of N tokens into the cache, in place, at `rows` and `positions`, both
     int64 [N] (rows None: token i in row i).
 
@@ -96,7 +97,7 @@ def write(cache: KVCache, k: Tensor, v: Tensor, rows: Tensor | None, positions: 
     if can_attend(k.device, k.dtype):
         torch.ops.yoke_kernels.write_kv(*cache, k, v, rows, positions)
     else:
-        write_reference(cache, k, v, rows, positions)
+        write_kv_reference(cache, k, v, rows, positions)
 
 
 def attend(q: Tensor, cache: KVCache, at: Places, rule: Rule) -> Tensor:
@@ -118,8 +119,8 @@ def write_and_attend(
     queries, keys and values of N tokens.
 
     Queries and keys are rotated by the `angles` of their positions (None: not rotated), in float32 and
-    rounded once, to the same bits as `kernels.rotary.rotate`. Then `write` and `attend` follow; their
-    docstrings describe the other arguments and the errors.
+    rounded once, to the same bits as `kernels.rotary.rotate`. Then `write_kv` and `attend` follow;
+    their docstrings describe the other arguments and the errors.
     """
     if not can_attend(qkv.device, qkv.dtype):
         return write_and_attend_reference(qkv, angles, cache, at, rule)
@@ -144,14 +145,14 @@ def write_and_attend_reference(
     if angles is not None:  # rotates queries and keys together, in one kernel
         qk = rotate(qk, angles.cos[at.positions], angles.sin[at.positions], angles.interleaved)
     q, k = qk.split((num_q, num_kv), dim=-2)
-    write_reference(cache, k, v, at.rows, at.positions)
+    write_kv_reference(cache, k, v, at.rows, at.positions)
     return attend_reference(q, cache, at, rule).flatten(1)
 
 
-def write_reference(
+def write_kv_reference(
     cache: KVCache, k: Tensor, v: Tensor, rows: Tensor | None, positions: Tensor
 ) -> None:
-    """As `write`, in plain torch, on any device."""
+    """As `write_kv`, in plain torch, on any device."""
     if rows is None:
         rows = torch.arange(k.shape[0], device=k.device)
     for new, into, scales in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):

@@ -70,7 +70,7 @@ def run(job: QuantizeJob) -> None:
     for line in checkpoint.notes:
         say(line)
     note(checkpoint.path, {entry.stored_as for entry in checkpoint.entries.values() if entry.block > 1})
-    report = write(job, plan, out, 2 * num_parameters(was))
+    report = write_quantized(job, plan, out, 2 * num_parameters(was))
     if job.output == "json":
         show_json(reports.to_json(report))
     else:
@@ -79,7 +79,7 @@ def run(job: QuantizeJob) -> None:
     say(f"wrote {job.out}")
 
 
-def write(job: QuantizeJob, plan: Plan, out: Path, bytes_before: int) -> Report:
+def write_quantized(job: QuantizeJob, plan: Plan, out: Path, bytes_before: int) -> Report:
     """Carry a plan out, and measure what the job asks for. Raises InputError."""
     from quantize.calibrate import Settings
     from quantize.read_back import read_back

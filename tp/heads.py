@@ -13,7 +13,7 @@ from base.errors import InputError
 
 
 @dataclass(frozen=True)
-class Run:
+class HeadRun:
     """Consecutive KV heads of a rank, each shared by the same number of its query heads.
 
     All indices are local to the rank: query heads `[q_start, q_stop)` are `kv_stop - kv_start` groups
@@ -35,7 +35,7 @@ class Heads:
     q_stop: int
     kv_start: int
     kv_stop: int
-    runs: tuple[Run, ...]
+    runs: tuple[HeadRun, ...]
 
     @property
     def num_q(self) -> int:
@@ -64,18 +64,18 @@ def split_heads(num_heads: int, num_kv_heads: int, rank: int, world_size: int) -
     q_start = num_heads * rank // world_size
     q_stop = num_heads * (rank + 1) // world_size
     kv_start, kv_stop = q_start // group, (q_stop - 1) // group + 1
-    runs: list[Run] = []
+    runs: list[HeadRun] = []
     for kv in range(kv_start, kv_stop):
         first = max(kv * group, q_start) - q_start
         last = min((kv + 1) * group, q_stop) - q_start
-        runs = _append(runs, Run(first, last, kv - kv_start, kv - kv_start + 1))
+        runs = _append(runs, HeadRun(first, last, kv - kv_start, kv - kv_start + 1))
     return Heads(q_start, q_stop, kv_start, kv_stop, tuple(runs))
 
 
-def _append(runs: list[Run], new: Run) -> list[Run]:
+def _append(runs: list[HeadRun], new: HeadRun) -> list[HeadRun]:
     """Append `new`, or merge it into the last run if their groups have the same size."""
     if runs:
         last = runs[-1]
         if last.q_stop - last.q_start == (new.q_stop - new.q_start) * (last.kv_stop - last.kv_start):
-            return [*runs[:-1], Run(last.q_start, new.q_stop, last.kv_start, new.kv_stop)]
+            return [*runs[:-1], HeadRun(last.q_start, new.q_stop, last.kv_start, new.kv_stop)]
     return [*runs, new]

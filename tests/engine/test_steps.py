@@ -11,7 +11,7 @@ import torch
 from comm.group import Group
 from engine import steps
 from engine.steps import DECODE, GREEDY, Runner, make_runner
-from kernels.attention import new_cache, write
+from kernels.attention import new_cache, write_kv
 from kernels.load import load_kernels
 from models.config import ModelConfig, expected_shapes
 from models.decoder import Decoder
@@ -100,7 +100,7 @@ def test_what_fails_below_compiled_cpp_says_why() -> None:
     cache = new_cache(2, 1, 8, 4, torch.float32, "cpu")
 
     def step(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        write(cache, x, x, None, positions)
+        write_kv(cache, x, x, None, positions)
         return x + 1
 
     x = torch.zeros(2, 1, 4)

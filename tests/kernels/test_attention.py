@@ -17,7 +17,7 @@ from kernels.attention import (
     attend_reference,
     can_attend,
     new_cache,
-    write,
+    write_kv,
 )
 from kernels.load import load_kernels
 from kernels.rotary import Angles
@@ -67,7 +67,7 @@ def full_cache(
     cache = new_cache(num_rows, num_kv, cache_len, head_dim, dtype, "cpu")
     k, v = torch.randn(2, num_rows * cache_len, num_kv, head_dim, generator=generator)
     rows = torch.arange(num_rows).repeat_interleave(cache_len)
-    write(cache, k, v, rows, torch.arange(cache_len).repeat(num_rows))
+    write_kv(cache, k, v, rows, torch.arange(cache_len).repeat(num_rows))
     return cache
 
 

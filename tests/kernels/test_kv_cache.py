@@ -14,8 +14,8 @@ from kernels.attention import (
     attend,
     attend_reference,
     new_cache,
-    write,
-    write_reference,
+    write_kv,
+    write_kv_reference,
 )
 from kernels.load import load_kernels
 from tests.kernels.samples import numbers
@@ -32,7 +32,7 @@ def some_cache(
     cache = new_cache(num_rows, num_kv, cache_len, head_dim, dtype, "cpu")
     k, v = torch.randn(2, num_rows * cache_len, num_kv, head_dim)
     rows = torch.arange(num_rows).repeat_interleave(cache_len)
-    write(cache, k, v, rows, torch.arange(cache_len).repeat(num_rows))
+    write_kv(cache, k, v, rows, torch.arange(cache_len).repeat(num_rows))
     return cache
 
 
@@ -47,8 +47,8 @@ def test_write_puts_each_token_in_its_place(name: str, dtype: torch.dtype) -> No
         both[2] = 0
         k, v = both[:, 1:3], both[:, 3:5]
         rows, positions = torch.tensor([2, 0, 0, 2]), torch.tensor([4, 0, 1, 2])
-        write(own, k, v, rows, positions)
-        write_reference(wanted, k, v, rows, positions)
+        write_kv(own, k, v, rows, positions)
+        write_kv_reference(wanted, k, v, rows, positions)
         for got, there in zip(own, wanted, strict=True):
             if got is None or there is None:
                 assert got is there
@@ -61,7 +61,7 @@ def test_int8_errs_by_half_a_step(given: torch.dtype) -> None:
     """A step is 1/127 of the largest number of the token's head."""
     cache = new_cache(1, 3, 50, 64, INT8, "cpu")
     k = torch.randn(50, 3, 64).to(given)
-    write(cache, k, -k, torch.zeros(50, dtype=torch.int64), torch.arange(50))
+    write_kv(cache, k, -k, torch.zeros(50, dtype=torch.int64), torch.arange(50))
     step = k.double().abs().amax(-1, keepdim=True) / 127
     for part, scale, x in ((cache.k, cache.k_scale, k), (cache.v, cache.v_scale, -k)):
         error = (numbers(part, scale)[0].transpose(0, 1) - x.double()).abs()
@@ -74,7 +74,7 @@ def test_the_last_write_wins(dtype: torch.dtype) -> None:
     cache = new_cache(2, 40, 4, 64, dtype, "cpu")
     k = torch.arange(1.0, 301.0).view(-1, 1, 1).expand(300, 40, 64)
     rows, positions = torch.tensor([0, 1] * 150), torch.full((300,), 3)
-    write(cache, k, k * 2, rows, positions)
+    write_kv(cache, k, k * 2, rows, positions)
     for row, number in ((0, 299), (1, 300)):
         assert numbers(cache.k, cache.k_scale)[row, :, 3].allclose(torch.tensor(float(number)).double())
         assert numbers(cache.v, cache.v_scale)[row, :, 3].allclose(torch.tensor(2.0 * number).double())
@@ -104,9 +104,9 @@ class Layer(torch.nn.Module):
     ) -> torch.Tensor:
         cache = KVCache(self.k, self.v, self.k_scale, self.v_scale)
         at, rule = Places(rows, positions), Rule([(0, 4, 0, 2)], 0.3)
-        write(cache, k, v, rows, positions)
+        write_kv(cache, k, v, rows, positions)
         first = attend(q, cache, at, rule)
-        write(cache, k, first[:, :2], rows, positions)
+        write_kv(cache, k, first[:, :2], rows, positions)
         return attend(q, cache, at, rule)
 
 
@@ -186,4 +186,4 @@ def test_what_cannot_be_written_is_refused() -> None:
         (where, where, k[:, :1], "keys or values"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            write(cache, new, new, rows, positions)
+            write_kv(cache, new, new, rows, positions)

@@ -13,9 +13,9 @@ from kernels.attention import (
     Rule,
     attend,
     new_cache,
-    write,
     write_and_attend,
     write_and_attend_reference,
+    write_kv,
 )
 from kernels.load import load_kernels
 from kernels.rotary import Angles, rotate
@@ -51,7 +51,7 @@ def test_it_is_torchs_rotation_bit_by_bit(name: str, dtype: torch.dtype, interle
             got = write_and_attend(qkv, angles, one, Places(rows, positions), rule)
             qk, v = qkv.unflatten(1, (8, head_dim)).split((6, 2), 1)
             qk = rotate(qk, angles.cos[positions], angles.sin[positions], interleaved)
-            write(parts, qk[:, 4:], v, rows, positions)
+            write_kv(parts, qk[:, 4:], v, rows, positions)
             wanted = attend(qk[:, :4], parts, Places(rows, positions), rule)
             assert torch.equal(got, wanted.flatten(1))
             for found, there in zip(bits(one), bits(parts), strict=True):
