@@ -15,6 +15,7 @@ from models.families import FAMILIES, family_of
 from models.hub import REPOSITORIES, Reference, choose_files, reference_of
 from models.presets import PRESETS
 from models.sizes import num_parameters
+from tests.models.models_page import PAGE, render
 
 # Published numbers of parameters, in units of 10^9; a tied head is not counted twice. Gemma 3 from 4B
 # on: without what it sees pictures with, a tower of 0.4169 and a projector.
@@ -291,3 +292,8 @@ def test_files_that_a_model_needs() -> None:
         choose_files(["a.gguf", "b.gguf"], own)
     with pytest.raises(InputError, match="o/n on the hub holds no weights in a format that Yoke reads"):
         choose_files([*small, "flax_model.msgpack"], own)
+
+
+def test_the_page_of_models_is_what_the_code_says() -> None:
+    """docs/models.md is made by `python -m tests.models.models_page`."""
+    assert PAGE.read_text(encoding="utf-8") == render()
