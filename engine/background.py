@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -31,6 +32,7 @@ from engine.compile_request import CompileRequest
 from engine.packages import (
     StepShape,
     describe,
+    in_use,
     is_complete,
     key_of,
     load_package,
@@ -58,7 +60,8 @@ class Upgrade:
     """What a rank still compiles for a runner; mutable. `packages`: by the names of steps, in the order
     in which they are compiled; a step that has changed is not in it. `started`: on the clock of
     `time.monotonic`. `ready`: the steps whose packages this rank has checked. `done_s`: the seconds
-    until each step changed."""
+    until each step changed. `holding`: until all have changed, the lock that keeps packages from being
+    cleared."""
 
     runner: Runner
     model: Decoder
@@ -66,6 +69,7 @@ class Upgrade:
     process: subprocess.Popen[bytes] | None
     errors: IO[bytes] | None
     started: float
+    holding: ExitStack
     ready: set[str] = field(default_factory=set)
     done_s: dict[str, float] = field(default_factory=dict)
 
@@ -78,9 +82,11 @@ def start_upgrade(
     shape = StepShape(runner.num_rows, runner.cache_len, runner.chunk)
     description = describe(model)
     folder = packages_folder()
+    holding = ExitStack()
+    holding.enter_context(in_use(folder))
     remove_abandoned(folder)
     packages = {name: folder / key_of(description, name, shape) for name in names}
-    upgrade = Upgrade(runner, model, packages, None, None, time.monotonic())
+    upgrade = Upgrade(runner, model, packages, None, None, time.monotonic(), holding)
     missing = {name: str(path) for name, path in packages.items() if not is_complete(path)}
     advance(upgrade)
     if missing:
@@ -116,6 +122,8 @@ def advance(upgrade: Upgrade) -> None:
             del upgrade.packages[name]
             if ended:
                 say(f"rank {runner.group.rank}: {name} stays uncompiled: {reason(upgrade)}")
+    if not upgrade.packages:
+        upgrade.holding.close()
 
 
 def compile_now(

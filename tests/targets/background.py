@@ -6,8 +6,11 @@ import re
 import time
 from dataclasses import replace
 
+import pytest
 import torch
 
+from base.caches import clear_caches, read_caches
+from base.errors import LaunchError
 from base.rank import RankSettings
 from comm.group import Group, Rendezvous, open_group, set_timeout
 from engine.background import Upgrade, advance, start_upgrade, stop
@@ -62,6 +65,10 @@ def made(runner: Runner) -> list[tuple[int, ...]]:
 def changed_while_running(group: Group, wanted: list[tuple[int, ...]]) -> None:
     runner, upgrade = started(group)
     assert upgrade.process is not None
+    (packages_folder() / "old.seconds").touch()
+    steps = [found for found in read_caches(packages_folder().parent) if found.kind.name == "steps"]
+    with pytest.raises(LaunchError, match="steps is in use"):  # what may be loaded is not cleared
+        clear_caches(steps)
     plain_steps = dict(runner.steps)
     until = time.monotonic() + DEADLINE_S
     while upgrade.packages:
