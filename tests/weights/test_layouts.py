@@ -262,7 +262,7 @@ def test_the_hub_cache_may_hold_any_format(
     main.write_text("abc\n")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     job = job_of(["model=some/model", "prompt=x"])
-    with pytest.raises(InputError, match="no weights found"):
+    with pytest.raises(InputError, match="it is not in the hub cache"):
         resolve(job)
     (snapshot / name).touch()
     assert resolve(job).checkpoint == snapshot
