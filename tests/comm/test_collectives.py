@@ -11,7 +11,7 @@ from tests.running import RunRanks, run_case
 
 
 def test_random_sequences_in_worlds_of_1_to_8() -> None:
-    """All operators, dtypes, sizes, views and `out` forms; two groups in turn; gloo beside them."""
+    """All operators, dtypes, sizes, views and `out` forms; two alternating groups, and gloo."""
     run_case("sequences", "worlds")
 
 

@@ -1,5 +1,5 @@
-"""The loop over rows against the plain loop, one text at a time: the same tokens, whatever else is in
-the batch, however often it looks."""
+"""The loop over cache slots against the plain loop with one text at a time: the same tokens, whatever
+else is in the batch, and however often the ranks synchronize."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiled steps: each runner's are of its own model, although no guard looks at models; those that
+"""Compiled steps: each runner's belong to its own model, although no guard checks models; those that
 call operators from C++ compute what the eager ones do, and fail with the same words."""
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ def act(gate: Tensor, activation: str) -> Tensor:
 
 
 def check(m: int, k: int, width: int, n: int, activation: str, with_bias: bool, seed: int) -> None:
-    """Against float64, and what two roundings of gate and up, one of their product and one of the sum
-    may change; neither activation is steeper than 1.13."""
+    """Against float64, within the error of two roundings of gate and up, one of act(gate) * up, and one
+    of the sum; neither activation is steeper than 1.13."""
     x = random(m, k, seed=seed)
     up, down = random(2 * width, k, seed=seed + 1) / k**0.5, random(n, width, seed=seed + 2)
     biases = (random(2 * width, seed=seed + 3), random(n, seed=seed + 4)) if with_bias else (None, None)
@@ -65,8 +65,8 @@ def test_any_shape(
     check(m, k, width, n, activation, with_bias, seed)
 
 
-# On both sides of where the way changes (64 rows, whole panels of 32), of blocks of 512 rows, sums of
-# 4 MiB, and of pieces of 512 numbers, of x and between the products.
+# On both sides of the limits where the algorithm changes (64 rows, whole panels of 32), of blocks of 512
+# rows, sums of 4 MiB, and pieces of 512 numbers, of x and between the two matmuls.
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
     ("m", "k", "width", "n"),
@@ -104,7 +104,8 @@ def test_far_gates(name: str, activation: str) -> None:
 @pytest.mark.parametrize("scheme", ["int8", "int4-g32", "int4-g32-asym"])
 @pytest.mark.parametrize("m", [1, 7, 40, 90])
 def test_quantized_weights(scheme: str, m: int) -> None:
-    """As products by themselves, and beside plain bfloat16: bit for bit where rows go between them."""
+    """Equal to separate matmuls, bit for bit where rows are written between them; and close to plain
+    bfloat16."""
 
     def packed(weight: Tensor) -> Packed:
         return pack(quantize_rtn(weight.float(), parse_scheme(scheme)))

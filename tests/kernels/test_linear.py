@@ -1,4 +1,4 @@
-"""Products with any number of rows, on every instruction set that runs here, against float64."""
+"""Matmuls with any number of rows, on every instruction set that runs here, against float64."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def test_any_shape(name: str, m: int, n: int, k: int, with_bias: bool, seed: int
     check(m, n, k, with_bias, seed)
 
 
-# Past the sizes at which the blocked product changes its way: 32 and 512 rows, 512 numbers of k, x of a
-# MiB, sums of a MiB; and at each with remainders.
+# Beyond the sizes at which the blocked matmul changes its algorithm: 32 and 512 rows, 512 numbers of k,
+# x of a MiB, sums of a MiB; and each with remainders.
 @pytest.mark.parametrize("name", SETS[-2:])
 @pytest.mark.parametrize(
     ("m", "n", "k"),
@@ -80,7 +80,7 @@ def test_large_shapes(name: str, m: int, n: int, k: int, with_bias: bool) -> Non
 @pytest.mark.parametrize(("n", "k"), [(64, 1024), (75, 1111), (640, 1600)])
 def test_a_row_is_the_same_whatever_the_others_are(n: int, k: int) -> None:
     if torch.ops.yoke_kernels.few_rows() < 600:
-        pytest.skip("many rows are torch's product here")
+        pytest.skip("many rows go to torch's matmul here")
     x, weight, bias = (
         torch.randn(600, k).bfloat16(),
         torch.randn(n, k).bfloat16(),

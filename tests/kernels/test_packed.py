@@ -53,8 +53,8 @@ def test_matmuls_of_any_shape(name: str, m: int, n: int, k: int, with_bias: bool
     check(m, n, k, with_bias, seed)
 
 
-# Past the sizes at which the way changes: 16, 32, 64 and 512 rows, 512 numbers of k, panels that are
-# read in turn, sums of 4 MiB; and at each with remainders.
+# Beyond the sizes at which the algorithm changes: 16, 32, 64 and 512 rows, 512 numbers of k, panels
+# that are read alternately, sums of 4 MiB; and each with remainders.
 @pytest.mark.parametrize("name", SETS[-2:])
 @pytest.mark.parametrize(
     ("m", "n", "k"),

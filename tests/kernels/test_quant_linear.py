@@ -354,7 +354,7 @@ def test_nothing_times_something() -> None:
 
 @pytest.mark.skipif("amx" not in SETS, reason="no matrix units for int8")
 def test_rounded_activations_of_a_prompt() -> None:
-    """What comes out is the product of the rounded x, whose sums are exact, and not that of x."""
+    """The result is the matmul of the rounded x, whose sums are exact, not that of x."""
     OPS.use_instruction_set("amx")
     for m, n, k in ((33, 96, 64), (50, 40, 1056), (529, 33, 2080)):
         weight, x = random_weight(n, k, 8, k, False, False, 3), random_x(m, k, 3)

@@ -52,7 +52,7 @@ def operators(size: int) -> dict[str, Callable[[Group], Any]]:
 
 
 def is_right(name: str, result: Any, size: int) -> bool:
-    """Whether an operator on ones gave what it should, roughly: other tests look closely."""
+    """Whether an operator on ones gave roughly the right result; other tests check it exactly."""
     if name == "barrier":
         return True
     if name == "argmax":
@@ -189,7 +189,7 @@ def forked_child() -> None:
             for _ in range(3):
                 wait_for_child(child(group))
                 if rank == 0:
-                    time.sleep(0.8)  # the other looks whether this one lives, several times
+                    time.sleep(0.8)  # the other rank checks several times whether this one is alive
                 assert ops.all_reduce(torch.ones(3), group).tolist() == [2.0] * 3
                 assert len(mappings()) == 1
 

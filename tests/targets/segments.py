@@ -47,7 +47,7 @@ def little_memory() -> None:
 
 
 def memory_that_is_taken() -> None:
-    """/dev/shm has room when rank 0 looks, and none when rank 1 comes."""
+    """/dev/shm has space when rank 0 checks, and none when rank 1 joins."""
     session = new_session()
 
     def body(rank: int, report: Report) -> str:

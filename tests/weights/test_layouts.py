@@ -222,7 +222,7 @@ def test_trainers_wrap_their_weights(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_several_formats(tmp_path: Path) -> None:
-    """Each is preferred to those after it: opened in turn, and then taken away."""
+    """Each is preferred to those after it: each is opened, and then removed."""
     folder = tmp_path / "m"
     write_safetensors(folder, tiny())
     write_meta(folder, llama(), 2)
