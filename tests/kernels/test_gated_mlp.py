@@ -65,7 +65,7 @@ def test_any_shape(
     check(m, k, width, n, activation, with_bias, seed)
 
 
-# On both sides of the limits where the algorithm changes (64 rows, whole panels of 32), of blocks of 512
+# On both sides of where the algorithm changes (64 rows, whole panels of 32), of blocks of 512
 # rows, sums of 4 MiB, and pieces of 512 numbers, of x and between the two matmuls.
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
@@ -104,8 +104,8 @@ def test_far_gates(name: str, activation: str) -> None:
 @pytest.mark.parametrize("scheme", ["int8", "int4-g32", "int4-g32-asym"])
 @pytest.mark.parametrize("m", [1, 7, 40, 90])
 def test_quantized_weights(scheme: str, m: int) -> None:
-    """Equal to separate matmuls, bit for bit where rows are written between them; and close to plain
-    bfloat16."""
+    """Both weights quantized, against separate linears; and one quantized with the other in bfloat16,
+    against the reference."""
 
     def packed(weight: Tensor) -> Packed:
         return pack(quantize_rtn(weight.float(), parse_scheme(scheme)))
