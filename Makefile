@@ -12,7 +12,7 @@
 # RANKS=2 (empty: one per socket); for install PREFIX=~/.local.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-PROMPT ?= The capital of France is
+PROMPT ?= What does a CPU do, in one sentence?
 RANKS ?= 2
 PREFIX ?= ~/.local
 VENV := .venv
@@ -24,7 +24,7 @@ help:
 	@sed -n '/^#/!q; s/^# \?//p' Makefile
 
 demo: $(VENV)/.runtime $(BIN)/yoke
-	$(BIN)/python launch.py --bind-cores-to-rank $(RANKS:%=--ranks %) model=smollm2-135m prompt="$(PROMPT)"
+	$(BIN)/python launch.py --bind-cores-to-rank $(RANKS:%=--ranks %) model=smollm2-135m chat=true prompt="$(PROMPT)"
 
 test: check
 	$(BIN)/python -m pytest -ra

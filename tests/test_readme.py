@@ -123,9 +123,11 @@ def test_the_demo_prints_what_the_readme_shows(home: Path) -> None:
     line = line.replace("$(RANKS:%=--ranks %)", f"--ranks {ranks}").replace("$(PROMPT)", prompt)
     done = run(home, f"python {line}")
     assert done.returncode == 0, done.stderr
-    *answer, figures = transcript.strip("\n").splitlines()
+    typed, answer, figures = transcript.strip("\n").splitlines()
+    assert typed == f".venv/bin/python {line}"  # as make echoes it
     assert shape(done.stderr.strip().splitlines()[-1]) == shape(figures)
-    assert "".join(answer).strip()[:5] == done.stdout.strip()[:5]
+    # The next words depend on how a processor rounds.
+    assert answer.split()[:6] == done.stdout.split()[:6]
 
 
 def shape(line: str) -> str:
