@@ -178,8 +178,8 @@ def _fill_quantized(
         slices = _slices(each, model.layout)
         if isinstance(each.layer, ExpertStack):
             one = filled // each.layer.num_experts
-            told = partial(count, one, one if each.kept else 4 * one)
-            each.layer.hold_quantized(read_experts(each, slices, told), device, round_prompts)
+            on_expert = partial(count, one, one if each.kept else 4 * one)
+            each.layer.hold_quantized(read_experts(each, slices, on_expert), device, round_prompts)
             continue
         weight = read_layer(each, slices)
         if each.layer is model.head:
@@ -280,9 +280,9 @@ def check_names(
 
 def missing_one(missing: Sequence[str], checkpoint: Checkpoint) -> str:
     """For messages: one of the missing weights, and the reason if the files show one."""
-    told = next((name for name in missing if name in checkpoint.absent), missing[0])
-    reason = checkpoint.absent.get(told)
-    return f"{told!r}" + (f" ({reason}; download the model again)" if reason else "")
+    name = next((name for name in missing if name in checkpoint.absent), missing[0])
+    reason = checkpoint.absent.get(name)
+    return f"{name!r}" + (f" ({reason}; download the model again)" if reason else "")
 
 
 def _is_zero_bias(name: str, entries: Mapping[str, Entry]) -> bool:

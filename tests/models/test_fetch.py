@@ -110,9 +110,9 @@ def test_an_incomplete_download_is_said_and_completed(tmp_path: Path) -> None:
     with serving(Hub("some/model", files)) as hub:
         assert resolve(hub, tmp_path, "model=some/model", "fetch=true").returncode == 0
         (tmp_path / "models--some--model" / "snapshots" / COMMIT / WANTED[-1]).resolve().unlink()
-        told = resolve(hub, tmp_path, "model=some/model")
-        assert told.returncode == 1 and f"{WANTED[-1]} is missing" in told.stderr
-        assert "fetch=true fetches the rest" in told.stderr
+        done = resolve(hub, tmp_path, "model=some/model")
+        assert done.returncode == 1 and f"{WANTED[-1]} is missing" in done.stderr
+        assert "fetch=true fetches the rest" in done.stderr
         hub.fetched.clear()
         done = resolve(hub, tmp_path, "model=some/model", "fetch=true")
         assert done.returncode == 0, done.stderr
