@@ -55,16 +55,13 @@ def run(job: QuantizeJob) -> None:
     source = obtain(job.model, "model", fetch=FETCH[job.fetch])
     # torch is imported only after the command line has been checked.
     from models.load import config_of
-    from models.quant_rules import ask
     from models.sizes import num_parameters
     from quantize import report as reports
     from quantize.plan import plan_quantize
     from weights.open import open_checkpoint
 
-    named = job.quant_head != "auto"
-    asked = ask(job.quant, job.quant_head) if named else ask(job.quant)
     checkpoint = open_checkpoint(source)
-    plan = plan_quantize(checkpoint, asked, untie=named)
+    plan = plan_quantize(checkpoint, job.asked, untie=job.quant_head != "auto")
     check_space(out.parent, plan.needed_bytes)
     was = config_of(checkpoint, say=say)
     for line in checkpoint.notes:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from base.errors import InputError, nearest
+from models.quant_rules import Asked, ask
 from weights.schemes import HEADS
+
+_INT8 = ask("int8")
 
 
 @dataclass(frozen=True)
 class QuantizeJob:
-    """The keys and their defaults. `sample_len` is in tokens; the help text explains `auto`."""
+    """The keys and their defaults. `sample_len` is in tokens; the help text explains `auto`. `asked` is
+    not a key: what quant= and quant_head= ask for, as a value."""
 
     model: str = ""
     fetch: str = "auto"
@@ -28,6 +32,7 @@ class QuantizeJob:
     order: str = "act"
     perplexity: str = ""
     output: str = "text"
+    asked: Asked = _INT8
 
 
 FETCH = {"auto": None, "true": True, "false": False}
@@ -84,7 +89,8 @@ def help_text() -> str:
 
 def parse_quantize_job(words: Sequence[str]) -> QuantizeJob:
     """Parse `key=value` words. Raises InputError, which names the key."""
-    kinds: dict[str, type[str | int | float]] = {k: type(v) for k, v in vars(QuantizeJob()).items()}
+    defaults = {key: value for key, value in vars(QuantizeJob()).items() if key != "asked"}
+    kinds: dict[str, type[str | int | float]] = {key: type(value) for key, value in defaults.items()}
     values: dict[str, str | int | float] = {}
     for word in words:
         key, separator, text = word.partition("=")
@@ -104,7 +110,8 @@ def parse_quantize_job(words: Sequence[str]) -> QuantizeJob:
         if not getattr(job, key):
             raise InputError(f"{key}= is missing: {what}; see: python launch.py quantize --help")
     _check(job)
-    return job
+    head = () if job.quant_head == "auto" else (job.quant_head,)
+    return replace(job, asked=ask(job.quant, *head))
 
 
 def _check(job: QuantizeJob) -> None:
@@ -135,4 +142,4 @@ def searches(job: QuantizeJob) -> bool:
     """Whether scales are searched. The default is yes for GPTQ in 4 bits, where the error of a column
     is weighted by the size of its inputs: it helps most there (docs/log.md). Without this, the search
     gives the largest numbers too little weight."""
-    return job.clip == "mse" or (job.clip == "auto" and uses_gptq(job) and job.quant.startswith("int4"))
+    return job.clip == "mse" or (job.clip == "auto" and uses_gptq(job) and job.asked.layers.bits == 4)

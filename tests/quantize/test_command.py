@@ -267,13 +267,20 @@ def test_what_is_chosen_where_nothing_is_said() -> None:
         assert searches(parse_quantize_job(words)) == wanted
     with pytest.raises(InputError, match="quant= is missing"):
         parse_quantize_job(["model=m", "out=o"])
+    # The schemes are known before anything is opened, and are one value from there on.
+    same = parse_quantize_job(["model=m", "quant=int4-g32", "out=o", "quant_head=same"])
+    assert (job.asked, same.asked) == (parse_asked("int4-g32"), parse_asked("int4-g32/same"))
+    with pytest.raises(InputError, match="quant=int9 is not"):
+        parse_quantize_job(["model=m", "out=o", "quant=int9"])
+    with pytest.raises(InputError, match="unknown key 'asked'"):
+        parse_quantize_job(["model=m", "out=o", "quant=int8", "asked=x"])
 
 
 def test_the_help_is_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < 50 and max(map(len, lines)) <= 104
-    for key in parse_quantize_job(["model=m", "quant=int8", "out=o"]).__dict__:
+    for key in parse_quantize_job(["model=m", "quant=int8", "out=o"]).__dict__.keys() - {"asked"}:
         assert any(line.startswith(f"  {key}=") for line in lines), key
 
 
