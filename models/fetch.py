@@ -13,12 +13,16 @@ What is not here: which files these are (`models.hub`).
 from __future__ import annotations
 
 import glob
+import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from base.errors import InputError
 from base.folders import expand
@@ -162,7 +166,7 @@ def _download(offer: Offer, names: Sequence[str], draw: bool) -> Path:
     if not draw:
         disable_progress_bars()
     try:
-        with _hub_errors(offer.reference):
+        with _hub_errors(offer.reference), _stopped_by_signals(offer.cache):
             return Path(
                 snapshot_download(
                     offer.reference.repository,
@@ -173,6 +177,33 @@ def _download(offer: Offer, names: Sequence[str], draw: bool) -> Path:
     finally:
         if not draw:
             enable_progress_bars()
+
+
+@contextmanager
+def _stopped_by_signals(cache: Path) -> Iterator[None]:
+    """End the process at once on SIGINT and SIGTERM, without the files that it has begun: the library
+    would first wait for all files that are under way."""
+
+    def end(number: int, _: Any) -> None:
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(OSError):
+                target = Path(os.readlink(f"/proc/self/fd/{name}"))
+                if target.suffix == ".incomplete" and target.is_relative_to(cache.resolve()):
+                    target.unlink()
+        stopped = signal.Signals(number).name
+        say(f"\nstopped by {stopped}; files that are complete are kept, fetch=true fetches the rest")
+        os._exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, end) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _require_space(offer: Offer) -> None:

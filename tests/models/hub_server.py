@@ -17,13 +17,16 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @dataclass
 class Hub:
     """`refusal`: the status of every answer, and the hub's name for the reason. `breaks`: how many
-    downloads of a file end in its middle. `ranges`: the parts of files that were asked for."""
+    downloads of a file end in its middle. `stuck`: files of which only the first half comes. `ranges`:
+    the parts of files that were asked for."""
 
     repository: str
     files: Mapping[str, bytes]
     token: str = ""
     refusal: tuple[int, str] | None = None
     breaks: dict[str, int] = field(default_factory=dict)
+    stuck: tuple[str, ...] = ()
+    released: threading.Event = field(default_factory=threading.Event)
     fetched: list[str] = field(default_factory=list)
     ranges: list[tuple[str, str]] = field(default_factory=list)
     url: str = ""
@@ -42,6 +45,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.released.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -95,6 +99,11 @@ class _Handler(BaseHTTPRequestHandler):
             hub.ranges.append((name, asked))
             start = int(asked.removeprefix("bytes=").partition("-")[0])
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        if name in hub.stuck:
+            self._send(200, data, True, headers, len(data) // 2)
+            hub.released.wait()
+            self.close_connection = True
+            return
         if hub.breaks.get(name, 0):
             hub.breaks[name] -= 1
             self.close_connection = True

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +220,37 @@ def test_a_plan_needs_the_config_alone(tmp_path: Path) -> None:
         weights = 2 * (512 * 64 + 2 * layer // 2 + 5 * 64)
         assert f"weights {weights / 1024:.1f} KiB" in planned.stdout
         assert set(held(tmp_path)) == set(WANTED[:4])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_download_is_stopped_at_once_and_leaves_no_part(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    files = {"config.json": b"{}", "model.safetensors": safetensors("a", 24 << 20)}
+    with serving(Hub("some/model", files, stuck=("model.safetensors",))) as hub:
+        process = subprocess.Popen(
+            [sys.executable, str(CHECKOUT / "launch.py"), "model=some/model", "prompt=x", "fetch=true"],
+            env={**os.environ, **environment(hub, tmp_path)}, stderr=subprocess.PIPE, text=True,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        wait_for(
+            lambda: "model.safetensors" in hub.fetched and list(tmp_path.rglob("*.incomplete")), process
+        )
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert err.splitlines()[-1].startswith(
+        f"stopped by {number.name}; files that are complete are kept"
+    )
+    assert "Traceback" not in err
+    assert set(held(tmp_path)) == {"config.json"} and not list(tmp_path.rglob("*.incomplete"))
+
+
+def wait_for(found: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 60
+    while not found():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
 
 
 def test_a_full_disk_is_said_before_the_download(tmp_path: Path) -> None:
