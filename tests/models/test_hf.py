@@ -172,6 +172,7 @@ def test_before_any_rank(
     with pytest.raises(InputError, match="7 ranks for 6 query heads"):
         check_ranks(job, 7)
     assert job_needs(job, 2, thorough=True) == []
+    (tmp_path / "m.gguf").touch()
     with pytest.raises(InputError, match=r"reads a folder with config\.json"):
         resolve(job_of([f"model={tmp_path}", *words]))
     with pytest.raises(InputError, match="weights=random goes with engine=yoke"):
