@@ -121,7 +121,7 @@ def test_damaged_safetensors_are_refused(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     good = index.read_text()
     index.write_text(good.replace("two.safetensors", "../two.safetensors"))
-    with pytest.raises(InputError, match="beside their index"):
+    with pytest.raises(InputError, match="in the folder of their index"):
         open_checkpoint(tmp_path)
     index.write_text(good.replace("two.safetensors", "three.safetensors"))
     found = open_checkpoint(tmp_path)  # only who needs the tensor complains
