@@ -60,8 +60,8 @@ class Upgrade:
     """What a rank still compiles for a runner; mutable. `packages`: by the names of steps, in the order
     in which they are compiled; a step that has changed is not in it. `started`: on the clock of
     `time.monotonic`. `ready`: the steps whose packages this rank has checked. `done_s`: the seconds
-    until each step changed. `holding`: until all have changed, the lock that keeps packages from being
-    cleared."""
+    until each step changed. `failed`: steps that stay uncompiled. `holding`: until all have changed,
+    the lock that keeps packages from being cleared."""
 
     runner: Runner
     model: Decoder
@@ -72,6 +72,7 @@ class Upgrade:
     holding: ExitStack
     ready: set[str] = field(default_factory=set)
     done_s: dict[str, float] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
 
 
 def start_upgrade(
@@ -120,6 +121,7 @@ def advance(upgrade: Upgrade) -> None:
             upgrade.done_s[name] = time.monotonic() - upgrade.started
         elif has_failed:
             del upgrade.packages[name]
+            upgrade.failed.append(name)
             if ended:
                 say(f"rank {runner.group.rank}: {name} stays uncompiled: {reason(upgrade)}")
     if not upgrade.packages:
@@ -159,7 +161,7 @@ def _finish(upgrade: Upgrade, progress: Callable[[str], object]) -> list[str]:
         process.wait()
     ops.barrier(upgrade.runner.group)  # within the start timeout: ranks may take minutes
     advance(upgrade)
-    return [name for name in wanted if name not in upgrade.done_s]
+    return upgrade.failed
 
 
 def stop(upgrade: Upgrade) -> None:

@@ -134,6 +134,8 @@ def compile_state(ready: Ready, compile_key: str) -> str:
     left = [name for upgrade in ready.upgrades for name in upgrade.packages]
     if left:
         return f"{', '.join(left)} not compiled yet"
+    if failed := [name for upgrade in ready.upgrades for name in upgrade.failed]:
+        return f"{', '.join(failed)} uncompiled"
     late = max((s for upgrade in ready.upgrades for s in upgrade.done_s.values()), default=0.0)
     if late > ready.compile_s + 1.0:
         return f"compiled after {late:.0f} s"
