@@ -25,9 +25,12 @@ pytest.register_assert_rewrite(
 # With it a target of the tests prints a line in two pieces, and rank 0 of our own programs writes to
 # the launcher's streams itself: another rank's line may come between. (Not with `run`: test_program.)
 os.environ.pop("PYTHONUNBUFFERED", None)
-# A shell that starts the tests in the background has them ignore Ctrl-C, and with them what they start.
+# A shell that starts the tests in the background has them ignore Ctrl-C and Ctrl-\, and with them what
+# they start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGQUIT) == signal.SIG_IGN:
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 # This distinguishes everything that is started here from what other runs have started.
 os.environ.update([MARK])
 

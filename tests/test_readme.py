@@ -46,6 +46,9 @@ RULES = {
     r"chat model=llama-3.1-8b fetch=true": Rule(2, err=r"error: "),  # there is no network in a test
     r" chat model=smollm2": Rule(0, r"\w", typed="Say hello.\n"),
     r"path/to/model\.gguf": Rule(2, err=r"error: .*path/to/model\.gguf.* does not exist|no such"),
+    r"launch\.py --bind-cores-to-rank model=smollm2-135m$": Rule(
+        0, r"\w", FIGURES, typed="The capital of France is\n"
+    ),
     r"model=smollm2-135m .*prompt=": Rule(0, r"\w", FIGURES),
     r"model=llama-70b weights=random": Rule(0, r"", FIGURES),
     r"launch\.py quantize": Rule(0, r"", r""),
