@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 from bench.breakdown import RECORDED_KERNELS, Recorded, record_tokens, work_and_wait
 from comm import ops
 from comm.group import Group, Rendezvous, open_group

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 from comm import ops
 from engine.chat import Channel, channel_of, receive, send
 from engine.loop import generate

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 from bench.decode_rank import open_model, slowest, token_seconds, weights_read
 from bench.quant import EAGER, PLAIN
 from comm import ops

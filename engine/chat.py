@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from base.errors import InputError
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 from comm import ops
 from engine.generate import encode_prompt, run_requests, shared_stops
 from engine.job import Job, sampling_of, stop_texts

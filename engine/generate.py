@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from base.errors import InputError
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 from base.streams import say, show
 from comm import ops
 from engine import speculation

@@ -16,7 +16,7 @@ import torch
 from base.errors import InputError
 from base.private import cache_folder
 from base.progress import progress_bar
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 from base.streams import say
 from comm import ops
 from comm.build import build_extensions

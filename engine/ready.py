@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from base.errors import InputError
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 from base.streams import say
 from comm import ops
 from comm.group import Group

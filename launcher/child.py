@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from base.rank import Target
+from base.rank_settings import Target
 from base.streams import UNREAD, OutputError, prepare, say, silence, writing
 from launcher.bind import bind_this_process, die_with_parent
 from launcher.machine.topology import format_cpu_list

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from base.errors import LaunchError
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 
 CHECKOUT = str(Path(__file__).resolve().parent.parent)
 _LOADED = ("base", "launcher", "launch", "engine")  # Yoke's packages loaded before the program

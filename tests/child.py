@@ -16,7 +16,7 @@ from typing import Any
 from _pytest.assertion import install_importhook
 from _pytest.config import get_config
 
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 
 
 def target(name: str) -> ModuleType:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 from launcher.placement import Placement, check_placement
 from launcher.plan import LaunchPlan
 from launcher.spawn import RunOptions, launch, new_session

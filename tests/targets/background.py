@@ -11,7 +11,7 @@ import torch
 
 from base.caches import clear_caches, read_caches
 from base.errors import LaunchError
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 from comm.group import Group, Rendezvous, open_group, set_timeout
 from engine.background import Upgrade, advance, start_upgrade, stop
 from engine.loop import generate

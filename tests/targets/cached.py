@@ -7,7 +7,7 @@ import json
 import torch
 from torch._dynamo.utils import counters
 
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 from comm import ops
 from comm.group import Rendezvous, open_group
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 from comm import ops
 from comm.errors import CommError
 from comm.group import Group, Rendezvous, open_group

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 
 
 class Mistake(ValueError):

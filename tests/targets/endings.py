@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 
 
 class Mistake(ValueError):

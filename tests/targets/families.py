@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 from comm import ops
 from comm.group import Group, GroupOptions, Rendezvous, open_group
 from models.load import config_of, load_model

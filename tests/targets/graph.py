@@ -9,7 +9,7 @@ import time
 import torch
 from torch._dynamo.utils import counters
 
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 from comm import ops
 from comm.group import Group, Rendezvous, open_group, set_timeout
 from engine.loop import generate

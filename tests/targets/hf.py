@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 from comm import ops
 from comm.group import Rendezvous, open_group
 from tests.models.hf_families import load_hf

@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 from comm import ops
 from comm.group import Rendezvous, open_group, set_timeout
 

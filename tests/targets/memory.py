@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 from comm.group import Group
 from engine.generate import peak_rss_bytes
 from models.load import config_of, load_model

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 from comm import ops
 from comm.group import Group, Rendezvous, open_group
 

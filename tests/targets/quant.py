@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 from comm import ops
 from comm.group import Group, GroupOptions, Rendezvous, open_group
 from models.load import config_of, load_model

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import torch
 
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 from comm.group import Group, Rendezvous, open_group
 from engine import speculation
 from engine.loop import generate

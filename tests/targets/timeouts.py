@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 from comm import ops
 from comm.group import Rendezvous, open_group, set_timeout
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from base.rank import RankSettings
+from base.rank_settings import RankSettings
 
 
 def main(env: RankSettings, payload: str) -> int:

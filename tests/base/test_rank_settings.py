@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from base.rank import RankPlace, RankSettings
+from base.rank_settings import RankPlace, RankSettings
 from launcher.child import RankEnv
 from launcher.plan import RankPlan
 
