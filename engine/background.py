@@ -43,7 +43,7 @@ from engine.packages import (
 from engine.steps import Runner
 from models.decoder import Decoder
 
-NICENESS = 5  # of the compiler: a busy core gives it a quarter of its time, the tokens the rest
+NICENESS = 8  # of the compiler: where both want a core, it gets a seventh of it, the tokens the rest
 _PROGRAM = Path(__file__).with_name("compile_child.py")
 _END_S = 2.0  # for the compiling process to remove what it has begun
 _MISSING, _READY, _FAILED = 0, 1, -1
