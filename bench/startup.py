@@ -46,7 +46,7 @@ def main(num_runs: int) -> int:
         for _ in range(num_runs):
             for name, measure in cases.items():
                 times[name].append(measure())
-    hardware = f"{cpu_name()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cpus"
+    hardware = hardware_name()
     versions = f"Python {platform.python_version()}, Linux {platform.release()}"
     print(f"{hardware}\n{versions}\n{num_runs} runs of each, interleaved")
     print(f"{'':<12}{'best':>9}{'median':>9}{'limit':>9}")
@@ -75,6 +75,10 @@ def time_to_line(command: list[str]) -> float:
     found = re.search(r"\d{9,}\.\d+", result.stdout)
     assert found is not None, f"no time in {result.stdout!r}"
     return float(found[0]) - start
+
+
+def hardware_name() -> str:
+    return f"{cpu_name()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cpus"
 
 
 def cpu_name() -> str:

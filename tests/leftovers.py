@@ -18,7 +18,7 @@ MARK = ("YOKE_TESTS", secrets.token_hex(8))
 # Of Yoke's own names, and of what DeepSpeed makes where it is used.
 _PATTERNS = ("yoke-*", "*yoke_*_*", "deepspeed_*")
 # A segment has a name while its ranks join; one of another run that is nobody's yet, or any more, goes.
-_GONE_S = 120.0
+_GONE_S = 30.0
 
 
 def own_processes() -> list[psutil.Process]:

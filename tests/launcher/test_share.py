@@ -42,7 +42,7 @@ def test_shared_cores_are_left_whole() -> None:
 @pytest.mark.parametrize(
     ("request_", "expected"),
     [
-        # Four sockets of four cores, of which the first has another run.
+        # Four sockets of four cores; another run is bound to the first one.
         (LaunchRequest(ranks=2, bind_cores=True), [(4, 5, 6, 7), (8, 9, 10, 11)]),
         (LaunchRequest(ranks=1, bind_cores=True), [tuple(range(4, 16))]),
         (LaunchRequest(ranks=3, rank_per="socket"), [(4, 5, 6, 7), (8, 9, 10, 11), (12, 13, 14, 15)]),
