@@ -34,8 +34,9 @@ def gated_mlp(
     for both matmuls.
     """
     return torch.ops.yoke_kernels.gated_mlp(
-        x, *gate_up, gate_up_bias, *down, down_bias, activation, round_x
-    )
+        x, gate_up.data, gate_up.numbers, gate_up_bias, down.data, down.numbers, down_bias, activation,
+        round_x,
+    )  # fmt: skip
 
 
 def takes_gated_mlp(x: Tensor, activation: str) -> bool:

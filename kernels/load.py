@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from comm.errors import BuildError
 from comm.sources import COMM
 from kernels.sources import KERNELS
 
-# The places of num_rows among the arguments after x: of quant_linear, and of gated_mlp's down.
-_NUM_ROWS, _DOWN_NUM_ROWS = 5, 12
+# Of the numbers that describe a part of a packed weight (kernels.quant_linear.Part): how many there
+# are, and the places of num_rows and k.
+_FIELDS, _NUM_ROWS, _K = 9, 1, 2
 
 
 @functools.cache
@@ -35,6 +36,7 @@ def load_kernels() -> bool:
     torch.library.register_fake("yoke_kernels::quant_linear", _fake_quant_linear)
     torch.library.register_fake("yoke_kernels::gated_mlp", _fake_gated_mlp)
     torch.library.register_fake("yoke_kernels::pack_rows", lambda *_: None)
+    torch.library.register_fake("yoke_kernels::pack_codes", lambda *_: None)
     torch.library.register_fake("yoke_kernels::packed_rows", _fake_packed_rows)
     torch.library.register_fake("yoke_kernels::attend", _fake_attend)
     torch.library.register_fake("yoke_kernels::write_and_attend", _fake_write_and_attend)
@@ -63,16 +65,21 @@ def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _fake_quant_linear(x: Tensor, *others: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], others[_NUM_ROWS]))
+def _fake_quant_linear(x: Tensor, data: Tensor, parts: Sequence[int], *_: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(parts[_NUM_ROWS::_FIELDS])))
 
 
-def _fake_gated_mlp(x: Tensor, *others: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], others[_DOWN_NUM_ROWS]))
+def _fake_gated_mlp(
+    x: Tensor, up_data: Tensor, up_parts: object, up_bias: object, down_data: Tensor,
+    down_parts: Sequence[int], *_: object,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((*x.shape[:-1], sum(down_parts[_NUM_ROWS::_FIELDS])))
 
 
-def _fake_packed_rows(tokens: Tensor, data: Tensor, k: int, start: int, count: int) -> Tensor:
-    return tokens.new_empty((*tokens.shape, k), dtype=torch.bfloat16)
+def _fake_packed_rows(
+    tokens: Tensor, data: Tensor, parts: Sequence[int], start: int, count: int
+) -> Tensor:
+    return tokens.new_empty((*tokens.shape, parts[_K]), dtype=torch.bfloat16)
 
 
 def _fake_attend(q: Tensor, *_: object) -> Tensor:

@@ -1,7 +1,8 @@
 """Plain bfloat16 weights in the packed layout of quantized ones (csrc/quant.h), where that is faster.
 
 What: packing rows, and looking rows up in packed data, so that an embedding table that is also the head
-is stored once. Columns are padded with zeros to whole steps of 32, rows to whole panels of 32.
+is stored once; these may be quantized. Columns are padded with zeros to whole steps of 32, rows to
+whole panels of 32.
 
 What is not here: the matmul (kernels.quant_linear); which layers are packed (tp.layers, models.load).
 """
@@ -15,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.load import has_kernels
-from kernels.quant_linear import STEP, TILE, Packed
+from kernels.quant_linear import PANEL, STEP, TILE, Packed, Part
 
-PANEL = 2 * TILE
 PIECE_BYTES = 32 << 20  # at a time, when a weight of another dtype is rounded to bfloat16
 
 
@@ -31,7 +31,7 @@ def new_packed(n: int, k: int, device: torch.device | str = "cpu") -> Packed:
     data = torch.empty(
         -(-n // PANEL), -(-k // STEP), 2, 2 * TILE * STEP, dtype=torch.uint8, device=device
     )
-    return Packed(data, None, None, 16, 0, n)
+    return Packed(data, (Part(0, n, k),))
 
 
 def clear_rows(data: Tensor, first: int) -> None:
@@ -84,7 +84,7 @@ def pack_reference(weight: Tensor) -> Tensor:
     return pairs.contiguous().view(torch.uint8).flatten(3)
 
 
-def packed_rows(tokens: Tensor, data: Tensor, k: int, start: int, count: int) -> Tensor:
-    """Look up rows in packed data: int64 [...] -> bfloat16 [..., k]. A token gets row `token - start`,
-    or zeros if that is not in [0, count)."""
-    return torch.ops.yoke_kernels.packed_rows(tokens, data, k, start, count)
+def packed_rows(tokens: Tensor, table: Packed, start: int, count: int) -> Tensor:
+    """Look up rows in a packed weight of one part, dequantized: int64 [...] -> bfloat16 [..., k]. A
+    token gets row `token - start`, or zeros if that is not in [0, count)."""
+    return torch.ops.yoke_kernels.packed_rows(tokens, table.data, table.numbers, start, count)

@@ -181,10 +181,10 @@ def _fill_quantized(
             on_expert = partial(count, one, one if each.kept else 4 * one)
             each.layer.hold_quantized(read_experts(each, slices, on_expert), device, round_prompts)
             continue
-        weight = read_layer(each, slices)
+        weights = read_layer(each, slices)
         if each.layer is model.head:
-            weight = weight.padded(model.layout.vocab_block)
-        hold_quantized(each.layer, weight, device, round_prompts)
+            weights = [weight.padded(model.layout.vocab_block) for weight in weights]
+        hold_quantized(each.layer, weights, device, round_prompts)
         count(filled, filled if each.kept else RELEASE_BYTES)
 
 

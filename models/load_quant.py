@@ -100,14 +100,15 @@ def _check_asked(checkpoint: Checkpoint, names: tuple[str, ...], asked: Asked) -
         )
 
 
-def read_layer(planned: PackedLayer, slices: Sequence[Slices]) -> QuantWeight:
-    """This rank's part of a layer: each of its weights, cut to its slices, joined along the rows."""
+def read_layer(planned: PackedLayer, slices: Sequence[Slices]) -> list[QuantWeight]:
+    """This rank's part of a layer: each of its weights, cut to its slices; those of one scheme are
+    joined along the rows."""
     return _read(planned, planned.entries, slices)
 
 
 def read_experts(
     planned: PackedLayer, slices: Sequence[Slices], on_expert: Callable[[], None] = lambda: None
-) -> Iterator[QuantWeight]:
+) -> Iterator[list[QuantWeight]]:
     """As `read_layer`, for each expert of a stack in turn; `on_expert` is called after each expert."""
     assert isinstance(planned.layer, ExpertStack)
     size = len(planned.entries) // planned.layer.num_experts
@@ -116,14 +117,19 @@ def read_experts(
         on_expert()
 
 
-def _read(planned: PackedLayer, entries: Sequence[Entry], slices: Sequence[Slices]) -> QuantWeight:
-    return join_rows(
-        [
-            entry.quant(*part) if planned.kept and entry.quant is not None
-            else read_rounded(entry, part, planned.scheme)
-            for entry, part in zip(entries, slices, strict=True)
-        ]
-    )  # fmt: skip
+def _read(
+    planned: PackedLayer, entries: Sequence[Entry], slices: Sequence[Slices]
+) -> list[QuantWeight]:
+    return [
+        join_rows(
+            [
+                entry.quant(*part)
+                if planned.kept and entry.quant is not None
+                else read_rounded(entry, part, planned.scheme)
+                for entry, part in zip(entries, slices, strict=True)
+            ]
+        )
+    ]
 
 
 def read_rounded(entry: Entry, slices: Slices, scheme: Scheme) -> QuantWeight:

@@ -9,17 +9,17 @@ where there are experts).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.gated_mlp import gated_mlp, takes_gated_mlp
-from kernels.quant_cuda import quant_linear_cuda
-from kernels.quant_linear import Packed, quant_linear
+from kernels.quant_cuda import CudaPacked, pack_cuda, quant_linear_cuda
+from kernels.quant_linear import Packed, pack, parts_of, quant_linear
 from models.config import ModelConfig
-from tp.layers import ColumnLinear, Packing, RowLinear, pack_on, packed_of
+from tp.layers import ColumnLinear, Packing, RowLinear, packed_of
 from tp.shard import Layout
 from weights.quant import QuantWeight
 
@@ -88,49 +88,54 @@ class ExpertStack(nn.Module):
 
     def hold_quantized(
         self,
-        experts: Iterable[QuantWeight],
+        experts: Iterable[Sequence[QuantWeight]],
         device: torch.device | str = "cpu",
         round_prompts: bool = False,
     ) -> None:
-        """Replace the plain weight by this rank's part of each expert's quantized weight. `experts` is
-        consumed one by one; all must have the same scheme. The rest is as in
+        """Replace the plain weight by this rank's shard of each expert's quantized parts. `experts` is
+        consumed one by one; all must have the same schemes. The rest is as in
         `tp.layers.hold_quantized`."""
-        first: Packed | None = None
-        scales: list[Tensor] = []
-        offsets: list[Tensor] = []
-        for index, weight in enumerate(experts):
-            packed = pack_on(weight, device)
+        first: Packed | CudaPacked | None = None
+        tensors: dict[str, Tensor] = {}
+        for index, weights in enumerate(experts):
+            packed = _pack_on(weights, device)
+            held = {
+                name: each
+                for name in ("data", "scale", "offset")
+                if (each := getattr(packed, name, None)) is not None
+            }
             if first is None:
                 first = packed
-                data = packed.data.new_empty((self.num_experts, *packed.data.shape))
-            assert (packed.bits, packed.group_size) == (first.bits, first.group_size)
-            data[index] = packed.data
-            scales += [] if packed.scale is None else [packed.scale]
-            offsets += [] if packed.offset is None else [packed.offset]
-        assert (
-            first is not None
-            and len(offsets) in (0, self.num_experts)
-            and index + 1 == self.num_experts
-        )
-        # Where float16 and float32 are mixed, all become float32.
-        wide = max((each.dtype for each in (*scales, *offsets)), key=lambda dtype: dtype.itemsize)
+                for name, each in held.items():
+                    tensors[name] = each.new_empty((self.num_experts, *each.shape))
+            assert packed[-1] == first[-1] and held.keys() == tensors.keys(), packed[-1]
+            for name, each in held.items():
+                tensors[name][index] = each
+        assert first is not None and index + 1 == self.num_experts
         self.weight = None  # type: ignore[assignment]
-        self.packing = Packing(first.bits, first.group_size, first.num_rows, round_prompts)
-        for name, tensor in (
-            ("data", data),
-            ("scale", torch.stack([each.to(wide) for each in scales])),
-            ("offset", torch.stack([each.to(wide) for each in offsets]) if offsets else None),
-        ):
-            self.register_buffer(f"packed_{name}", tensor, persistent=False)
+        if isinstance(first, Packed):
+            self.packing = Packing(first.parts, round_prompts)
+        else:
+            self.packing = Packing((), round_prompts, first.form)
+        for name, each in tensors.items():
+            self.register_buffer(f"packed_{name}", each, persistent=False)
 
     def operands(self) -> tuple[list[Tensor], list[int]]:
         """The arguments of `run_experts` for this weight: (its tensors, []) if plain, or (its packed
-        tensors, the numbers of its `Packing`)."""
+        tensors, the numbers of its `Packing`: `round_x`, and those of its parts)."""
         if self.packing is None:
             return [self.weight], []
-        names = ("packed_data", "packed_scale", "packed_offset")
-        tensors = [self._buffers[name] for name in names]
-        return [each for each in tensors if each is not None], [int(each) for each in self.packing]
+        tensors = [self._buffers.get(f"packed_{name}") for name in ("data", "scale", "offset")]
+        numbers = [number for part in self.packing.parts for number in part]
+        form = [int(self.packing.round_x), *self.packing.form, *numbers]
+        return [each for each in tensors if each is not None], form
+
+
+def _pack_on(weights: Sequence[QuantWeight], device: torch.device | str) -> Packed | CudaPacked:
+    if torch.device(device).type == "cuda":
+        (weight,) = weights
+        return pack_cuda(weight.with_rows(lambda each: each.to(device)))
+    return pack(*weights)
 
 
 class Experts(nn.Module):
@@ -248,7 +253,8 @@ def _expert(
 def _matmul(x: Tensor, expert: int, held: list[Tensor], form: list[int]) -> Tensor:
     if not form:
         return F.linear(x, held[0][expert])
-    bits, group_size, num_rows, round_x = form
-    offset = held[2][expert] if len(held) > 2 else None
-    packed = Packed(held[0][expert], held[1][expert], offset, bits, group_size, num_rows)
-    return quant_linear_cuda(x, packed) if x.is_cuda else quant_linear(x, packed, None, bool(round_x))
+    tensors = [each[expert] for each in held]
+    if x.is_cuda:
+        offset = tensors[2] if len(tensors) > 2 else None
+        return quant_linear_cuda(x, CudaPacked(tensors[0], tensors[1], offset, tuple(form[1:])))
+    return quant_linear(x, Packed(tensors[0], parts_of(form[1:])), None, bool(form[0]))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from math import prod
 from typing import Any, Protocol
@@ -178,7 +178,7 @@ def matmul_scheme(names: tuple[str, ...], asked: Asked) -> Scheme | None:
 def can_cut(config: ModelConfig, name: str, shape: tuple[int, ...], scheme: Scheme, size: int) -> bool:
     """Whether each of `size` ranks' columns of a weight quantized by `scheme` are whole groups."""
     return all(
-        scheme.group_within(columns.start, columns.stop)
+        scheme.can_cut(columns.start, columns.stop)
         for rank in range(size)
         for columns in [slices_of(name, shape, layout_of(config, rank, size))[1]]
     )
@@ -251,9 +251,7 @@ def _packed_bytes(
 ) -> int:
     """The bytes of `rows` rows of a matmul, packed in whole panels, with the columns of one rank."""
     columns = slices_of(name, shapes[name], layout)[1]
-    size = scheme.group_within(columns.start, columns.stop) if scheme.group_size else 0
-    held = replace(scheme, group_size=size)
-    return held.nbytes(-(-rows // _PANEL) * _PANEL, columns.stop - columns.start)
+    return scheme.nbytes(-(-rows // _PANEL) * _PANEL, columns.stop - columns.start)
 
 
 def _without_numbers(name: str) -> str:

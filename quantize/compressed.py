@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weights.quant import QuantWeight
+from weights.quant import QuantWeight, pack_nibbles
 from weights.schemes import Scheme
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
@@ -53,7 +53,7 @@ def stored_tensors(name: str, weight: QuantWeight) -> dict[str, Tensor]:
         return {name: weight.data, f"{name}_scale": weight.scale}
     tensors = {
         # Two numbers per byte, the lower half first, are eight per little-endian int32.
-        f"{name}_packed": weight.data.contiguous().view(torch.int32),
+        f"{name}_packed": pack_nibbles(weight.data).contiguous().view(torch.int32),
         f"{name}_scale": weight.scale,
         f"{name}_shape": torch.tensor(weight.shape),
     }

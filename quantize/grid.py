@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weights.quant import QuantWeight, pack_nibbles
+from weights.quant import QuantWeight, integer_weight
 from weights.quantize import TINY, quantize_rtn
 from weights.schemes import Scheme
 
@@ -54,9 +54,9 @@ class Grid:
         """The quantized weight with the integers q, float32 [n, k]."""
         group = q.shape[1] // self.scale.shape[1]
         if self.scheme.bits == 8:
-            return QuantWeight(q.to(torch.int8), self.scale, None, 8, group)
+            return integer_weight(q.to(torch.int8), self.scale, None, 8, group)
         offset = None if self.scheme.symmetric else -self.zero * self.scale
-        return QuantWeight(pack_nibbles(q.to(torch.uint8)), self.scale.half(), offset, 4, group)
+        return integer_weight(q.to(torch.uint8), self.scale.half(), offset, 4, group)
 
 
 def range_grid(weight: Tensor, scheme: Scheme) -> Grid:

@@ -15,7 +15,7 @@ from torch import Tensor
 from quantize.plan import Plan
 from weights.checkpoint import Checkpoint, Entry, Slices
 from weights.formats.safetensors_io import stored_entries
-from weights.quant import QuantWeight
+from weights.quant import QuantWeight, integer_weight, unpack_nibbles
 from weights.schemes import Scheme
 
 
@@ -46,14 +46,14 @@ def read_weight(name: str, stored: dict[str, Entry], scheme: Scheme) -> QuantWei
     scale = tensor("_scale")
     if scheme.bits == 8:
         data = tensor("")
-        return QuantWeight(data, scale, None, 8, data.shape[1])
-    data = tensor("_packed").view(torch.uint8)
+        return integer_weight(data, scale, None, 8, data.shape[1])
+    data = unpack_nibbles(tensor("_packed").view(torch.uint8))
     offset = None
     if not scheme.symmetric:
         packed = tensor("_zero_point")
         zero = torch.stack([packed >> shift & 15 for shift in range(0, 32, 4)], dim=1).flatten(0, 1)
         offset = -zero[: len(data)] * scale.float()
-    return QuantWeight(data, scale, offset, 4, scheme.group_size)
+    return integer_weight(data, scale, offset, 4, scheme.group_size)
 
 
 def _dequantized(name: str, stored: dict[str, Entry], shape: tuple[int, ...], scheme: Scheme) -> Entry:

@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from math import prod
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from base.errors import InputError
@@ -22,7 +21,7 @@ from quantize.grid import range_grid, search_grid
 from quantize.plan import Plan
 from quantize.walk import Walk, whole
 from weights.pages import release_pages
-from weights.quant import QuantWeight
+from weights.quant import QuantWeight, join_rows
 from weights.schemes import Scheme
 from weights.writer import DTYPES, SafetensorsFile
 
@@ -133,16 +132,4 @@ def round_weight(
         parts.append(grid.packed(q))
         error += float((grid.values(q) - exact).square().sum())
         square += float(exact.square().sum())
-    return Errors(name, error, square), _stacked(parts)
-
-
-def _stacked(parts: list[QuantWeight]) -> QuantWeight:
-    first = parts[0]
-    offsets = [part.offset for part in parts if part.offset is not None]
-    return QuantWeight(
-        torch.cat([part.data for part in parts]),
-        torch.cat([part.scale for part in parts]),
-        torch.cat(offsets) if offsets else None,
-        first.bits,
-        first.group_size,
-    )
+    return Errors(name, error, square), join_rows(parts)

@@ -23,8 +23,8 @@ from comm import ops
 from comm.group import Group
 from kernels.linear import linear
 from kernels.packed import PackedRows, clear_rows, pack_bf16, packed_rows, prefers_packed
-from kernels.quant_cuda import pack_cuda, quant_linear_cuda
-from kernels.quant_linear import Packed, pack, quant_linear
+from kernels.quant_cuda import CudaPacked, pack_cuda, quant_linear_cuda
+from kernels.quant_linear import Packed, Part, pack, quant_linear
 from weights.quant import QuantWeight
 
 
@@ -33,12 +33,16 @@ def _parameter(*shape: int) -> nn.Parameter:
 
 
 class Packing(NamedTuple):
-    """The fields of a `Packed` that are not tensors, and `round_x`."""
+    """How a layer's weight is packed: its parts, and `round_x` (see `kernels.quant_linear`). On a GPU
+    `form` is that of `kernels.quant_cuda.CudaPacked`, and there are no parts."""
 
-    bits: int
-    group_size: int
-    num_rows: int
-    round_x: bool  # see `kernels.quant_linear`
+    parts: tuple[Part, ...]
+    round_x: bool = False
+    form: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        return self.form[2] if self.form else sum(part.num_rows for part in self.parts)
 
 
 class ColumnLinear(nn.Module):
@@ -85,7 +89,7 @@ class VocabEmbedding(nn.Module):
 
     Each rank looks up its own tokens and returns zeros for the others; the sum over the ranks is the
     embedding. Every rank allocates `block` rows; rows past the vocabulary are zero. The rows may be the
-    head's packed ones (`share_packed`).
+    head's packed ones (`share_packed`), quantized or not.
     """
 
     def __init__(self, block: int, start: int, dim: int, group: Group) -> None:
@@ -94,12 +98,14 @@ class VocabEmbedding(nn.Module):
         self.start = start
         self.dim = dim
         self.group = group
+        self.packing: Packing | None = None
         self.weight = _parameter(block, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         data = self._buffers.get("packed_data")
-        if data is not None:
-            part = packed_rows(tokens, data, self.dim, self.start, self.block)
+        if data is not None and self.packing is not None:
+            table = Packed(data, self.packing.parts)
+            part = packed_rows(tokens, table, self.start, self.block)
             return part if self.group.size == 1 else ops.all_reduce(part, self.group)
         if self.group.size == 1:
             return F.embedding(tokens, self.weight)
@@ -143,28 +149,33 @@ Linear = ColumnLinear | RowLinear | LMHead
 
 
 def hold_quantized(
-    layer: Linear,
-    weight: QuantWeight,
+    layer: Linear | VocabEmbedding,
+    weights: Sequence[QuantWeight],
     device: torch.device | str = "cpu",
     round_prompts: bool = False,
 ) -> None:
-    """Replace a layer's weight by `weight`, this rank's shard, in packed form.
+    """Replace a layer's weight by `weights`, this rank's shards of its parts, in packed form.
 
-    On a CPU, its columns must be a multiple of 32 (raises InputError). With `round_prompts`, inputs of
-    many rows may be rounded to int8 (`round_x` in `kernels.quant_linear`).
+    On a CPU, columns must be whole steps of the kernels (raises InputError). On a GPU there is one
+    part. With `round_prompts`, inputs of many rows may be rounded to int8 (`round_x` in
+    `kernels.quant_linear`).
     """
-    packed = pack_on(weight, device)
-    layer.weight = None  # type: ignore[assignment]
-    layer.packing = Packing(packed.bits, packed.group_size, packed.num_rows, round_prompts)
-    for name in ("data", "scale", "offset"):
-        layer.register_buffer(f"packed_{name}", getattr(packed, name), persistent=False)
-
-
-def pack_on(weight: QuantWeight, device: torch.device | str) -> Packed:
-    """Pack a quantized weight for the kernels of a device."""
     if torch.device(device).type == "cuda":
-        return pack_cuda(weight.with_rows(lambda each: each.to(device)))
-    return pack(weight)
+        (weight,) = weights
+        on_gpu = pack_cuda(weight.with_rows(lambda each: each.to(device)))
+        layer.weight = None  # type: ignore[assignment]
+        layer.packing = Packing((), round_prompts, on_gpu.form)
+        for name in ("data", "scale", "offset"):
+            layer.register_buffer(f"packed_{name}", getattr(on_gpu, name), persistent=False)
+        return
+    hold(layer, pack(*weights), round_prompts)
+
+
+def hold(layer: Linear | VocabEmbedding, packed: Packed, round_prompts: bool = False) -> None:
+    """Replace a layer's weight by a packed one."""
+    layer.weight = None  # type: ignore[assignment]
+    layer.packing = Packing(packed.parts, round_prompts)
+    layer.register_buffer("packed_data", packed.data, persistent=False)
 
 
 def can_pack(layer: Linear, device: torch.device | str = "cpu") -> bool:
@@ -178,11 +189,7 @@ def can_pack(layer: Linear, device: torch.device | str = "cpu") -> bool:
 def hold_packed(layer: Linear) -> None:
     """Replace a layer's weight by its packed form. On the meta device, that has no data yet: fill it
     through `packed_parts`."""
-    packed = pack_bf16(layer.weight)
-    layer.weight = None  # type: ignore[assignment]
-    layer.packing = Packing(packed.bits, packed.group_size, packed.num_rows, False)
-    for name in ("data", "scale", "offset"):
-        layer.register_buffer(f"packed_{name}", getattr(packed, name), persistent=False)
+    hold(layer, pack_bf16(layer.weight))
 
 
 def packed_parts(layer: Linear, sizes: Sequence[int]) -> list[PackedRows]:
@@ -198,23 +205,24 @@ def packed_parts(layer: Linear, sizes: Sequence[int]) -> list[PackedRows]:
 def share_packed(embed: VocabEmbedding, head: LMHead) -> None:
     """Tie the embedding to the head's packed weight: it reads its rows there and drops its own."""
     embed.weight = None  # type: ignore[assignment]
+    embed.packing = head.packing
     embed.register_buffer("packed_data", head._buffers["packed_data"], persistent=False)
 
 
 def packed_of(layer: Linear) -> Packed | None:
     """A layer's packed weight, or None if the layer has a plain one."""
     data = layer._buffers.get("packed_data")
-    if layer.packing is None or data is None:
+    if layer.packing is None or data is None or layer.packing.form:
         return None
-    bits, group_size, num_rows, _ = layer.packing
-    scale, offset = layer._buffers["packed_scale"], layer._buffers["packed_offset"]
-    return Packed(data, scale, offset, bits, group_size, num_rows)
+    return Packed(data, layer.packing.parts)
 
 
 def _matmul(layer: Linear, x: Tensor) -> Tensor:
     packed = packed_of(layer)
-    if layer.packing is None or packed is None:
+    if layer.packing is None:
         return linear(x, layer.weight, layer.bias)
-    if x.is_cuda:
-        return quant_linear_cuda(x, packed, layer.bias)
+    if packed is None:
+        data, scale, offset = (layer._buffers[f"packed_{name}"] for name in ("data", "scale", "offset"))
+        assert data is not None and scale is not None
+        return quant_linear_cuda(x, CudaPacked(data, scale, offset, layer.packing.form), layer.bias)
     return quant_linear(x, packed, layer.bias, layer.packing.round_x)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from base.errors import InputError
-from weights.quant import QuantWeight, pack_nibbles
+from weights.quant import QuantWeight, integer_weight
 from weights.schemes import Scheme
 
 BLOCK = 1 << 16  # numbers that are rounded at a time: intermediate results stay in the caches
@@ -29,19 +29,16 @@ def quantize_rtn(weight: Tensor, scheme: Scheme) -> QuantWeight:
     Q4_0). 4 bits, asymmetric: the range, extended to include 0, has 15 steps, and 0 is the integer z;
     the offset is -z * scale, rounded to float16 (GPTQ, AWQ and compressed-tensors store z, the zero
     point). Scales are float16 for groups, float32 for rows. Raises InputError for numbers that are not
-    finite or too large for such scales; ValueError if k is not a multiple of the group size, or odd
-    for 4 bits.
+    finite or too large for such scales; ValueError if k is not a multiple of the group size.
     """
     n, k = weight.shape
     size = scheme.group_size or k
-    if k % size or (scheme.bits == 4 and k % 2):
+    if k % size:
         raise ValueError(f"rows of {k} are not whole groups of {size}")
     groups = k // size
     fine = torch.float16 if scheme.group_size else torch.float32
-    packed = (n, k) if scheme.bits == 8 else (n, k // 2)
-    data = torch.empty(
-        packed, dtype=torch.int8 if scheme.bits == 8 else torch.uint8, device=weight.device
-    )
+    codes = torch.int8 if scheme.bits == 8 else torch.uint8
+    data = torch.empty(n, k, dtype=codes, device=weight.device)
     scale = torch.empty(n, groups, dtype=fine, device=weight.device)
     offset = None if scheme.symmetric else torch.empty_like(scale)
     rows = max(1, BLOCK // max(k, 1))
@@ -51,9 +48,8 @@ def quantize_rtn(weight: Tensor, scheme: Scheme) -> QuantWeight:
         q, scale[part], low = _round(values, scheme, fine)
         if offset is not None:
             offset[part] = low
-        flat = q.view(-1, k)
-        data[part] = flat.to(torch.int8) if scheme.bits == 8 else pack_nibbles(flat.to(torch.uint8))
-    return QuantWeight(data, scale, offset, scheme.bits, size)
+        data[part] = q.view(-1, k).to(codes)
+    return integer_weight(data, scale, offset, scheme.bits, size)
 
 
 def _round(values: Tensor, scheme: Scheme, fine: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

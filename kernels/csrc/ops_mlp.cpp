@@ -18,52 +18,52 @@ Activation activation_of(const std::string& name) {
 }
 
 // The activations as rows, the input of `down`.
-Tensor gated_rows(QuantArgs& a, Activation activation, bool round_x, const Tensor& like) {
-  const std::int64_t width = a.n / 2;
-  Tensor both = empty({a.m, a.n}, like.scalar_type()), hidden = empty({a.m, width}, like.scalar_type());
-  a.y = numbers(both);
-  multiply(a, round_x);
-  const bf16* from = a.y;
+Tensor gated_rows(Weight& w, Activation activation, bool round_x, const Tensor& like) {
+  const std::int64_t width = w.n / 2, m = w.parts[0].m;
+  Tensor both = empty({m, w.n}, like.scalar_type()), hidden = empty({m, width}, like.scalar_type());
+  set_y(w, numbers(both));
+  multiply(w, round_x);
+  const bf16* from = both.const_data_ptr<bf16>();
   bf16* to = numbers(hidden);
-  parallel_for(0, a.m, std::max<std::int64_t>(1, 16384 / width), [&](std::int64_t first, std::int64_t last) {
+  parallel_for(0, m, std::max<std::int64_t>(1, 16384 / width), [&](std::int64_t first, std::int64_t last) {
     chosen_quant().gate(activation, from, width, to, first, last);
   });
   return hidden;
 }
 
-Tensor gated_mlp(const Tensor& x, const Tensor& up_data, const OptionalTensor& up_scale,
-                     const OptionalTensor& up_offset, std::int64_t up_bits, std::int64_t up_group, std::int64_t up_rows,
-                     const OptionalTensor& up_bias, const Tensor& down_data, const OptionalTensor& down_scale,
-                     const OptionalTensor& down_offset, std::int64_t down_bits, std::int64_t down_group,
-                     std::int64_t down_rows, const OptionalTensor& down_bias, const std::string& activation,
-                     bool round_x) {
+Tensor gated_mlp(const Tensor& x, const Tensor& up_data, Sizes up_parts, const OptionalTensor& up_bias,
+                 const Tensor& down_data, Sizes down_parts, const OptionalTensor& down_bias,
+                 const std::string& activation, bool round_x) {
   const Activation act = activation_of(activation);
-  QuantArgs up = weights(up_data, up_scale, up_offset, up_bits, up_group, up_rows);
-  QuantArgs down = weights(down_data, down_scale, down_offset, down_bits, down_group, down_rows);
-  const std::int64_t width = up.n / 2, missing = down.k - width;
-  YOKE_CHECK(up.n % 2 == 0 && missing >= 0 && missing < (down.format == Format::bf16 ? kStep : 1), "gated_mlp: ", up.n,
-              " rows of gate and up do not fit ", down.k, " columns of down");
+  Weight up = weight_of("gated_mlp", up_data, up_parts), down = weight_of("gated_mlp", down_data, down_parts);
+  const std::int64_t width = up.n / 2;
+  YOKE_CHECK(up.n % 2 == 0 && down.k == width, "gated_mlp: ", up.n, " rows of gate and up do not fit ", down.k,
+              " columns of down");
   const Tensor rows = set_x(up, x), up_own = set_bias(up, up_bias), down_own = set_bias(down, down_bias);
   std::vector<std::int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = down.n;
-  if (up.m == 0 || width == 0 || down.n == 0) {
+  const std::int64_t m = up.parts[0].m;
+  if (m == 0 || width == 0 || down.n == 0) {
     return rows_of(down_own, shape);
   }
   Tensor y = empty(shape, x.scalar_type()), hidden, held;
-  down.m = up.m;
+  for (QuantArgs& a : down.parts) a.m = m;
   const QuantKernels& kernels = chosen_quant();
-  const bool rounds = rounds_x(up, round_x) || rounds_x(down, round_x);
-  if (kernels.gates != nullptr && kernels.gates(up) && kernels.packs(down) && !rounds) {
+  QuantArgs &only_up = up.parts[0], &only_down = down.parts[0];
+  const bool rounds = rounds_x(only_up, round_x) || rounds_x(only_down, round_x);
+  if (up.is_single() && down.is_single() && kernels.gates != nullptr && kernels.gates(only_up) &&
+      kernels.layout(only_down) >= kPacked && !rounds) {
     static thread_local Room room;
-    const Gate gate{act, room.of(packed_bytes(down))};
-    up.gate = &gate;
+    const Gate gate{act, room.of(packed_bytes(m, only_down.k))};
+    only_up.gate = &gate;
+    set_y(up, nullptr);
     multiply(up, false);
-    down.packed = gate.hidden;
+    only_down.packed = gate.hidden;
   } else {
     hidden = gated_rows(up, act, round_x, rows);
     held = set_x(down, hidden);
   }
-  down.y = numbers(y);
+  set_y(down, numbers(y));
   multiply(down, round_x);
   return y;
 }
@@ -72,10 +72,8 @@ const Operators operators(
     "yoke_kernels",
     {
         op<gated_mlp>(
-            "gated_mlp(Tensor x, Tensor up_data, Tensor? up_scale, Tensor? up_offset, int up_bits, int "
-            "up_group_size, int up_num_rows, Tensor? up_bias, Tensor down_data, Tensor? down_scale, Tensor? "
-            "down_offset, int down_bits, int down_group_size, int down_num_rows, Tensor? down_bias, str "
-            "activation, bool round_x=False) -> Tensor"),
+            "gated_mlp(Tensor x, Tensor up_data, int[] up_parts, Tensor? up_bias, Tensor down_data, int[] down_parts, "
+            "Tensor? down_bias, str activation, bool round_x=False) -> Tensor"),
     });
 
 }  // namespace

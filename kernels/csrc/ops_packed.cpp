@@ -1,6 +1,6 @@
-// torch.ops.yoke_kernels.pack_rows, packed_rows: pack bfloat16 rows in the layout of quant.h, and look rows up in it.
+// torch.ops.yoke_kernels.pack_rows: pack bfloat16 rows in the layout of quant.h.
 //
-// Both only move data. Plain loops are memory-bound, so all instruction sets share them.
+// It only moves data. Plain loops are memory-bound, so all instruction sets share them.
 
 #include <algorithm>
 #include <cstring>
@@ -13,7 +13,7 @@
 namespace yoke::kernels {
 namespace {
 
-constexpr std::int64_t kPairs = kStep / 2, kTile = tile_bytes(Format::bf16);
+constexpr std::int64_t kPairs = kStep / 2, kTile = tile_bytes(Codes::bf16);
 
 void check_data(const Tensor& data, const char* name) {
   YOKE_CHECK(data.scalar_type() == Scalar::u8 && data.dim() == 4 && data.size(2) == 2 && data.size(3) == kTile &&
@@ -83,42 +83,6 @@ void pack_rows(const Tensor& data, const Tensor& weight, std::int64_t first) {
   });
 }
 
-// Looks up the rows of tokens in a table, of which `data` holds `count` rows from `start` on. Other tokens get zeros.
-// tokens int64 [...] -> [..., k].
-Tensor packed_rows(const Tensor& tokens, const Tensor& data, std::int64_t k, std::int64_t start,
-                       std::int64_t count) {
-  check_data(data, "packed_rows");
-  const std::int64_t steps = data.size(1);
-  YOKE_CHECK(tokens.scalar_type() == Scalar::i64, "packed_rows: tokens must be int64, not ", tokens.scalar_type());
-  YOKE_CHECK(k >= 0 && (k + kStep - 1) / kStep == steps && count >= 0 && count <= data.size(0) * kPanelRows,
-              "packed_rows: ", count, " rows of ", k, " numbers do not fit ", data.sizes());
-  std::vector<std::int64_t> shape(tokens.sizes().begin(), tokens.sizes().end());
-  shape.push_back(k);
-  Tensor rows = empty(shape, Scalar::bf16);
-  const Tensor wanted = tokens.contiguous();
-  const std::int64_t* token = wanted.const_data_ptr<std::int64_t>();
-  const std::uint8_t* from = data.const_data_ptr<std::uint8_t>();
-  auto* to = rows.mutable_data_ptr<bf16>();
-  parallel_for(0, wanted.numel(), 16, [&](std::int64_t t0, std::int64_t t1) {
-    for (std::int64_t t = t0; t < t1; ++t) {
-      bf16* row = to + t * k;
-      const std::int64_t local = token[t] - start;
-      if (local < 0 || local >= count) {
-        std::memset(row, 0, static_cast<std::size_t>(k) * sizeof(bf16));
-        continue;
-      }
-      const std::uint8_t* place = from + row_at(local, steps);
-      for (std::int64_t step = 0; step < steps; ++step, place += 2 * kTile) {
-        std::uint32_t pairs[kPairs];
-        for (std::int64_t i = 0; i < kPairs; ++i) std::memcpy(&pairs[i], place + i * 4 * kTileRows, 4);
-        const std::int64_t left = std::min(kStep, k - step * kStep);
-        std::memcpy(row + step * kStep, pairs, static_cast<std::size_t>(left) * sizeof(bf16));
-      }
-    }
-  });
-  return rows;
-}
-
 // Whether matmuls with packed bfloat16 are faster, for few rows and for many.
 bool prefers_packed() { return std::string_view(current().name) == "amx"; }
 
@@ -126,7 +90,6 @@ const Operators operators(
     "yoke_kernels",
     {
         op<pack_rows>("pack_rows(Tensor(a!) data, Tensor weight, int first) -> ()"),
-        op<packed_rows>("packed_rows(Tensor tokens, Tensor data, int k, int start, int count) -> Tensor"),
     },
     {
         op<prefers_packed>("prefers_packed() -> bool"),

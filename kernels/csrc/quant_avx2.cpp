@@ -5,7 +5,7 @@
 
 namespace yoke::kernels {
 
-const QuantKernels avx2_quant{isa_avx2::quant_linear, isa_avx2::gate_rows, INT64_MAX, nullptr};
+const QuantKernels avx2_quant{isa_avx2::quant_linear, isa_avx2::gate_rows, nullptr, isa_avx2::layout};
 
 }  // namespace yoke::kernels
 

@@ -4,6 +4,6 @@
 
 namespace yoke::kernels {
 
-const QuantKernels base_quant{isa_base::quant_linear, isa_base::gate_rows, INT64_MAX, nullptr};
+const QuantKernels base_quant{isa_base::quant_linear, isa_base::gate_rows, nullptr, isa_base::layout};
 
 }  // namespace yoke::kernels

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from weights.checkpoint import ReadQuant, Slices
-from weights.quant import QuantWeight, pack_nibbles
+from weights.quant import QuantWeight, integer_weight
 from weights.schemes import GGUF_SCHEMES as SCHEMES
 
 SIZE = 32  # numbers in a block
@@ -30,13 +30,13 @@ def from_blocks(raw: Tensor, form: str) -> QuantWeight:
     scale = blocks[..., :2].contiguous().view(torch.float16).view(n, count)
     if form == "Q8_0":
         data = blocks[..., 2:].contiguous().view(torch.int8).view(n, count * SIZE)
-        return QuantWeight(data, scale, None, 8, SIZE)
+        return integer_weight(data, scale, None, 8, SIZE)
     offset, first = None, 2
     if form == "Q4_1":
         offset, first = blocks[..., 2:4].contiguous().view(torch.float16).view(n, count), 4
     halves = blocks[..., first:]
     q = torch.cat((halves & 15, halves >> 4), dim=-1).view(n, count * SIZE)
-    return QuantWeight(pack_nibbles(q), scale, offset, 4, SIZE)
+    return integer_weight(q, scale, offset, 4, SIZE)
 
 
 def reader_of_blocks(

@@ -19,7 +19,7 @@ from weights.formats.quant_parts import (
     scales_of,
     unpack_integers,
 )
-from weights.quant import QuantWeight, pack_nibbles
+from weights.quant import QuantWeight, integer_weight
 
 ENDS = frozenset({"qweight", "qzeros", "scales"})
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -46,7 +46,7 @@ def open_stored(module: Module) -> StoredMatrix:
             part_of(scales, some, rows).t().contiguous(),
             checked_zeros(module, scheme, zero, 8),
         )
-        return QuantWeight(pack_nibbles(q), scale, offset, 4, min(size, q.shape[1]))
+        return integer_weight(q, scale, offset, 4, min(size, q.shape[1]))
 
     return StoredMatrix((n, k), scheme, read, 8)
 

@@ -26,7 +26,7 @@ from weights.formats.quant_parts import (
     part_of,
     scales_of,
 )
-from weights.quant import QuantWeight
+from weights.quant import QuantWeight, integer_weight
 
 ENDS = frozenset({
     "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale",
@@ -75,7 +75,7 @@ def _packed(module: Module) -> StoredMatrix:
             zero = checked_zeros(module, scheme, zero, middle)
         scale, offset = scales_of(module, scheme, part_of(scales, rows, some), zero)
         width = columns.stop - columns.start
-        return QuantWeight(data_of(octets, bits), scale, offset, bits, min(size, width))
+        return integer_weight(data_of(octets, bits), scale, offset, bits, min(size, width))
 
     if order is None:
         return StoredMatrix((n, k), scheme, read, per)
@@ -114,7 +114,7 @@ def _plain_integers(module: Module) -> StoredMatrix:
             zero = checked_zeros(module, scheme, zero, 0 if scheme.symmetric else 128)
         scale, offset = scales_of(module, scheme, part_of(scales, rows, some), zero)
         data = part_of(numbers, rows, columns).contiguous()
-        return QuantWeight(data, scale, offset, 8, min(size, columns.stop - columns.start))
+        return integer_weight(data, scale, offset, 8, min(size, columns.stop - columns.start))
 
     return StoredMatrix((n, k), scheme, read)
 

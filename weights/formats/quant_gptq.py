@@ -23,7 +23,7 @@ from weights.formats.quant_parts import (
     scales_of,
     unpack_integers,
 )
-from weights.quant import QuantWeight
+from weights.quant import QuantWeight, integer_weight
 
 ENDS = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
@@ -63,7 +63,7 @@ def open_stored(module: Module) -> StoredMatrix:
             part_of(scales, some, rows).t().contiguous(),
             checked_zeros(module, scheme, zero, middle),
         )
-        return QuantWeight(
+        return integer_weight(
             data_of(octets, bits), scale, offset, bits, min(size, columns.stop - columns.start)
         )
 

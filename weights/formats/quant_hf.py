@@ -102,10 +102,8 @@ def _entry(module: Module, stored: StoredMatrix) -> Entry:
         whole, top, _ = covering(rows, slice(0, k))
         order = stored.order()
         scale = whole.scale.float()[:, order]
-        if whole.offset is None:
-            middle = 8 if whole.bits == 4 else 0
-            return (whole.integers().float() - middle) * scale, top
-        return whole.integers().float() * scale + whole.offset.float()[:, order], top
+        values = whole.values() * scale
+        return (values if whole.offset is None else values + whole.offset.float()[:, order]), top
 
     kept = stored.order is None
     file = next(iter(module.parts.values())).file

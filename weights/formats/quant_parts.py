@@ -15,7 +15,7 @@ from torch import Tensor
 from base.errors import InputError
 from weights.checkpoint import Entry
 from weights.formats.quant_config import QuantConfig
-from weights.quant import QuantWeight
+from weights.quant import QuantWeight, unpack_nibbles
 from weights.schemes import Scheme
 
 HALVES = ("F16", "BF16", "F32")  # the dtypes of stored scales
@@ -112,13 +112,13 @@ def unpack_integers(numbers: Tensor, bits: int) -> Tensor:
     octets = numbers.contiguous().view(torch.uint8)
     if bits == 8:
         return octets
-    return torch.stack((octets & 15, octets >> 4), dim=-1).flatten(-2)
+    return unpack_nibbles(octets.flatten(0, -2)).view(*octets.shape[:-1], -1)
 
 
 def data_of(octets: Tensor, bits: int) -> Tensor:
     """Convert unsigned numbers, uint8 [n, k * bits / 8], to `QuantWeight.data`: from 8-bit numbers, 128
     is subtracted to make them signed."""
-    return (octets ^ 128).view(torch.int8) if bits == 8 else octets
+    return (octets ^ 128).view(torch.int8) if bits == 8 else unpack_nibbles(octets)
 
 
 def checked_zeros(module: Module, scheme: Scheme, zero: Tensor, middle: int) -> Tensor | None:
