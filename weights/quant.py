@@ -202,7 +202,7 @@ def _values_of(data: Tensor, codes: str) -> Tensor:
         return data.float()
     if codes == "e4m3":
         return data.view(torch.float8_e4m3fn).float()
-    return torch.tensor(CODES[codes].values, device=data.device)[data.int()]
+    return torch.tensor(CODES[codes].values, dtype=torch.float32, device=data.device)[data.int()]
 
 
 def floats_of(factor: Tensor, kind: str) -> Tensor:
