@@ -23,6 +23,7 @@ from weights.schemes import Scheme
 
 Slices = tuple[slice, ...]
 ReadQuant = Callable[[slice, slice], QuantWeight]
+StoredIn = Callable[[Slices], list[tuple[str, Slices]]]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Entry:
     raises InputError for columns that would cut a group into pieces smaller than the kernels support.
     For a stack of matrices, `quant_of(index, rows, columns)` reads one of them. These fields are None
     for all other tensors, including those that can only be dequantized.
+
+    If a weight is stored as several tensors (codes, scales), `stored_in(slices)` names those among
+    `Checkpoint.stored` that hold a part of it, each with the slices of it that do: all stored elements
+    that the part touches, so the slices of neighboring parts may overlap. It reads nothing.
     """
 
     shape: tuple[int, ...]
@@ -53,6 +58,7 @@ class Entry:
     scheme: Scheme | None = None
     quant: ReadQuant | None = None
     quant_of: Callable[[int, slice, slice], QuantWeight] | None = None
+    stored_in: StoredIn | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,8 @@ class Checkpoint:
     canonical name to the name in the file where the two differ. `world_size` is the number of ranks
     that the files are split for (1: not split); entries are whole tensors in either case. `files`
     hold the weights. `absent` maps canonical names that an index or a file mentions, but that are not
-    entries, to the reason. `notes` are lines for the user about what was left out.
+    entries, to the reason. `notes` are lines for the user about what was left out. `stored`: the
+    tensors of weights that are stored as several, by stored name; see `Entry.stored_in`.
     """
 
     path: Path
@@ -78,6 +85,7 @@ class Checkpoint:
     files: tuple[Path, ...] = ()
     absent: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    stored: Mapping[str, Entry] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from base.errors import InputError
-from weights.checkpoint import Checkpoint, Entry, ReadQuant, Slices, check_slices
+from weights.checkpoint import Checkpoint, Entry, ReadQuant, Slices, StoredIn, check_slices
 from weights.locate import Source
 from weights.names import CanonicalPart
 from weights.quant import QuantWeight, join_rows
@@ -34,7 +34,26 @@ def present(
     """The checkpoint with canonical entries. `heads()` returns the numbers of query and KV heads of the
     model; it is called only if rows are fused or interleaved. Raises InputError if two tensors have one
     canonical name, if there are none, or if rows do not fit the heads."""
-    path = source.path
+    entries, stored_names = canonical_entries(source.path, stored, translate, heads)
+    return Checkpoint(
+        source.path,
+        source.form,
+        entries,
+        config,
+        stored_names,
+        beside=source.folder,
+        files=source.files,
+    )
+
+
+def canonical_entries(
+    path: Path,
+    stored: Mapping[str, Entry],
+    translate: Callable[[str], tuple[CanonicalPart, ...]],
+    heads: Callable[[], tuple[int, int]],
+) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The entries of `present`, and the stored names of those whose names differ. `path` is for
+    messages. Raises InputError as `present` does."""
     entries: dict[str, Entry] = {}
     stored_names: dict[str, str] = {}
     for stored_name, entry in stored.items():
@@ -50,9 +69,7 @@ def present(
                 stored_names[piece.name] = stored_name
     if not entries:
         raise InputError(f"{path} holds no weights; download the model again")
-    return Checkpoint(
-        path, source.form, entries, config, stored_names, beside=source.folder, files=source.files
-    )
+    return entries, stored_names
 
 
 def _piece(
@@ -100,50 +117,57 @@ def _rebuild(
     entry: Entry,
     shape: tuple[int, ...],
     wrap: Callable[[Read], Read],
+    below: Callable[[Slices], list[Slices]],
     wrap_quant: Callable[[ReadQuant], ReadQuant] | None = None,
 ) -> Entry:
-    """`entry` with another shape, and with all its read functions wrapped. Without `wrap_quant` it can
-    no longer be read quantized."""
+    """`entry` with another shape, and with all its read functions wrapped. `below(slices)` are the
+    slices of `entry` that a part is read from. Without `wrap_quant` it can no longer be read
+    quantized."""
+    stored_in = entry.stored_in
     raw = None if entry.read_raw is None else wrap(entry.read_raw)
     peek = None if entry.peek is None else wrap(entry.peek)
     quant = None if entry.quant is None or wrap_quant is None else wrap_quant(entry.quant)
     scheme = None if quant is None else entry.scheme
     return replace(
         entry, shape=shape, read=wrap(entry.read), read_raw=raw, peek=peek, scheme=scheme, quant=quant,
-        quant_of=None,
+        quant_of=None, stored_in=None if stored_in is None else _chained(stored_in, below),
     )  # fmt: skip
+
+
+def _chained(stored_in: StoredIn, below: Callable[[Slices], list[Slices]]) -> StoredIn:
+    return lambda slices: [each for part in below(slices) for each in stored_in(part)]
 
 
 def rows_of(entry: Entry, start: int, stop: int) -> Entry:
     """Rows `[start, stop)` as an entry of their own."""
     shape = (stop - start, *entry.shape[1:])
 
-    def wrap(read: Read) -> Read:
-        def part(slices: Slices) -> Tensor:
-            check_slices("rows", shape, slices)
-            rows = slices[0]
-            return read((slice(rows.start + start, rows.stop + start), *slices[1:]))
+    def below(slices: Slices) -> list[Slices]:
+        check_slices("rows", shape, slices)
+        rows = slices[0]
+        return [(slice(rows.start + start, rows.stop + start), *slices[1:])]
 
-        return part
+    def wrap(read: Read) -> Read:
+        return lambda slices: read(below(slices)[0])
 
     def wrap_quant(quant: ReadQuant) -> ReadQuant:
         return lambda rows, columns: quant(slice(rows.start + start, rows.stop + start), columns)
 
-    return _rebuild(entry, shape, wrap, wrap_quant)
+    return _rebuild(entry, shape, wrap, below, wrap_quant)
 
 
 def matrix_of(entry: Entry, index: int) -> Entry:
     """One matrix of a stack of matrices [count, n, k], by its index."""
     shape = entry.shape[1:]
 
+    def below(slices: Slices) -> list[Slices]:
+        check_slices("matrix", shape, slices)
+        return [(slice(index, index + 1), *slices)]
+
     def wrap(read: Read) -> Read:
-        def part(slices: Slices) -> Tensor:
-            check_slices("matrix", shape, slices)
-            return read((slice(index, index + 1), *slices))[0]
+        return lambda slices: read(below(slices)[0])[0]
 
-        return part
-
-    found = _rebuild(entry, shape, wrap)
+    found = _rebuild(entry, shape, wrap, below)
     if entry.quant_of is None:
         return found
     return replace(found, scheme=entry.scheme, quant=partial(entry.quant_of, index))
@@ -157,8 +181,9 @@ def less_one(entry: Entry) -> Entry:
         return entry.read(slices).float() - 1
 
     return replace(
-        entry, stored_as="F32", block=1, read=read, read_raw=None, peek=None, scheme=None, quant=None
-    )
+        entry, stored_as="F32", block=1, read=read, read_raw=None, peek=None, scheme=None, quant=None,
+        stored_in=None,
+    )  # fmt: skip
 
 
 def grouped_rows(entry: Entry, part: str, group: int, num_kv: int, head_dim: int) -> Entry:
@@ -181,10 +206,13 @@ def grouped_rows(entry: Entry, part: str, group: int, num_kv: int, head_dim: int
             found.append(slice(base + low, base + high))
         return found
 
+    def below(slices: Slices) -> list[Slices]:
+        check_slices("rows", shape, slices)
+        return [(rows, *slices[1:]) for rows in stored(slices[0])]
+
     def wrap(read: Read) -> Read:
         def part(slices: Slices) -> Tensor:
-            check_slices("rows", shape, slices)
-            found = [read((rows, *slices[1:])) for rows in stored(slices[0])]
+            found = [read(each) for each in below(slices)]
             return found[0] if len(found) == 1 else torch.cat(found)
 
         return part
@@ -192,7 +220,7 @@ def grouped_rows(entry: Entry, part: str, group: int, num_kv: int, head_dim: int
     def wrap_quant(quant: ReadQuant) -> ReadQuant:
         return lambda rows, columns: join_rows([quant(some, columns) for some in stored(rows)])
 
-    return _rebuild(entry, shape, wrap, wrap_quant)
+    return _rebuild(entry, shape, wrap, below, wrap_quant)
 
 
 def deinterleave(entry: Entry, head_dim: int) -> Entry:
@@ -208,12 +236,12 @@ def deinterleave(entry: Entry, head_dim: int) -> Entry:
         first = heads(rows).start
         return pairs.transpose(1, 2).reshape(whole.shape)[rows.start - first : rows.stop - first]
 
-    def wrap(read: Read) -> Read:
-        def part(slices: Slices) -> Tensor:
-            check_slices("rows", entry.shape, slices)
-            return ordered(read((heads(slices[0]), *slices[1:])), slices[0])
+    def below(slices: Slices) -> list[Slices]:
+        check_slices("rows", entry.shape, slices)
+        return [(heads(slices[0]), *slices[1:])]
 
-        return part
+    def wrap(read: Read) -> Read:
+        return lambda slices: ordered(read(below(slices)[0]), slices[0])
 
     def wrap_quant(quant: ReadQuant) -> ReadQuant:
         def part(rows: slice, columns: slice) -> QuantWeight:
@@ -221,7 +249,7 @@ def deinterleave(entry: Entry, head_dim: int) -> Entry:
 
         return part
 
-    return _rebuild(entry, entry.shape, wrap, wrap_quant)
+    return _rebuild(entry, entry.shape, wrap, below, wrap_quant)
 
 
 def concat(parts: list[Entry], dim: int) -> Entry:
@@ -249,7 +277,16 @@ def concat(parts: list[Entry], dim: int) -> Entry:
             return parts[0].read(tuple(nothing))
         return found[0] if len(found) == 1 else torch.cat(found, dim)
 
-    return replace(parts[0], shape=full, read=read, read_raw=None, peek=None, scheme=None, quant=None)
+    return replace(
+        parts[0],
+        shape=full,
+        read=read,
+        read_raw=None,
+        peek=None,
+        scheme=None,
+        quant=None,
+        stored_in=None,
+    )
 
 
 def replicated(path: Path, name: str, copies: list[Entry]) -> Entry:
@@ -267,4 +304,6 @@ def replicated(path: Path, name: str, copies: list[Entry]) -> Entry:
                 )
         return first
 
-    return replace(copies[0], read=read, read_raw=None, peek=None, scheme=None, quant=None)
+    return replace(
+        copies[0], read=read, read_raw=None, peek=None, scheme=None, quant=None, stored_in=None
+    )

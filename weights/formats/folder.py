@@ -77,8 +77,9 @@ def assemble(
     config, said_by = with_file_beside(config, source.folder, stored)
     scales = [name for name in stored if is_cache_scale(name)]
     stored = {name: entry for name, entry in stored.items() if name not in scales}
-    stored = with_quantized(stored, config, said_by, absent)
-    found = present(source, stored, names, config, lambda: _heads(config, source.path))
+    weights = with_quantized(stored, config, said_by, absent)
+    parts = {name: entry for name, entry in stored.items() if weights.get(name) is not entry}
+    found = present(source, weights, names, config, lambda: _heads(config, source.path))
     reasons: Absent = {}
     for name, reason in absent.items():
         module, _, end = name.rpartition(".")
@@ -91,7 +92,7 @@ def assemble(
             f"{len(scales)} scales of a quantized KV cache, such as {scales[0]!r}, are left out: the "
             "dtype of the cache is that of kv_dtype="
         )
-    return replace(found, absent=reasons, notes=tuple(notes))
+    return replace(found, absent=reasons, notes=tuple(notes), stored=parts)
 
 
 def config_beside(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from weights.formats.quant_parts import (
     HALVES,
+    Cuts,
     Module,
     StoredMatrix,
     checked_zeros,
@@ -48,7 +49,12 @@ def open_stored(module: Module) -> StoredMatrix:
         )
         return integer_weight(q, scale, offset, 4, min(size, q.shape[1]))
 
-    return StoredMatrix((n, k), scheme, read, 8)
+    cuts: dict[str, Cuts] = {
+        "qweight": ((1, 1), (0, 8)),
+        "qzeros": ((1, size), (0, 8)),
+        "scales": ((1, size), (0, 1)),
+    }
+    return StoredMatrix((n, k), scheme, read, cuts, 8)
 
 
 def _in_order(numbers: Tensor) -> Tensor:

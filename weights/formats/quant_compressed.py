@@ -18,6 +18,7 @@ from weights.checkpoint import Entry
 from weights.formats.quant_config import MIXED
 from weights.formats.quant_parts import (
     HALVES,
+    Cuts,
     Module,
     StoredMatrix,
     checked_zeros,
@@ -77,9 +78,17 @@ def _packed(module: Module) -> StoredMatrix:
         width = columns.stop - columns.start
         return integer_weight(data_of(octets, bits), scale, offset, bits, min(size, width))
 
+    cuts: dict[str, Cuts] = {
+        "weight_packed": ((0, 1), (1, per)),
+        "weight_scale": _cuts_by_row(module, "weight_scale", n, size),
+        "weight_zero_point": ((0, per), (1, size)),
+        "weight_g_idx": ((1, 1),),
+    }
     if order is None:
-        return StoredMatrix((n, k), scheme, read, per)
-    return StoredMatrix((n, k), scheme, read, per, group_of_columns(module, "weight_g_idx", groups))
+        return StoredMatrix((n, k), scheme, read, cuts, per)
+    return StoredMatrix(
+        (n, k), scheme, read, cuts, per, group_of_columns(module, "weight_g_idx", groups)
+    )
 
 
 def _down(numbers: Tensor, bits: int) -> Tensor:
@@ -116,12 +125,25 @@ def _plain_integers(module: Module) -> StoredMatrix:
         data = part_of(numbers, rows, columns).contiguous()
         return integer_weight(data, scale, offset, 8, min(size, columns.stop - columns.start))
 
-    return StoredMatrix((n, k), scheme, read)
+    cuts: dict[str, Cuts] = {
+        "weight": ((0, 1), (1, 1)),
+        "weight_scale": _cuts_by_row(module, "weight_scale", n, size),
+    }
+    if zeros is not None:
+        cuts["weight_zero_point"] = _cuts_by_row(module, "weight_zero_point", n, size)
+    return StoredMatrix((n, k), scheme, read, cuts)
 
 
 def _scales(module: Module, n: int) -> Entry:
     """The scales, [n, groups]."""
     return _by_row(module.part("weight_scale", HALVES), module, "weight_scale", n)
+
+
+def _cuts_by_row(module: Module, end: str, n: int, size: int) -> Cuts:
+    """How a tensor that `_by_row` reads is cut, in groups of `size` columns."""
+    cuts: Cuts = ((0, 1), (1, size))
+    shape = module.parts[end].shape
+    return cuts[: len(shape)] if shape and shape[0] == n else (None,) * len(shape)
 
 
 def _by_row(entry: Entry, module: Module, end: str, n: int) -> Entry:

@@ -14,6 +14,7 @@ import torch
 
 from weights.formats.quant_parts import (
     HALVES,
+    Cuts,
     Module,
     StoredMatrix,
     checked_zeros,
@@ -44,6 +45,12 @@ def open_stored(module: Module) -> StoredMatrix:
     if order is None and module.config.reordered:
         module.part("g_idx", ("I32",))
     middle = 1 << (bits - 1)
+    cuts: dict[str, Cuts] = {
+        "qweight": ((1, per), (0, 1)),
+        "qzeros": ((1, size), (0, per)),
+        "scales": ((1, size), (0, 1)),
+        "g_idx": ((1, 1),),
+    }
 
     def read(rows: slice, columns: slice) -> QuantWeight:
         if order is not None and not module.config.reordered:
@@ -68,5 +75,5 @@ def open_stored(module: Module) -> StoredMatrix:
         )
 
     if order is None or not module.config.reordered:
-        return StoredMatrix((n, k), scheme, read, per)
-    return StoredMatrix((n, k), scheme, read, per, group_of_columns(module, "g_idx", groups))
+        return StoredMatrix((n, k), scheme, read, cuts, per)
+    return StoredMatrix((n, k), scheme, read, cuts, per, group_of_columns(module, "g_idx", groups))

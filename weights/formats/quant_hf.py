@@ -21,7 +21,7 @@ from base.errors import InputError
 from weights.checkpoint import Entry, Slices, check_slices
 from weights.formats import quant_awq, quant_compressed, quant_gptq
 from weights.formats.quant_config import MARKS, MIXED, read_quant_config
-from weights.formats.quant_parts import Module, StoredMatrix
+from weights.formats.quant_parts import Module, StoredMatrix, stored_parts
 from weights.quant import QuantWeight
 from weights.schemes import MIN_GROUP
 
@@ -111,4 +111,5 @@ def _entry(module: Module, stored: StoredMatrix) -> Entry:
     return Entry(
         stored.shape, name, read, file=file, scheme=stored.scheme if kept else None,
         quant=quant if kept else None,
+        stored_in=lambda slices: stored_parts(module, stored.cuts, slices),
     )  # fmt: skip

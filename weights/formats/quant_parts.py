@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from base.errors import InputError
-from weights.checkpoint import Entry
+from weights.checkpoint import Entry, Slices
 from weights.formats.quant_config import QuantConfig
 from weights.quant import QuantWeight, unpack_nibbles
 from weights.schemes import Scheme
 
+# For each dimension of a stored tensor: the dimension of the weight that it follows, and how many
+# numbers of the weight along it share one stored element. None: it follows none, and is never cut.
+Cuts = tuple[tuple[int, int] | None, ...]
 HALVES = ("F16", "BF16", "F32")  # the dtypes of stored scales
 
 
@@ -25,11 +28,14 @@ HALVES = ("F16", "BF16", "F32")  # the dtypes of stored scales
 class StoredMatrix:
     """A quantized matrix in a file. For `read(rows, columns)`, rows must start and end at multiples of
     `row_unit` (or the end), and columns must be whole groups (multiples of MIN_GROUP if a row is one
-    group). `order()` returns the group of each column, int64 [k]; it is None if groups are in order."""
+    group). `order()` returns the group of each column, int64 [k]; it is None if groups are in order.
+    `cuts`: how each stored tensor of the module is cut with the weight, by the last component of its
+    name; those that it does not name are not cut (resharding copies them to every rank)."""
 
     shape: tuple[int, int]
     scheme: Scheme
     read: Callable[[slice, slice], QuantWeight]
+    cuts: Mapping[str, Cuts]
     row_unit: int = 1
     order: Callable[[], Tensor] | None = None
 
@@ -82,6 +88,26 @@ class Module:
             f"{self.config.source} says {self.config.named}, but {what}; the config and the weights "
             "must belong to one model: download both again"
         )
+
+
+def stored_parts(module: Module, cuts: Mapping[str, Cuts], slices: Slices) -> list[tuple[str, Slices]]:
+    """As `Entry.stored_in`: which slices of the module's stored tensors a part of its weight touches.
+    Empty if the part is."""
+    if any(part.start == part.stop for part in slices):
+        return []
+
+    def along(cut: tuple[int, int] | None, size: int) -> slice:
+        if cut is None:
+            return slice(0, size)
+        dim, unit = cut
+        return slice(slices[dim].start // unit, -(-slices[dim].stop // unit))
+
+    found = []
+    for end, entry in module.parts.items():
+        own = cuts.get(end, (None,) * len(entry.shape))
+        parts = tuple(along(cut, size) for cut, size in zip(own, entry.shape, strict=True))
+        found.append((f"{module.name}.{end}", parts))
+    return found
 
 
 def part_of(entry: Entry, *slices: slice) -> Tensor:
