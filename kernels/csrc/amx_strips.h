@@ -23,6 +23,11 @@ struct Block {
   std::int64_t m, panel;
 };
 
+// The scales of 16 rows of w that have a single one each.
+inline __m512 last_scale(const QuantArgs& a, std::int64_t panel, std::int64_t t) {
+  return factors(a.super_kind, a.panel(panel) + a.super_scales_at, t * kTileRows, false);
+}
+
 // Row j of a block as bf16: scaled if the sums are not scaled yet, with the bias.
 template <class T>
 inline __m512i row_of(const QuantArgs& a, const float* sums, std::int64_t m, std::int64_t j, std::int64_t n) {
@@ -30,8 +35,7 @@ inline __m512i row_of(const QuantArgs& a, const float* sums, std::int64_t m, std
   __m512 both[2] = {T::sums(row), T::sums(row + kSums)};
   for (int t = 0; t < 2; ++t) {
     if (T::kMade && a.x_scale != nullptr) both[t] = _mm512_mul_ps(both[t], _mm512_set1_ps(a.x_scale[m + j]));
-    const __m512 scale =
-        T::kMade && a.scaled_last() ? scales(a, a.scale, n + t * kTileRows) : _mm512_set1_ps(1.0f);
+    const __m512 scale = T::kMade && a.scaled_last() ? last_scale(a, n / kPanelRows, t) : _mm512_set1_ps(1.0f);
     __m512 bias = _mm512_setzero_ps();
     if (a.bias != nullptr) {
       const auto mask = static_cast<__mmask16>(first_of(a.n - n) >> (16 * t));
@@ -48,7 +52,7 @@ template <class T>
 inline void finish(const QuantArgs& a, const Block& block, std::int64_t first, std::int64_t last, bool past) {
   const std::int64_t n = block.panel * kPanelRows;
   for (std::int64_t j = first; j < least(last, a.m - block.m); ++j) {
-    bf16* y = a.y + (block.m + j) * a.n + n;
+    bf16* y = a.y + (block.m + j) * a.stride + n;
     if (past) {
       _mm512_stream_si512(reinterpret_cast<__m512i*>(y), row_of<T>(a, block.sums, block.m, j, n));
     } else {
@@ -160,11 +164,11 @@ template <class T>
 void strip(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int64_t first, std::int64_t last, Scratch& own,
            bool past) {
   const std::int64_t across = parts(m1 - m0, kPanelRows), steps = steps_of<T>(a);
-  const std::int64_t bytes = 2 * tile_bytes(a.format) * (T::kNumbers / kStep);  // of a step
+  const std::int64_t bytes = 2 * tile_bytes(a.codes) * (T::kNumbers / kStep);  // of a step
   const std::int64_t half = a.gate == nullptr ? 0 : a.n / kPanelRows / 2;
   const auto panel_at = [&](std::int64_t i) { return half == 0 ? i : i % 2 * half + i / 2; };
   const auto weights = [&](std::int64_t i, std::int64_t at) {
-    return a.data + panel_at(i) * a.panel_bytes() + at * bytes;
+    return a.panel(panel_at(i)) + at * bytes;
   };
   Block before{};
   for (std::int64_t step = 0; step < steps; step += kPiece) {
@@ -196,7 +200,7 @@ void strip(const QuantArgs& a, std::int64_t m0, std::int64_t m1, std::int64_t fi
 // Panels [first, last) of w (with a gate, pairs of panels) times any number of rows of x.
 template <class T>
 void many(const QuantArgs& a, std::int64_t first, std::int64_t last, Scratch& own) {
-  const bool past = a.n % kPanelRows == 0 && reinterpret_cast<std::uintptr_t>(a.y) % kLine == 0;
+  const bool past = a.n % kPanelRows == 0 && a.stride % kPanelRows == 0 && reinterpret_cast<std::uintptr_t>(a.y) % kLine == 0;
   const std::int64_t pair = a.gate == nullptr ? 1 : 2;
   for (std::int64_t m = 0; m < a.m; m += kBlock) {
     const std::int64_t end = least(m + kBlock, a.m);

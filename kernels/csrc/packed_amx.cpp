@@ -48,7 +48,7 @@ void few(const QuantArgs& a, std::int64_t panel, std::int64_t count, float* all_
   for (std::int64_t slice = 0; slice < a.steps(); slice += kSlice) {
     const std::int64_t steps = least(kSlice, a.steps() - slice), piece = slice / kPiece * kPiece;
     for (std::int64_t p = 0; p < count; ++p) {
-      const std::uint8_t* w = a.data + (panel + p) * a.panel_bytes() + slice * 2 * kTile;
+      const std::uint8_t* w = a.panel(panel + p) + slice * 2 * kTile;
       for (std::int64_t j = 0; j < across; ++j) {
         const std::uint8_t* x = a.packed + place<Brains>(a, j, piece) + (slice - piece) * 2 * kTile;
         float* sums = all_sums + (p * across + j) * 4 * kSums;

@@ -21,8 +21,6 @@ namespace {
 
 constexpr std::int64_t kRing = 8, kLead = 2;  // in `few`: steps of w in the buffer, and steps dequantized ahead
 
-const TileConfig kConfigOf8 = TileConfig::of(8);  // a global constant, like kConfig
-
 // bf16 tiles.
 struct Rounded {
   static constexpr std::int64_t kNumbers = 32;
@@ -62,9 +60,9 @@ struct Whole {
   static void make(const QuantArgs& a, std::int64_t panel, std::int64_t first, std::int64_t last, std::uint8_t* to) {
     const __m512i fours = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    constexpr std::int64_t kBytes = tile_bytes(Format::i8);
+    constexpr std::int64_t kBytes = tile_bytes(Codes::i8);
     for (std::int64_t half = 2 * first; half < 2 * last; ++half) {
-      const std::uint8_t* from = a.data + (panel * a.steps() + half) * 2 * kBytes;
+      const std::uint8_t* from = a.panel(panel) + half * 2 * kBytes;
       std::uint8_t* place = to + (half / 2 - first) * 2 * kTile + half % 2 * kBytes;
       for (int tile = 0; tile < 2; ++tile, from += kBytes, place += kTile) {
         for (std::int64_t i = 0; i < kBytes; i += kLine) {
@@ -97,13 +95,24 @@ void pack_tiles(const QuantArgs& a, std::uint8_t* packed, std::int64_t first, st
   }
 }
 
-inline bool takes_bytes(const QuantArgs& a) { return a.m <= kRowBlock && a.format == Format::i4; }
+inline bool takes_bytes(const QuantArgs& a) { return a.m <= kRowBlock && bits_of(a.codes) <= 6; }
+
+enum AmxLayout : int { kBytesOfX = kPacked, kFewOfX, kWholeOfX, kTilesOfX };
+
+int layout(const QuantArgs& a) {
+  if (takes_bytes(a)) return kBytesOfX;
+  if (a.m <= kRowBlock) return avx512bf16_quant.layout(a);
+  if (scales_sums(a)) return kFewOfX;
+  return a.x_scale != nullptr ? kWholeOfX : kTilesOfX;
+}
 
 void pack(const QuantArgs& a, std::uint8_t* packed, std::int64_t first, std::int64_t last) {
-  if (takes_bytes(a)) return pack_bytes(a, packed, first, last);
-  if (scales_sums(a)) return pack_few(a, packed);
-  return a.x_scale != nullptr ? pack_tiles<Whole>(a, packed, first, last)
-                              : pack_tiles<Rounded>(a, packed, first, last);
+  switch (layout(a)) {
+    case kBytesOfX: return pack_bytes(a, packed, first, last);
+    case kFewOfX: return pack_few(a, packed);
+    case kWholeOfX: return pack_tiles<Whole>(a, packed, first, last);
+    default: return pack_tiles<Rounded>(a, packed, first, last);
+  }
 }
 
 // The linear for a single panel of x.
@@ -134,8 +143,6 @@ void matmul(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   many<T>(a, first, last, scratch());
 }
 
-bool packs(const QuantArgs& a) { return a.m > kRowBlock || takes_bytes(a); }
-
 bool gates(const QuantArgs& a) {
   return a.m > kFewRows && a.n % (2 * kPanelRows) == 0;
 }
@@ -143,11 +150,15 @@ bool gates(const QuantArgs& a) {
 void linear_quant(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   if (a.packed == nullptr) return avx512bf16_quant.linear(a, first, last);
   if (takes_bytes(a)) return linear_bytes(a, first, last);
-  _tile_loadconfig(scales_sums(a) && few_rows(a.m) == 8 ? &kConfigOf8 : &kConfig);
-  if (a.format == Format::bf16) {
+  const TileConfig of_few = few_config(a);
+  // Read through a pointer that the compiler does not know: it does not see that the instruction reads all of it.
+  const TileConfig* config = scales_sums(a) ? &of_few : &kConfig;
+  __asm__ volatile("" : "+r"(config) : : "memory");
+  _tile_loadconfig(config);
+  if (a.codes == Codes::bf16) {
     linear_packed(a, first, last);
   } else if (scales_sums(a)) {
-    a.format == Format::i4 ? few_scaled<Format::i4>(a, first, last) : few_scaled<Format::i8>(a, first, last);
+    few_scaled(a, first, last);
   } else if (a.x_scale != nullptr) {
     matmul<Whole>(a, first, last);
   } else {
@@ -159,8 +170,7 @@ void linear_quant(const QuantArgs& a, std::int64_t first, std::int64_t last) {
 }  // namespace
 }  // namespace isa_amx
 
-// 15 as in avx512bf16_quant: its loops run where x is not packed, and need x_float for so many rows.
-const QuantKernels amx_quant{isa_amx::linear_quant, isa_amx::gate_rows, 15, isa_amx::dequantize, isa_amx::packs, isa_amx::pack,
+const QuantKernels amx_quant{isa_amx::linear_quant, isa_amx::gate_rows, isa_amx::dequantize, isa_amx::layout, isa_amx::pack,
                              isa_amx::gates};
 
 }  // namespace yoke::kernels

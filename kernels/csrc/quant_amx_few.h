@@ -23,94 +23,109 @@ constexpr std::int64_t kLag = 2, kLagRing = 4;
 
 struct FewScratch {
   alignas(4096) std::uint8_t w[kLagRing][kTileRows * kLine];
-  float sums[kLagRing][kTileRows * kTileRows];
-  float totals[kStreams][2][kTileRows][kTileRows];
+  alignas(64) float sums[kLagRing][2][kSums];
+  alignas(64) float totals[kStreams][2][kTileRows][kTileRows];
 };
 thread_local FewScratch few_scratch;
 
 // Whether these loops take a linear.
 inline bool scales_sums(const QuantArgs& a) {
-  return a.m > kRowBlock && a.m <= kTileRows && a.format != Format::bf16 && !a.scaled_last();
+  return a.m > kRowBlock && a.m <= kTileRows && a.codes != Codes::bf16 && !a.scaled_last();
 }
 
 // The number of rows of x in a tile; rows past m are zeros.
 inline std::int64_t few_rows(std::int64_t m) { return m <= 8 ? 8 : 16; }
 
-// Packs x as [step][few_rows(m)][32]; if there are offsets, the sums of these 32 follow as floats.
+// Packs x as [step][few_rows(m)][32]; the sums of both halves of each step follow as floats, [step][half][row].
 void pack_few(const QuantArgs& a, std::uint8_t* packed) {
   const std::int64_t rows = few_rows(a.m);
   float* sums = reinterpret_cast<float*>(packed + a.steps() * rows * kLine);
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  for (std::int64_t step = 0; step < a.steps(); ++step) {
+  for (std::int64_t step = 0; step < a.steps(); ++step, sums += 2 * rows) {
     for (std::int64_t m = 0; m < rows; ++m, packed += kLine) {
       const __m512i x = m < a.m ? line(a.x + m * a.k + step * kStep) : _mm512_setzero_si512();
       _mm512_store_si512(packed, x);
-      if (a.offset == nullptr) continue;
-      const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
-      *sums++ = _mm512_reduce_add_ps(_mm512_add_ps(even, _mm512_castsi512_ps(_mm512_and_si512(x, upper))));
+      const __m512 pairs = _mm512_add_ps(_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)),
+                                         _mm512_castsi512_ps(_mm512_and_si512(x, upper)));
+      sums[m] = _mm512_mask_reduce_add_ps(0x00ff, pairs);
+      sums[rows + m] = _mm512_mask_reduce_add_ps(0xff00, pairs);
     }
   }
 }
 
-template <Format F>
-inline void make_whole(const std::uint8_t* from, std::int64_t ahead, __m512i table, std::uint8_t* to) {
-  for (int i = 0; i < tile_bytes(F); i += kLine) {
+template <Codes C>
+inline void make_whole(const std::uint8_t* from, std::int64_t ahead, const std::uint16_t* table, std::uint8_t* to) {
+  for (int i = 0; i < tile_bytes(C); i += kLine) {
     _mm_prefetch(reinterpret_cast<const char*>(from + ahead + i), _MM_HINT_T0);
   }
-  if constexpr (F == Format::i4) {
-    expand_i4(from, table, reinterpret_cast<bf16*>(to));
-  } else {
-    expand_i8(from, reinterpret_cast<bf16*>(to));
-  }
+  expand_tile<C>(from, table, reinterpret_cast<bf16*>(to));
 }
 
 // Multiplies steps [step, step + count) of tile `t` of a panel, and prefetches `ahead` bytes beyond what it reads.
-// Each: every step is a group.
-template <Format F, int M, bool Each>
+// G: groups of a step with sums of their own. With two of them tiles 2 and 3 are sums of the halves, tiles 4 and 5 are
+// x's, tiles 6 and 7 the weights'; all have half a step of 32 bytes or 8 rows.
+template <Codes C, int M, int G>
 void multiply_slice(const QuantArgs& a, FewScratch& own, std::int64_t panel, std::int64_t t, std::int64_t step,
                     std::int64_t count, std::int64_t ahead, float (&totals)[kTileRows][kTileRows]) {
-  constexpr std::int64_t kBytes = tile_bytes(F);
-  const __m512i table = nibbles_bf16(a.offset != nullptr);
-  const std::uint8_t* data = a.data + ((panel * a.steps() + step) * 2 + t) * kBytes;
+  constexpr std::int64_t kBytes = tile_bytes(C);
+  const std::uint16_t* const table = table_of(a.codes);
+  const std::uint8_t* const start = a.panel(panel);
+  const std::uint8_t* data = start + (step * 2 + t) * kBytes;
   const std::uint8_t* x = a.packed + step * M * kLine;
-  const float* of_x = reinterpret_cast<const float*>(a.packed + a.steps() * M * kLine) + step * M;
-  const std::int64_t steps_of_group = a.group / kStep;
-  std::int64_t at = (panel * a.groups() + step / steps_of_group) * kPanelRows + t * kTileRows;
-  std::int64_t left = steps_of_group - step % steps_of_group, unsummed = left;  // steps to the end of the group
+  const float* of_x = reinterpret_cast<const float*>(a.packed + a.steps() * M * kLine) + step * 2 * M;
+  Scaler<> scaler(a, start, step), soon(a, start, step);  // of the step that is added, and of that which is multiplied
   bool fresh = true;  // the next multiplied step starts a new sum
   __m512 found[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) found[m] = step == 0 ? _mm512_setzero_ps() : _mm512_load_ps(totals[m]);
   for (std::int64_t i = 0; i < count + 2 * kLag; ++i) {
-    if (i < count) make_whole<F>(data + i * 2 * kBytes, ahead, table, own.w[i % kLagRing]);
+    if (i < count) make_whole<C>(data + i * 2 * kBytes, ahead, table, own.w[i % kLagRing]);
     __asm__ volatile("" ::: "memory");  // compilers do not see that tile instructions access memory
     if (i >= kLag && i < count + kLag) {
-      if (Each || fresh) _tile_zero(0);
-      _tile_loadd(4, x + (i - kLag) * M * kLine, kLine);
-      _tile_loadd(6, own.w[(i - kLag) % kLagRing], kLine);
-      _tile_dpbf16ps(0, 4, 6);
-      fresh = --unsummed == 0 || i == count + kLag - 1;
-      if (unsummed == 0) unsummed = steps_of_group;
-      if (Each || fresh) _tile_stored(0, own.sums[i % kLagRing], kLine);
+      const std::uint8_t* const w = own.w[(i - kLag) % kLagRing];
+      const std::uint8_t* const own_x = x + (i - kLag) * M * kLine;
+      if constexpr (G == 2) {
+        _tile_zero(2);
+        _tile_loadd(4, own_x, kLine);
+        _tile_loadd(6, w, kLine);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_stored(2, own.sums[i % kLagRing][0], kLine);
+        _tile_zero(3);
+        _tile_loadd(5, own_x + kLine / 2, kLine);
+        _tile_loadd(7, w + kTile / 2, kLine);
+        _tile_dpbf16ps(3, 5, 7);
+        _tile_stored(3, own.sums[i % kLagRing][1], kLine);
+      } else {
+        if (fresh) _tile_zero(0);
+        _tile_loadd(4, own_x, kLine);
+        _tile_loadd(6, w, kLine);
+        _tile_dpbf16ps(0, 4, 6);
+        fresh = !soon.continues() || i == count + kLag - 1;
+        soon.next();
+        if (fresh) _tile_stored(0, own.sums[i % kLagRing][0], kLine);
+      }
     }
     __asm__ volatile("" ::: "memory");
     if (i < 2 * kLag) continue;
-    const float* sums = own.sums[(i - kLag) % kLagRing];
-    if (Each || left == 1 || i == count + 2 * kLag - 1) {
-      const __m512 scale = scales(a, a.scale, at);
+    const float(*const sums)[kSums] = own.sums[(i - kLag) % kLagRing];
+    const float* const of_step = of_x + (i - 2 * kLag) * 2 * M;
+#pragma GCC unroll 2
+    for (int group = 0; group < G; ++group) {
+      if (G == 2 || !scaler.continues() || i == count + 2 * kLag - 1) {
+        const __m512 scale = scaler.scale(t, group);
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) found[m] = _mm512_fmadd_ps(scale, _mm512_load_ps(sums + 16 * m), found[m]);
-    }
-    if (a.offset != nullptr) {
-      const __m512 offset = scales(a, a.offset, at);
-      const float* of_step = of_x + (i - 2 * kLag) * M;
+        for (int m = 0; m < M; ++m) found[m] = _mm512_fmadd_ps(scale, _mm512_load_ps(sums[group] + 16 * m), found[m]);
+      }
+      if (!a.offsets) continue;
+      const __m512 offset = scaler.offset(t, group);
+      const float* const first = of_step + group * M;
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) found[m] = _mm512_fmadd_ps(offset, _mm512_set1_ps(of_step[m]), found[m]);
+      for (int m = 0; m < M; ++m) {
+        const float sum = G == 2 ? first[m] : first[m] + first[M + m];
+        found[m] = _mm512_fmadd_ps(offset, _mm512_set1_ps(sum), found[m]);
+      }
     }
-    if (--left == 0) {
-      left = steps_of_group;
-      at += kPanelRows;
-    }
+    scaler.next();
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) _mm512_store_ps(totals[m], found[m]);
@@ -118,7 +133,7 @@ void multiply_slice(const QuantArgs& a, FewScratch& own, std::int64_t panel, std
   for (int m = 0; m < a.m; ++m) finish(a, m, panel * kPanelRows + t * kTileRows, _mm512_load_ps(totals[m]));
 }
 
-template <Format F, int M, bool Each>
+template <Codes C, int M, int G>
 void few_slices(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   FewScratch& own = this_threads(few_scratch);
   for (std::int64_t panel = first; panel < last; panel += kStreams) {
@@ -126,23 +141,39 @@ void few_slices(const QuantArgs& a, std::int64_t first, std::int64_t last) {
     for (std::int64_t step = 0; step < a.steps(); step += kSlice) {
       const std::int64_t count = a.steps() - step < kSlice ? a.steps() - step : kSlice;
       for (std::int64_t p = panel; p < end; ++p) {
-        const std::int64_t next = p + 1 < end ? a.panel_bytes() : (panel - p) * a.panel_bytes() + count * 2 * tile_bytes(F);
+        const std::int64_t next = p + 1 < end ? a.panel_bytes : (panel - p) * a.panel_bytes + count * 2 * tile_bytes(C);
         for (std::int64_t t = 0; t < 2; ++t) {
-          multiply_slice<F, M, Each>(a, own, p, t, step, count, next, own.totals[p - panel][t]);
+          multiply_slice<C, M, G>(a, own, p, t, step, count, next, own.totals[p - panel][t]);
         }
       }
     }
   }
 }
 
-template <Format F, int M>
+template <Codes C>
 void few_scaled(const QuantArgs& a, std::int64_t first, std::int64_t last) {
-  a.group == kStep ? few_slices<F, M, true>(a, first, last) : few_slices<F, M, false>(a, first, last);
+  const bool eight = few_rows(a.m) == 8;
+  if (a.groups_of_step() == 2) {
+    eight ? few_slices<C, 8, 2>(a, first, last) : few_slices<C, 16, 2>(a, first, last);
+  } else {
+    eight ? few_slices<C, 8, 1>(a, first, last) : few_slices<C, 16, 1>(a, first, last);
+  }
 }
 
-template <Format F>
-void few_scaled(const QuantArgs& a, std::int64_t first, std::int64_t last) {
-  few_rows(a.m) == 8 ? few_scaled<F, 8>(a, first, last) : few_scaled<F, 16>(a, first, last);
+inline void few_scaled(const QuantArgs& a, std::int64_t first, std::int64_t last) {
+#define YOKE_CALL(C) few_scaled<C>(a, first, last)
+  YOKE_BY_CODES(a.codes, YOKE_CALL)
+#undef YOKE_CALL
+}
+
+// The configuration of the tiles for these loops.
+inline TileConfig few_config(const QuantArgs& a) {
+  TileConfig config = TileConfig::of(static_cast<std::uint8_t>(few_rows(a.m)));
+  if (a.groups_of_step() == 2) {
+    config.bytes_per_row[4] = config.bytes_per_row[5] = kLine / 2;
+    config.rows[6] = config.rows[7] = kTileRows / 2;
+  }
+  return config;
 }
 
 }  // namespace

@@ -25,20 +25,25 @@ struct Scratch {
 };
 thread_local Scratch scratch;
 
-// Converts steps [first, last) of a panel to unscaled numbers in bf16.
-void expand(const QuantArgs& a, std::int64_t panel, std::int64_t first, std::int64_t last, bf16* to) {
-  const std::int64_t bytes = tile_bytes(a.format), numbers = kTileRows * kStep;
-  const std::uint8_t* from = a.data + (panel * a.steps() + first) * 2 * bytes;
-  const __m512i table = nibbles_bf16(a.offset != nullptr);
+// Converts steps [first, last) of a panel to values in bf16.
+template <Codes C>
+void expand_steps(const QuantArgs& a, std::int64_t panel, std::int64_t first, std::int64_t last, bf16* to) {
+  constexpr std::int64_t bytes = tile_bytes(C), numbers = kTileRows * kStep;
+  const std::uint8_t* from = a.panel(panel) + first * 2 * bytes;
   for (std::int64_t tile = 0; tile < 2 * (last - first); ++tile, from += bytes, to += numbers) {
-    if (a.format == Format::i4) {
-      expand_i4(from, table, to);
-    } else if (a.format == Format::i8) {
-      expand_i8(from, to);
-    } else {
-      memcpy(to, from, static_cast<std::size_t>(bytes));
-    }
+    expand_tile<C>(from, table_of(a.codes), to);
   }
+}
+
+void expand_values(const QuantArgs& a, std::int64_t panel, std::int64_t first, std::int64_t last, bf16* to) {
+  if (a.codes == Codes::bf16) {
+    constexpr std::int64_t bytes = 2 * tile_bytes(Codes::bf16);
+    memcpy(to, a.panel(panel) + first * bytes, static_cast<std::size_t>((last - first) * bytes));
+    return;
+  }
+#define YOKE_CALL(C) expand_steps<C>(a, panel, first, last, to)
+  YOKE_BY_CODES(a.codes, YOKE_CALL)
+#undef YOKE_CALL
 }
 
 // Adds R rows of x from m on times steps [first, last) of a panel to `totals`.
@@ -48,31 +53,42 @@ void multiply(const QuantArgs& a, std::int64_t m, std::int64_t panel, std::int64
   __m512 found[2][R];
   for (int r = 0; r < R; ++r)
     for (int t = 0; t < 2; ++t) found[t][r] = _mm512_load_ps(totals[r][t]);
-  for (std::int64_t step = first; step < last; ++step, tiles += kPanelRows * kStep) {
+  const int groups = static_cast<int>(a.groups_of_step()), pairs = 16 / groups;
+  Scaler<> scaler(a, a.panel(panel), first);
+  for (std::int64_t step = first; step < last; ++step, tiles += kPanelRows * kStep, scaler.next()) {
     const bf16* x = a.x + m * a.k + step * kStep;
-    __m512 sums[2][R];
-    for (int r = 0; r < R; ++r) sums[0][r] = sums[1][r] = _mm512_setzero_ps();
+    for (int group = 0; group < groups; ++group) {
+      __m512 sums[2][R];
+      for (int r = 0; r < R; ++r) sums[0][r] = sums[1][r] = _mm512_setzero_ps();
 #pragma GCC unroll 2
-    for (int pair = 0; pair < 16; ++pair) {
-      const __m512bh w0 = (__m512bh)line(tiles + 32 * pair);
-      const __m512bh w1 = (__m512bh)line(tiles + kTileRows * kStep + 32 * pair);
-      for (int r = 0; r < R; ++r) {
-        int both;
-        memcpy(&both, x + r * a.k + 2 * pair, sizeof both);
-        const __m512bh each = (__m512bh)_mm512_set1_epi32(both);
-        sums[0][r] = _mm512_dpbf16_ps(sums[0][r], w0, each);
-        sums[1][r] = _mm512_dpbf16_ps(sums[1][r], w1, each);
+      for (int pair = group * pairs; pair < (group + 1) * pairs; ++pair) {
+        const __m512bh w0 = (__m512bh)line(tiles + 32 * pair);
+        const __m512bh w1 = (__m512bh)line(tiles + kTileRows * kStep + 32 * pair);
+        for (int r = 0; r < R; ++r) {
+          int both;
+          memcpy(&both, x + r * a.k + 2 * pair, sizeof both);
+          const __m512bh each = (__m512bh)_mm512_set1_epi32(both);
+          sums[0][r] = _mm512_dpbf16_ps(sums[0][r], w0, each);
+          sums[1][r] = _mm512_dpbf16_ps(sums[1][r], w1, each);
+        }
+      }
+      if (a.codes == Codes::bf16) {
+        for (int r = 0; r < R; ++r)
+          for (int t = 0; t < 2; ++t) found[t][r] = _mm512_add_ps(found[t][r], sums[t][r]);
+        continue;
+      }
+      for (int t = 0; t < 2; ++t) {
+        const __m512 scale = scaler.scale(t, group);
+        for (int r = 0; r < R; ++r) found[t][r] = _mm512_fmadd_ps(sums[t][r], scale, found[t][r]);
+        if (!a.offsets) continue;
+        const __m512 offset = scaler.offset(t, group);
+        for (int r = 0; r < R; ++r) {
+          const float* both = a.x_sums + 2 * step_at(a, m + r, step);
+          const float sum = groups == 2 ? both[group] : both[0] + both[1];
+          found[t][r] = _mm512_fmadd_ps(offset, _mm512_set1_ps(sum), found[t][r]);
+        }
       }
     }
-    if (a.format == Format::bf16) {
-      for (int r = 0; r < R; ++r)
-        for (int t = 0; t < 2; ++t) found[t][r] = _mm512_add_ps(found[t][r], sums[t][r]);
-      continue;
-    }
-    float x_sums[R] = {};
-    for (int r = 0; a.offset != nullptr && r < R; ++r) x_sums[r] = a.x_sums[sums_at(a, m + r, step)];
-    const std::int64_t at = (panel * a.groups() + step * kStep / a.group) * kPanelRows;
-    for (int t = 0; t < 2; ++t) add<R>(a, at + t * kTileRows, x_sums, sums[t], found[t]);
   }
   for (int r = 0; r < R; ++r)
     for (int t = 0; t < 2; ++t) _mm512_store_ps(totals[r][t], found[t][r]);
@@ -86,7 +102,7 @@ void many(const QuantArgs& a, std::int64_t first, std::int64_t last) {
       memset(own.totals, 0, sizeof own.totals);
       for (std::int64_t step = 0; step < a.steps(); step += kPiece) {
         const std::int64_t end = a.steps() - step < kPiece ? a.steps() : step + kPiece;
-        expand(a, panel, step, end, own.tiles);
+        expand_values(a, panel, step, end, own.tiles);
         for (std::int64_t m = 0; m < rows; m += kRows) {
           const auto piece = [&]<int R>() {
             multiply<R>(a, m0 + m, panel, step, end, own.tiles, own.totals + m);
@@ -109,7 +125,13 @@ void many(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   }
 }
 
-bool packs(const QuantArgs& a) { return a.m <= kFew && a.format == Format::i4; }
+bool takes_bytes(const QuantArgs& a) { return a.m <= kFew && bits_of(a.codes) <= 6; }
+
+int layout(const QuantArgs& a) {
+  if (takes_bytes(a)) return kPacked;
+  if (a.m <= kFew) return kWide;
+  return a.offsets ? kSums : kRows;
+}
 
 void quant_linear(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   if (a.packed != nullptr) return linear_bytes(a, first, last);
@@ -120,8 +142,8 @@ void quant_linear(const QuantArgs& a, std::int64_t first, std::int64_t last) {
 }  // namespace
 }  // namespace isa_avx512bf16
 
-const QuantKernels avx512bf16_quant{isa_avx512bf16::quant_linear, isa_avx512bf16::gate_rows, isa_avx512bf16::kFew, isa_avx512bf16::dequantize,
-                                     isa_avx512bf16::packs, pack_bytes};
+const QuantKernels avx512bf16_quant{isa_avx512bf16::quant_linear, isa_avx512bf16::gate_rows, isa_avx512bf16::dequantize,
+                                    isa_avx512bf16::layout, pack_bytes};
 
 }  // namespace yoke::kernels
 

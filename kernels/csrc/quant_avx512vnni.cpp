@@ -1,6 +1,7 @@
-// AVX-512 with byte dot products (VNNI: Cascade Lake and later, Zen 4 and later): int4 weights times a few rows of x.
+// AVX-512 with byte dot products (VNNI: Cascade Lake and later, Zen 4 and later): codes of up to 6 bits times a few rows
+// of x.
 //
-// One shift and one mask unpack 64 nibbles to bytes, and an instruction multiplies and sums bytes in groups of four. So
+// A few shifts and masks unpack 64 codes to bytes, and an instruction multiplies and sums bytes in groups of four. So
 // few rows cost a quarter of the instructions of floats. Each step of 32 numbers of x is quantized to 16-bit integers,
 // in units of 1/32512 of its largest number; the upper and the lower bytes are multiplied separately. All sums of a
 // step are exact, and then scaled in float. A row has the same bits whatever the other rows are.
@@ -19,20 +20,20 @@ constexpr std::int64_t kStreams = 4;    // panels that are read alternately, as 
 constexpr std::int64_t kAhead = 2048;   // the prefetch distance in each, in bytes
 constexpr float kLargest = 32512.0f;    // 127 * 256
 
-// A quantized step of a row of x. Byte 4 i + b of `upper` and `lower` is multiplied by byte b of each lane of register
-// i / 2 of the weights, after a shift by 4 if i is odd, and a mask.
+// A quantized step of a row of x. Byte 8 i + 4 j + b of `upper` and `lower` is multiplied by byte b of each lane of
+// register i of the weights, j = 0 or 1 (see `Planes::bytes`): so the first 16 numbers of x are the first 16 bytes.
 struct Step {
   std::int8_t upper[kStep], lower[kStep];
   float scale;
-  std::int32_t less;  // the initial value of the dot product: -8 times the sum of x if weights are q - 8, else 0
-  float sum;          // of the step, for offsets
+  std::int32_t whole[2];  // the sums of both halves: for weights that are bytes from a zero on
+  float sums[2];          // the same, scaled: for offsets
 };
 
 inline __m512 to_floats(__m256i numbers) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
 }
 
-void round_step(const bf16* x, bool offset, Step& to) {
+void round_step(const bf16* x, Step& to) {
   // In the order of the nibbles in a lane: of each four pairs 0, 2 | 1, 3, first numbers before second ones.
   const __m512i order = _mm512_set_epi16(31, 27, 30, 26, 29, 25, 28, 24, 23, 19, 22, 18, 21, 17, 20, 16, 15, 11, 14, 10,
                                          13, 9, 12, 8, 7, 3, 6, 2, 5, 1, 4, 0);
@@ -55,9 +56,10 @@ void round_step(const bf16* x, bool offset, Step& to) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to.upper + 16 * i), upper);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to.lower + 16 * i), _mm512_cvtepi32_epi8(whole[i]));
   }
-  const std::int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(whole[0], whole[1]));
-  to.less = offset ? 0 : -8 * sum;
-  to.sum = static_cast<float>(sum) * to.scale;
+  for (int i = 0; i < 2; ++i) {
+    to.whole[i] = _mm512_reduce_add_epi32(whole[i]);
+    to.sums[i] = static_cast<float>(to.whole[i]) * to.scale;
+  }
 }
 
 // Packs rows [first, last) of x, in units of 32 rows, in blocks of kRowBlock rows, [step][row].
@@ -66,16 +68,12 @@ void pack(const QuantArgs& a, std::uint8_t* packed, std::int64_t first, std::int
   const std::int64_t end = last * kPanelRows < a.m ? last * kPanelRows : a.m;
   for (std::int64_t m = first * kPanelRows; m < end; ++m) {
     for (std::int64_t step = 0; step < a.steps(); ++step) {
-      round_step(a.x + m * a.k + step * kStep, a.offset != nullptr, to[sums_at(a, m, step)]);
+      round_step(a.x + m * a.k + step * kStep, to[step_at(a, m, step)]);
     }
   }
 }
 
-constexpr std::int64_t kScalesAhead = 64;
-
-inline void prefetch_scales(const QuantArgs& a, std::int64_t at) {
-  _mm_prefetch(static_cast<const char*>(a.scale) + at * 2, _MM_HINT_T0);
-}
+constexpr std::int64_t kScalesAhead = 6;  // steps
 
 inline __m512i broadcast(const std::int8_t* from) {
   std::int32_t four;
@@ -83,77 +81,174 @@ inline __m512i broadcast(const std::int8_t* from) {
   return _mm512_set1_epi32(four);
 }
 
-// Adds one step of two tiles times M rows of x, scaled, to the totals.
+// How codes of B bits become bytes from 0 on: as they are, or (T) through a table of 16. G: groups of a step with sums of
+// their own. K: the kinds of factors.
+template <int B, bool T, int G, class K>
+struct Form {
+  static constexpr int kBits = B, kGroups = G;
+  static constexpr bool kTable = T;
+  using Kinds = K;
+};
+
+// What the bytes of one call are made with.
+struct Bytes {
+  __m512i table;      // the integers of codes plus `zero`, four times 16 bytes
+  std::int32_t zero;  // the byte that stands for 0
+  float unit;         // see value_unit
+};
+
+inline Bytes bytes_of(const QuantArgs& a) {
+  alignas(16) std::uint8_t table[16];
+  const bool is_table = a.codes == Codes::iq4 || a.codes == Codes::e2m1;
+  const int zero = is_table ? 128 : -integer_value(a.codes, 0);
+  for (int code = 0; code < 16; ++code) table[code] = static_cast<std::uint8_t>(integer_value(a.codes, code) + zero);
+  return {_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), zero, value_unit(a.codes)};
+}
+
+// The exact sums of a step: integers of x times bytes of w, for one group of two tiles and M rows.
 template <int M>
-inline void multiply(const QuantArgs& a, const std::uint8_t* tiles, const Step* x, std::int64_t at,
-                     __m512 (&totals)[2][M]) {
-  const __m512i mask = _mm512_set1_epi8(15);
+struct Products {
   __m512i upper[2][M], lower[2][M];
-  for (int t = 0; t < 2; ++t) {
-    for (int m = 0; m < M; ++m) {
-      upper[t][m] = _mm512_setzero_si512();
-      lower[t][m] = _mm512_set1_epi32(x[m].less);
+};
+
+template <class F, int M, int I>
+inline void multiply_four(const Planes<F::kBits> (&planes)[2], const Bytes& bytes, const Step* x, Products<M>& to) {
+  const auto half = [&]<int J>() {
+    __m512i q[2];
+    for (int t = 0; t < 2; ++t) {
+      q[t] = planes[t].template bytes<I, J>();
+      if constexpr (F::kTable) q[t] = _mm512_shuffle_epi8(bytes.table, q[t]);
     }
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512i v[2] = {line(tiles + 64 * i), line(tiles + tile_bytes(Format::i4) + 64 * i)};
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      __m512i q[2];
-      for (int t = 0; t < 2; ++t) q[t] = _mm512_and_si512(j == 0 ? v[t] : _mm512_srli_epi32(v[t], 4), mask);
-      for (int m = 0; m < M; ++m) {
-        const __m512i high = broadcast(x[m].upper + 8 * i + 4 * j), low = broadcast(x[m].lower + 8 * i + 4 * j);
-        for (int t = 0; t < 2; ++t) {
-          upper[t][m] = _mm512_dpbusd_epi32(upper[t][m], q[t], high);
-          lower[t][m] = _mm512_dpbusd_epi32(lower[t][m], q[t], low);
-        }
+    for (int m = 0; m < M; ++m) {
+      const __m512i high = broadcast(x[m].upper + 8 * I + 4 * J), low = broadcast(x[m].lower + 8 * I + 4 * J);
+      for (int t = 0; t < 2; ++t) {
+        to.upper[t][m] = _mm512_dpbusd_epi32(to.upper[t][m], q[t], high);
+        to.lower[t][m] = _mm512_dpbusd_epi32(to.lower[t][m], q[t], low);
       }
     }
-  }
+  };
+  half.template operator()<0>();
+  half.template operator()<1>();
+}
+
+// Adds the products of a group, scaled, to the totals.
+template <class F, int M>
+inline void add_group(const QuantArgs& a, const Bytes& bytes, const Scaler<typename F::Kinds>& scaler, int group,
+                      const Step* x, const Products<M>& products, __m512 (&totals)[2][M]) {
   for (int t = 0; t < 2; ++t) {
-    const __m512 scale = scales(a, a.scale, at + t * kTileRows);
+    const __m512 scale = scaler.scale(t, group);
     for (int m = 0; m < M; ++m) {
-      const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(upper[t][m], 8), lower[t][m]);
-      const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x[m].scale));
+      const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(products.upper[t][m], 8), products.lower[t][m]);
+      const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x[m].scale * bytes.unit));
       totals[t][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), both, totals[t][m]);
     }
-    if (a.offset == nullptr) continue;
-    const __m512 offset = scales(a, a.offset, at + t * kTileRows);
-    for (int m = 0; m < M; ++m) totals[t][m] = _mm512_fmadd_ps(offset, _mm512_set1_ps(x[m].sum), totals[t][m]);
+    if (!a.offsets) continue;
+    const __m512 offset = scaler.offset(t, group);
+    for (int m = 0; m < M; ++m) {
+      const float sum = F::kGroups == 2 ? x[m].sums[group] : x[m].sums[0] + x[m].sums[1];
+      totals[t][m] = _mm512_fmadd_ps(offset, _mm512_set1_ps(sum), totals[t][m]);
+    }
   }
 }
 
+template <class F, int M>
+inline void start(const Bytes& bytes, int group, const Step* x, Products<M>& products) {
+  for (int m = 0; m < M; ++m) {
+    const std::int32_t sum = F::kGroups == 2 ? x[m].whole[group] : x[m].whole[0] + x[m].whole[1];
+    for (int t = 0; t < 2; ++t) {
+      products.upper[t][m] = _mm512_setzero_si512();
+      products.lower[t][m] = _mm512_set1_epi32(-bytes.zero * sum);
+    }
+  }
+}
+
+// Adds one step of two tiles times M rows of x to the totals.
+template <class F, int M>
+inline void multiply(const QuantArgs& a, const Bytes& bytes, const Scaler<typename F::Kinds>& scaler,
+                     const std::uint8_t* tiles, const Step* x, __m512 (&totals)[2][M]) {
+  const Planes<F::kBits> planes[2] = {Planes<F::kBits>(tiles), Planes<F::kBits>(tiles + tile_bytes(F::kBits))};
+  Products<M> products;
+  start<F, M>(bytes, 0, x, products);
+  multiply_four<F, M, 0>(planes, bytes, x, products);
+  multiply_four<F, M, 1>(planes, bytes, x, products);
+  if constexpr (F::kGroups == 2) {
+    add_group<F, M>(a, bytes, scaler, 0, x, products, totals);
+    start<F, M>(bytes, 1, x, products);
+  }
+  multiply_four<F, M, 2>(planes, bytes, x, products);
+  multiply_four<F, M, 3>(planes, bytes, x, products);
+  add_group<F, M>(a, bytes, scaler, F::kGroups - 1, x, products, totals);
+}
+
 // M rows of x from m0 on times `count` panels of w from `panel` on, one step of each panel at a time.
-template <int M>
+template <class F, int M>
 void few(const QuantArgs& a, std::int64_t m0, std::int64_t panel, std::int64_t count) {
-  constexpr std::int64_t kBytes = 2 * tile_bytes(Format::i4);
-  const std::int64_t steps = a.steps(), steps_of_group = a.group / kStep, scales_of_panel = a.groups() * kPanelRows;
-  const std::uint8_t* data = a.data + panel * steps * kBytes;
+  constexpr std::int64_t kBytes = 2 * tile_bytes(F::kBits);
+  using Own = Scaler<typename F::Kinds>;
+  const std::int64_t steps = a.steps();
+  const std::uint8_t* data = a.panel(panel);
   const Step* x = reinterpret_cast<const Step*>(a.packed) + m0 * steps;
+  const Bytes bytes = bytes_of(a);
+  static_assert(kStreams == 4);
+  const auto at = [&](std::int64_t p) { return Own(a, a.panel(p < count ? panel + p : panel), 0); };
+  Own scalers[kStreams] = {at(0), at(1), at(2), at(3)};
   __m512 totals[kStreams][2][M];
   for (auto& panels : totals)
     for (auto& tiles : panels)
       for (__m512& total : tiles) total = _mm512_setzero_ps();
-  std::int64_t group = panel * scales_of_panel, left = steps_of_group;
   for (std::int64_t step = 0; step < steps; ++step, data += kBytes, x += M) {
     for (std::int64_t p = 0; p < count; ++p) {
-      const std::uint8_t* tiles = data + p * steps * kBytes;
-#pragma GCC unroll 8
+      const std::uint8_t* tiles = data + p * a.panel_bytes;
+#pragma GCC unroll 12
       for (std::int64_t i = 0; i < kBytes; i += 64) {
         _mm_prefetch(reinterpret_cast<const char*>(tiles + kAhead + i), _MM_HINT_T0);
       }
-      prefetch_scales(a, group + p * scales_of_panel + kScalesAhead);
-      multiply<M>(a, tiles, x, group + p * scales_of_panel, totals[p]);
-    }
-    if (--left == 0) {
-      left = steps_of_group;
-      group += kPanelRows;
+      scalers[p].prefetch(kScalesAhead);
+      multiply<F, M>(a, bytes, scalers[p], tiles, x, totals[p]);
+      scalers[p].next();
     }
   }
   for (std::int64_t p = 0; p < count; ++p)
     for (std::int64_t t = 0; t < 2; ++t)
       for (int m = 0; m < M; ++m) finish(a, m0 + m, (panel + p) * kPanelRows + t * kTileRows, totals[p][t][m]);
+}
+
+template <class F>
+void panels(const QuantArgs& a, std::int64_t first, std::int64_t last) {
+  for (std::int64_t panel = first; panel < last; panel += kStreams) {
+    const std::int64_t count = last - panel < kStreams ? last - panel : kStreams;
+    for (std::int64_t m = 0; m < a.m; m += kRowBlock) {
+      switch (a.m - m) {
+        case 1: few<F, 1>(a, m, panel, count); break;
+        case 2: few<F, 2>(a, m, panel, count); break;
+        case 3: few<F, 3>(a, m, panel, count); break;
+        default: few<F, 4>(a, m, panel, count); break;
+      }
+    }
+  }
+}
+
+using Halves = Kinds<Kind::f16, Kind::none>;
+using OfSupers = Kinds<Kind::none, Kind::f16>;
+using Unsigned = Kinds<Kind::u8, Kind::f16>;
+using Signed = Kinds<Kind::i8, Kind::f16>;
+
+template <class K>
+bool has(const QuantArgs& a) {
+  return a.group_kind == K::group(a) && a.super_kind == K::super(a);
+}
+
+// The loops for B bits, with one of the kinds of factors that files have, or any.
+template <int B, bool T, int G, class... Known>
+void by_kinds(const QuantArgs& a, std::int64_t first, std::int64_t last) {
+  const bool known = ((has<Known>(a) && (panels<Form<B, T, G, Known>>(a, first, last), true)) || ...);
+  if (!known) panels<Form<B, T, G, AnyKinds>>(a, first, last);
+}
+
+template <int B, bool T, class... Known>
+void by_groups(const QuantArgs& a, std::int64_t first, std::int64_t last) {
+  if (a.groups_of_step() == 2) return by_kinds<B, T, 2>(a, first, last);
+  by_kinds<B, T, 1, Known...>(a, first, last);
 }
 
 }  // namespace
@@ -165,16 +260,17 @@ void pack_bytes(const QuantArgs& a, std::uint8_t* packed, std::int64_t first, st
 
 void linear_bytes(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   using namespace isa_avx512vnni;
-  for (std::int64_t panel = first; panel < last; panel += kStreams) {
-    const std::int64_t count = last - panel < kStreams ? last - panel : kStreams;
-    for (std::int64_t m = 0; m < a.m; m += kRowBlock) {
-      switch (a.m - m) {
-        case 1: few<1>(a, m, panel, count); break;
-        case 2: few<2>(a, m, panel, count); break;
-        case 3: few<3>(a, m, panel, count); break;
-        default: few<4>(a, m, panel, count); break;
-      }
-    }
+  switch (a.codes) {
+    case Codes::u2: return by_groups<2, false>(a, first, last);
+    case Codes::i3: return a.groups_of_step() == 2 ? by_kinds<3, false, 2, Signed>(a, first, last)
+                                                   : by_kinds<3, false, 1>(a, first, last);
+    case Codes::i6: return a.groups_of_step() == 2 ? by_kinds<6, false, 2, Signed>(a, first, last)
+                                                   : by_kinds<6, false, 1>(a, first, last);
+    case Codes::i5:
+    case Codes::u5: return by_groups<5, false, Halves, Unsigned>(a, first, last);
+    case Codes::iq4:
+    case Codes::e2m1: return by_groups<4, true, Halves, Signed>(a, first, last);
+    default: return by_groups<4, false, Halves, OfSupers, Unsigned>(a, first, last);
   }
 }
 
