@@ -148,7 +148,7 @@ class Inputs {
     const QuantKernels& kernels = chosen_quant();
     if (rounds_x(a, round_x_)) a.x_scale = scales(a);
     const int layout = kernels.layout(a);
-    if (layout == kRows) return;
+    if (layout == kRowMajor) return;
     if (layout == kWide || layout == kSums) {
       if (sums_ == nullptr || (layout == kWide && floats_ == nullptr)) {
         held_.push_back(empty({a.m * (2 * a.steps() + (layout == kWide ? a.k : 0))}, Scalar::f32));

@@ -118,7 +118,7 @@ struct QuantKernels {
   // Dequantizes panel `panel`, steps [first, last), into bf16 tiles [step][tile][16 pairs][16 rows][2], aligned to 64
   // bytes: scale and offset applied in float, rounded once; with `scaled_last`, the values. Or null.
   void (*dequantize)(const QuantArgs&, std::int64_t panel, std::int64_t first, std::int64_t last, bf16* tiles);
-  // How x must be packed for `linear`: `kRows`: not at all; `kWide`: `x_float` and `x_sums` are needed; `kSums`: only
+  // How x must be packed for `linear`: `kRowMajor`: not at all; `kWide`: `x_float` and `x_sums` are needed; `kSums`: only
   // `x_sums`; other numbers: by `pack`, which packs parts with the same number alike.
   int (*layout)(const QuantArgs&);
   // Packs x into `packed`, at most `packed_bytes`: rows [first, last) in units of 32 rows.
@@ -126,7 +126,7 @@ struct QuantKernels {
   // Whether `linear` takes these arguments with a gate. Or null.
   bool (*gates)(const QuantArgs&) = nullptr;
 };
-enum Layout : int { kRows, kWide, kSums, kPacked };  // kPacked, kPacked + 1, .. are packed by `pack`
+enum Layout : int { kRowMajor, kWide, kSums, kPacked };  // kPacked, kPacked + 1, .. are packed by `pack`
 
 extern const QuantKernels base_quant;
 #if defined(__x86_64__)

@@ -130,7 +130,7 @@ bool takes_bytes(const QuantArgs& a) { return a.m <= kFew && bits_of(a.codes) <=
 int layout(const QuantArgs& a) {
   if (takes_bytes(a)) return kPacked;
   if (a.m <= kFew) return kWide;
-  return a.offsets ? kSums : kRows;
+  return a.offsets ? kSums : kRowMajor;
 }
 
 void quant_linear(const QuantArgs& a, std::int64_t first, std::int64_t last) {
