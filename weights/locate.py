@@ -213,14 +213,15 @@ def _whole_set(folder: Path, members: Mapping[int, str]) -> tuple[Path, ...]:
     assert match is not None
     count, width = int(match["count"]), len(match["number"])
     first = 0 if 0 in members else 1  # some releases count from 0
-    missing = (i for i in range(first, first + count) if i not in members)
-    lacking = next(missing, None)
-    if lacking is not None:
+    missing = [i for i in range(first, first + count) if i not in members]
+    if missing:
         start, stop = match.span("number")
-        name = f"{some[:start]}{lacking:0{width}}{some[stop:]}"
+        lacking = [f"{some[:start]}{i:0{width}}{some[stop:]}" for i in missing[:_MAX_NAMED]]
+        others = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
         raise InputError(
-            f"{folder / name} is missing: {len(members)} of {count} parts of the model are there; "
-            "copy the other parts into the same folder"
+            f"{folder / lacking[0]}{''.join(f', {name}' for name in lacking[1:])}{others} "
+            f"{'is' if len(missing) == 1 else 'are'} missing: {len(members)} of {count} parts of the "
+            "model are there; copy the other parts into the same folder"
         )
     return tuple(folder / members[i] for i in range(first, first + count))
 

@@ -130,6 +130,12 @@ def _k_quant(label: str, codes: str, group: int, scales: str, symmetric: bool = 
     return Scheme(CODES[codes].bits, group, symmetric, codes, scales, "f16", 256, label)
 
 
+def _of_grid(label: str, codes: str, group: int, symmetric: bool = True) -> Scheme:
+    """Of a codebook (weights.formats.gguf_grids): the stored float16 times a power of two or an odd
+    number, which only float32 holds exactly."""
+    return Scheme(CODES[codes].bits, group, symmetric, codes, "u8", "f32", 256, label)
+
+
 # GGUF's blocks that stay quantized (weights.formats.gguf_blocks); others are dequantized.
 GGUF_SCHEMES = {
     "Q4_0": Scheme(4, 32),
@@ -144,7 +150,15 @@ GGUF_SCHEMES = {
     "Q6_K": _k_quant("Q6_K", "i6", 16, "i8"),
     "IQ4_NL": Scheme(4, 32, codes="iq4", label="IQ4_NL"),
     "IQ4_XS": _k_quant("IQ4_XS", "iq4", 32, "i8"),
+    "IQ3_XXS": _of_grid("IQ3_XXS", "i6", 32),
+    "IQ3_S": _of_grid("IQ3_S", "u4", 32, symmetric=False),
+    "IQ2_XXS": _of_grid("IQ2_XXS", "i8", 32),
+    "IQ2_XS": _of_grid("IQ2_XS", "i8", 16),
+    "IQ2_S": _of_grid("IQ2_S", "i8", 16),
+    "IQ1_S": _of_grid("IQ1_S", "u2", 32, symmetric=False),
+    "IQ1_M": _of_grid("IQ1_M", "u4", 16, symmetric=False),
     "MXFP4": Scheme(4, 32, codes="e2m1", scales="e8m0", label="MXFP4"),
+    "NVFP4": Scheme(4, 16, codes="e2m1", scales="e4m3", label="NVFP4"),
 }
 # Those of safetensors that are not integers.
 MXFP4 = GGUF_SCHEMES["MXFP4"]

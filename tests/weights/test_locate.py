@@ -303,9 +303,13 @@ def test_parts_of_gguf(plain: tuple[Path, list[int]], tmp_path: Path) -> None:
     write_gguf(plain[0], tmp_path / "m.gguf", split=7)
     parts = sorted(tmp_path.iterdir())
     whole = open_checkpoint(write_gguf(plain[0], tmp_path / "whole.gguf"))
-    checkpoint = open_checkpoint(parts[2])
-    assert checkpoint.entries.keys() == whole.entries.keys()
-    assert checkpoint.files == tuple(parts)
+    for part in parts:  # any of them can be named
+        checkpoint = open_checkpoint(part)
+        assert checkpoint.entries.keys() == whole.entries.keys()
+        assert checkpoint.files == tuple(parts)
+        for name, entry in checkpoint.entries.items():
+            everything = tuple(slice(0, size) for size in entry.shape)
+            assert torch.equal(entry.read(everything), whole.entries[name].read(everything))
     outline, single = read_outline(parts[0]), read_outline(tmp_path / "whole.gguf")
     assert outline is not None and single is not None and outline.weights == single.weights
     assert outline.config["tokenizer.ggml.tokens"] == single.config["tokenizer.ggml.tokens"]
@@ -325,6 +329,13 @@ def test_parts_of_gguf(plain: tuple[Path, list[int]], tmp_path: Path) -> None:
         parts[1].write_bytes(content)
         with pytest.raises(InputError, match=match):
             open_checkpoint(parts[0])
+    for gone, match in (
+        (parts[2], r"/m-00003-of-00003\.gguf is missing: 2 of 3 parts"),
+        (parts[0], r"/m-00001-of-00003\.gguf, m-00003-of-00003\.gguf are missing: 1 of 3 parts"),
+    ):
+        gone.unlink()
+        with pytest.raises(InputError, match=match):
+            open_checkpoint(parts[1])
     (tmp_path / "alone.gguf").write_bytes(kept)
     with pytest.raises(InputError, match=r"is one of 3 files .*its name does not say"):
         open_checkpoint(tmp_path / "alone.gguf")

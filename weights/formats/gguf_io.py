@@ -1,8 +1,8 @@
-"""GGUF files (the format of llama.cpp), memory-mapped and lazy. A slice is dequantized when it is read,
-or, if the kernels support its block format, read still quantized (weights.formats.gguf_blocks).
+"""GGUF files (the format of llama.cpp), memory-mapped and lazy. A slice is read still quantized, or is
+dequantized when it is read (weights.formats.gguf_blocks).
 
-weights.formats.gguf_header reads the header. The `gguf` package decodes the block formats: any
-quantization that it can dequantize is supported. Changes by llama.cpp's converter are undone: it
+weights.formats.gguf_header reads the header. Block formats that have no row in gguf_blocks.FORMS are
+only dequantized, by the `gguf` package. Changes by llama.cpp's converter are undone: it
 reverses dimensions, stacks experts, reorders the rows of some architectures' query and key projections
 for interleaved rotary embeddings, and adds 1 to Gemma's norms (`weights.formats.gguf_names`). Tensors
 that are settings, not weights, become values of `config`, under their names: the factors by which
@@ -31,7 +31,12 @@ from torch import Tensor
 from base.errors import InputError
 from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
 from weights.files import DAMAGE, check_overlaps, damaged
-from weights.formats.gguf_blocks import reader_of_blocks, reader_of_stacked_blocks
+from weights.formats.gguf_blocks import (
+    FORMS,
+    reader_of_blocks,
+    reader_of_stacked_blocks,
+    values_of_blocks,
+)
 from weights.formats.gguf_header import (
     FORM,
     Header,
@@ -147,7 +152,7 @@ def _checked(path: Path, header: Header) -> dict[str, Entry]:
         if kind.name in _PLAIN:
             entries[info.name] = plain_entry(info.name, data, start, math.prod(shape), kind.name, shape)
         else:
-            entries[info.name] = _blocks_entry(info.name, data[start:stop], kind, shape)
+            entries[info.name] = _blocks_entry(path, info.name, data[start:stop], kind, shape)
     check_overlaps(ranges)
     return entries
 
@@ -168,49 +173,49 @@ def _kind(path: Path, info: TensorInfo) -> GGMLQuantizationType:
 @functools.cache
 def _readable(kind: GGMLQuantizationType) -> bool:
     """Whether the gguf package can dequantize a type: one block of zeros is tried."""
-    if kind.name in _PLAIN:
+    if kind.name in _PLAIN or kind.name in FORMS:
         return True
     if kind not in GGML_QUANT_SIZES:
         return False
     try:
-        _dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except NotImplementedError:
         return False
     return True
 
 
-def _dequantize(stored: Bytes, kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
-    with np.errstate(all="ignore"):  # a stored scale may be infinite: no warning about it
-        return dequantize(np.ascontiguousarray(stored), kind)
-
-
-def _blocks_entry(name: str, data: Bytes, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> Entry:
+def _blocks_entry(
+    path: Path, name: str, data: Bytes, kind: GGMLQuantizationType, shape: tuple[int, ...]
+) -> Entry:
     """A tensor whose rows are stored as blocks along the last dimension."""
+    where = f"{path}: {name!r}"
     block, block_bytes = GGML_QUANT_SIZES[kind]
     rows = data.reshape(*shape[:-1], shape[-1] // block * block_bytes)
 
-    def stored(slices: Slices, first: int, last: int) -> Bytes:
-        return rows[(*slices[:-1], slice(first * block_bytes, last * block_bytes))]
+    def part_of(slices: Slices, first: int, last: int) -> Tensor:
+        """Blocks [first, last) of rows, as a view of the file."""
+        return torch.from_numpy(rows[(*slices[:-1], slice(first * block_bytes, last * block_bytes))])
 
     def read(slices: Slices) -> Tensor:
         check_slices(name, shape, slices)
         sizes = [part.stop - part.start for part in slices]
         if 0 in sizes:
-            return torch.empty(sizes)  # the gguf package does not accept empty arrays
+            return torch.empty(sizes)
         columns = slices[-1]
         first, last = columns.start // block, -(-columns.stop // block)
-        values = _dequantize(stored(slices, first, last), kind)
-        inside = slice(columns.start - first * block, columns.stop - first * block)
-        return torch.from_numpy(np.ascontiguousarray(values[..., inside]))
+        values = values_of_blocks(part_of(slices, first, last), kind.name, where)
+        return values[..., columns.start - first * block : columns.stop - first * block].contiguous()
 
-    def read_raw(slices: Slices) -> Tensor:
+    def peek_raw(slices: Slices) -> Tensor:
         check_slices(name, shape, slices)
         columns = slices[-1]
         assert columns.start % block == 0 and columns.stop % block == 0, (name, columns, block)
-        part = stored(slices, columns.start // block, columns.stop // block)
-        return torch.from_numpy(np.array(part, order="C"))
+        return part_of(slices, columns.start // block, columns.stop // block)
 
-    quant = reader_of_blocks(kind.name, shape, read_raw)
-    quant_of = reader_of_stacked_blocks(kind.name, shape, read_raw)
+    def read_raw(slices: Slices) -> Tensor:
+        return peek_raw(slices).clone(memory_format=torch.contiguous_format)
+
+    quant = reader_of_blocks(kind.name, shape, peek_raw, where)
+    quant_of = reader_of_stacked_blocks(kind.name, shape, peek_raw, where)
     scheme = None if quant is None and quant_of is None else GGUF_SCHEMES[kind.name]
     return Entry(shape, kind.name, read, block, read_raw, scheme=scheme, quant=quant, quant_of=quant_of)

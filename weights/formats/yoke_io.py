@@ -23,7 +23,7 @@ from torch import Tensor
 from base.errors import InputError
 from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
 from weights.files import damaged, parse_json, read_json, regular_file
-from weights.formats.gguf_blocks import reader_of_blocks
+from weights.formats.gguf_blocks import reader_of_blocks, values_of_blocks
 from weights.formats.safetensors_io import stored_entries
 from weights.formats.yoke_manifest import (
     Blocks,
@@ -169,7 +169,7 @@ def _entry(folder: YokeFolder, tensor: StoredTensor, prefer: int | None) -> Entr
 
     if tensor.blocks is None:
         return Entry(tensor.shape, tensor.dtype, read, peek=peek)
-    blocks = tensor.blocks
+    blocks, where = tensor.blocks, f"{folder.path}: {tensor.name!r}"
 
     def read_raw(slices: Slices) -> Tensor:
         check_slices(tensor.name, tensor.shape, slices)
@@ -183,23 +183,15 @@ def _entry(folder: YokeFolder, tensor: StoredTensor, prefer: int | None) -> Entr
         columns = slices[-1]
         first = columns.start // blocks.elements * blocks.elements
         last = -(-columns.stop // blocks.elements) * blocks.elements
-        values = dequantize(folder.peek(tensor, parts, (*slices[:-1], slice(first, last))), blocks)
+        raw = folder.peek(tensor, parts, (*slices[:-1], slice(first, last)))
+        values = values_of_blocks(raw, blocks.format, where)
         return values[..., columns.start - first : columns.stop - first]
 
-    quant = reader_of_blocks(blocks.format, tensor.shape, read_raw)
+    quant = reader_of_blocks(blocks.format, tensor.shape, read_raw, where)
     scheme = None if quant is None else GGUF_SCHEMES[blocks.format]
     return Entry(
         tensor.shape, blocks.format, read_values, blocks.elements, read_raw, scheme=scheme, quant=quant
     )
-
-
-def dequantize(raw: Tensor, blocks: Blocks) -> Tensor:
-    """Dequantize blocks along the last dimension, uint8 [..., bytes], to float32 [..., elements]."""
-    from gguf import GGMLQuantizationType  # imported only for quantized weights
-    from gguf.quants import dequantize
-
-    values = dequantize(raw.contiguous().numpy(), GGMLQuantizationType[blocks.format])
-    return torch.from_numpy(values)
 
 
 def unequal_replicas(folder: YokeFolder, tensor: StoredTensor) -> tuple[int, int] | None:
