@@ -13,6 +13,8 @@ from comm.sources import AVX2, AVX512, COMMON_FLAGS, Extension
 _MATH = ("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 _BF16 = (*AVX512, "-mavx512bf16")
 _AMX = (*_BF16, "-mamx-tile", "-mamx-bf16")
+# Files with a loop for each form of codes. More than this would take five times as long to compile some.
+_MANY = ("-O2",)
 KERNELS = Extension(
     "yoke_kernels",
     Path(__file__).parent / "csrc",
@@ -26,11 +28,11 @@ KERNELS = Extension(
         "attend_avx2.cpp": AVX2,
         "attend_avx512.cpp": AVX512,
         "attend_amx.cpp": _AMX,
-        "quant_avx2.cpp": AVX2,
-        "quant_avx512.cpp": AVX512,
-        "quant_avx512vnni.cpp": (*AVX512, "-mavx512vnni"),
-        "quant_avx512bf16.cpp": _BF16,
-        "quant_amx.cpp": (*_AMX, "-mamx-int8"),
+        "quant_avx2.cpp": (*AVX2, *_MANY),
+        "quant_avx512.cpp": (*AVX512, *_MANY),
+        "quant_avx512vnni.cpp": (*AVX512, *_MANY, "-mavx512vnni"),
+        "quant_avx512bf16.cpp": (*_BF16, *_MANY),
+        "quant_amx.cpp": (*_AMX, *_MANY, "-mamx-int8"),
         "packed_amx.cpp": _AMX,
     },
     slowest=("attend",),

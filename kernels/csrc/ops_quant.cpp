@@ -151,10 +151,11 @@ class Inputs {
     if (layout == kRowMajor) return;
     if (layout == kWide || layout == kSums) {
       if (sums_ == nullptr || (layout == kWide && floats_ == nullptr)) {
-        held_.push_back(empty({a.m * (2 * a.steps() + (layout == kWide ? a.k : 0))}, Scalar::f32));
+        const std::int64_t rows = padded_rows(a.m);
+        held_.push_back(empty({rows * (2 * a.steps() + (layout == kWide ? a.k : 0))}, Scalar::f32));
         float* const sums = held_.back().mutable_data_ptr<float>();
         sums_ = sums;
-        float* const floats = layout == kWide ? sums + 2 * a.m * a.steps() : nullptr;
+        float* const floats = layout == kWide ? sums + 2 * rows * a.steps() : nullptr;
         floats_ = floats;
         widen(a, floats, sums);
       }

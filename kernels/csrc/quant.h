@@ -74,8 +74,8 @@ struct Gate {
 // from one row to the next.
 struct QuantArgs {
   const bf16* x;
-  const float* x_float;   // x as floats, or null (see wide_rows): blocks of kRowBlock rows, [step][row][32]
-  const float* x_sums;    // the sums of both halves of each step of x: blocks of kRowBlock rows, [step][row][2]
+  const float* x_float;   // x as floats, or null: blocks of rows (see rows_of_block), [step][row][32]
+  const float* x_sums;    // the sums of both halves of each step of x: blocks of rows, [step][row][2]
   const std::uint8_t* data;
   const bf16* bias;
   bf16* y;
@@ -104,10 +104,26 @@ struct QuantArgs {
   }
 };
 
-// The index in `x_sums` of the first half of a row's step, and half that of the step in `x_float` and others.
+// Rows of x are multiplied kRowBlock at a time. Of the last ones, three are a block of four, so that there is no loop
+// for three. The fourth has memory, but no numbers.
+constexpr std::int64_t rows_of_block(std::int64_t left) { return left == 3 || left > kRowBlock ? kRowBlock : left; }
+constexpr std::int64_t padded_rows(std::int64_t m) { return m % kRowBlock == 3 ? m + 1 : m; }
+
+// The index of a row's step, in units of steps, in `x_float`, in `x_sums` and where `pack` packs few rows.
 constexpr std::int64_t step_at(const QuantArgs& a, std::int64_t row, std::int64_t step) {
-  const std::int64_t start = row / kRowBlock * kRowBlock, rows = a.m - start < kRowBlock ? a.m - start : kRowBlock;
-  return start * a.steps() + step * rows + row - start;
+  const std::int64_t start = row / kRowBlock * kRowBlock;
+  return start * a.steps() + step * rows_of_block(a.m - start) + row - start;
+}
+// Calls call.operator()<rows>(first row) for each block of rows of x.
+template <class Call>
+inline void each_block(std::int64_t m, const Call& call) {
+  for (std::int64_t row = 0; row < m; row += kRowBlock) {
+    switch (rows_of_block(m - row)) {
+      case 1: call.template operator()<1>(row); break;
+      case 2: call.template operator()<2>(row); break;
+      default: call.template operator()<kRowBlock>(row); break;
+    }
+  }
 }
 
 struct QuantKernels {
@@ -130,7 +146,8 @@ enum Layout : int { kRowMajor, kWide, kSums, kPacked };  // kPacked, kPacked + 1
 
 extern const QuantKernels base_quant;
 #if defined(__x86_64__)
-// `pack` and `linear` of `QuantKernels`, for codes of at most 6 bits and a few rows of x.
+// `pack` and `linear` of `QuantKernels`, for codes of at most 6 bits and a few rows of x; and whether they take a weight.
+bool takes_bytes(const QuantArgs&);
 void pack_bytes(const QuantArgs&, std::uint8_t* packed, std::int64_t first, std::int64_t last);
 void linear_bytes(const QuantArgs&, std::int64_t first, std::int64_t last);
 extern const QuantKernels avx2_quant;

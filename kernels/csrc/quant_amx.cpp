@@ -95,12 +95,12 @@ void pack_tiles(const QuantArgs& a, std::uint8_t* packed, std::int64_t first, st
   }
 }
 
-inline bool takes_bytes(const QuantArgs& a) { return a.m <= kRowBlock && bits_of(a.codes) <= 6; }
+inline bool is_of_bytes(const QuantArgs& a) { return a.m <= kRowBlock && takes_bytes(a); }
 
 enum AmxLayout : int { kBytesOfX = kPacked, kFewOfX, kWholeOfX, kTilesOfX };
 
 int layout(const QuantArgs& a) {
-  if (takes_bytes(a)) return kBytesOfX;
+  if (is_of_bytes(a)) return kBytesOfX;
   if (a.m <= kRowBlock) return avx512bf16_quant.layout(a);
   if (scales_sums(a)) return kFewOfX;
   return a.x_scale != nullptr ? kWholeOfX : kTilesOfX;
@@ -149,7 +149,7 @@ bool gates(const QuantArgs& a) {
 
 void linear_quant(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   if (a.packed == nullptr) return avx512bf16_quant.linear(a, first, last);
-  if (takes_bytes(a)) return linear_bytes(a, first, last);
+  if (is_of_bytes(a)) return linear_bytes(a, first, last);
   const TileConfig of_few = few_config(a);
   // Read through a pointer that the compiler does not know: it does not see that the instruction reads all of it.
   const TileConfig* config = scales_sums(a) ? &of_few : &kConfig;

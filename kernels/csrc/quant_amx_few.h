@@ -150,14 +150,14 @@ void few_slices(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   }
 }
 
+template <Codes C, int G>
+void few_groups(const QuantArgs& a, std::int64_t first, std::int64_t last) {
+  few_rows(a.m) == 8 ? few_slices<C, 8, G>(a, first, last) : few_slices<C, 16, G>(a, first, last);
+}
+
 template <Codes C>
 void few_scaled(const QuantArgs& a, std::int64_t first, std::int64_t last) {
-  const bool eight = few_rows(a.m) == 8;
-  if (a.groups_of_step() == 2) {
-    eight ? few_slices<C, 8, 2>(a, first, last) : few_slices<C, 16, 2>(a, first, last);
-  } else {
-    eight ? few_slices<C, 8, 1>(a, first, last) : few_slices<C, 16, 1>(a, first, last);
-  }
+  a.groups_of_step() == 2 ? few_groups<C, 2>(a, first, last) : few_groups<C, 1>(a, first, last);
 }
 
 inline void few_scaled(const QuantArgs& a, std::int64_t first, std::int64_t last) {

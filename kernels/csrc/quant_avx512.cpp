@@ -251,21 +251,16 @@ void few(const QuantArgs& a, std::int64_t m0, std::int64_t panel, std::int64_t c
   }
   for (std::int64_t p = 0; p < count; ++p)
     for (std::int64_t t = 0; t < 2; ++t)
-      for (int m = 0; m < M; ++m) finish(a, m0 + m, (panel + p) * kPanelRows + t * kTileRows, totals[p][t][m]);
+      for (int m = 0; m < M && m0 + m < a.m; ++m) {
+        finish(a, m0 + m, (panel + p) * kPanelRows + t * kTileRows, totals[p][t][m]);
+      }
 }
 
 template <Codes C>
 void panels(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   for (std::int64_t panel = first; panel < last; panel += streams<C>()) {
     const std::int64_t count = last - panel < streams<C>() ? last - panel : streams<C>();
-    for (std::int64_t m = 0; m < a.m; m += kRowBlock) {
-      switch (a.m - m) {
-        case 1: few<C, 1>(a, m, panel, count); break;
-        case 2: few<C, 2>(a, m, panel, count); break;
-        case 3: few<C, 3>(a, m, panel, count); break;
-        default: few<C, 4>(a, m, panel, count); break;
-      }
-    }
+    each_block(a.m, [&]<int M>(std::int64_t m) { few<C, M>(a, m, panel, count); });
   }
 }
 

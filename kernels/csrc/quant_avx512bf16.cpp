@@ -125,10 +125,8 @@ void many(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   }
 }
 
-bool takes_bytes(const QuantArgs& a) { return a.m <= kFew && bits_of(a.codes) <= 6; }
-
 int layout(const QuantArgs& a) {
-  if (takes_bytes(a)) return kPacked;
+  if (a.m <= kFew && takes_bytes(a)) return kPacked;
   if (a.m <= kFew) return kWide;
   return a.offsets ? kSums : kRowMajor;
 }

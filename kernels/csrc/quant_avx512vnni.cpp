@@ -210,26 +210,20 @@ void few(const QuantArgs& a, std::int64_t m0, std::int64_t panel, std::int64_t c
   }
   for (std::int64_t p = 0; p < count; ++p)
     for (std::int64_t t = 0; t < 2; ++t)
-      for (int m = 0; m < M; ++m) finish(a, m0 + m, (panel + p) * kPanelRows + t * kTileRows, totals[p][t][m]);
+      for (int m = 0; m < M && m0 + m < a.m; ++m) {
+        finish(a, m0 + m, (panel + p) * kPanelRows + t * kTileRows, totals[p][t][m]);
+      }
 }
 
 template <class F>
 void panels(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   for (std::int64_t panel = first; panel < last; panel += kStreams) {
     const std::int64_t count = last - panel < kStreams ? last - panel : kStreams;
-    for (std::int64_t m = 0; m < a.m; m += kRowBlock) {
-      switch (a.m - m) {
-        case 1: few<F, 1>(a, m, panel, count); break;
-        case 2: few<F, 2>(a, m, panel, count); break;
-        case 3: few<F, 3>(a, m, panel, count); break;
-        default: few<F, 4>(a, m, panel, count); break;
-      }
-    }
+    each_block(a.m, [&]<int M>(std::int64_t m) { few<F, M>(a, m, panel, count); });
   }
 }
 
 using Halves = Kinds<Kind::f16, Kind::none>;
-using OfSupers = Kinds<Kind::none, Kind::f16>;
 using Unsigned = Kinds<Kind::u8, Kind::f16>;
 using Signed = Kinds<Kind::i8, Kind::f16>;
 
@@ -245,14 +239,19 @@ void by_kinds(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   if (!known) panels<Form<B, T, G, AnyKinds>>(a, first, last);
 }
 
-template <int B, bool T, class... Known>
-void by_groups(const QuantArgs& a, std::int64_t first, std::int64_t last) {
-  if (a.groups_of_step() == 2) return by_kinds<B, T, 2>(a, first, last);
-  by_kinds<B, T, 1, Known...>(a, first, last);
-}
-
 }  // namespace
 }  // namespace isa_avx512vnni
+
+bool takes_bytes(const QuantArgs& a) {
+  switch (a.codes) {  // the groups that formats have
+    case Codes::u2:
+    case Codes::i3:
+    case Codes::i6: return a.groups_of_step() == 2;
+    case Codes::iq4:
+    case Codes::e2m1: return true;
+    default: return bits_of(a.codes) <= 6 && a.groups_of_step() == 1;
+  }
+}
 
 void pack_bytes(const QuantArgs& a, std::uint8_t* packed, std::int64_t first, std::int64_t last) {
   isa_avx512vnni::pack(a, packed, first, last);
@@ -261,16 +260,15 @@ void pack_bytes(const QuantArgs& a, std::uint8_t* packed, std::int64_t first, st
 void linear_bytes(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   using namespace isa_avx512vnni;
   switch (a.codes) {
-    case Codes::u2: return by_groups<2, false>(a, first, last);
-    case Codes::i3: return a.groups_of_step() == 2 ? by_kinds<3, false, 2, Signed>(a, first, last)
-                                                   : by_kinds<3, false, 1>(a, first, last);
-    case Codes::i6: return a.groups_of_step() == 2 ? by_kinds<6, false, 2, Signed>(a, first, last)
-                                                   : by_kinds<6, false, 1>(a, first, last);
+    case Codes::u2: return by_kinds<2, false, 2>(a, first, last);
+    case Codes::i3: return by_kinds<3, false, 2, Signed>(a, first, last);
+    case Codes::i6: return by_kinds<6, false, 2, Signed>(a, first, last);
     case Codes::i5:
-    case Codes::u5: return by_groups<5, false, Halves, Unsigned>(a, first, last);
+    case Codes::u5: return by_kinds<5, false, 1, Unsigned>(a, first, last);
     case Codes::iq4:
-    case Codes::e2m1: return by_groups<4, true, Halves, Signed>(a, first, last);
-    default: return by_groups<4, false, Halves, OfSupers, Unsigned>(a, first, last);
+    case Codes::e2m1: return a.groups_of_step() == 2 ? by_kinds<4, true, 2>(a, first, last)
+                                                     : by_kinds<4, true, 1, Signed>(a, first, last);
+    default: return by_kinds<4, false, 1, Halves, Unsigned>(a, first, last);
   }
 }
 

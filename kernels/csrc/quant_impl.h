@@ -159,7 +159,6 @@ void lanes_of_tile(const QuantArgs& a, const Values& values, int64_t m0, int64_t
     const float* x = a.x_float + m0 * a.k + step * M * kStep;
     for (int64_t group = 0; group < groups; ++group) {
       Lanes sums[M] = {};
-#pragma GCC unroll 4
       for (int64_t pair = group * pairs; pair < (group + 1) * pairs; ++pair) {
         const Pair w = numbers<F, B>(data, pair, row, values);
         for (int m = 0; m < M; ++m) {
@@ -181,7 +180,7 @@ void lanes_of_tile(const QuantArgs& a, const Values& values, int64_t m0, int64_t
     }
   }
   const int64_t n = panel * kPanelRows + tile * kTileRows + row;
-  for (int m = 0; m < M; ++m) {
+  for (int m = 0; m < M && m0 + m < a.m; ++m) {
     for (int64_t lane = 0; lane < kLanes && n + lane < a.n; ++lane) {
       const float bias = a.bias == nullptr ? 0.0f : to_float(brain{a.bias[n + lane]});
       brain rounded;
@@ -204,14 +203,7 @@ void panels(const QuantArgs& a, int64_t first, int64_t last) {
   for (int code = 0; code < 16; ++code) table[code] = value_unit(a.codes) * integer_value(a.codes, code);
   const Values values{Ints{} - integer_value(a.codes, 0), table};
   for (int64_t panel = first; panel < last; ++panel) {
-    for (int64_t m = 0; m < a.m; m += kRowBlock) {
-      switch (a.m - m) {
-        case 1: rows_of_panel<F, B, 1>(a, values, m, panel); break;
-        case 2: rows_of_panel<F, B, 2>(a, values, m, panel); break;
-        case 3: rows_of_panel<F, B, 3>(a, values, m, panel); break;
-        default: rows_of_panel<F, B, 4>(a, values, m, panel); break;
-      }
-    }
+    each_block(a.m, [&]<int M>(std::int64_t m) { rows_of_panel<F, B, M>(a, values, m, panel); });
   }
 }
 
