@@ -32,6 +32,7 @@ DTYPES: dict[str, tuple[str, torch.dtype]] = {
     "BF16": ("<i2", torch.bfloat16),
     "F8_E4M3": ("u1", torch.float8_e4m3fn),
     "F8_E5M2": ("u1", torch.float8_e5m2),
+    "F8_E8M0": ("u1", torch.float8_e8m0fnu),
     "I64": ("<i8", torch.int64),
     "I32": ("<i4", torch.int32),
     "I16": ("<i2", torch.int16),

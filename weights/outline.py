@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from weights.files import DAMAGE, read_json
-from weights.formats.quant_config import QuantConfig, read_quant_config, with_file_beside
+from weights.formats.quant_config import read_quant_config, with_file_beside
+from weights.formats.quant_layouts import EXPERTS, Stored, expert_names, is_quantized, scheme_of
 from weights.locate import MANIFEST, Source, locate
 from weights.names import CanonicalPart, translate
 from weights.nested import is_nested, text_config, text_weights
-from weights.schemes import GGUF_SCHEMES, Scheme
+from weights.schemes import GGUF_SCHEMES, MXFP4, Scheme
 
 _BLOCK = 8 << 20  # bytes of a weight that are compared at once
 
@@ -131,38 +132,33 @@ def _safetensors(source: Source) -> Outline:
         found, places = text_weights(found, source.path), text_weights(places, source.path)
     config, said_by = with_file_beside(text_config(declared), source.folder, found)
     quantized = read_quant_config(config, said_by)
-    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    modules: dict[str, dict[str, Stored]] = {}
     weights: dict[str, StoredWeight] = {}
     for name, about in found.items():
         module, _, end = name.rpartition(".")
-        shape = tuple(about["shape"])
-        modules.setdefault(module, {})[end] = shape
+        modules.setdefault(module, {})[end] = about["dtype"], tuple(about["shape"])
         if end in ("weight", "bias"):
             _put(weights, translate(name), StoredWeight(about["dtype"], place=places[name]))
     for module, parts in modules.items():
-        if quantized is not None and ({"qweight", "weight_packed", "weight_scale"} & parts.keys()):
-            stored = StoredWeight(f"{quantized.method} module", _scheme_of(quantized, parts))
+        if quantized is None:
+            continue
+        if is_quantized(parts):
+            stored = StoredWeight(f"{quantized.method} module", scheme_of(quantized, parts))
             _put(weights, translate(f"{module}.weight"), stored)
+        if quantized.method == "mxfp4":
+            weights |= _experts(module, parts)
     return Outline("safetensors", config, weights)
 
 
-def _scheme_of(declared: QuantConfig, parts: Mapping[str, tuple[int, ...]]) -> Scheme | None:
-    """The scheme in which a module's weight can stay quantized, by the shapes of its stored tensors;
-    None if it can only be dequantized."""
-    bits = declared.schemes[0].bits
-    if declared.method == "awq":
-        return declared.fitting(bits, parts["scales"][0], parts["qweight"][0], True)
-    if declared.method == "gptq":
-        if declared.reordered and "g_idx" in parts:
-            return None
-        bits = declared.bits_of(parts["qzeros"], parts["qweight"][1])
-        return declared.fitting(bits, parts["scales"][0], parts["qweight"][0] * 32 // bits, True)
-    if "weight_g_idx" in parts:
-        return None
-    scales, zeros = parts["weight_scale"], "weight_zero_point" in parts
-    groups = scales[1] if len(scales) == 2 else 1
-    if "weight" in parts:
-        return declared.fitting(8, groups, parts["weight"][1], zeros)
-    width = parts["weight_packed"][1] * 32
-    found = (declared.fitting(bits, groups, width // bits, zeros) for bits in (4, 8))
-    return next((scheme for scheme in found if scheme is not None), None)
+def _experts(module: str, parts: Mapping[str, Stored]) -> dict[str, StoredWeight]:
+    """The weights and biases of gpt-oss's stacked experts in a module, if it has them."""
+    found = {}
+    for stack in EXPERTS:
+        for end, part in (("weight", f"{stack}_blocks"), ("bias", f"{stack}_bias")):
+            if part not in parts:
+                continue
+            dtype, shape = parts[part]
+            stored = StoredWeight("mxfp4 module", MXFP4) if end == "weight" else StoredWeight(dtype)
+            for _, _, name in expert_names(module, stack, shape[0], end):
+                found[name] = stored
+    return found

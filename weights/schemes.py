@@ -30,8 +30,8 @@ MIN_GROUP = 32  # the smallest group size of weights that are quantized here, an
 FINE_GROUPS = (16, 32)  # groups that have a factor of their own beside the super-group's
 # How weights that are not quantized are stored: safetensors' dtypes, and that of weights=random.
 _PLAIN = frozenset({
-    "F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL",
-    "random",
+    "F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I64", "I32", "I16", "I8", "U8",
+    "BOOL", "random",
 })  # fmt: skip
 
 

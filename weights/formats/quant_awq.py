@@ -16,11 +16,13 @@ from weights.formats.quant_parts import (
     Module,
     StoredMatrix,
     checked_zeros,
+    factors_of,
+    groups_of,
     part_of,
     scales_of,
     unpack_integers,
 )
-from weights.quant import QuantWeight, integer_weight
+from weights.quant import QuantWeight
 
 ENDS = frozenset({"qweight", "qzeros", "scales"})
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -34,11 +36,10 @@ def open_stored(module: Module) -> StoredMatrix:
     scheme = module.scheme(4, groups, k)
     module.part("scales", HALVES, (groups, n))
     zeros = module.part("qzeros", ("I32",), (groups, width))
-    size = scheme.group_size or k
 
     def read(rows: slice, columns: slice) -> QuantWeight:
         across = slice(rows.start // 8, rows.stop // 8)
-        some = slice(columns.start // size, -(-columns.stop // size))
+        some = groups_of(scheme, columns)
         q = _in_order(part_of(packed, columns, across)).t().contiguous()
         zero = _in_order(part_of(zeros, some, across)).t()
         scale, offset = scales_of(
@@ -47,8 +48,9 @@ def open_stored(module: Module) -> StoredMatrix:
             part_of(scales, some, rows).t().contiguous(),
             checked_zeros(module, scheme, zero, 8),
         )
-        return integer_weight(q, scale, offset, 4, min(size, q.shape[1]))
+        return QuantWeight(q, scheme.code_name, factors_of(scheme, columns, scale, offset))
 
+    size = scheme.group_size or k
     cuts: dict[str, Cuts] = {
         "qweight": ((1, 1), (0, 8)),
         "qzeros": ((1, size), (0, 8)),

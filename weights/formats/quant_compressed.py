@@ -3,7 +3,8 @@
 weight_zero_point int32 [n * bits / 32, groups], and with act-order weight_g_idx [k]. "int-quantized":
 weight int8 [n, k], weight_scale [n, groups] (or one scale for all), weight_zero_point int8.
 
-Packed numbers are stored with half the range added. Scales of activations are ignored.
+Packed numbers are stored with half the range added. Scales of activations are ignored. Floats are read
+by quant_fp8 and quant_fp4.
 
 Source: `pack_to_int32` and the compressors `pack_quantized`, `naive_quantized` of the library
 compressed-tensors.
@@ -15,32 +16,40 @@ import torch
 from torch import Tensor
 
 from weights.checkpoint import Entry
-from weights.formats.quant_config import MIXED
+from weights.formats import quant_fp4, quant_fp8
 from weights.formats.quant_parts import (
     HALVES,
     Cuts,
     Module,
     StoredMatrix,
     checked_zeros,
+    cuts_of_scales,
     data_of,
+    factors_of,
     group_of_columns,
+    groups_of,
     part_of,
     scales_of,
 )
-from weights.quant import QuantWeight, integer_weight
+from weights.quant import QuantWeight
 
 ENDS = frozenset({
-    "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale",
-    "input_zero_point", "output_scale", "output_zero_point",
+    "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx",
+    "weight_global_scale", "input_scale", "input_zero_point", "input_global_scale", "output_scale",
+    "output_zero_point",
 })  # fmt: skip
 
 
 def open_stored(module: Module) -> StoredMatrix:
     """The weight of a module. Raises InputError."""
-    packed = module.config.format == "pack-quantized"
-    if module.config.format == MIXED:
-        packed = "weight" not in module.parts
-    return _packed(module) if packed else _plain_integers(module)
+    name = "weight_packed" if "weight_packed" in module.parts else "weight"
+    stored = module.parts.get(name)
+    dtype = "" if stored is None else stored.stored_as
+    if name == "weight_packed":
+        return quant_fp4.open_stored(module) if dtype == "U8" else _packed(module)
+    if dtype == "F8_E4M3":
+        return quant_fp8.open_stored(module)
+    return _plain_integers(module)
 
 
 def _packed(module: Module) -> StoredMatrix:
@@ -63,11 +72,10 @@ def _packed(module: Module) -> StoredMatrix:
     order = module.parts.get("weight_g_idx")
     if order is not None or module.config.reordered:
         module.part("weight_g_idx", ("I32", "I64"), (k,))
-    size = scheme.group_size or k
 
     def read(rows: slice, columns: slice) -> QuantWeight:
         across = slice(columns.start // per, columns.stop // per)
-        some = slice(columns.start // size, -(-columns.stop // size))
+        some = groups_of(scheme, columns)
         octets = part_of(numbers, rows, across).contiguous().view(torch.uint8)
         zero = None
         if zeros is not None:
@@ -75,12 +83,13 @@ def _packed(module: Module) -> StoredMatrix:
             zero = _down(stored, bits)[: rows.stop - rows.start]
             zero = checked_zeros(module, scheme, zero, middle)
         scale, offset = scales_of(module, scheme, part_of(scales, rows, some), zero)
-        width = columns.stop - columns.start
-        return integer_weight(data_of(octets, bits), scale, offset, bits, min(size, width))
+        factors = factors_of(scheme, columns, scale, offset)
+        return QuantWeight(data_of(octets, bits), scheme.code_name, factors)
 
+    size = scheme.group_size or k
     cuts: dict[str, Cuts] = {
         "weight_packed": ((0, 1), (1, per)),
-        "weight_scale": _cuts_by_row(module, "weight_scale", n, size),
+        "weight_scale": cuts_of_scales(module.parts["weight_scale"].shape, n, 1, size),
         "weight_zero_point": ((0, per), (1, size)),
         "weight_g_idx": ((1, 1),),
     }
@@ -111,10 +120,9 @@ def _plain_integers(module: Module) -> StoredMatrix:
                 f"{module.name} has zero points of shape {zeros.shape} and scales of shape "
                 f"{scales.shape}"
             )
-    size = scheme.group_size or k
 
     def read(rows: slice, columns: slice) -> QuantWeight:
-        some = slice(columns.start // size, -(-columns.stop // size))
+        some = groups_of(scheme, columns)
         zero = None
         if zeros is not None:
             zero = part_of(zeros, rows, some).to(torch.int16)
@@ -123,27 +131,17 @@ def _plain_integers(module: Module) -> StoredMatrix:
             zero = checked_zeros(module, scheme, zero, 0 if scheme.symmetric else 128)
         scale, offset = scales_of(module, scheme, part_of(scales, rows, some), zero)
         data = part_of(numbers, rows, columns).contiguous()
-        return integer_weight(data, scale, offset, 8, min(size, columns.stop - columns.start))
+        return QuantWeight(data, scheme.code_name, factors_of(scheme, columns, scale, offset))
 
-    cuts: dict[str, Cuts] = {
-        "weight": ((0, 1), (1, 1)),
-        "weight_scale": _cuts_by_row(module, "weight_scale", n, size),
-    }
-    if zeros is not None:
-        cuts["weight_zero_point"] = _cuts_by_row(module, "weight_zero_point", n, size)
+    cuts: dict[str, Cuts] = {"weight": ((0, 1), (1, 1))}
+    for end in ("weight_scale", *(("weight_zero_point",) if zeros is not None else ())):
+        cuts[end] = cuts_of_scales(module.parts[end].shape, n, 1, scheme.group_size or k)
     return StoredMatrix((n, k), scheme, read, cuts)
 
 
 def _scales(module: Module, n: int) -> Entry:
     """The scales, [n, groups]."""
     return _by_row(module.part("weight_scale", HALVES), module, "weight_scale", n)
-
-
-def _cuts_by_row(module: Module, end: str, n: int, size: int) -> Cuts:
-    """How a tensor that `_by_row` reads is cut, in groups of `size` columns."""
-    cuts: Cuts = ((0, 1), (1, size))
-    shape = module.parts[end].shape
-    return cuts[: len(shape)] if shape and shape[0] == n else (None,) * len(shape)
 
 
 def _by_row(entry: Entry, module: Module, end: str, n: int) -> Entry:

@@ -19,12 +19,14 @@ from weights.formats.quant_parts import (
     StoredMatrix,
     checked_zeros,
     data_of,
+    factors_of,
     group_of_columns,
+    groups_of,
     part_of,
     scales_of,
     unpack_integers,
 )
-from weights.quant import QuantWeight, integer_weight
+from weights.quant import QuantWeight
 
 ENDS = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
@@ -58,7 +60,7 @@ def open_stored(module: Module) -> StoredMatrix:
             if not torch.equal(given, torch.arange(columns.start, columns.stop) // size):
                 raise module.error(f"{module.name}.g_idx is not in order (act-order, desc_act)")
         down = slice(columns.start // per, columns.stop // per)
-        some = slice(columns.start // size, -(-columns.stop // size))
+        some = groups_of(scheme, columns)
         octets = part_of(packed, down, rows).t().contiguous().view(torch.uint8)
         across = slice(rows.start // per, rows.stop // per)
         zero = unpack_integers(part_of(zeros, some, across), bits).t().to(torch.int16)
@@ -70,9 +72,8 @@ def open_stored(module: Module) -> StoredMatrix:
             part_of(scales, some, rows).t().contiguous(),
             checked_zeros(module, scheme, zero, middle),
         )
-        return integer_weight(
-            data_of(octets, bits), scale, offset, bits, min(size, columns.stop - columns.start)
-        )
+        groups = factors_of(scheme, columns, scale, offset)
+        return QuantWeight(data_of(octets, bits), scheme.code_name, groups)
 
     if order is None or not module.config.reordered:
         return StoredMatrix((n, k), scheme, read, cuts, per)

@@ -1,8 +1,9 @@
 """Hugging Face checkpoints with quantized weights: the stored tensors of a module become one weight.
 
-`config.json` declares the method (weights.formats.quant_config), and one reader per method knows its
-layout (weights.formats.quant_compressed, quant_gptq, quant_awq). A module `x` becomes the entry
-`x.weight`, which can be read quantized or dequantized; plain tensors stay as they are. Config and
+`config.json` declares the method (weights.formats.quant_config), and one reader per layout knows where
+the bits are (weights.formats.quant_compressed, quant_gptq, quant_awq, quant_fp8, quant_fp4,
+quant_modelopt, quant_mxfp4). A module `x` becomes the entry `x.weight`, which can be read quantized or
+dequantized; stacked experts become an entry for each matrix; plain tensors stay as they are. Config and
 tensors must agree.
 
 If columns were quantized in another order than they are stored in (act-order), the columns of a group
@@ -11,7 +12,7 @@ are scattered over the row: such weights can only be dequantized.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,17 +20,37 @@ from torch import Tensor
 
 from base.errors import InputError
 from weights.checkpoint import Entry, Slices, check_slices
-from weights.formats import quant_awq, quant_compressed, quant_gptq
-from weights.formats.quant_config import MARKS, MIXED, read_quant_config
+from weights.formats import (
+    quant_awq,
+    quant_compressed,
+    quant_fp8,
+    quant_gptq,
+    quant_modelopt,
+    quant_mxfp4,
+)
+from weights.formats.quant_config import MARKS, read_quant_config
 from weights.formats.quant_parts import Module, StoredMatrix, stored_parts
 from weights.quant import QuantWeight
-from weights.schemes import MIN_GROUP
 
-_WAYS = {
-    "compressed-tensors": (quant_compressed.ENDS, quant_compressed.open_stored),
-    "gptq": (quant_gptq.ENDS, quant_gptq.open_stored),
-    "awq": (quant_awq.ENDS, quant_awq.open_stored),
+Opened = Mapping[str, StoredMatrix | Entry]
+
+
+def _one(open_stored: Callable[[Module], StoredMatrix]) -> Callable[[Module], Opened]:
+    """A reader of modules that have one weight."""
+    return lambda module: {f"{module.name}.weight": open_stored(module)}
+
+
+# By method: the tensors that its modules have, by the last components of their names, and the reader.
+_WAYS: dict[str, tuple[frozenset[str], Callable[[Module], Opened]]] = {
+    "compressed-tensors": (quant_compressed.ENDS, _one(quant_compressed.open_stored)),
+    "gptq": (quant_gptq.ENDS, _one(quant_gptq.open_stored)),
+    "awq": (quant_awq.ENDS, _one(quant_awq.open_stored)),
+    "fp8": (quant_fp8.ENDS, _one(quant_fp8.open_stored)),
+    "fbgemm_fp8": (quant_fp8.ENDS, _one(quant_fp8.open_stored)),
+    "modelopt": (quant_modelopt.ENDS, _one(quant_modelopt.open_stored)),
+    "mxfp4": (quant_mxfp4.ENDS, quant_mxfp4.open_experts),
 }
+_PACKED = frozenset({"qweight", "weight_packed"})  # parts that are the weight
 
 
 def with_quantized(
@@ -58,19 +79,22 @@ def with_quantized(
         module = Module(name, parts, declared, absent)
         if name in declared.ignored:
             raise module.error(f"{name} is stored quantized, although the config excludes it")
-        packed = "weight_packed" in parts or declared.format not in ("int-quantized", MIXED)
-        if weight is not None and packed:
+        if weight is not None and _PACKED & parts.keys():
             raise module.error(f"{name} is stored twice, quantized and as {name}.weight")
         if weight is not None:
             parts["weight"] = weight
-        plain[f"{name}.weight"] = _entry(module, open_stored(module))
+        for weight_name, opened in open_stored(module).items():
+            plain[weight_name] = opened if isinstance(opened, Entry) else _entry(module, opened)
+    for name, entry in plain.items():
+        if entry.stored_as == "F8_E4M3":
+            raise Module(name, {}, declared).error(f"{name} is stored as F8_E4M3 without scales")
     return plain
 
 
 def _entry(module: Module, stored: StoredMatrix) -> Entry:
-    """The weight of a module. Its parts may be in several files; `file` is that of the first."""
+    """A weight of a module. Its parts may be in several files; `file` is that of the first."""
     n, k = stored.shape
-    unit = stored.scheme.group_size or MIN_GROUP
+    unit = stored.scheme.unit
 
     def covering(rows: slice, columns: slice) -> tuple[QuantWeight, int, int]:
         """A weight that contains these rows and columns, and the offsets of both in it."""
@@ -111,5 +135,5 @@ def _entry(module: Module, stored: StoredMatrix) -> Entry:
     return Entry(
         stored.shape, name, read, file=file, scheme=stored.scheme if kept else None,
         quant=quant if kept else None,
-        stored_in=lambda slices: stored_parts(module, stored.cuts, slices),
+        stored_in=stored.stored_in or (lambda slices: stored_parts(module, stored.cuts, slices)),
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Shared code of the readers of quantized modules: checks of a module's stored tensors, and their
 conversion.
 
-The readers of each layout use it (weights.formats.quant_compressed, quant_gptq, quant_awq).
+The readers of each layout use it (weights.formats.quant_compressed, quant_gptq, quant_awq, quant_fp8,
+quant_fp4, quant_mxfp4).
 """
 
 from __future__ import annotations
@@ -13,24 +14,26 @@ import torch
 from torch import Tensor
 
 from base.errors import InputError
-from weights.checkpoint import Entry, Slices
-from weights.formats.quant_config import QuantConfig
-from weights.quant import QuantWeight, unpack_nibbles
+from weights.checkpoint import Entry, Slices, StoredIn
+from weights.formats.quant_declared import QuantConfig
+from weights.quant import Factors, QuantWeight, floats_of, unpack_nibbles
 from weights.schemes import Scheme
 
 # For each dimension of a stored tensor: the dimension of the weight that it follows, and how many
 # numbers of the weight along it share one stored element. None: it follows none, and is never cut.
 Cuts = tuple[tuple[int, int] | None, ...]
 HALVES = ("F16", "BF16", "F32")  # the dtypes of stored scales
+POWERS = ("F8_E8M0", "U8")  # those of powers of two, stored as their exponents
 
 
 @dataclass(frozen=True)
 class StoredMatrix:
     """A quantized matrix in a file. For `read(rows, columns)`, rows must start and end at multiples of
-    `row_unit` (or the end), and columns must be whole groups (multiples of MIN_GROUP if a row is one
-    group). `order()` returns the group of each column, int64 [k]; it is None if groups are in order.
-    `cuts`: how each stored tensor of the module is cut with the weight, by the last component of its
-    name; those that it does not name are not cut (resharding copies them to every rank)."""
+    `row_unit` (or the end), and columns at multiples of the scheme's `unit` (or the end). `order()`
+    returns the group of each column, int64 [k]; it is None if groups are in order. `cuts`: how each
+    stored tensor of the module is cut with the weight, by the last component of its name; those that
+    it does not name are not cut (resharding copies them to every rank). `stored_in` replaces `cuts`
+    where these cannot say it."""
 
     shape: tuple[int, int]
     scheme: Scheme
@@ -38,6 +41,7 @@ class StoredMatrix:
     cuts: Mapping[str, Cuts]
     row_unit: int = 1
     order: Callable[[], Tensor] | None = None
+    stored_in: StoredIn | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,14 @@ def stored_parts(module: Module, cuts: Mapping[str, Cuts], slices: Slices) -> li
     return found
 
 
+def cuts_of_scales(shape: tuple[int, ...], n: int, height: int, width: int) -> Cuts:
+    """How scales of this shape are cut: one for `height` rows and `width` columns of a weight of `n`
+    rows. Without a row for all, they are one number, or one for each row."""
+    cuts: Cuts = ((0, height), (1, width))
+    rows = shape[0] if shape else 0
+    return cuts[: len(shape)] if rows == -(-n // height) else (None,) * len(shape)
+
+
 def part_of(entry: Entry, *slices: slice) -> Tensor:
     """A part of a stored tensor; it may be a view of the file."""
     return (entry.peek or entry.read)(slices)
@@ -131,6 +143,44 @@ def scales_of(
         if each is not None and not bool(torch.isfinite(each).all()):
             raise module.error(f"{module.name} has scales that are not finite, or beyond float16")
     return fine, offset
+
+
+def floats_checked(module: Module, end: str, stored: Tensor) -> Tensor:
+    """Scales as float32, which is exact. Raises InputError if one is not finite."""
+    if stored.dtype in (torch.uint8, torch.float8_e8m0fnu):
+        stored = floats_of(stored.view(torch.uint8), "e8m0")
+    found = stored.float()
+    if not bool(torch.isfinite(found).all()):
+        raise module.error(f"{module.name}.{end} has scales that are not finite")
+    return found
+
+
+def check_e4m3(module: Module, end: str, codes: Tensor) -> None:
+    """Raise InputError if one of these codes, uint8, is NaN."""
+    # Two maxima need no memory: NaN is 0x7f (the largest int8) and 0xff (the largest uint8).
+    if codes.numel() and (int(codes.view(torch.int8).max()) == 127 or int(codes.max()) == 255):
+        raise module.error(f"{module.name}.{end} has numbers that are NaN")
+
+
+def check_e8m0(module: Module, end: str, scales: Tensor) -> None:
+    """Raise InputError if one of these powers of two, uint8, is NaN."""
+    if scales.numel() and int(scales.max()) == 255:
+        raise module.error(f"{module.name}.{end} has scales that are NaN")
+
+
+def groups_of(scheme: Scheme, columns: slice) -> slice:
+    """The groups that have these columns."""
+    if not scheme.group_size:
+        return slice(0, 1)
+    return slice(columns.start // scheme.group_size, -(-columns.stop // scheme.group_size))
+
+
+def factors_of(scheme: Scheme, columns: slice, scale: Tensor, offset: Tensor | None = None) -> Factors:
+    """The factors of `columns` from the scales and offsets of `groups_of` them."""
+    if not scheme.group_size:
+        return Factors(columns.stop - columns.start, scale, offset, scheme.scale_kind)
+    skip = columns.start % scheme.group_size
+    return Factors(scheme.group_size, scale, offset, scheme.scales, skip)
 
 
 def unpack_integers(numbers: Tensor, bits: int) -> Tensor:
