@@ -131,6 +131,35 @@ def test_experts_of_gpt_oss(dtype: str, tmp_path: Path) -> None:
         assert torch.equal(torch.stack((gate, up), 1).flatten(0, 1), theirs[expert].t())
 
 
+@pytest.mark.parametrize("kind", [*KINDS, None], ids=lambda kind: kind.name if kind else "gpt-oss")
+def test_a_part_needs_no_more_than_it_says(kind: FloatKind | None, tmp_path: Path) -> None:
+    """`Entry.stored_in`: all that it does not name is spoiled, and the part is read as before."""
+    stored, _ = write_gpt_oss(tmp_path) if kind is None else write(tmp_path, kind)
+    names = [f"{DOWN}.weight"]
+    if kind is None:
+        names = [f"{LAYER}mlp.experts.1.{name}_proj.{end}" for name in ("up", "down") for end in
+                 ("weight", "bias")]  # fmt: skip
+    for name in names:
+        entry = open_checkpoint(tmp_path).entries[name]
+        part = (slice(40, 90), slice(32, 96))[: len(entry.shape)]
+        wanted = entry.read(part)
+        assert entry.stored_in is not None
+        needed = entry.stored_in(part)
+        assert entry.stored_in(tuple(slice(7, 7) for _ in part)) == [] or name.endswith("bias")
+        spoiled = dict(stored)
+        for stored_name, slices in needed:
+            tensor = stored[stored_name].reshape(-1)
+            dtype, shape = tensor.dtype, stored[stored_name].shape
+            number = torch.uint8 if tensor.element_size() == 1 else dtype  # float8 cannot be put
+            copy = torch.full_like(tensor.view(torch.uint8), 0xFF).view(number).reshape(shape)
+            copy[slices] = tensor.view(number).reshape(shape)[slices]
+            spoiled[stored_name] = copy.view(dtype)
+        about = {"quant_method": "mxfp4"} if kind is None else kind.about
+        (tmp_path / "spoiled").mkdir(exist_ok=True)
+        save(tmp_path / "spoiled", spoiled, about)
+        assert torch.equal(open_checkpoint(tmp_path / "spoiled").entries[name].read(part), wanted)
+
+
 def test_modelopt_declares_in_a_file_of_its_own(tmp_path: Path) -> None:
     kind = BY_NAME["modelopt-nvfp4"]
     stored, weights = write(tmp_path, kind)
