@@ -163,6 +163,7 @@ GGUF_SCHEMES = {
 # Those of safetensors that are not integers.
 MXFP4 = GGUF_SCHEMES["MXFP4"]
 NVFP4 = Scheme(4, 16, True, "e2m1", "e4m3", "f32", 0, "NVFP4")
+MXFP8 = Scheme(8, 32, True, "e4m3", "e8m0", label="MXFP8")
 
 
 def fp8_scheme(group_size: int) -> Scheme:

@@ -30,8 +30,8 @@ HEAD = f"""\
 `python -m tests.models.models_page` writes this page.
 
 Each family is read from a folder with `config.json` (whose architecture is given) and safetensors or
-`pytorch_model.bin`, plain or quantized by compressed-tensors, GPTQ or AWQ; and from what its heading
-adds. Other sizes of a family, and derivatives with the same architecture, load as well:
+`pytorch_model.bin`, plain or quantized (compressed-tensors, GPTQ, AWQ, FP8, ModelOpt); and from what
+its heading adds. Other sizes of a family, and derivatives with the same architecture, load as well:
 `model=OWNER/NAME fetch=true`, or `model=OWNER/NAME:FILE` for one GGUF file of a repository.
 
 A preset is a name for a model that is often used, and for the repository that holds it. Those of

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.weights.quant_files import DIM, LAYER, SHAPES, VOCAB, save
-from weights.schemes import MXFP4, NVFP4, Scheme, fp8_scheme
+from weights.schemes import MXFP4, MXFP8, NVFP4, Scheme, fp8_scheme
 
 Made = tuple[dict[str, Tensor], Tensor]  # a module's tensors by the ends of their names; its weight
 Make = Callable[[int, int], Made]
@@ -140,6 +140,7 @@ KINDS = [
     FloatKind("deepseek-bf16", _deepseek(), _blocks(INV, "bf16"), G128),
     FloatKind("ue8m0", UE8M0, _blocks(INV, "e8m0"), G128),
     FloatKind("ue8m0-u8", UE8M0, _blocks(INV, "u8"), G128),
+    FloatKind("blocks-64-32-e8m0", SMALL, _blocks(INV, "e8m0", 64, 32), MXFP8),
     FloatKind("blocks-64-32", SMALL, _blocks(INV, "f32", 64, 32), fp8_scheme(32)),
     FloatKind("fp8-tensor", STATIC, _whole(SCALE, ""), ROWS),
     FloatKind("fp8-tensor-inv", STATIC, _whole(INV, ""), ROWS),
@@ -148,7 +149,7 @@ KINDS = [
     FloatKind("ct-channel", compressed(FLOAT, strategy="channel"), _whole(SCALE, "n1"), ROWS),
     FloatKind("ct-group", G96, _blocks(SCALE, "bf16", 1, 96), fp8_scheme(96)),
     FloatKind("ct-block", BLOCK, _blocks(SCALE, "bf16"), G128),
-    FloatKind("ct-mxfp8", MX8, _blocks(SCALE, "u8", 1, 32), fp8_scheme(32)),
+    FloatKind("ct-mxfp8", MX8, _blocks(SCALE, "u8", 1, 32), MXFP8),
     FloatKind("modelopt-fp8", _modelopt("FP8"), _whole(SCALE, ""), ROWS),
     FloatKind("modelopt-rows", _modelopt("FP8_PER_CHANNEL_PER_TOKEN"), _whole(SCALE, "n"), ROWS),
     FloatKind("modelopt-nvfp4", _modelopt("NVFP4"), _fp4("weight", "weight_scale_2"), NVFP4),

@@ -304,6 +304,7 @@ DAMAGE = [
     ("ct-nvfp4", "weight_global_scale", 0.0, "weight_global_scale is 0.0; it must be positive"),
     ("modelopt-nvfp4", "weight_scale_2", float("nan"), "weight_scale_2 has scales that are not finite"),
     ("ct-mxfp4", "weight_scale", 255, "weight_scale has scales that are NaN"),
+    ("ct-mxfp8", "weight_scale", 255, "weight_scale has scales that are NaN"),
 ]
 
 

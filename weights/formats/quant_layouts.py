@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from weights.formats.quant_declared import QuantConfig
-from weights.schemes import Scheme
+from weights.schemes import MXFP8, Scheme
 
 Shape = tuple[int, ...]
 Stored = tuple[str, Shape]  # dtype (in safetensors' spelling) and shape
 
+POWERS = ("F8_E8M0", "U8")  # the dtypes of powers of two, stored as their exponents
 # A module with one of these is quantized.
 _SIGNS = frozenset({"qweight", "weight_packed", "weight_scale", "weight_scale_inv"})
 # gpt-oss stores these matrices of all experts as one tensor; the rows of several alternate.
@@ -42,7 +43,7 @@ def scheme_of(declared: QuantConfig, parts: Mapping[str, Stored]) -> Scheme | No
     name = "weight_packed" if "weight_packed" in parts else "weight"
     dtype, stored = parts[name]
     if dtype == "F8_E4M3":
-        found = fp8_grid(declared, stored, shapes[scale_name(parts)])
+        found = fp8_grid(declared, stored, parts[scale_name(parts)])
         return None if found is None else found[0]
     if dtype == "U8":
         return fp4_scheme(declared, stored, shapes["weight_scale"])
@@ -62,16 +63,19 @@ def scale_name(parts: Mapping[str, object]) -> str:
     return "weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"
 
 
-def fp8_grid(declared: QuantConfig, weight: Shape, scales: Shape) -> tuple[Scheme, int] | None:
+def fp8_grid(declared: QuantConfig, weight: Shape, scales: Stored) -> tuple[Scheme, int] | None:
     """The scheme of a weight in E4M3, and how many of its rows share a row of scales; None if the
     shapes do not fit what is declared. The last block of rows and that of columns may be smaller."""
-    if len(weight) != 2:
+    dtype, shape = scales
+    if len(weight) != 2 or len(shape) > 2:
         return None
     n, k = weight
-    rows, groups = scales if len(scales) == 2 else (scales[0] if scales else 1, 1)
-    scheme = declared.fitting(8, groups, k, floats=True) if len(scales) <= 2 else None
+    rows, groups = shape if len(shape) == 2 else (shape[0] if shape else 1, 1)
+    scheme = declared.fitting(8, groups, k, floats=True)
     if scheme is None:
         return None
+    if scheme.group_size == MXFP8.group_size and dtype in POWERS and k % MXFP8.group_size == 0:
+        scheme = MXFP8  # which has scales of a byte
     if rows == n:
         return scheme, 1
     if declared.block_rows and rows == -(-n // declared.block_rows):

@@ -16,6 +16,7 @@ from torch import Tensor
 from base.errors import InputError
 from weights.checkpoint import Entry, Slices, StoredIn
 from weights.formats.quant_declared import QuantConfig
+from weights.formats.quant_layouts import POWERS as POWERS
 from weights.quant import Factors, QuantWeight, floats_of, unpack_nibbles
 from weights.schemes import Scheme
 
@@ -23,7 +24,6 @@ from weights.schemes import Scheme
 # numbers of the weight along it share one stored element. None: it follows none, and is never cut.
 Cuts = tuple[tuple[int, int] | None, ...]
 HALVES = ("F16", "BF16", "F32")  # the dtypes of stored scales
-POWERS = ("F8_E8M0", "U8")  # those of powers of two, stored as their exponents
 
 
 @dataclass(frozen=True)
