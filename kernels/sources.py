@@ -13,7 +13,7 @@ from comm.sources import AVX2, AVX512, COMMON_FLAGS, Extension
 _MATH = ("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 _BF16 = (*AVX512, "-mavx512bf16")
 _AMX = (*_BF16, "-mamx-tile", "-mamx-bf16")
-# Files with a loop for each form of codes. More than this would take five times as long to compile some.
+# Files with a loop for each form of codes. At -O3 some would take five times as long to compile.
 _MANY = ("-O2",)
 KERNELS = Extension(
     "yoke_kernels",
