@@ -68,6 +68,7 @@ def test_what_is_asked_is_one_value_that_ranks_get_too() -> None:
     for words, wanted in (
         ([], Quant()),
         (["quant=none"], None),
+        (["activations=int8"], Quant(round_prompts=True)),  # a file's own int8, as W8A8 has
         (["quant=int8", "activations=int8"], Quant(Asked(Scheme(8, 0)), round_prompts=True)),
         (["quant=int4-g32", "quant_head=same"], Quant(Asked(Scheme(4, 32), Scheme(4, 32)))),
         (["quant=int4-g64-asym", "quant_head=none"], Quant(Asked(Scheme(4, 64, False), None))),
