@@ -91,7 +91,7 @@ def _gguf(source: Source) -> Outline:
         stacks = "_exps." in tensor.name
         count = num_experts_of(header, path, architecture, tensor.name, shape) if stacks else 0
         kind = GGMLQuantizationType(tensor.kind).name
-        stored = StoredWeight(kind, GGUF_SCHEMES.get(kind) if len(shape) > 1 else None)
+        stored = StoredWeight(kind, GGUF_SCHEMES.get(kind) if len(shape) in (2, 3) else None)
         _put(weights, translate_gguf(tensor.name, naming, count), stored)
     # The factors that divide rotary frequencies are tensor data, which is not read here: [1.0] stands
     # for them.

@@ -60,7 +60,6 @@ def num_scales(form: str) -> int:
 
 def down_file(path: Path, form: str, raw: Blocks) -> Path:
     """A GGUF file whose only tensor is a layer's down projection, or those of a stack of experts."""
-    name = "blk.0.ffn_down.weight" if raw.ndim == 2 else "blk.0.ffn_down_exps.weight"
-    return write_gguf(
-        path, {name: raw}, {name: Kind[form]}, expert_count=None if raw.ndim == 2 else len(raw)
-    )
+    name = "blk.0.ffn_down_exps.weight" if raw.ndim == 3 else "blk.0.ffn_down.weight"
+    experts = len(raw) if raw.ndim == 3 else None
+    return write_gguf(path, {name: raw}, {name: Kind[form]}, expert_count=experts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from weights.checkpoint import Entry
 from weights.formats import gguf_blocks
 from weights.formats.gguf_blocks import FORMS, from_blocks, values_of_blocks
 from weights.open import open_checkpoint
+from weights.outline import read_outline
 from weights.quant import QuantWeight
 from weights.schemes import CODES, GGUF_SCHEMES
 
@@ -85,6 +87,9 @@ def test_a_weight_is_as_its_scheme_says(form: str, monkeypatch: pytest.MonkeyPat
     if form in SMALL:
         assert raw.nbytes <= scheme.nbytes(rows, k) <= 1.06 * raw.nbytes
     assert scheme.nbytes(rows, k) < 1.1 * rows * k  # at most 8 bits and the scales
+    kinds = [each for each in (weight.groups, weight.supers) if each is not None]
+    held = sum(each.nbytes / (2 if each.kind == "u4" else 1) for each in kinds)
+    assert scheme.nbytes(rows, k) == rows * k * weight.bits // 8 + held
     monkeypatch.setattr(quant_linear, "has_kernels", lambda: False)
     (again,) = quant_linear.unpack(quant_linear.pack(weight))
     assert torch.equal(again.dequantize(), weight.dequantize())
@@ -132,6 +137,20 @@ def test_a_part_of_a_file(tmp_path: Path, form: str, seed: int, data: st.DataObj
     within = data.draw(st.integers(1, unit - 1))
     with pytest.raises(InputError, match=f"multiples of {unit}"):
         entry.quant(rows, slice(0, last - within))
+
+
+@pytest.mark.parametrize("form", [*KEPT, "TQ1_0"])
+@pytest.mark.parametrize("shape", [(512,), (8, 512), (2, 8, 512)])
+def test_the_outline_is_that_of_the_entries(form: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    rows = random_blocks(form, np.random.default_rng(3), math.prod(shape[:-1]), 512)
+    path = down_file(tmp_path / "m.gguf", form, rows.reshape(*shape[:-1], rows.shape[1]))
+    outline, entries = read_outline(path), open_checkpoint(path).entries
+    assert outline is not None
+    assert outline.weights.keys() == entries.keys()
+    for name, entry in entries.items():
+        stored = outline.weights[name]
+        assert (stored.stored_as, stored.scheme) == (entry.stored_as, entry.scheme)
+        assert (entry.scheme is not None) == (form in KEPT and len(shape) > 1)
 
 
 def readings(entry: Entry, rows: slice, k: int) -> tuple[Tensor, QuantWeight]:
