@@ -27,7 +27,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from weights.formats.gguf_unpack import ONES, Found, bytes_of_bits, halves, nibbles, take, words
+from weights.formats.gguf_unpack import (
+    ONES,
+    Found,
+    bytes_of_bits,
+    halves,
+    nibbles,
+    put_entries,
+    take,
+    words,
+)
 
 
 @cache
@@ -43,11 +52,20 @@ def _grid(form: str, code_of: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 @cache
-def _signs() -> Tensor:
-    """The bits of the signs, by an index of 7 bits: the eighth makes their number even."""
+def _flips() -> Tensor:
+    """By an index of 7 bits, a word with 255 in the bytes that are negative: int64 [128]. The eighth
+    sign makes the number of signs even."""
     from gguf.quants import IQ2_XXS
 
-    return torch.frombuffer(bytearray(IQ2_XXS.ksigns), dtype=torch.uint8).int()
+    signs = torch.frombuffer(bytearray(IQ2_XXS.ksigns), dtype=torch.uint8)
+    return take(bytes_of_bits(255), signs)
+
+
+@cache
+def _signed(form: str) -> Tensor:
+    """A codebook of int8 with each combination of signs: int64 [128 * entries], those of the same signs
+    beside each other."""
+    return _negate(_grid(form, _same).unsqueeze(0), _flips().unsqueeze(1)).flatten()
 
 
 def _same(value: Tensor) -> Tensor:
@@ -70,10 +88,9 @@ def _four_times_one_more(value: Tensor) -> Tensor:
     return 4 * (value + 1)
 
 
-def _negate(values: Tensor, sign_bits: Tensor) -> Tensor:
-    """Negate the bytes of words whose sign bit is set, modulo 256. No byte may be 0 (it would carry).
-    values: int64 [count, n]; sign_bits: [count, n], a byte for each word."""
-    flips = take(bytes_of_bits(255), sign_bits)
+def _negate(values: Tensor, flips: Tensor) -> Tensor:
+    """Negate those bytes of words int64 that are 255 in `flips`, and 0 elsewhere, modulo 256. No byte
+    of the values may be 0 (it would carry)."""
     return (values ^ flips) + (flips & ONES)
 
 
@@ -81,10 +98,9 @@ def _write(codes: Tensor, found: Tensor) -> None:
     codes.view(torch.int64).copy_(found)
 
 
-def _in_fours(indexes: Tensor) -> Tensor:
-    """Sign indexes of 7 bits, four in each int32: [count, n] -> sign bits [count, 4 n]."""
-    each = torch.stack([indexes >> 7 * i & 127 for i in range(4)], dim=-1).flatten(1)
-    return take(_signs(), each)
+def _fours(indexes: Tensor) -> Tensor:
+    """Sign indexes of 7 bits, four in each int32: [count, n] -> [count, 4 n]."""
+    return torch.stack([indexes >> 7 * i & 127 for i in range(4)], dim=-1).flatten(1)
 
 
 def _above(low: Tensor, high: Tensor, bits: int) -> Tensor:
@@ -102,22 +118,23 @@ def _odd(scales: Tensor) -> Tensor:
 
 
 def iq2_xxs(blocks: Tensor, codes: Tensor) -> Found:
-    packed = words(blocks[:, 2:], torch.int32).unflatten(1, (8, 2))  # four indexes; signs and a scale
-    indexes, last = blocks[:, 2:].unflatten(1, (8, 8))[..., :4].flatten(1), packed[..., 1]
-    _write(codes, _negate(take(_grid("IQ2_XXS", _same), indexes), _in_fours(last)))
+    both = words(blocks[:, 2:], torch.int32).unflatten(1, (8, 2))
+    first, last = both.unbind(-1)  # four indexes; signs and a scale
+    indexes = first.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    put_entries(_signed("IQ2_XXS"), indexes.int() | _fours(last) << 8, codes)
     return Found(_odd(last >> 28 & 15), super_scale=halves(blocks, 0).float() / 8)
 
 
 def iq2_xs(blocks: Tensor, codes: Tensor) -> Found:
-    packed = words(blocks[:, 2:66], torch.int16).int()
-    signs = take(_signs(), packed >> 9 & 127)
-    _write(codes, _negate(take(_grid("IQ2_XS", _same), packed & 511), signs))
+    packed = words(blocks[:, 2:66], torch.int16).int() & 0xFFFF  # 9 bits of an index, 7 of signs
+    put_entries(_signed("IQ2_XS"), packed, codes)
     return Found(_odd(nibbles(blocks[:, 66:])), super_scale=halves(blocks, 0).float() / 8)
 
 
 def iq2_s(blocks: Tensor, codes: Tensor) -> Found:
     indexes = _above(blocks[:, 2:34], blocks[:, 66:74], 2)
-    _write(codes, _negate(take(_grid("IQ2_S", _same), indexes), blocks[:, 34:66]))
+    flips = take(bytes_of_bits(255), blocks[:, 34:66])
+    _write(codes, _negate(take(_grid("IQ2_S", _same), indexes), flips))
     return Found(_odd(nibbles(blocks[:, 74:])), super_scale=halves(blocks, 0).float() / 8)
 
 
@@ -125,12 +142,13 @@ def iq3_xxs(blocks: Tensor, codes: Tensor) -> Found:
     last = words(blocks[:, 66:], torch.int32)  # signs and a scale
     positive = take(_grid("IQ3_XXS", _half_above_32), blocks[:, 2:66]).view(torch.int64)
     # The code of -v is 64 - c.
-    _write(codes, _negate(positive, _in_fours(last)) & 63 * ONES)
+    _write(codes, _negate(positive, take(_flips(), _fours(last))) & 63 * ONES)
     return Found(_odd(last >> 28 & 15), super_scale=halves(blocks, 0).float() / 2)
 
 
 def iq3_s(blocks: Tensor, codes: Tensor) -> Found:
-    indexes = _above(blocks[:, 2:66], blocks[:, 66:74], 1)
+    ninth = take(bytes_of_bits(1), blocks[:, 66:74]).view(torch.uint8)
+    indexes = blocks[:, 2:66].int() | ninth.int() << 8
     positive = take(_grid("IQ3_S", _half_of_15_more), indexes).view(torch.int64)
     _write(codes, positive ^ take(bytes_of_bits(15), blocks[:, 74:106]))  # the code of -v is 15 - c
     scales, whole = _odd(nibbles(blocks[:, 106:])), halves(blocks, 0).float()
@@ -139,18 +157,23 @@ def iq3_s(blocks: Tensor, codes: Tensor) -> Found:
 
 def iq1_s(blocks: Tensor, codes: Tensor) -> Found:
     upper = words(blocks[:, 34:], torch.int16).int()
-    _write(codes, take(_grid("IQ1_S", _one_more), _above(blocks[:, 2:34], upper, 3)))
+    put_entries(_grid("IQ1_S", _one_more), _above(blocks[:, 2:34], upper, 3), codes)
     scales, whole = _odd(upper >> 12 & 7), halves(blocks, 0).float()
     # v + 1/8 = c - 7/8, and v - 1/8 = c - 9/8.
     eighths = torch.where(upper < 0, 9, 7)
     return Found(scales, (scales * eighths).to(torch.uint8), whole, -whole / 8)
 
 
+@cache
+def _grid_of_iq1_m() -> Tensor:
+    """The codebook with 1/8 added, and with 1/8 subtracted."""
+    less = _grid("IQ1_M", _four_times_one_more)
+    return torch.cat((less + ONES, less))
+
+
 def iq1_m(blocks: Tensor, codes: Tensor) -> Found:
     upper = nibbles(blocks[:, 32:48])  # 3 bits of an index, and whether 1/8 is subtracted
-    indexes = blocks[:, :32].int() | (upper & 7).int() << 8
-    added = torch.where((upper & 8).bool(), 0, ONES)
-    _write(codes, take(_grid("IQ1_M", _four_times_one_more), indexes) + added)
+    put_entries(_grid_of_iq1_m(), blocks[:, :32].int() | upper.int() << 8, codes)
     packed = words(blocks[:, 48:], torch.int16).int()  # four scales, and four bits of a float16
     quarters = [packed[:, i : i + 1] >> 12 & 15 for i in range(4)]
     bits = quarters[0] | quarters[1] << 4 | quarters[2] << 8 | quarters[3] << 12

@@ -78,6 +78,12 @@ def take(table: Tensor, indexes: Tensor) -> Tensor:
     return torch.index_select(table, 0, indexes.int().flatten()).view(indexes.shape)
 
 
+def put_entries(table: Tensor, indexes: Tensor, codes: Tensor) -> None:
+    """Write entries of a table of words to the codes, eight at a time."""
+    wanted = codes.view(torch.int64).view(-1)
+    torch.index_select(table, 0, indexes.int().flatten(), out=wanted)
+
+
 def q4_0(blocks: Tensor, codes: Tensor) -> Found:
     put(blocks[:, 2:], 16, 4, codes)
     return Found(halves(blocks, 0))
