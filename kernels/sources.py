@@ -14,7 +14,7 @@ _MATH = ("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 _BF16 = (*AVX512, "-mavx512bf16")
 _AMX = (*_BF16, "-mamx-tile", "-mamx-bf16")
 # Files with a loop for each form of codes. At -O3 some would take five times as long to compile.
-_MANY = ("-O2",)
+_MANY = ("-O2", "-fpeel-loops")
 KERNELS = Extension(
     "yoke_kernels",
     Path(__file__).parent / "csrc",

@@ -25,7 +25,7 @@ struct Block {
 
 // The scales of 16 rows of w that have a single one each.
 inline __m512 last_scale(const QuantArgs& a, std::int64_t panel, std::int64_t t) {
-  return factors(a.super_kind, a.panel(panel) + a.super_scales_at, t * kTileRows, false);
+  return super_factors(a, a.panel(panel) + a.super_scales_at, t * kTileRows);
 }
 
 // Row j of a block as bf16: scaled if the sums are not scaled yet, with the bias.

@@ -17,7 +17,7 @@ namespace yoke::kernels {
 namespace isa_amx {
 namespace {
 
-constexpr std::int64_t kSlice = 8;      // steps of one tile before the next tile's
+constexpr std::int64_t kSlice = kFactorSteps;  // steps of one tile before the next tile's
 constexpr std::int64_t kStreams = 4;    // panels that are read alternately
 constexpr std::int64_t kLag = 2, kLagRing = 4;
 
@@ -25,6 +25,7 @@ struct FewScratch {
   alignas(4096) std::uint8_t w[kLagRing][kTileRows * kLine];
   alignas(64) float sums[kLagRing][2][kSums];
   alignas(64) float totals[kStreams][2][kTileRows][kTileRows];
+  StepFactors factors;  // of the slice of a panel that is multiplied
 };
 thread_local FewScratch few_scratch;
 
@@ -73,8 +74,8 @@ void multiply_slice(const QuantArgs& a, FewScratch& own, std::int64_t panel, std
   const std::uint8_t* data = start + (step * 2 + t) * kBytes;
   const std::uint8_t* x = a.packed + step * M * kLine;
   const float* of_x = reinterpret_cast<const float*>(a.packed + a.steps() * M * kLine) + step * 2 * M;
-  Scaler<> scaler(a, start, step), soon(a, start, step);  // of the step that is added, and of that which is multiplied
-  bool fresh = true;  // the next multiplied step starts a new sum
+  StepFactors& factors = own.factors;
+  if (t == 0) make_factors(a, start, step, count, factors);
   __m512 found[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) found[m] = step == 0 ? _mm512_setzero_ps() : _mm512_load_ps(totals[m]);
@@ -96,13 +97,11 @@ void multiply_slice(const QuantArgs& a, FewScratch& own, std::int64_t panel, std
         _tile_dpbf16ps(3, 5, 7);
         _tile_stored(3, own.sums[i % kLagRing][1], kLine);
       } else {
-        if (fresh) _tile_zero(0);
+        _tile_zero(0);
         _tile_loadd(4, own_x, kLine);
         _tile_loadd(6, w, kLine);
         _tile_dpbf16ps(0, 4, 6);
-        fresh = !soon.continues() || i == count + kLag - 1;
-        soon.next();
-        if (fresh) _tile_stored(0, own.sums[i % kLagRing][0], kLine);
+        _tile_stored(0, own.sums[i % kLagRing][0], kLine);
       }
     }
     __asm__ volatile("" ::: "memory");
@@ -111,13 +110,11 @@ void multiply_slice(const QuantArgs& a, FewScratch& own, std::int64_t panel, std
     const float* const of_step = of_x + (i - 2 * kLag) * 2 * M;
 #pragma GCC unroll 2
     for (int group = 0; group < G; ++group) {
-      if (G == 2 || !scaler.continues() || i == count + 2 * kLag - 1) {
-        const __m512 scale = scaler.scale(t, group);
+      const __m512 scale = _mm512_load_ps(factors.scale[i - 2 * kLag][t][group]);
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) found[m] = _mm512_fmadd_ps(scale, _mm512_load_ps(sums[group] + 16 * m), found[m]);
-      }
+      for (int m = 0; m < M; ++m) found[m] = _mm512_fmadd_ps(scale, _mm512_load_ps(sums[group] + 16 * m), found[m]);
       if (!a.offsets) continue;
-      const __m512 offset = scaler.offset(t, group);
+      const __m512 offset = _mm512_load_ps(factors.offset[i - 2 * kLag][t][group]);
       const float* const first = of_step + group * M;
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
@@ -125,7 +122,6 @@ void multiply_slice(const QuantArgs& a, FewScratch& own, std::int64_t panel, std
         found[m] = _mm512_fmadd_ps(offset, _mm512_set1_ps(sum), found[m]);
       }
     }
-    scaler.next();
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) _mm512_store_ps(totals[m], found[m]);

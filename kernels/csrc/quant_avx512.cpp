@@ -161,15 +161,18 @@ inline void multiply_octets(const std::uint8_t* tiles, const float* x, __m512 (&
   }
 }
 
+// Scales and offsets of a step: [tile][group][16 rows].
+using Factors = const float (&)[2][2][kTileRows];
+
 // Adds the sums of a group of M rows of x to the totals of two tiles: scaled, plus the offset times the sum of x.
 template <int M>
-inline void add_group(const QuantArgs& a, const Scaler<>& scaler, int group, const float* x_sums,
+inline void add_group(const QuantArgs& a, Factors scales, Factors offsets, int group, const float* x_sums,
                       const __m512 (&sums)[2][M], __m512 (&totals)[2][M]) {
   for (int t = 0; t < 2; ++t) {
-    const __m512 scale = scaler.scale(t, group);
+    const __m512 scale = _mm512_load_ps(scales[t][group]);
     for (int m = 0; m < M; ++m) totals[t][m] = _mm512_fmadd_ps(sums[t][m], scale, totals[t][m]);
     if (!a.offsets) continue;
-    const __m512 offset = scaler.offset(t, group);
+    const __m512 offset = _mm512_load_ps(offsets[t][group]);
     for (int m = 0; m < M; ++m) {
       const float sum = a.groups_of_step() == 2 ? x_sums[2 * m + group] : x_sums[2 * m] + x_sums[2 * m + 1];
       totals[t][m] = _mm512_fmadd_ps(offset, _mm512_set1_ps(sum), totals[t][m]);
@@ -185,30 +188,30 @@ inline void take(const Sums<M, 1>& own, __m512 (&sums)[2][M]) {
 
 // One step of two tiles times M rows of x, added to the totals.
 template <Codes C, int M>
-inline void multiply_step(const QuantArgs& a, const Tables& tables, const Scaler<>& scaler, const std::uint8_t* tiles,
-                          const float* x, const float* x_sums, __m512 (&totals)[2][M]) {
+inline void multiply_step(const QuantArgs& a, const Tables& tables, Factors scales, Factors offsets,
+                          const std::uint8_t* tiles, const float* x, const float* x_sums, __m512 (&totals)[2][M]) {
   const bool two = a.groups_of_step() == 2;
   __m512 sums[2][M];
   if constexpr (bits_of(C) == 8) {
     if (two) {
       multiply_octets<C, M, 0, 8>(tiles, x, sums);
-      add_group<M>(a, scaler, 0, x_sums, sums, totals);
+      add_group<M>(a, scales, offsets, 0, x_sums, sums, totals);
       multiply_octets<C, M, 8, 8>(tiles, x, sums);
-      return add_group<M>(a, scaler, 1, x_sums, sums, totals);
+      return add_group<M>(a, scales, offsets, 1, x_sums, sums, totals);
     }
     multiply_octets<C, M, 0, 16>(tiles, x, sums);
-    add_group<M>(a, scaler, 0, x_sums, sums, totals);
+    add_group<M>(a, scales, offsets, 0, x_sums, sums, totals);
   } else {
     Sums<M, 1> own;
     multiply_codes<bits_of(C), M, 0>(tiles, tables, x, own);
     if (two) {
       take<M>(own, sums);
-      add_group<M>(a, scaler, 0, x_sums, sums, totals);
+      add_group<M>(a, scales, offsets, 0, x_sums, sums, totals);
       own = Sums<M, 1>();
     }
     multiply_codes<bits_of(C), M, 1>(tiles, tables, x, own);
     take<M>(own, sums);
-    add_group<M>(a, scaler, two ? 1 : 0, x_sums, sums, totals);
+    add_group<M>(a, scales, offsets, two ? 1 : 0, x_sums, sums, totals);
   }
 }
 
@@ -217,6 +220,8 @@ constexpr std::int64_t streams() {
   return C == Codes::bf16 ? kWideStreams : kStreams;
 }
 
+thread_local StepFactors made_factors[kStreams];
+
 // M rows of x from m0 on times `count` panels of w from `panel` on, one step of each panel at a time.
 template <Codes C, int M>
 void few(const QuantArgs& a, std::int64_t m0, std::int64_t panel, std::int64_t count) {
@@ -224,9 +229,7 @@ void few(const QuantArgs& a, std::int64_t m0, std::int64_t panel, std::int64_t c
   const std::int64_t steps = a.steps();
   const std::uint8_t* data = a.panel(panel);
   const Tables tables = tables_of(a);
-  static_assert(kStreams == 4);
-  const auto at = [&](std::int64_t p) { return Scaler<>(a, a.panel(p < count ? panel + p : panel), 0); };
-  Scaler<> scalers[kStreams] = {at(0), at(1), at(2), at(3)};
+  StepFactors(&factors)[kStreams] = this_threads(made_factors);
   __m512 totals[streams<C>()][2][M];
   for (auto& panels : totals)
     for (auto& tiles : panels)
@@ -234,6 +237,12 @@ void few(const QuantArgs& a, std::int64_t m0, std::int64_t panel, std::int64_t c
   for (std::int64_t step = 0; step < steps; ++step, data += kBytes) {
     const float* x = a.x_float + m0 * a.k + step * M * kStep;
     const float* x_sums = a.x_sums + 2 * (m0 * steps + step * M);
+    const std::int64_t at = step % kFactorSteps;
+    for (std::int64_t p = 0; C != Codes::bf16 && at == 0 && p < count; ++p) {
+      const std::int64_t some = steps - step < kFactorSteps ? steps - step : kFactorSteps;
+      make_factors(a, a.panel(panel + p), step, some, factors[p]);
+      prefetch_factors(a, a.panel(panel + p), step + kFactorSteps, kFactorSteps);
+    }
     for (std::int64_t p = 0; p < count; ++p) {
       __asm__("" : "+r"(x));  // keeps compilers from holding x in registers, at the cost of copies: loads are free
       const std::uint8_t* tiles = data + p * a.panel_bytes;
@@ -244,8 +253,7 @@ void few(const QuantArgs& a, std::int64_t m0, std::int64_t panel, std::int64_t c
           for (int m = 0; m < M; ++m) totals[p][t][m] = _mm512_add_ps(totals[p][t][m], sums[t][m]);
       } else {
         prefetch<kBytes>(tiles + kAhead);
-        multiply_step<C, M>(a, tables, scalers[p], tiles, x, x_sums, totals[p]);
-        scalers[p].next();
+        multiply_step<C, M>(a, tables, factors[p].scale[at], factors[p].offset[at], tiles, x, x_sums, totals[p]);
       }
     }
   }

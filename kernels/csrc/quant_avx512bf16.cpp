@@ -15,12 +15,17 @@ namespace isa_avx512bf16 {
 namespace {
 
 constexpr std::int64_t kFew = 15;    // up to so many rows of x, the loops for few rows take them four at a time
-constexpr std::int64_t kPiece = 8;   // steps: 16 KiB
+constexpr std::int64_t kPiece = kFactorSteps;  // steps: 16 KiB
 constexpr std::int64_t kRows = 6;    // rows of x at a time: their sums and totals are 24 registers
 constexpr std::int64_t kBlock = 120; // rows of x with totals in the L1 cache
 
-struct Scratch {
+// Some steps of a panel: the values, and their factors.
+struct Piece {
   alignas(64) bf16 tiles[kPiece * kPanelRows * kStep];
+  StepFactors factors;
+};
+struct Scratch {
+  Piece piece;
   alignas(64) float totals[kBlock][2][kTileRows];
 };
 thread_local Scratch scratch;
@@ -49,13 +54,14 @@ void expand_values(const QuantArgs& a, std::int64_t panel, std::int64_t first, s
 // Adds R rows of x from m on times steps [first, last) of a panel to `totals`.
 template <int R>
 void multiply(const QuantArgs& a, std::int64_t m, std::int64_t panel, std::int64_t first, std::int64_t last,
-              const bf16* tiles, float (*totals)[2][kTileRows]) {
+              const Piece& own, float (*totals)[2][kTileRows]) {
+  const bf16* tiles = own.tiles;
+  const StepFactors& factors = own.factors;
   __m512 found[2][R];
   for (int r = 0; r < R; ++r)
     for (int t = 0; t < 2; ++t) found[t][r] = _mm512_load_ps(totals[r][t]);
   const int groups = static_cast<int>(a.groups_of_step()), pairs = 16 / groups;
-  Scaler<> scaler(a, a.panel(panel), first);
-  for (std::int64_t step = first; step < last; ++step, tiles += kPanelRows * kStep, scaler.next()) {
+  for (std::int64_t step = first; step < last; ++step, tiles += kPanelRows * kStep) {
     const bf16* x = a.x + m * a.k + step * kStep;
     for (int group = 0; group < groups; ++group) {
       __m512 sums[2][R];
@@ -78,10 +84,10 @@ void multiply(const QuantArgs& a, std::int64_t m, std::int64_t panel, std::int64
         continue;
       }
       for (int t = 0; t < 2; ++t) {
-        const __m512 scale = scaler.scale(t, group);
+        const __m512 scale = _mm512_load_ps(factors.scale[step - first][t][group]);
         for (int r = 0; r < R; ++r) found[t][r] = _mm512_fmadd_ps(sums[t][r], scale, found[t][r]);
         if (!a.offsets) continue;
-        const __m512 offset = scaler.offset(t, group);
+        const __m512 offset = _mm512_load_ps(factors.offset[step - first][t][group]);
         for (int r = 0; r < R; ++r) {
           const float* both = a.x_sums + 2 * step_at(a, m + r, step);
           const float sum = groups == 2 ? both[group] : both[0] + both[1];
@@ -102,10 +108,11 @@ void many(const QuantArgs& a, std::int64_t first, std::int64_t last) {
       memset(own.totals, 0, sizeof own.totals);
       for (std::int64_t step = 0; step < a.steps(); step += kPiece) {
         const std::int64_t end = a.steps() - step < kPiece ? a.steps() : step + kPiece;
-        expand_values(a, panel, step, end, own.tiles);
+        expand_values(a, panel, step, end, own.piece.tiles);
+        if (a.codes != Codes::bf16) make_factors(a, a.panel(panel), step, end - step, own.piece.factors);
         for (std::int64_t m = 0; m < rows; m += kRows) {
           const auto piece = [&]<int R>() {
-            multiply<R>(a, m0 + m, panel, step, end, own.tiles, own.totals + m);
+            multiply<R>(a, m0 + m, panel, step, end, own.piece, own.totals + m);
           };
           switch (rows - m) {
             case 1: piece.template operator()<1>(); break;

@@ -73,8 +73,6 @@ void pack(const QuantArgs& a, std::uint8_t* packed, std::int64_t first, std::int
   }
 }
 
-constexpr std::int64_t kScalesAhead = 6;  // steps
-
 inline __m512i broadcast(const std::int8_t* from) {
   std::int32_t four;
   memcpy(&four, from, sizeof four);
@@ -82,19 +80,20 @@ inline __m512i broadcast(const std::int8_t* from) {
 }
 
 // How codes of B bits become bytes from 0 on: as they are, or (T) through a table of 16. G: groups of a step with sums of
-// their own. K: the kinds of factors.
-template <int B, bool T, int G, class K>
+// their own.
+template <int B, bool T, int G>
 struct Form {
   static constexpr int kBits = B, kGroups = G;
   static constexpr bool kTable = T;
-  using Kinds = K;
 };
+// Scales and offsets of a step: [tile][group][16 rows].
+using Factors = const float (&)[2][2][kTileRows];
 
 // What the bytes of one call are made with.
 struct Bytes {
   __m512i table;      // the integers of codes plus `zero`, four times 16 bytes
   std::int32_t zero;  // the byte that stands for 0
-  float unit;         // see value_unit
+  float unit;         // see value_unit; weights with offsets have 1
 };
 
 inline Bytes bytes_of(const QuantArgs& a) {
@@ -133,17 +132,17 @@ inline void multiply_four(const Planes<F::kBits> (&planes)[2], const Bytes& byte
 
 // Adds the products of a group, scaled, to the totals.
 template <class F, int M>
-inline void add_group(const QuantArgs& a, const Bytes& bytes, const Scaler<typename F::Kinds>& scaler, int group,
-                      const Step* x, const Products<M>& products, __m512 (&totals)[2][M]) {
+inline void add_group(const QuantArgs& a, Factors scales, Factors offsets, int group, const Step* x,
+                      const Products<M>& products, __m512 (&totals)[2][M]) {
   for (int t = 0; t < 2; ++t) {
-    const __m512 scale = scaler.scale(t, group);
+    const __m512 scale = _mm512_load_ps(scales[t][group]);
     for (int m = 0; m < M; ++m) {
       const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(products.upper[t][m], 8), products.lower[t][m]);
-      const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x[m].scale * bytes.unit));
+      const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x[m].scale));
       totals[t][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), both, totals[t][m]);
     }
     if (!a.offsets) continue;
-    const __m512 offset = scaler.offset(t, group);
+    const __m512 offset = _mm512_load_ps(offsets[t][group]);
     for (int m = 0; m < M; ++m) {
       const float sum = F::kGroups == 2 ? x[m].sums[group] : x[m].sums[0] + x[m].sums[1];
       totals[t][m] = _mm512_fmadd_ps(offset, _mm512_set1_ps(sum), totals[t][m]);
@@ -164,54 +163,59 @@ inline void start(const Bytes& bytes, int group, const Step* x, Products<M>& pro
 
 // Adds one step of two tiles times M rows of x to the totals.
 template <class F, int M>
-inline void multiply(const QuantArgs& a, const Bytes& bytes, const Scaler<typename F::Kinds>& scaler,
-                     const std::uint8_t* tiles, const Step* x, __m512 (&totals)[2][M]) {
+inline void multiply(const QuantArgs& a, const Bytes& bytes, Factors scales, Factors offsets, const std::uint8_t* tiles,
+                     const Step* x, __m512 (&totals)[2][M]) {
   const Planes<F::kBits> planes[2] = {Planes<F::kBits>(tiles), Planes<F::kBits>(tiles + tile_bytes(F::kBits))};
   Products<M> products;
   start<F, M>(bytes, 0, x, products);
   multiply_four<F, M, 0>(planes, bytes, x, products);
   multiply_four<F, M, 1>(planes, bytes, x, products);
   if constexpr (F::kGroups == 2) {
-    add_group<F, M>(a, bytes, scaler, 0, x, products, totals);
+    add_group<F, M>(a, scales, offsets, 0, x, products, totals);
     start<F, M>(bytes, 1, x, products);
   }
   multiply_four<F, M, 2>(planes, bytes, x, products);
   multiply_four<F, M, 3>(planes, bytes, x, products);
-  add_group<F, M>(a, bytes, scaler, F::kGroups - 1, x, products, totals);
+  add_group<F, M>(a, scales, offsets, F::kGroups - 1, x, products, totals);
 }
+
+thread_local StepFactors made_factors[kStreams];
 
 // M rows of x from m0 on times `count` panels of w from `panel` on, one step of each panel at a time.
 template <class F, int M>
 void few(const QuantArgs& a, std::int64_t m0, std::int64_t panel, std::int64_t count) {
   constexpr std::int64_t kBytes = 2 * tile_bytes(F::kBits);
-  using Own = Scaler<typename F::Kinds>;
   const std::int64_t steps = a.steps();
   const std::uint8_t* data = a.panel(panel);
   const Step* x = reinterpret_cast<const Step*>(a.packed) + m0 * steps;
   const Bytes bytes = bytes_of(a);
-  static_assert(kStreams == 4);
-  const auto at = [&](std::int64_t p) { return Own(a, a.panel(p < count ? panel + p : panel), 0); };
-  Own scalers[kStreams] = {at(0), at(1), at(2), at(3)};
+  StepFactors(&factors)[kStreams] = this_threads(made_factors);
   __m512 totals[kStreams][2][M];
   for (auto& panels : totals)
     for (auto& tiles : panels)
       for (__m512& total : tiles) total = _mm512_setzero_ps();
-  for (std::int64_t step = 0; step < steps; ++step, data += kBytes, x += M) {
+  for (std::int64_t step = 0; step < steps; step += kFactorSteps) {
+    const std::int64_t some = steps - step < kFactorSteps ? steps - step : kFactorSteps;
     for (std::int64_t p = 0; p < count; ++p) {
-      const std::uint8_t* tiles = data + p * a.panel_bytes;
+      make_factors(a, data + p * a.panel_bytes, step, some, factors[p]);
+      prefetch_factors(a, data + p * a.panel_bytes, step + kFactorSteps, kFactorSteps);
+    }
+    for (std::int64_t i = 0; i < some; ++i, x += M) {
+      for (std::int64_t p = 0; p < count; ++p) {
+        const std::uint8_t* tiles = data + p * a.panel_bytes + (step + i) * kBytes;
 #pragma GCC unroll 12
-      for (std::int64_t i = 0; i < kBytes; i += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(tiles + kAhead + i), _MM_HINT_T0);
+        for (std::int64_t at = 0; at < kBytes; at += 64) {
+          _mm_prefetch(reinterpret_cast<const char*>(tiles + kAhead + at), _MM_HINT_T0);
+        }
+        multiply<F, M>(a, bytes, factors[p].scale[i], factors[p].offset[i], tiles, x, totals[p]);
       }
-      scalers[p].prefetch(kScalesAhead);
-      multiply<F, M>(a, bytes, scalers[p], tiles, x, totals[p]);
-      scalers[p].next();
     }
   }
   for (std::int64_t p = 0; p < count; ++p)
     for (std::int64_t t = 0; t < 2; ++t)
       for (int m = 0; m < M && m0 + m < a.m; ++m) {
-        finish(a, m0 + m, (panel + p) * kPanelRows + t * kTileRows, totals[p][t][m]);
+        const __m512 total = _mm512_mul_ps(totals[p][t][m], _mm512_set1_ps(bytes.unit));
+        finish(a, m0 + m, (panel + p) * kPanelRows + t * kTileRows, total);
       }
 }
 
@@ -221,22 +225,6 @@ void panels(const QuantArgs& a, std::int64_t first, std::int64_t last) {
     const std::int64_t count = last - panel < kStreams ? last - panel : kStreams;
     each_block(a.m, [&]<int M>(std::int64_t m) { few<F, M>(a, m, panel, count); });
   }
-}
-
-using Halves = Kinds<Kind::f16, Kind::none>;
-using Unsigned = Kinds<Kind::u8, Kind::f16>;
-using Signed = Kinds<Kind::i8, Kind::f16>;
-
-template <class K>
-bool has(const QuantArgs& a) {
-  return a.group_kind == K::group(a) && a.super_kind == K::super(a);
-}
-
-// The loops for B bits, with one of the kinds of factors that files have, or any.
-template <int B, bool T, int G, class... Known>
-void by_kinds(const QuantArgs& a, std::int64_t first, std::int64_t last) {
-  const bool known = ((has<Known>(a) && (panels<Form<B, T, G, Known>>(a, first, last), true)) || ...);
-  if (!known) panels<Form<B, T, G, AnyKinds>>(a, first, last);
 }
 
 }  // namespace
@@ -260,15 +248,15 @@ void pack_bytes(const QuantArgs& a, std::uint8_t* packed, std::int64_t first, st
 void linear_bytes(const QuantArgs& a, std::int64_t first, std::int64_t last) {
   using namespace isa_avx512vnni;
   switch (a.codes) {
-    case Codes::u2: return by_kinds<2, false, 2>(a, first, last);
-    case Codes::i3: return by_kinds<3, false, 2, Signed>(a, first, last);
-    case Codes::i6: return by_kinds<6, false, 2, Signed>(a, first, last);
+    case Codes::u2: return panels<Form<2, false, 2>>(a, first, last);
+    case Codes::i3: return panels<Form<3, false, 2>>(a, first, last);
+    case Codes::i6: return panels<Form<6, false, 2>>(a, first, last);
     case Codes::i5:
-    case Codes::u5: return by_kinds<5, false, 1, Unsigned>(a, first, last);
+    case Codes::u5: return panels<Form<5, false, 1>>(a, first, last);
     case Codes::iq4:
-    case Codes::e2m1: return a.groups_of_step() == 2 ? by_kinds<4, true, 2>(a, first, last)
-                                                     : by_kinds<4, true, 1, Signed>(a, first, last);
-    default: return by_kinds<4, false, 1, Halves, Unsigned>(a, first, last);
+    case Codes::e2m1: return a.groups_of_step() == 2 ? panels<Form<4, true, 2>>(a, first, last)
+                                                     : panels<Form<4, true, 1>>(a, first, last);
+    default: return panels<Form<4, false, 1>>(a, first, last);
   }
 }
 

@@ -56,22 +56,19 @@ inline __m512i shifted(__m512i x) {
 // The bits of x that are set in `mask`, the others of y.
 inline __m512i joined(__m512i x, __m512i y, __m512i mask) { return _mm512_ternarylogic_epi32(x, y, mask, 0xe4); }
 
-// The planes of a tile of codes of B bits, in registers.
+// The planes of a tile of codes of B bits.
 template <int B>
 struct Planes {
   static constexpr int kLow = B < 4 ? 2 : 4, kHigh = B - kLow;
-  __m512i low[kLow], high[kHigh == 0 ? 1 : kHigh];
+  const std::uint8_t* low;
 
-  explicit Planes(const std::uint8_t* tile) {
-    for (int i = 0; i < kLow; ++i) low[i] = line(tile + 64 * i);
-    for (int i = 0; i < kHigh; ++i) high[i] = line(tile + 64 * (kLow + i));
-  }
+  explicit Planes(const std::uint8_t* tile) : low(tile) {}
 
   // The register of a plane of P bits that has four pairs I, shifted so that nibble N is at bit `To` of its 16 bits.
   template <int P, int I, int N, int To>
-  static __m512i at(const __m512i* plane) {
+  static __m512i at(const std::uint8_t* plane) {
     constexpr int fours = 4 / P;
-    return shifted<8 * (N / 2) + P * (2 * (I % fours) + N % 2) - To>(plane[I / fours]);
+    return shifted<8 * (N / 2) + P * (2 * (I % fours) + N % 2) - To>(line(plane + kLineBytes * (I / fours)));
   }
 
   // The codes of pair 4 I + J of each row, in the lowest bits of 16-bit words; the bits above are garbage.
@@ -81,7 +78,7 @@ struct Planes {
     if constexpr (kHigh == 0) {
       return lower;
     } else {
-      return joined(lower, at<kHigh, I, J, kLow>(high), _mm512_set1_epi16((1 << kLow) - 1));
+      return joined(lower, at<kHigh, I, J, kLow>(low + kLineBytes * kLow), _mm512_set1_epi16((1 << kLow) - 1));
     }
   }
 
@@ -92,7 +89,7 @@ struct Planes {
     if constexpr (kHigh == 0) {
       return _mm512_and_si512(lower, mask);
     } else {
-      const __m512i upper = at<kHigh, I, J, kLow>(high);
+      const __m512i upper = at<kHigh, I, J, kLow>(low + kLineBytes * kLow);
       return _mm512_and_si512(joined(lower, upper, mask), _mm512_set1_epi8((1 << B) - 1));
     }
   }
@@ -117,93 +114,101 @@ inline __m512 floats(const std::uint8_t* from) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
 
-// 16 factors from number `at` of a section on. `upper`: the upper halves of bytes that have two.
-inline __m512 factors(Kind kind, const std::uint8_t* section, std::int64_t at, bool upper) {
-  if (kind == Kind::f16) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(section + 2 * at)));
-  }
-  if (kind == Kind::f32) return _mm512_loadu_ps(section + 4 * at);
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(section + at));
-  if (kind == Kind::i8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+// 16 factors as floats. `upper`: the upper halves of bytes that have two.
+template <Kind K>
+inline __m512 factors(const std::uint8_t* from, bool upper) {
+  if constexpr (K == Kind::none) return _mm512_set1_ps(1.0f);
+  if constexpr (K == Kind::f16) return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  if constexpr (K == Kind::f32) return _mm512_loadu_ps(from);
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  if constexpr (K == Kind::i8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
   const __m512i numbers = _mm512_cvtepu8_epi32(bytes);
-  switch (kind) {
-    case Kind::u8: return _mm512_cvtepi32_ps(numbers);
-    case Kind::u4: return _mm512_cvtepi32_ps(upper ? _mm512_srli_epi32(numbers, 4) : _mm512_and_si512(numbers, _mm512_set1_epi32(15)));
-    case Kind::e8m0: {
-      const __mmask16 tiny = _mm512_testn_epi32_mask(numbers, numbers);  // 2^-127 is not a normal number
-      return _mm512_castsi512_ps(_mm512_mask_mov_epi32(_mm512_slli_epi32(numbers, 23), tiny, _mm512_set1_epi32(0x00400000)));
+  if constexpr (K == Kind::u8) return _mm512_cvtepi32_ps(numbers);
+  if constexpr (K == Kind::u4) {
+    return _mm512_cvtepi32_ps(upper ? _mm512_srli_epi32(numbers, 4) : _mm512_and_si512(numbers, _mm512_set1_epi32(15)));
+  }
+  if constexpr (K == Kind::e8m0) {  // 2^-127 is not a normal number
+    const __mmask16 tiny = _mm512_testn_epi32_mask(numbers, numbers);
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(_mm512_slli_epi32(numbers, 23), tiny, _mm512_set1_epi32(0x00400000)));
+  }
+  // E4M3: a float16 of 2^-8 the value has the same bits, moved, for subnormal numbers, too.
+  const __m256i words = _mm256_cvtepu8_epi16(bytes);
+  const __m256i both = _mm256_srai_epi16(_mm256_slli_epi16(words, 8), 1);  // the sign twice, exponent, mantissa
+  const __m512 small = _mm512_cvtph_ps(_mm256_and_si256(both, _mm256_set1_epi16(static_cast<short>(0xbfff))));
+  return _mm512_mul_ps(small, _mm512_set1_ps(256.0f));
+}
+
+// 16 factors of super-groups from number `at` of a section on.
+inline __m512 super_factors(const QuantArgs& a, const std::uint8_t* section, std::int64_t at) {
+  if (a.super_kind == Kind::none) return _mm512_set1_ps(1.0f);
+  return a.super_kind == Kind::f16 ? factors<Kind::f16>(section + 2 * at, false) : factors<Kind::f32>(section + 4 * at, false);
+}
+
+constexpr std::int64_t kFactorSteps = 8;  // steps whose factors are made at once
+
+// The factors of some steps of a panel, both levels multiplied: [step][tile][group][16 rows]. They are made for some
+// steps at once, so that the loops that use them need not know kinds.
+struct StepFactors {
+  alignas(64) float scale[kFactorSteps][2][2][kTileRows], offset[kFactorSteps][2][2][kTileRows];
+};
+
+template <Kind K>
+inline void make_factors(const QuantArgs& a, const std::uint8_t* panel, std::int64_t step, std::int64_t count, bool upper,
+                         float (*to)[2][2][kTileRows]) {
+  constexpr std::int64_t kBytes = kTileRows * kind_bytes(K);
+  const int groups = static_cast<int>(a.groups_of_step());
+  const std::uint8_t* from = panel + (upper ? a.offsets_at : a.scales_at) + step * 2 * groups * kBytes;
+  const std::uint8_t* above = panel + (upper ? a.super_offsets_at : a.super_scales_at);
+  std::int64_t super = a.super_of(step);
+  std::int64_t left = a.super_size == 0 ? INT64_MAX : (super + 1) * a.super_size - a.super_skip - step * kStep;
+  __m512 of_super[2];
+  for (std::int64_t s = 0, first = 1; s < count; ++s, first = 0) {
+    if (first != 0 || left <= 0) {
+      if (left <= 0) {
+        ++super;
+        left += a.super_size;
+      }
+      for (int t = 0; t < 2; ++t) of_super[t] = super_factors(a, above, (super * 2 + t) * kTileRows);
     }
-    case Kind::e4m3: {
-      const __m512 size = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_and_si512(numbers, _mm512_set1_epi32(0x7f)), 20));
-      const __m512 value = _mm512_mul_ps(size, _mm512_set1_ps(0x1p120f));
-      const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(numbers, _mm512_set1_epi32(0x80)), 24);
-      return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(value), sign));
+    left -= kStep;
+    for (int t = 0; t < 2; ++t) {
+      for (int group = 0; group < groups; ++group, from += kBytes) {
+        const __m512 own = K == Kind::none ? of_super[t] : _mm512_mul_ps(factors<K>(from, upper), of_super[t]);
+        _mm512_store_ps(to[s][t][group], own);
+      }
     }
-    default: return _mm512_set1_ps(1.0f);
   }
 }
 
-// The kinds of a weight's factors, for loops: known when they are compiled, or read from the arguments.
-struct AnyKinds {
-  static Kind group(const QuantArgs& a) { return a.group_kind; }
-  static Kind super(const QuantArgs& a) { return a.super_kind; }
-};
-template <Kind G, Kind S>
-struct Kinds {
-  static constexpr Kind group(const QuantArgs&) { return G; }
-  static constexpr Kind super(const QuantArgs&) { return S; }
-};
-
-// The factors of a panel, step by step.
-template <class K = AnyKinds>
-class Scaler {
- public:
-  Scaler(const QuantArgs& a, const std::uint8_t* panel, std::int64_t step) : a_(&a), panel_(panel), step_(step) {
-    super_ = a.super_of(step);
-    left_ = a.super_size == 0 ? INT64_MAX : ((super_ + 1) * a.super_size - a.super_skip - step * kStep + kStep - 1) / kStep;
+inline void make_factors(const QuantArgs& a, const std::uint8_t* panel, std::int64_t step, std::int64_t count, bool upper,
+                         float (*to)[2][2][kTileRows]) {
+  switch (a.group_kind) {
+    case Kind::none: return make_factors<Kind::none>(a, panel, step, count, upper, to);
+    case Kind::f16: return make_factors<Kind::f16>(a, panel, step, count, upper, to);
+    case Kind::f32: return make_factors<Kind::f32>(a, panel, step, count, upper, to);
+    case Kind::i8: return make_factors<Kind::i8>(a, panel, step, count, upper, to);
+    case Kind::u8: return make_factors<Kind::u8>(a, panel, step, count, upper, to);
+    case Kind::e8m0: return make_factors<Kind::e8m0>(a, panel, step, count, upper, to);
+    case Kind::e4m3: return make_factors<Kind::e4m3>(a, panel, step, count, upper, to);
+    case Kind::u4: return make_factors<Kind::u4>(a, panel, step, count, upper, to);
   }
+}
 
-  // The scale of each row of a tile, for group `group` of the step.
-  __m512 scale(std::int64_t tile, std::int64_t group = 0) const {
-    return product(a_->scales_at, a_->super_scales_at, tile, group, false);
-  }
-  __m512 offset(std::int64_t tile, std::int64_t group = 0) const {
-    return product(a_->offsets_at, a_->super_offsets_at, tile, group, true);
-  }
+// Those of steps [step, step + count).
+[[gnu::noinline]] [[maybe_unused]] void make_factors(const QuantArgs& a, const std::uint8_t* panel, std::int64_t step,
+                                                     std::int64_t count, StepFactors& to) {
+  make_factors(a, panel, step, count, false, to.scale);
+  if (a.offsets) make_factors(a, panel, step, count, true, to.offset);
+}
 
-  // To the next step.
-  void next() {
-    ++step_;
-    if (--left_ == 0) {
-      left_ = a_->super_size / kStep;
-      ++super_;
-    }
+// Prefetches the factors of `count` steps from `step` on.
+inline void prefetch_factors(const QuantArgs& a, const std::uint8_t* panel, std::int64_t step, std::int64_t count) {
+  const std::int64_t size = 2 * a.groups_of_step() * kTileRows * kind_bytes(a.group_kind);
+  for (std::int64_t i = 0; i < count * size; i += kLineBytes) {
+    _mm_prefetch(reinterpret_cast<const char*>(panel + a.scales_at + step * size + i), _MM_HINT_T0);
+    if (a.offsets) _mm_prefetch(reinterpret_cast<const char*>(panel + a.offsets_at + step * size + i), _MM_HINT_T0);
   }
-  // Whether the next step has the same factors as this one: both are in one large group.
-  bool continues() const { return K::group(*a_) == Kind::none && left_ > 1; }
-
-  // Prefetches the factors of groups `steps` steps ahead.
-  void prefetch(std::int64_t steps) const {
-    if (K::group(*a_) == Kind::none) return;
-    const std::int64_t item = kind_bytes(K::group(*a_));
-    const std::uint8_t* from = panel_ + a_->scales_at + ((step_ + steps) * 2 * a_->groups_of_step() * kTileRows) * item;
-    _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0);
-    if (a_->offsets) _mm_prefetch(reinterpret_cast<const char*>(from + a_->offsets_at - a_->scales_at), _MM_HINT_T0);
-  }
-
- private:
-  __m512 product(std::int64_t section, std::int64_t super_section, std::int64_t tile, std::int64_t group, bool upper) const {
-    const std::int64_t at = ((step_ * 2 + tile) * a_->groups_of_step() + group) * kTileRows;
-    const __m512 own = factors(K::group(*a_), panel_ + section, at, upper);
-    if (K::super(*a_) == Kind::none) return own;
-    const __m512 above = factors(K::super(*a_), panel_ + super_section, (super_ * 2 + tile) * kTileRows, false);
-    return K::group(*a_) == Kind::none ? above : _mm512_mul_ps(own, above);
-  }
-
-  const QuantArgs* a_;
-  const std::uint8_t* panel_;
-  std::int64_t step_, super_, left_;
-};
+}
 
 // Adds the bias to the sums of 16 rows of w from n on, rounds them, and writes them to row m of y.
 inline void finish(const QuantArgs& a, std::int64_t m, std::int64_t n, __m512 sums) {
@@ -299,14 +304,16 @@ inline void dequantize_i8(const std::uint8_t* from, __m512 scale, __m512 offset,
 
 // The tile of a step with scale and offset applied.
 template <Codes C>
-inline void dequantize_tile(const QuantArgs& a, const std::uint8_t* tile, const Scaler<>& scaler, std::int64_t t, bf16* to) {
+inline void dequantize_tile(const QuantArgs& a, const std::uint8_t* tile, const float (&scales)[2][kTileRows],
+                            const float (&offsets)[2][kTileRows], bf16* to) {
   const __m512 zero = _mm512_setzero_ps();
-  const __m512 scale = scaler.scale(t), offset = a.offsets ? scaler.offset(t) : zero;
+  const __m512 scale = _mm512_load_ps(scales[0]), offset = a.offsets ? _mm512_load_ps(offsets[0]) : zero;
   if constexpr (C == Codes::i8) {
     if (a.groups_of_step() == 1) return dequantize_i8(tile, scale, offset, to);
   }
   const bool two = a.groups_of_step() == 2;
-  const __m512 scale1 = two ? scaler.scale(t, 1) : scale, offset1 = two && a.offsets ? scaler.offset(t, 1) : offset;
+  const __m512 scale1 = two ? _mm512_load_ps(scales[1]) : scale;
+  const __m512 offset1 = two && a.offsets ? _mm512_load_ps(offsets[1]) : offset;
   const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                        5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
@@ -324,8 +331,11 @@ void dequantize_steps(const QuantArgs& a, std::int64_t panel, std::int64_t first
   const std::uint8_t* const start = a.panel(panel);
   const std::uint8_t* from = start + first * 2 * kBytes;
   const bool unscaled = a.scaled_last();
-  Scaler<> scaler(a, start, first);
-  for (std::int64_t step = first; step < last; ++step, scaler.next()) {
+  StepFactors own;
+  for (std::int64_t step = first, at = 0; step < last; ++step, at = (at + 1) % kFactorSteps) {
+    if (at == 0 && !unscaled) {
+      make_factors(a, start, step, last - step < kFactorSteps ? last - step : kFactorSteps, own);
+    }
     for (std::int64_t t = 0; t < 2; ++t, from += kBytes, tiles += kTileRows * kStep) {
 #pragma GCC unroll 8
       for (std::int64_t i = 0; i < kBytes; i += 64) {  // the next steps, which no other loop prefetches
@@ -334,7 +344,7 @@ void dequantize_steps(const QuantArgs& a, std::int64_t panel, std::int64_t first
       if (unscaled) {
         expand_tile<C>(from, table_of(a.codes), tiles);
       } else {
-        dequantize_tile<C>(a, from, scaler, t, tiles);
+        dequantize_tile<C>(a, from, own.scale[at][t], own.offset[at][t], tiles);
       }
     }
   }
