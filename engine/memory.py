@@ -19,7 +19,7 @@ from engine.resolve import ResolvedJob
 from models.config import EMBEDDING, HEAD, ModelConfig
 from models.config_gguf import from_gguf
 from models.config_hf import from_hf
-from models.quant_rules import Held, held_quantized, matmuls_of, weight_bytes
+from models.quant_rules import Held, check_cuts, held_quantized, layers_of, weight_bytes
 from models.sizes import layout_of
 from weights.files import read_json
 from weights.locate import locate
@@ -35,7 +35,7 @@ MAX_BATCH = 8  # slots, unless the user gives batch=
 @dataclass(frozen=True)
 class Workload:
     """What a model is loaded for: the cache has `num_rows` slots of `max_seq_len` tokens; each verifies
-    up to `draft_tokens` draft tokens in one call; `held` lists the linears with quantized weights."""
+    up to `draft_tokens` draft tokens in one call; `held` lists the layers with quantized weights."""
 
     dtype: str
     max_seq_len: int
@@ -89,7 +89,7 @@ def job_needs(
 
     [] where the dimensions are not known without opening the weights and `thorough` is False (opening
     them imports torch, which takes seconds). `max_seq_len` None: the job's, fitted to the model. Raises
-    InputError if the model does not have that length."""
+    InputError if the model does not have that length, or cannot be cut for so many ranks."""
     outline = None if resolved.checkpoint is None else read_outline(resolved.checkpoint)
     config = resolved.config or _declared(resolved, outline, thorough)
     if config is None:
@@ -111,7 +111,10 @@ def job_needs(
     needs = [rank_needs(config, work, rank, world_size) for rank in range(world_size)]
     if resolved.draft is not None:
         small = replace(resolved.draft, job=replace(resolved.draft.job, batch=job.batch))
-        draft = job_needs(small, world_size, thorough, max_seq_len)
+        try:
+            draft = job_needs(small, world_size, thorough, max_seq_len)
+        except InputError as error:
+            raise InputError(f"draft={job.draft}: {error}") from error
         for need, more in zip(needs, draft, strict=False):
             need["draft"] = more["weights"] + more["kv_cache"]
     return needs
@@ -120,8 +123,8 @@ def job_needs(
 def _held(
     resolved: ResolvedJob, config: ModelConfig, outline: Outline | None, world_size: int
 ) -> list[Held]:
-    """The linears that hold quantized weights, by the loader's own rule. A weight that the header does
-    not list counts as plain."""
+    """The layers that hold quantized weights, by the loader's own rule. A weight that the header does
+    not list counts as plain. Raises InputError if the file's weights cannot be cut for these ranks."""
     quant = resolved.quant
     if quant is None:
         return []
@@ -131,10 +134,11 @@ def _held(
     with_experts = sum(map(config.has_experts, range(config.num_layers)))
     if config.num_layers + 3 * with_experts * config.num_experts > (len(known) or _MOST_WEIGHTS):
         return []  # the file lacks weights that the config claims; the rank reports which
-    matmuls = matmuls_of(config)
     plain = StoredWeight("BF16")
-    stored = {name: known.get(name, plain) for names in matmuls for name in names}
-    return held_quantized(config, matmuls, stored, quant.asked, world_size)
+    stored = {name: known.get(name, plain) for names in layers_of(config) for name in names}
+    held = held_quantized(config, stored, quant.asked, resolved.job.device == "cuda")
+    check_cuts(config, held, world_size)
+    return held
 
 
 def keeps_quantized(job: Job, device: str = "cpu") -> bool:

@@ -1,4 +1,5 @@
-"""Plain bfloat16 weights in the packed layout of quantized ones (csrc/quant.h), where that is faster.
+"""Plain bfloat16 weights in the packed layout of quantized ones (csrc/quant.h): where that is faster,
+and beside quantized parts of the same weight.
 
 What: packing rows, and looking rows up in packed data, so that an embedding table that is also the head
 is stored once; these may be quantized. Columns are padded with zeros to whole steps of 32, rows to
@@ -9,6 +10,7 @@ What is not here: the matmul (kernels.quant_linear); which layers are packed (tp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.load import has_kernels
-from kernels.quant_linear import PANEL, STEP, TILE, Packed, Part
+from kernels.quant_linear import PANEL, STEP, TILE, Packed, Part, dequantize, pack
+from weights.quant import QuantWeight
 
 PIECE_BYTES = 32 << 20  # at a time, when a weight of another dtype is rounded to bfloat16
 
@@ -68,6 +71,8 @@ def pack_bf16(weight: Tensor) -> Packed:
     """Pack a whole weight, bfloat16 [n, k]. For a weight on the meta device only the shapes are
     made."""
     n, k = weight.shape
+    if weight.device.type != "meta" and not has_kernels():
+        return Packed(pack_reference(weight.to(torch.bfloat16)), (Part(0, n, k),))
     packed = new_packed(n, k, weight.device)
     if weight.device.type != "meta":
         clear_rows(packed.data, n)
@@ -84,7 +89,37 @@ def pack_reference(weight: Tensor) -> Tensor:
     return pairs.contiguous().view(torch.uint8).flatten(3)
 
 
-def packed_rows(tokens: Tensor, table: Packed, start: int, count: int) -> Tensor:
-    """Look up rows in a packed weight of one part, dequantized: int64 [...] -> bfloat16 [..., k]. A
+def pack_parts(weights: Sequence[QuantWeight | Tensor]) -> Packed:
+    """Pack weights with equally many columns as the parts of one: quantized ones as they are, plain
+    ones as bfloat16. Raises InputError as `kernels.quant_linear.part_of` does."""
+    quantized = [weight for weight in weights if isinstance(weight, QuantWeight)]
+    if len(quantized) == len(weights):
+        return pack(*quantized)
+    each = [pack(w) if isinstance(w, QuantWeight) else pack_bf16(w) for w in weights]
+    parts = tuple(part for packed in each for part in packed.parts)
+    assert len({part.k for part in parts}) == 1, parts
+    return Packed(torch.cat([packed.data.flatten() for packed in each]), parts)
+
+
+def packed_rows(
+    tokens: Tensor, table: Packed, start: int, count: int, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """Look up rows in a packed weight of one part, dequantized: int64 [...] -> `dtype` [..., k]. A
     token gets row `token - start`, or zeros if that is not in [0, count)."""
-    return torch.ops.yoke_kernels.packed_rows(tokens, table.data, table.numbers, start, count)
+    if dtype == torch.bfloat16 and tokens.device.type == "cpu" and has_kernels():
+        return torch.ops.yoke_kernels.packed_rows(tokens, table.data, table.numbers, start, count)
+    return packed_rows_reference(tokens, table, start, count, dtype)
+
+
+def packed_rows_reference(
+    tokens: Tensor, table: Packed, start: int, count: int, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """As `packed_rows`, in plain torch: the slow reference. It dequantizes the panel of each token."""
+    ((part, panels),) = table.each()
+    local = tokens.flatten() - start
+    inside = (local >= 0) & (local < count)
+    local = local.clamp(0, count - 1)
+    chosen = Packed(panels[local // PANEL], (part._replace(num_rows=PANEL * len(local)),))
+    rows = dequantize(chosen, dtype).view(-1, PANEL, part.k)
+    found = rows[torch.arange(len(local), device=local.device), local % PANEL]
+    return found.masked_fill(~inside.unsqueeze(1), 0).view(*tokens.shape, part.k)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from models.decoder import Decoder
 from models.load_quant import (
     Holder,
     PackedLayer,
+    blocks_of,
     name_of,
     plan_layers,
     read_experts,
@@ -39,6 +39,7 @@ from tp.layers import (
     ColumnLinear,
     Linear,
     RowLinear,
+    VocabEmbedding,
     can_pack,
     hold_packed,
     hold_quantized,
@@ -48,9 +49,9 @@ from tp.layers import (
 from tp.shard import Layout, find_spec, slices_of
 from weights.checkpoint import Checkpoint, Entry, Slices
 from weights.pages import release_pages
+from weights.quant import QuantWeight
 from weights.schemes import is_plain
 
-BLOCK_BYTES = 8 << 20  # bytes of float32 read at once, for weights that must be converted
 RELEASE_BYTES = 64 << 20  # bytes of a file's pages that may be resident while it is read
 
 
@@ -87,14 +88,15 @@ def load_model(
     with torch.device("meta"):
         model = Decoder(config, group)
     linears = list(linears_of(model))
-    planned = plan_layers(config, checkpoint, linears, quant, group.size)
+    on_gpu = torch.device(device).type == "cuda"
+    planned = plan_layers(config, checkpoint, linears, quant, group.size, on_gpu)
     _allocate(model, linears, planned, dtype, device)
     targets: dict[str, Tensor | PackedRows] = {**destinations(model)}
     targets.update(_packed_destinations(model, linears))
     names = targets.keys() | {name for each in planned for name in each.names}
     assert names == shapes.keys(), names ^ shapes.keys()
     total = sum(target.nbytes for target in targets.values())
-    total += sum(_rank_bytes(each, model.layout) for each in planned)
+    total += sum(each.nbytes(_slices(each, model.layout)) for each in planned)
     count = _counting(checkpoint, total, progress)
     _fill_quantized(model, planned, device, quant is not None and quant.round_prompts, count)
     _fill_plain(model, checkpoint, targets, count)
@@ -114,9 +116,12 @@ def _allocate(
     quantized as `planned`. Of `linears`, those that are faster packed get their packed form."""
     for each in planned:
         each.layer.weight = None  # type: ignore[assignment]
+        if each.held.table:
+            model.embed.weight = None  # type: ignore[assignment]
     model.to(dtype)
+    model.embed.dtype = dtype
     for layer, _ in linears:
-        if not isinstance(layer, ExpertStack) and can_pack(layer, device):
+        if not isinstance(layer, ExpertStack | VocabEmbedding) and can_pack(layer, device):
             hold_packed(layer)
     tied = model.config.tie_embeddings
     if tied and model.head.packing is not None:
@@ -159,12 +164,6 @@ def _slices(each: PackedLayer, layout: Layout) -> list[Slices]:
     return [slices_of(name, entry.shape, layout) for name, entry in pairs]
 
 
-def _rank_bytes(each: PackedLayer, layout: Layout) -> int:
-    """The bytes of this rank's part of a quantized layer."""
-    parts = _slices(each, layout)
-    return sum(each.scheme.nbytes(r.stop - r.start, c.stop - c.start) for r, c in parts)
-
-
 def _fill_quantized(
     model: Decoder,
     planned: Sequence[PackedLayer],
@@ -174,18 +173,22 @@ def _fill_quantized(
 ) -> None:
     """Read this rank's part of each of the layers `planned`, and pack it."""
     for each in planned:
-        filled = _rank_bytes(each, model.layout)
         slices = _slices(each, model.layout)
+        filled, read = each.nbytes(slices), each.read_bytes(slices)
         if isinstance(each.layer, ExpertStack):
-            one = filled // each.layer.num_experts
-            on_expert = partial(count, one, one if each.kept else 4 * one)
+            size = each.layer.num_experts
+            on_expert = partial(count, filled // size, read // size)
             each.layer.hold_quantized(read_experts(each, slices, on_expert), device, round_prompts)
             continue
         weights = read_layer(each, slices)
-        if each.layer is model.head:
-            weights = [weight.padded(model.layout.vocab_block) for weight in weights]
+        if each.layer in (model.head, model.embed):
+            (weight,) = weights
+            assert isinstance(weight, QuantWeight)
+            weights = [weight.padded(model.layout.vocab_block)]
         hold_quantized(each.layer, weights, device, round_prompts)
-        count(filled, filled if each.kept else RELEASE_BYTES)
+        if each.held.table and each.layer is model.head:
+            share_packed(model.embed, model.head)
+        count(filled, read)
 
 
 def _fill_plain(
@@ -198,7 +201,7 @@ def _fill_plain(
             count(target.nbytes, 0)
             continue
         entry = checkpoint.entries[name]
-        for first, part in _parts(entry, slices_of(name, entry.shape, model.layout)):
+        for first, part in blocks_of(entry, slices_of(name, entry.shape, model.layout)):
             last = first + part.shape[0]
             if isinstance(target, PackedRows):
                 room = target.rows(first, last)
@@ -209,20 +212,6 @@ def _fill_plain(
             assert part.shape == rows.shape, (name, part.shape, target.shape)
             rows.copy_(part)
             count(rows.nbytes, part.nbytes)
-
-
-def _parts(entry: Entry, slices: Slices) -> Iterator[tuple[int, Tensor]]:
-    """Yields (first row, part) of an entry's slice: all of it, in place, if no conversion is needed;
-    else blocks of rows, since allocating memory for all of it would take longer than converting it."""
-    if entry.peek is not None:
-        yield 0, entry.peek(slices)
-        return
-    rows, *others = slices
-    row_bytes = 4 * prod(part.stop - part.start for part in others)
-    size = max(1, BLOCK_BYTES // max(row_bytes, 1))
-    for start in range(rows.start, rows.stop, size):
-        block = slice(start, min(start + size, rows.stop))
-        yield start - rows.start, entry.read((block, *others))
 
 
 def linears_of(model: Decoder) -> Iterator[tuple[Holder, tuple[str, ...]]]:
@@ -238,7 +227,10 @@ def linears_of(model: Decoder) -> Iterator[tuple[Holder, tuple[str, ...]]]:
         ):
             count = model.config.num_experts
             yield stack, tuple(f"{prefix}.{i}.{name}.weight" for i in range(count) for name in names)
-    yield model.head, (EMBEDDING,) if model.config.tie_embeddings else (HEAD,)
+    if model.config.tie_embeddings:
+        yield model.head, (EMBEDDING,)
+    else:
+        yield from ((model.head, (HEAD,)), (model.embed, (EMBEDDING,)))
 
 
 def check_names(
@@ -358,7 +350,7 @@ def _packed_destinations(
     """The same for the weights of `linears` that are held packed, in bfloat16."""
     targets: dict[str, PackedRows] = {}
     for layer, names in linears:
-        if not isinstance(layer, ExpertStack) and layer.packing is not None:
+        if not isinstance(layer, ExpertStack | VocabEmbedding) and layer.packing is not None:
             parts = packed_parts(layer, _sizes(model, layer, names))
             targets.update(zip(names, parts, strict=True))
     return targets

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.gated_mlp import gated_mlp, takes_gated_mlp
+from kernels.packed import pack_parts
 from kernels.quant_cuda import CudaPacked, pack_cuda, quant_linear_cuda
-from kernels.quant_linear import Packed, pack, parts_of, quant_linear
+from kernels.quant_linear import Packed, parts_of, quant_linear
 from models.config import ModelConfig
 from tp.layers import ColumnLinear, Packing, RowLinear, packed_of
 from tp.shard import Layout
@@ -88,13 +89,12 @@ class ExpertStack(nn.Module):
 
     def hold_quantized(
         self,
-        experts: Iterable[Sequence[QuantWeight]],
+        experts: Iterable[Sequence[QuantWeight | Tensor]],
         device: torch.device | str = "cpu",
         round_prompts: bool = False,
     ) -> None:
-        """Replace the plain weight by this rank's shard of each expert's quantized parts. `experts` is
-        consumed one by one; all must have the same schemes. The rest is as in
-        `tp.layers.hold_quantized`."""
+        """Replace the plain weight by this rank's shard of each expert's parts. `experts` is consumed
+        one by one; all must have the same schemes. The rest is as in `tp.layers.hold_quantized`."""
         first: Packed | CudaPacked | None = None
         tensors: dict[str, Tensor] = {}
         for index, weights in enumerate(experts):
@@ -131,11 +131,14 @@ class ExpertStack(nn.Module):
         return [each for each in tensors if each is not None], form
 
 
-def _pack_on(weights: Sequence[QuantWeight], device: torch.device | str) -> Packed | CudaPacked:
+def _pack_on(
+    weights: Sequence[QuantWeight | Tensor], device: torch.device | str
+) -> Packed | CudaPacked:
     if torch.device(device).type == "cuda":
         (weight,) = weights
+        assert isinstance(weight, QuantWeight)
         return pack_cuda(weight.with_rows(lambda each: each.to(device)))
-    return pack(*weights)
+    return pack_parts(weights)
 
 
 class Experts(nn.Module):

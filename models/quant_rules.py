@@ -4,21 +4,26 @@ torch, so that a job can be refused before any rank is started.
 
 The linear layers of attention, MLP and experts get the scheme that is asked for. The head gets int8,
 since its errors go straight into the logits, unless the request is for the same scheme or a plain head.
-The embedding is a lookup table and is not quantized. Norms and routers are never quantized: they are
-small, and the result is sensitive to them.
+Norms and routers are never quantized: they are small, and the result is sensitive to them.
+
+What a file has quantized stays in its own form, the embedding table too. Weights that are fused into
+one matmul may have different forms: each keeps its own, and plain ones among them stay plain. A table
+that the file has plain is never rounded.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from math import prod
 from typing import Any, Protocol
 
 from base.errors import InputError
+from kernels.sizes import packed_bytes
 from models.config import EMBEDDING, HEAD, ModelConfig, expected_shapes
 from models.sizes import layout_of, weight_kinds
 from tp.shard import Layout, find_spec, slices_of
@@ -32,7 +37,8 @@ _LINEAR = re.compile(
 # Weights that are multiplied with the same input are fused into one matmul.
 _FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
 _MOST_RANKS = 64  # the largest number of ranks that a message suggests
-_PANEL = 32  # rows that `kernels.quant_linear` packs together; the last panel is padded
+# What kernels.quant_cuda packs.
+_GPU_CODES = ("i8", "i4", "u4")
 
 
 class StoredAs(Protocol):
@@ -105,12 +111,14 @@ def quant_from_dict(data: Mapping[str, Any]) -> Quant:
 
 @dataclass(frozen=True)
 class Held:
-    """The weights of one matmul, by name, which are held quantized by `scheme`. `kept`: the file stores
-    them so, and they are not rounded."""
+    """The weights of one layer, by name, at least one of which is held quantized. For each: its scheme
+    (None: it stays plain), and whether it is `kept`, that is, the file stores it so and it is not
+    rounded. `table`: rows are looked up in it, too (an embedding, or a head that is tied to it)."""
 
     names: tuple[str, ...]
-    scheme: Scheme
-    kept: bool
+    schemes: tuple[Scheme | None, ...]
+    kept: tuple[bool, ...]
+    table: bool = False
 
 
 def is_linear(name: str) -> bool:
@@ -133,36 +141,86 @@ def matmuls_of(config: ModelConfig) -> tuple[tuple[str, ...], ...]:
     return (*map(tuple, found.values()), (EMBEDDING if config.tie_embeddings else HEAD,))
 
 
+def layers_of(config: ModelConfig) -> tuple[tuple[str, ...], ...]:
+    """The layers that may hold quantized weights: `matmuls_of`, and an embedding that is not tied."""
+    return (*matmuls_of(config), *(() if config.tie_embeddings else ((EMBEDDING,),)))
+
+
 def held_quantized(
-    config: ModelConfig,
-    matmuls: Sequence[tuple[str, ...]],
-    stored: Mapping[str, StoredAs],
-    asked: Asked | None,
-    world_size: int,
+    config: ModelConfig, stored: Mapping[str, StoredAs], asked: Asked | None, on_gpu: bool = False
 ) -> list[Held]:
-    """The matmuls among `matmuls` that hold quantized weights: those that stay as the file `stored`
-    them and, if schemes are `asked` for, those that are rounded to them. A matmul has one scheme: where
-    a file mixes schemes, its weights are dequantized. So is a head that is asked to be plain."""
+    """The layers that hold quantized weights: those that stay as the file `stored` them and, if schemes
+    are `asked` for, those that are rounded to them. A head that is asked to be plain is dequantized.
+
+    All experts of a layer have the same schemes: where a file's differ, they are dequantized. With
+    `on_gpu` all weights of a layer have the same, of integers, and no rows are looked up in them."""
     shapes = expected_shapes(config)
+    matmuls = matmuls_of(config)
     file_is_plain = all(is_plain(stored[name].stored_as) for names in matmuls for name in names)
     held = []
-    for names in matmuls:
-        wanted = None if asked is None else matmul_scheme(names, asked)
-        if asked is not None and wanted is None:
+    for names in layers_of(config):
+        table = names == (EMBEDDING,)
+        is_matmul = config.tie_embeddings or not table
+        wanted = matmul_scheme(names, asked) if is_matmul and asked is not None else None
+        if (is_matmul and asked is not None and wanted is None) or (on_gpu and not is_matmul):
             continue
-        parts = [stored[name] for name in names]
-        schemes = {part.scheme for part in parts}
-        own = schemes.pop() if len(schemes) == 1 else None
-        if own is not None and not can_cut(config, names[0], shapes[names[0]], own, world_size):
-            own = None
+        own = [kept_scheme(stored[name], shapes[name][1], on_gpu) for name in names]
+        size = config.num_experts if ".experts." in names[0] else 1
+        alike = 1 if on_gpu else len(names) // size
+        if own != own[:alike] * (len(names) // alike):
+            own = [None] * len(names)
         # In a file that is quantized, its quantized weights may be rounded to 8 bits, which loses
         # little. Weights that the file left plain stay plain.
-        some = not all(is_plain(part.stored_as) for part in parts)
-        if own is not None:
-            held.append(Held(names, own, True))
-        elif wanted is not None and (file_is_plain or (wanted.bits == 8 and some)):
-            held.append(Held(names, wanted, False))
+        rounded = [
+            wanted if file_is_plain or (wanted and wanted.bits == 8 and not is_plain(part.stored_as))
+            else None
+            for part in (stored[name] for name in names)
+        ]  # fmt: skip
+        if rounded != rounded[:alike] * (len(names) // alike):
+            rounded = [None] * len(names)
+        schemes = tuple(one or other for one, other in zip(own, rounded, strict=True))
+        if any(schemes):
+            kept = tuple(each is not None for each in own)
+            held.append(Held(names, schemes, kept, table and all(kept) and not on_gpu))
     return held
+
+
+def kept_scheme(part: StoredAs, columns: int, on_gpu: bool = False) -> Scheme | None:
+    """The scheme in which a weight of so many columns stays; None if the file has it plain, or if it
+    can only be dequantized."""
+    scheme = part.scheme
+    if scheme is None or not scheme.can_cut(0, columns):
+        return None
+    fits = scheme.code_name in _GPU_CODES and not scheme.super_scales
+    return None if on_gpu and not fits else scheme
+
+
+def check_cuts(config: ModelConfig, held: Collection[Held], world_size: int) -> None:
+    """Raise InputError if some of `world_size` ranks would hold a part of a group of a weight that is
+    kept as the file has it."""
+    shapes = expected_shapes(config)
+    kinds = {
+        (_without_numbers(name), scheme): name
+        for each in held
+        for name, scheme, kept in zip(each.names, each.schemes, each.kept, strict=True)
+        if kept
+    }
+
+    def fits(name: str, scheme: Scheme | None, size: int) -> bool:
+        return scheme is None or can_cut(config, name, shapes[name], scheme, size)
+
+    for (_, scheme), name in kinds.items():
+        if scheme is None or fits(name, scheme, world_size):
+            continue
+        others = [n for n in range(1, min(config.num_heads, _MOST_RANKS) + 1) if n != world_size]
+        fitting = ", ".join(
+            str(n) for n in others if all(fits(one, own, n) for (_, own), one in kinds.items())
+        )
+        raise InputError(
+            f"{name} is stored as {scheme.name}, of which {world_size} ranks would cut groups of "
+            f"{scheme.unit} columns; use --ranks N with N of {fitting}, or quant=none, which "
+            "dequantizes all weights"
+        )
 
 
 def scheme_for(name: str, asked: Asked) -> Scheme | None:
@@ -171,7 +229,7 @@ def scheme_for(name: str, asked: Asked) -> Scheme | None:
 
 
 def matmul_scheme(names: tuple[str, ...], asked: Asked) -> Scheme | None:
-    """As `scheme_for`, for one of `matmuls_of`. The embedding there stands for the tied head."""
+    """As `scheme_for`, for one of `matmuls_of`, where the embedding stands for the tied head."""
     return scheme_for(HEAD if names == (EMBEDDING,) else names[0], asked)
 
 
@@ -221,20 +279,27 @@ def _group(name: str) -> int:
 
 def weight_bytes(config: ModelConfig, layout: Layout, item: int, held: Collection[Held] = ()) -> int:
     """The bytes of one rank's weights: `item` bytes a number, except for those `held` quantized. A tied
-    head that is held quantized is a separate copy, in addition to the plain embedding."""
+    head that is rounded is a copy, in addition to the plain embedding."""
     shapes = expected_shapes(config) if held else {}
     total = sum(
         kind.count * prod(_sizes(kind.name, kind.shape, layout)) * item for kind in weight_kinds(config)
     )
-    alike = Counter((_without_numbers(each.names[0]), each.scheme) for each in held)
-    samples = {(_without_numbers(each.names[0]), each.scheme): each for each in held}
-    for (name, scheme), count in alike.items():
-        names = samples[name, scheme].names
-        sizes = [_sizes(each, shapes[each], layout) for each in names]
-        stacked = config.num_experts if ".experts." in names[0] else 1  # experts are packed separately
-        rows = sum(each[0] for each in sizes) // stacked
-        total += count * stacked * _packed_bytes(rows, names[0], shapes, scheme, layout)
-        if names != (EMBEDDING,):
+    alike: Counter[tuple[str, tuple[Scheme | None, ...], bool]] = Counter()
+    samples: dict[tuple[str, tuple[Scheme | None, ...], bool], tuple[str, ...]] = {}
+    for each in held:
+        stacked = config.num_experts if ".experts." in each.names[0] else 1  # each packed separately
+        one = len(each.names) // stacked
+        key = _without_numbers(each.names[0]), each.schemes[:one], each.table
+        alike[key] += stacked
+        samples[key] = each.names[:one]
+    for key, count in alike.items():
+        names, (_, schemes, table) = samples[key], key
+        sizes = [_sizes(name, shapes[name], layout) for name in names]
+        columns, width = slices_of(names[0], shapes[names[0]], layout)[1], shapes[names[0]][1]
+        for scheme, run in groupby(zip(schemes, sizes, strict=True), key=lambda pair: pair[0]):
+            rows = sum(size[0] for _, size in run)
+            total += count * packed_bytes(scheme, rows, columns.start, columns.stop, width)
+        if names != (EMBEDDING,) or table:
             total -= count * sum(map(prod, sizes)) * item
     return total
 
@@ -244,14 +309,6 @@ def _sizes(name: str, shape: tuple[int, ...], layout: Layout) -> list[int]:
     if find_spec(name).axis == "vocab":
         return [layout.vocab_block, *shape[1:]]
     return [part.stop - part.start for part in slices_of(name, shape, layout)]
-
-
-def _packed_bytes(
-    rows: int, name: str, shapes: Mapping[str, tuple[int, ...]], scheme: Scheme, layout: Layout
-) -> int:
-    """The bytes of `rows` rows of a matmul, packed in whole panels, with the columns of one rank."""
-    columns = slices_of(name, shapes[name], layout)[1]
-    return scheme.nbytes(-(-rows // _PANEL) * _PANEL, columns.stop - columns.start)
 
 
 def _without_numbers(name: str) -> str:

@@ -3,8 +3,9 @@
 ColumnLinear shards its outputs and RowLinear its inputs, so a pair of them needs a single all-reduce
 (Shoeybi et al., Megatron-LM, 2019). Parameters have no gradients: Yoke only runs models.
 
-A linear layer stores either the plain weight or its packed form: a quantized weight (`hold_quantized`),
-or a bfloat16 one (`hold_packed`).
+A linear layer stores either the plain weight or its packed form: quantized weights (`hold_quantized`),
+or a bfloat16 one (`hold_packed`). The weights that are fused into one may have different forms, and
+plain ones may be among them. An embedding table may be quantized, too.
 
 What is not here: which rows or columns a rank holds (`tp.shard`), and the kernels (`kernels`).
 """
@@ -22,9 +23,16 @@ from torch import Tensor, nn
 from comm import ops
 from comm.group import Group
 from kernels.linear import linear
-from kernels.packed import PackedRows, clear_rows, pack_bf16, packed_rows, prefers_packed
+from kernels.packed import (
+    PackedRows,
+    clear_rows,
+    pack_bf16,
+    pack_parts,
+    packed_rows,
+    prefers_packed,
+)
 from kernels.quant_cuda import CudaPacked, pack_cuda, quant_linear_cuda
-from kernels.quant_linear import Packed, Part, pack, quant_linear
+from kernels.quant_linear import Packed, Part, quant_linear
 from weights.quant import QuantWeight
 
 
@@ -88,8 +96,9 @@ class VocabEmbedding(nn.Module):
     """An embedding table that is sharded by token: int [...] -> [..., dim].
 
     Each rank looks up its own tokens and returns zeros for the others; the sum over the ranks is the
-    embedding. Every rank allocates `block` rows; rows past the vocabulary are zero. The rows may be the
-    head's packed ones (`share_packed`), quantized or not.
+    embedding. Every rank allocates `block` rows; rows past the vocabulary are zero. The rows may be
+    quantized (`hold_quantized`), or the head's packed ones (`share_packed`), quantized or not; such
+    rows are converted to `dtype` as they are looked up.
     """
 
     def __init__(self, block: int, start: int, dim: int, group: Group) -> None:
@@ -98,6 +107,7 @@ class VocabEmbedding(nn.Module):
         self.start = start
         self.dim = dim
         self.group = group
+        self.dtype = torch.bfloat16
         self.packing: Packing | None = None
         self.weight = _parameter(block, dim)
 
@@ -105,7 +115,7 @@ class VocabEmbedding(nn.Module):
         data = self._buffers.get("packed_data")
         if data is not None and self.packing is not None:
             table = Packed(data, self.packing.parts)
-            part = packed_rows(tokens, table, self.start, self.block)
+            part = packed_rows(tokens, table, self.start, self.block, self.dtype)
             return part if self.group.size == 1 else ops.all_reduce(part, self.group)
         if self.group.size == 1:
             return F.embedding(tokens, self.weight)
@@ -150,25 +160,27 @@ Linear = ColumnLinear | RowLinear | LMHead
 
 def hold_quantized(
     layer: Linear | VocabEmbedding,
-    weights: Sequence[QuantWeight],
+    weights: Sequence[QuantWeight | Tensor],
     device: torch.device | str = "cpu",
     round_prompts: bool = False,
 ) -> None:
-    """Replace a layer's weight by `weights`, this rank's shards of its parts, in packed form.
+    """Replace a layer's weight by `weights`, this rank's shards of its parts, in packed form: quantized
+    ones in their own forms, plain ones in bfloat16. An embedding has one part.
 
     On a CPU, columns must be whole steps of the kernels (raises InputError). On a GPU there is one
-    part. With `round_prompts`, inputs of many rows may be rounded to int8 (`round_x` in
+    part, quantized. With `round_prompts`, inputs of many rows may be rounded to int8 (`round_x` in
     `kernels.quant_linear`).
     """
     if torch.device(device).type == "cuda":
         (weight,) = weights
+        assert isinstance(weight, QuantWeight)
         on_gpu = pack_cuda(weight.with_rows(lambda each: each.to(device)))
         layer.weight = None  # type: ignore[assignment]
         layer.packing = Packing((), round_prompts, on_gpu.form)
         for name in ("data", "scale", "offset"):
             layer.register_buffer(f"packed_{name}", getattr(on_gpu, name), persistent=False)
         return
-    hold(layer, pack(*weights), round_prompts)
+    hold(layer, pack_parts(weights), round_prompts)
 
 
 def hold(layer: Linear | VocabEmbedding, packed: Packed, round_prompts: bool = False) -> None:

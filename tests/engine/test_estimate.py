@@ -22,7 +22,7 @@ from engine.resolve import ResolvedJob, resolve
 from models.decoder import Decoder
 from models.load import config_of, linears_of, load_model
 from models.presets import PRESETS
-from models.quant_rules import matmuls_of, parse_quant
+from models.quant_rules import layers_of, parse_quant
 from reshard.plan import plan_reshard
 from reshard.run import Reader
 from reshard.run import write as write_parts
@@ -240,11 +240,11 @@ def test_the_outline_of_blocks_and_of_our_own_folders(gguf: Path, tmp_path: Path
 @pytest.mark.parametrize(
     "name", ["llama-3.2-1b", "gemma-2-2b", "qwen3-30b-a3b", "falcon-7b", "phi-3-mini"]
 )
-def test_matmuls_have_the_names_of_layers(name: str) -> None:
+def test_weights_have_the_names_of_layers(name: str) -> None:
     config = PRESETS[name]
     with torch.device("meta"):
         model = Decoder(config, Group(0, 1))
-    assert sorted(matmuls_of(config)) == sorted(names for _, names in linears_of(model))
+    assert sorted(layers_of(config)) == sorted(names for _, names in linears_of(model))
 
 
 def test_what_cannot_be_read_has_no_outline(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_weights_that_a_config_alone_claims_are_not_listed(
     claims = {"num_hidden_layers": 900, "num_local_experts": 4000, "num_experts_per_tok": 2}
     config |= claims | {"architectures": ["MixtralForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("engine.memory.matmuls_of", lambda config: pytest.fail("listed"))
+    monkeypatch.setattr("engine.memory.layers_of", lambda config: pytest.fail("listed"))
     assert len(job_needs(resolved_of(tmp_path), 2, thorough=False)) == 2
 
 
