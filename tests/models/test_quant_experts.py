@@ -29,7 +29,7 @@ from weights.checkpoint import Checkpoint
 from weights.formats.random_io import random_checkpoint
 from weights.open import open_checkpoint
 from weights.outline import read_outline
-from weights.schemes import parse_scheme
+from weights.schemes import CODES, parse_scheme
 
 ALONE = Group(0, 1)
 
@@ -62,7 +62,10 @@ def test_a_mixture_computes_with_its_rounded_weights(quant: str) -> None:
     experts = experts_of(model)
     for stack in (experts.gate_ups, experts.downs):
         assert stack.weight is None
-        assert stack.packing is not None and stack.packing.bits == parse_scheme(quant).bits
+        assert stack.packing is not None
+        assert {CODES[part.code_name].bits for part in stack.packing.parts} == {
+            parse_scheme(quant).bits
+        }
     assert experts.router.packing is None
     plain = logits(checkpoint, "none", CONFIG)[0]
     assert not torch.allclose(found, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max()))
@@ -92,7 +95,7 @@ def test_experts_are_kept_as_a_folder_has_them(kind: Kind, mixtral: bool, tmp_pa
 
 @pytest.mark.parametrize("form", ["Q4_0", "Q4_1", "Q8_0", "mixed"])
 def test_experts_are_kept_in_ggufs_blocks(form: str, tmp_path: Path) -> None:
-    own = {"blk.0.ffn_down_exps": Form.Q5_0, "blk.0.ffn_up_exps": Form.Q4_0}
+    own = {"blk.0.ffn_down_exps": Form.Q8_0, "blk.0.ffn_up_exps": Form.Q4_1}
     forms = {"Q4_0": Form.Q4_0, "Q4_1": Form.Q4_1, "Q8_0": Form.Q8_0}
 
     def form_of(name: str) -> Form:
@@ -103,13 +106,13 @@ def test_experts_are_kept_in_ggufs_blocks(form: str, tmp_path: Path) -> None:
     found, model, said = logits(checkpoint, "auto")
     close(found, logits(checkpoint, "none")[0])
     experts = experts_of(model)
-    assert experts.gate_ups.packing is not None
-    assert (experts.downs.packing is None) == (form == "mixed")
-    assert said == ("layers: 3 of int4-g32, 1 dequantized (Q5_0)" if form == "mixed" else "")
+    for stack, count in ((experts.gate_ups, 2 if form == "mixed" else 1), (experts.downs, 1)):
+        assert stack.packing is not None and len(stack.packing.parts) == count
+    assert said == ("layers: 2 of Q4_0, 1 of Q4_0+Q4_1, 1 of Q8_0" if form == "mixed" else "")
     # The estimate counts what is held.
     words = [f"model={path}", "prompt=x", "dtype=bfloat16", "max_seq_len=32", "max_new_tokens=2"]
     job = with_batch(resolve(job_of(words)))
-    for size in (1, 2):
+    for size in (1, 2, 3):
         for rank, need in enumerate(job_needs(job, size, thorough=False)):
             with mock.patch("tp.layers.prefers_packed", return_value=False):  # which fills weights up
                 part = load_model(
@@ -126,10 +129,10 @@ def test_experts_of_several_schemes_are_dequantized_and_said_so(tmp_path: Path) 
     checkpoint = open_checkpoint(write_folder(tmp_path, KINDS[0]))
     name = "model.layers.0.mlp.experts.2.up_proj.weight"
     entry = checkpoint.entries[name]
-    odd = replace(entry, scheme=None, quant=None, stored_as="Q6_K")
+    odd = replace(entry, scheme=None, quant=None, stored_as="TQ1_0")
     mixed = replace(checkpoint, entries=dict(checkpoint.entries) | {name: odd})
     _, model, said = logits(mixed, "auto")
-    assert said == "layers: 3 of int4-g32-asym, 1 dequantized (Q6_K/compressed-tensors int4-g32-asym)"
+    assert said == "layers: 3 of int4-g32-asym, 1 dequantized (TQ1_0/compressed-tensors int4-g32-asym)"
     assert experts_of(model).gate_ups.packing is None
     wanted = entry.read((slice(0, WIDTH), slice(0, DIM)))
     assert torch.equal(experts_of(model).gate_ups.weight[2, WIDTH:], wanted)

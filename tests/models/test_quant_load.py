@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType
 import tp.layers
 from base.errors import InputError
 from comm.group import Group
-from kernels.quant_linear import Packed, unpack_bf16
+from kernels.quant_linear import dequantize
 from models.config import EMBEDDING, HEAD, ModelConfig, expected_shapes
 from models.decoder import Decoder
 from models.load import config_of, linears_of, load_model
@@ -22,9 +22,12 @@ from models.load_quant import plan_layers, read_layer
 from models.quant_rules import (
     HEAD_SCHEME,
     Asked,
+    Held,
+    check_cuts,
     check_quant,
     held_quantized,
     is_linear,
+    layers_of,
     matmuls_of,
     parse_asked,
     parse_quant,
@@ -39,16 +42,25 @@ from tests.running import RunRanks
 from tests.targets.quant import TOKENS, logits_of, wanted_file
 from tests.weights.quant_files import CONFIG as KEYS
 from tests.weights.quant_files import Kind, save, write
+from tp.layers import packed_of
 from tp.shard import slices_of
 from weights.checkpoint import Checkpoint, Entry
 from weights.formats.random_io import random_checkpoint
 from weights.open import open_checkpoint
 from weights.outline import StoredWeight
 from weights.quant import QuantWeight
-from weights.schemes import Scheme
+from weights.schemes import CODES, GGUF_SCHEMES, Scheme
 
 ALONE = Group(0, 1)
 CONFIG = ModelConfig(192, 2, 6, 3, 32, 384, 128, 256, tie_embeddings=True)
+
+
+def bits_of(layer: Any) -> int | None:
+    """The bits of a number of a layer's packed weight, which has one form; None if it is not packed."""
+    if layer.packing is None:
+        return None
+    (part,) = layer.packing.parts
+    return 16 if part.codes == 0 else CODES[part.code_name].bits
 
 
 def checkpoint_of(config: ModelConfig) -> Checkpoint:
@@ -93,8 +105,7 @@ def test_a_tied_head_is_a_copy_and_the_embedding_stays(quant: str, bits: int, sa
     assert model.about_quant == f"layers: {said}"
     assert model.embed.weight.dtype == torch.bfloat16
     assert model.head.weight is None
-    assert model.head.packing is not None
-    assert model.head.packing.bits == bits
+    assert bits_of(model.head) == bits
     assert all(p.ndim == 1 or p is model.embed.weight for p in model.parameters())
 
 
@@ -137,7 +148,9 @@ def parts_of(
                 slices_of(name, shape, model.layout)
                 for name, shape in zip(each.names, shapes, strict=True)
             ]
-            found.setdefault(each.names[0], []).append(read_layer(each, slices))
+            (weight,) = read_layer(each, slices)
+            assert isinstance(weight, QuantWeight)
+            found.setdefault(each.names[0], []).append(weight)
     return found
 
 
@@ -240,43 +253,49 @@ def test_the_embedded_model_kept_in_its_blocks(gguf: Path) -> None:
         load_model(config, checkpoint, ALONE, torch.bfloat16, quant=parse_quant("int8"))
 
 
-def test_a_layer_of_mixed_parts_is_dequantized_and_said_so(tmp_path: Path) -> None:
+@torch.no_grad()
+def test_what_can_only_be_dequantized_is_a_part_of_its_own(tmp_path: Path) -> None:
+    """The weights that it is fused with stay as they are."""
     write(tmp_path, Kind("gptq", 4, 64, True))
     checkpoint = open_checkpoint(tmp_path)
     name = "model.layers.0.self_attn.v_proj.weight"
     entry = checkpoint.entries[name]
-    odd = replace(entry, scheme=None, quant=None, stored_as="Q6_K")
+    odd = replace(entry, scheme=None, quant=None, stored_as="TQ1_0")
     mixed = replace(checkpoint, entries=dict(checkpoint.entries) | {name: odd})
     config = config_of(checkpoint)
     model = load_model(config, mixed, ALONE, torch.bfloat16, quant=parse_quant("auto"))
-    assert model.about_quant == "layers: 3 of int4-g64, 1 dequantized (Q6_K/gptq int4-g64)"
+    said = "layers: 3 of int4-g64, 1 of int4-g64+bf16, 1 dequantized (TQ1_0)"
+    assert model.about_quant == said
+    assert model.quantized == "int4-g64"
     attention: Any = model.layers[0].attention
-    assert attention.out.packing is not None
-    assert attention.out.packing.bits == 4
-    qkv = attention.qkv
-    held = qkv.weight
-    if qkv.packing is not None:  # which this processor prefers
-        held = unpack_bf16(Packed(qkv.packed_data, None, None, *qkv.packing[:3]), config.dim)
+    assert bits_of(attention.out) == 4
+    qkv = packed_of(attention.qkv)
+    assert qkv is not None
+    assert [part.code_name for part in qkv.parts] == ["i4", "bf16"]
     wanted = entry.read((slice(0, entry.shape[0]), slice(0, entry.shape[1]))).bfloat16()
-    assert torch.equal(held[-entry.shape[0] :], wanted)
+    assert torch.equal(dequantize(qkv, torch.bfloat16)[-entry.shape[0] :], wanted)
+    whole = load_model(config, checkpoint, ALONE, torch.bfloat16, quant=parse_quant("auto"))
+    held = packed_of(whole.layers[0].attention.qkv)  # type: ignore[union-attr, arg-type]
+    assert held is not None
+    assert torch.equal(dequantize(held)[: -entry.shape[0]], dequantize(qkv)[: -entry.shape[0]])
 
 
 def test_a_head_that_a_file_has_quantized(tmp_path: Path) -> None:
     """Is not rounded to 4 bits a second time, and is dequantized where it shall be plain."""
     write(tmp_path, Kind("gptq", 4, 64, True))
     checkpoint = open_checkpoint(tmp_path)
-    odd = replace(checkpoint.entries[HEAD], stored_as="Q6_K")
+    odd = replace(checkpoint.entries[HEAD], stored_as="TQ1_0")
     mixed = replace(checkpoint, entries=dict(checkpoint.entries) | {HEAD: odd})
     config = config_of(checkpoint)
     for head, bits, said in (
-        ("", 8, "layers: 4 of int4-g64, 1 of int8, 1 rounded again (Q6_K)"),
-        ("/none", None, "layers: 4 of int4-g64, 1 dequantized (Q6_K)"),
+        ("", 8, "layers: 4 of int4-g64, 1 of int8, 1 rounded again (TQ1_0)"),
+        ("/none", None, "layers: 4 of int4-g64, 1 dequantized (TQ1_0)"),
     ):
         model = load_model(config, mixed, ALONE, torch.float32, quant=parse_quant(f"int4-g64{head}"))
         assert model.about_quant == said
-        assert (model.head.packing and model.head.packing.bits) == bits
+        assert bits_of(model.head) == bits
     with pytest.raises(
-        InputError, match=r"quant=int4-g64 quant_head=same: .* already, lm_head\.weight as Q6_K"
+        InputError, match=r"quant=int4-g64 quant_head=same: .* already, lm_head\.weight as TQ1_0"
     ):
         load_model(config, mixed, ALONE, torch.float32, quant=parse_quant("int4-g64/same"))
 
@@ -323,10 +342,10 @@ def test_how_a_head_is_held(tied: bool) -> None:
     config = replace(CONFIG, tie_embeddings=tied)
     matmuls = matmuls_of(config)
     head = (EMBEDDING if tied else HEAD,)
-    plain = {name: StoredWeight("BF16") for names in matmuls for name in names}
+    plain = {name: StoredWeight("BF16") for names in layers_of(config) for name in names}
     four, other = Scheme(4, 32), Scheme(4, 32, symmetric=False)
     own = plain | {head[0]: StoredWeight("Q4_1", other)}
-    finer = plain | {head[0]: StoredWeight("Q6_K")}
+    finer = plain | {head[0]: StoredWeight("TQ1_0")}
     for text, rounded, kept, again in (
         ("int4-g32", HEAD_SCHEME, other, HEAD_SCHEME),
         ("int4-g32/same", four, other, None),
@@ -334,11 +353,47 @@ def test_how_a_head_is_held(tied: bool) -> None:
     ):
         asked = parse_asked(text)
         for stored, wanted in ((plain, rounded), (own, kept), (finer, again)):
-            held = {each.names: each for each in held_quantized(config, matmuls, stored, asked, 1)}
-            assert (held[head].scheme if head in held else None) == wanted, text
-            assert head not in held or held[head].kept == (stored is own)
+            held = {each.names: each for each in held_quantized(config, stored, asked)}
+            assert (held[head].schemes[0] if head in held else None) == wanted, text
+            assert head not in held or held[head].kept == (stored is own,)
+            assert head not in held or held[head].table == (tied and stored is own)
             if stored is plain:
-                assert {held[names].scheme for names in matmuls if names != head} == {four}
+                assert {held[names].schemes for names in matmuls if names != head} == {
+                    (four,) * len(names) for names in matmuls if names != head
+                }
+
+
+def test_a_table_that_a_file_has_quantized_stays_so() -> None:
+    """On a CPU, whatever is asked of the layers; a GPU's kernels look up no rows."""
+    config = replace(CONFIG, tie_embeddings=False)
+    six = GGUF_SCHEMES["Q6_K"]
+    config = replace(config, dim=256)
+    stored = {name: StoredWeight("BF16") for names in layers_of(config) for name in names}
+    stored[EMBEDDING] = StoredWeight("Q6_K", six)
+    held = [each for each in held_quantized(config, stored, None) if each.table]
+    assert held == [Held((EMBEDDING,), (six,), (True,), True)]
+    for head in ("int8", "same", "none"):
+        found = held_quantized(config, stored, parse_asked(f"int4-g32/{head}"))
+        assert [each for each in found if each.table] == held
+        assert len(found) == len(matmuls_of(config)) + (head != "none")
+    assert held_quantized(config, stored, None, on_gpu=True) == []
+
+
+def test_what_a_gpu_holds() -> None:
+    """Integers of one scheme for a layer; other schemes are dequantized there, or rounded to int8."""
+    config = replace(CONFIG, dim=256)
+    forms = {"q_proj": "Q4_0", "k_proj": "Q8_0", "o_proj": "Q4_1", "down_proj": "Q4_K"}
+    stored = {
+        name: StoredWeight(form, GGUF_SCHEMES.get(form))
+        for names in layers_of(config)
+        for name in names
+        for form in [next((f for part, f in forms.items() if part in name), "BF16")]
+    }
+    held = held_quantized(config, stored, None, on_gpu=True)
+    assert {each.names[0].split(".")[-2] for each in held} == {"o_proj"}
+    eight = held_quantized(config, stored, parse_asked("int8"), on_gpu=True)
+    schemes = {each.names[0].split(".")[-2]: set(each.schemes) for each in eight}
+    assert schemes == {"o_proj": {GGUF_SCHEMES["Q4_1"]}, "down_proj": {Scheme(8, 0)}}
 
 
 def test_what_cannot_be_cut_is_refused_with_the_numbers_that_can() -> None:
@@ -354,6 +409,32 @@ def test_what_cannot_be_cut_is_refused_with_the_numbers_that_can() -> None:
         check_quant(CONFIG, parse_asked("int4-g128"), 1)
     assert not is_linear("model.layers.0.mlp.gate.weight")
     assert is_linear("model.layers.0.mlp.experts.1.up_proj.weight")
+
+
+def test_kept_groups_that_would_be_cut_are_refused_with_the_numbers_that_can() -> None:
+    config = replace(CONFIG, head_dim=16, dim=256)  # 6 heads: the border of 2 ranks is at 48
+    stored = {name: StoredWeight("BF16") for names in layers_of(config) for name in names}
+    name = "model.layers.1.self_attn.o_proj.weight"
+    for form, refused, fitting in (
+        ("Q4_0", 2, "1, 3"),
+        ("Q6_K", 0, ""),  # groups of 16
+        ("Q8_0", 6, "1, 3"),
+    ):
+        held = held_quantized(config, stored | {name: StoredWeight(form, GGUF_SCHEMES[form])}, None)
+        for size in (1, 3):
+            check_cuts(config, held, size)
+        if refused:
+            with pytest.raises(
+                InputError,
+                match=f"o_proj.weight is stored as .*of which {refused} ranks would cut groups of 32 "
+                f"columns; use --ranks N with N of {fitting}, or quant=none, which",
+            ):
+                check_cuts(config, held, refused)
+        else:
+            check_cuts(config, held, 6)
+    # A weight that is rounded is not cut in its groups' place: `check_quant` refuses that.
+    rounded = held_quantized(config, stored, parse_asked("int8"))
+    check_cuts(config, rounded, 2)
 
 
 @torch.no_grad()
