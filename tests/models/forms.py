@@ -84,16 +84,14 @@ def _factor(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
     return (torch.rand(shape, generator=generator) + 0.5).to({"f16": torch.float16}.get(kind))
 
 
-def entry_of(weight: QuantWeight, scheme: Scheme) -> Entry:
-    """As a reader makes it."""
+def entry_of(weight: QuantWeight, form: str) -> Entry:
+    """As a reader makes it, of a key of ALL."""
     whole = weight.dequantize()
 
     def quant(rows: slice, columns: slice) -> QuantWeight:
         return weight.rows(rows.start, rows.stop).columns(columns.start, columns.stop)
 
-    return Entry(
-        (weight.shape[0], weight.shape[1]), scheme.name, whole.__getitem__, scheme=scheme, quant=quant
-    )
+    return Entry(weight.shape, form, whole.__getitem__, scheme=ALL[form], quant=quant)
 
 
 def plain_entry(shape: tuple[int, ...], seed: int) -> Entry:
@@ -122,5 +120,5 @@ def checkpoint_of(
         if not form:
             entries[name] = plain_entry(shape, seed)
         else:
-            entries[name] = entry_of(random_weight(ALL[form], *shape, seed), ALL[form])
+            entries[name] = entry_of(random_weight(ALL[form], *shape, seed), form)
     return Checkpoint(Path("model.gguf"), "memory", entries)

@@ -77,6 +77,29 @@ def test_each_weight_stays_in_its_own_form_with_a_scaled_embedding() -> None:
     assert not torch.allclose(unscaled, wanted, rtol=1e-2)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 3, 12, 40])
+@pytest.mark.parametrize("config", [CONFIG, EXPERTS], ids=["dense", "experts"])
+def test_the_kernels_compute_what_float32_does(config: ModelConfig, tokens: int) -> None:
+    """In bfloat16: at most twice as far off as with dequantized weights in bfloat16."""
+    forms = MIXED | OF_EXPERTS if config is EXPERTS else MIXED
+    checkpoint = checkpoint_of(config, forms, "Q6_K", "Q8_0")
+    some = torch.arange(tokens).unsqueeze(0) * 3
+    found = []
+    for dtype, quant in (
+        (torch.float32, "none"),
+        (torch.bfloat16, "none"),
+        (torch.bfloat16, "auto"),
+    ):
+        model = load_model(config, checkpoint, ALONE, dtype, quant=parse_quant(quant))
+        model.setup(1, 64)
+        found.append(model.all_logits(some, torch.arange(tokens)))
+    exact, plain, kept = found
+    off = float((plain - exact).abs().max())
+    assert 0 < off < 0.05 * float(exact.abs().max())
+    torch.testing.assert_close(kept, exact, rtol=0, atol=2 * off)
+
+
 def test_any_ranks_compute_the_same(run_ranks: RunRanks) -> None:
     tied = replace(CONFIG, tie_embeddings=True)
     models = [

@@ -69,7 +69,7 @@ def test_what_is_made_in_blocks_is_what_is_made_at_once(
     monkeypatch.setattr(tp.layers, "prefers_packed", lambda: packed)
     states, counts = [], []
     for size in (1 << 30, 7 * config.dim * 4):
-        monkeypatch.setattr(models.load, "BLOCK_BYTES", size)
+        monkeypatch.setattr(models.load_quant, "PLAIN_BYTES", size)
         checkpoint, steps = random_checkpoint(expected_shapes(config), 3), list[tuple[int, int]]()
         add = lambda done, total, steps=steps: steps.append((done, total))  # noqa: E731
         model = load_model(config, checkpoint, Group(1, 2), torch.bfloat16, add)
