@@ -113,12 +113,12 @@ def checkpoint_of(
     """A model each of whose weights has the form that its name has in `forms`, without "model.layers."
     and "_proj.weight"; the others are plain."""
     entries = {}
-    named = forms | {EMBEDDING: embedding, HEAD: head}
+    named = {**forms, EMBEDDING: embedding, HEAD: head}
     for seed, (name, shape) in enumerate(expected_shapes(config).items()):
         short = name.removeprefix("model.layers.").removesuffix("_proj.weight")
         form = named.get(short) or named.get(name)
         if not form:
             entries[name] = plain_entry(shape, seed)
         else:
-            entries[name] = entry_of(random_weight(ALL[form], *shape, seed), form)
+            entries[name] = entry_of(random_weight(ALL[form], shape[0], shape[1], seed), form)
     return Checkpoint(Path("model.gguf"), "memory", entries)

@@ -146,7 +146,8 @@ def test_experts_of_several_forms() -> None:
     assert [part.code_name for part in mlp.gate_ups.packing.parts] == ["u4", "bf16"]
     odd = OF_EXPERTS | {"0.mlp.experts.2.up": "Q4_K"}
     found, model = logits_of(ALONE, "auto", EXPERTS, odd, "", "")
-    assert model.layers[0].mlp.gate_ups.packing is None
+    mlp = model.layers[0].mlp
+    assert mlp.gate_ups.packing is None
     assert model.about_quant == "layers: 1 of Q6_K, 1 dequantized (Q4_K/Q5_K)"
     close(found, logits_of(ALONE, "none", EXPERTS, odd, "", "")[0])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import models.load
+import models.load_quant
 import tp.layers
 from comm.group import Group
 from kernels.load import load_kernels
