@@ -302,6 +302,8 @@ DAMAGE = [
     (TENSOR, "weight_scale", float("inf"), "weight_scale has scales that are not finite"),
     ("ct-nvfp4", "weight_scale", 0x7F, "weight_scale has numbers that are NaN"),
     ("ct-nvfp4", "weight_global_scale", 0.0, "weight_global_scale is 0.0; it must be positive"),
+    ("ct-nvfp4", "weight_global_scale", 1e-40, "it must be positive"),
+    ("modelopt-nvfp4", "weight_scale_2", -1.0, "weight_scale_2 is -1.0; it must be positive"),
     ("modelopt-nvfp4", "weight_scale_2", float("nan"), "weight_scale_2 has scales that are not finite"),
     ("ct-mxfp4", "weight_scale", 255, "weight_scale has scales that are NaN"),
     ("ct-mxfp8", "weight_scale", 255, "weight_scale has scales that are NaN"),

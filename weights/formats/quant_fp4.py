@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import torch
 
+from weights.checkpoint import Entry
 from weights.formats.quant_layouts import fp4_scheme
 from weights.formats.quant_parts import (
     POWERS,
@@ -31,6 +32,7 @@ from weights.formats.quant_parts import (
 )
 from weights.quant import Factors, QuantWeight, unpack_nibbles
 
+_LEAST = 2.0**-126  # the least normal float32; its reciprocal is one, too
 _WHOLE = {"weight_packed": "weight_global_scale", "weight": "weight_scale_2"}
 
 
@@ -58,15 +60,18 @@ def open_stored(module: Module) -> StoredMatrix:
         check(module, "weight_scale", fine)
         supers = None
         if factor is not None:
-            one = floats_checked(module, whole, part_of(factor, *(slice(0, 1) for _ in factor.shape)))
-            number = float(one)
-            if number <= 0:
-                raise module.error(f"{module.name}.{whole} is {number}; it must be positive")
-            number = 1 / number if name == "weight_packed" else number
-            scale = torch.full((rows.stop - rows.start, 1), number, dtype=torch.float32)
+            scale = torch.full((rows.stop - rows.start, 1), of_weight(factor), dtype=torch.float32)
             supers = Factors(columns.stop - columns.start, scale)
         groups = factors_of(scheme, columns, fine)
         return QuantWeight(unpack_nibbles(octets), scheme.code_name, groups, supers)
+
+    def of_weight(factor: Entry) -> float:
+        """What the scales are multiplied by."""
+        slices = (slice(0, 1) for _ in factor.shape)
+        number = float(floats_checked(module, whole, part_of(factor, *slices)))
+        if not _LEAST < number < 1 / _LEAST:
+            raise module.error(f"{module.name}.{whole} is {number}; it must be positive")
+        return 1 / number if name == "weight_packed" else number
 
     cuts: dict[str, Cuts] = {
         name: ((0, 1), (1, 2)),
