@@ -25,6 +25,7 @@ from base.progress import progress_bar
 from base.streams import say, show
 from base.units import format_bytes
 from base.venv import why_continued
+from tp.heads import split_heads
 from weights.output import (
     Interrupted,
     check_space,
@@ -49,7 +50,7 @@ examples:
 
 N can be any number of ranks up to the number of query heads. If there are more ranks than KV heads, a
 KV head is copied to each rank that needs it; on the way back the copies are compared and written once.
-Quantized tensors are copied block by block. A GGUF model gets Yoke's format even for one rank.
+Quantized tensors are copied as they are stored. A GGUF model gets Yoke's format even for one rank.
 OUT appears when all of it is on disk. If something fails, OUT does not appear.
 `yoke reshard` is the same command, in any folder (make setup puts yoke into .venv/bin)."""
 
@@ -196,9 +197,9 @@ def describe(plan: ReshardPlan, source_ranks: int, needed: int) -> list[str]:
     for i, (name, contents) in enumerate(plan.files.items()):
         line = f"{name:<36}{format_bytes(contents.file_bytes):>12}{len(contents.shapes):>9}"
         if plan.form == "yoke":
-            query, kv = _heads(plan, i, "q"), _heads(plan, i, "kv")
-            held.append(kv)
-            line += f"  {_span(query):<13}{_span(kv)}"
+            heads = split_heads(dims.num_heads, dims.num_kv_heads, i, ranks)
+            held.append(range(heads.kv_start, heads.kv_stop))
+            line += f"  {_span(range(heads.q_start, heads.q_stop)):<13}{_span(held[-1])}"
         lines.append(line)
     copies = [sum(head in heads for heads in held) for head in range(dims.num_kv_heads)]
     if plan.form == "yoke":
@@ -209,18 +210,10 @@ def describe(plan: ReshardPlan, source_ranks: int, needed: int) -> list[str]:
             if shared
             else "replicated KV heads: none"
         )
-    quantized = sorted({tensor.blocks.format for tensor in plan.tensors if tensor.blocks})
-    if quantized:
-        lines.append(f"quantized tensors are copied unchanged: {', '.join(quantized)}")
+    if plan.kept:
+        lines.append(f"quantized tensors are copied unchanged: {', '.join(plan.kept)}")
     lines.append(f"needs {format_bytes(needed)}; nothing was written")
     return lines
-
-
-def _heads(plan: ReshardPlan, rank: int, axis: str) -> range:
-    """The heads in a rank's file, taken from the first tensor that is sharded along `axis`."""
-    tensor = next(t for t in plan.tensors if t.axis == axis and t.dim is not None)
-    part = next(part for part in tensor.parts if part.rank == rank)
-    return range(part.start // plan.dims.head_dim, part.stop // plan.dims.head_dim)
 
 
 def _span(heads: range) -> str:

@@ -5,9 +5,9 @@ the whole checkpoint. There are two output formats: Yoke's, with one file per ra
 (`weights.formats.yoke_manifest`), and for one rank a plain Hugging Face folder with the original tensor
 names.
 
-Quantized tensors are copied block by block, never quantized again. If a border between ranks would cut
-a block in an MLP, it moves to the block's edge, and a rank then reads a part of its MLP from a
-neighbor's file. A border between heads cannot move: such a tensor must be dequantized.
+Quantized tensors are copied as they are stored, never quantized again. A border between ranks may be
+inside a block or a group: both neighbors then hold all of it, and on the way back the copies are
+compared and written once. Weights that are stored as several tensors: `reshard.stored`.
 
 What is not here: reading and writing (`reshard.run`).
 """
@@ -15,16 +15,18 @@ What is not here: reading and writing (`reshard.run`).
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import lcm
 from typing import Any
 
 from base.errors import InputError
-from tp.shard import FFN_UNIT, Dims, Layout, find_spec, plan_layout, slices_of
+from reshard.stored import stored_tensors
+from tp.shard import Dims, Layout, find_spec, plan_layout, slices_of
 from weights.checkpoint import Checkpoint, Entry
 from weights.formats.gguf_names import same_for_all_layers
+from weights.formats.quant_config import KEYS as QUANT_KEYS
 from weights.formats.yoke_manifest import (
     Blocks,
     Manifest,
@@ -44,11 +46,11 @@ _NUM_HEADS = ("num_attention_heads", "n_heads", "n_head", "num_heads")
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements `[start, stop)` of a tensor along its sharded dimension."""
+    """Elements of a tensor along its sharded dimension: `ranges` of [start, stop), one after the other,
+    each in whole blocks."""
 
     tensor: StoredTensor
-    start: int
-    stop: int
+    ranges: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Output:
 @dataclass(frozen=True)
 class ReshardPlan:
     """What to write. `form` is "yoke" or "hf". `outputs` are in writing order, by tensor and then by
-    rank, so that the source is read from front to back. `texts`: small files to write, by name."""
+    rank, so that the source is read from front to back. `config` is the result's; `kept` names how the
+    tensors are quantized that are copied unchanged. `texts`: small files to write, by name."""
 
     form: str
     world_size: int
@@ -73,6 +76,7 @@ class ReshardPlan:
     tensors: tuple[StoredTensor, ...]
     files: Mapping[str, Tensors]
     outputs: tuple[Output, ...]
+    kept: tuple[str, ...]
     texts: Mapping[str, str]
 
     @property
@@ -90,21 +94,26 @@ def plan_reshard(
     if world_size < 1:
         raise InputError(f"--to {world_size}: there must be at least one rank")
     dims = dims_of(checkpoint, num_heads)
-    unit = lcm(FFN_UNIT, *_ffn_blocks(checkpoint, dequantize))
-    layouts = [plan_layout(dims, rank, world_size, unit) for rank in range(world_size)]
+    layouts = [plan_layout(dims, rank, world_size) for rank in range(world_size)]
     # GGUF metadata is not a config.json, so a GGUF model gets Yoke's format even for one rank.
     form = "hf" if world_size == 1 and checkpoint.format != "gguf" else "yoke"
-    tensors = tuple(
-        _tensor(name, entry, checkpoint, layouts, dequantize)
-        for name, entry in checkpoint.entries.items()
+    plain, several = dict(checkpoint.entries), {}
+    if not dequantize:
+        several = {name: entry for name, entry in plain.items() if entry.stored_in is not None}
+    tensors = (
+        *(
+            _tensor(name, entry, checkpoint, layouts, dequantize)
+            for name, entry in plain.items()
+            if name not in several
+        ),
+        *stored_tensors(several, checkpoint.stored, layouts),
     )
+    _check_names(checkpoint, tensors)
     if form == "hf":
         outputs = _hf_outputs(tensors, checkpoint.format, dims)
     else:
         outputs = tuple(
-            Output(
-                rank_file(part.rank, world_size), tensor.name, (Piece(tensor, part.start, part.stop),)
-            )
+            Output(rank_file(part.rank, world_size), tensor.name, (Piece(tensor, part.ranges),))
             for tensor in tensors
             for part in tensor.parts
         )
@@ -117,10 +126,15 @@ def plan_reshard(
         }
     )
     places = {name: file for file, contents in files.items() for name in contents.shapes}
+    kept = {tensor.blocks.format for tensor in tensors if tensor.blocks is not None}
+    kept |= {entry.stored_as for entry in several.values()}
+    config = checkpoint.config
+    if dequantize and checkpoint.stored:
+        config = {key: value for key, value in config.items() if key not in QUANT_KEYS}
     texts: dict[str, str] = {}
     if form == "hf":
         outputs = tuple(replace(output, file=places[output.name]) for output in outputs)
-        texts["config.json"] = json.dumps(checkpoint.config, indent=2, ensure_ascii=False) + "\n"
+        texts["config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         if len(files) > 1:
             total = sum(contents.data_bytes for contents in files.values())
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
@@ -130,10 +144,11 @@ def plan_reshard(
         world_size,
         dims,
         checkpoint.format,
-        checkpoint.config,
+        config,
         tensors,
         files,
         outputs,
+        tuple(sorted(kept)),
         texts,
     )
 
@@ -225,16 +240,15 @@ def _find_num_heads(checkpoint: Checkpoint) -> int:
     )
 
 
-def _ffn_blocks(checkpoint: Checkpoint, dequantize: bool) -> list[int]:
-    """The sizes of quantization blocks that a border in the MLP could cut."""
-    if dequantize:
-        return []
-    found = set()
-    for name, entry in checkpoint.entries.items():
-        spec = find_spec(name)
-        if spec.axis in ("ffn", "expert") and spec.dim == len(entry.shape) - 1 and entry.block > 1:
-            found.add(entry.block)
-    return sorted(found)
+def _check_names(checkpoint: Checkpoint, tensors: tuple[StoredTensor, ...]) -> None:
+    """Raise InputError if two tensors would have one name in a file."""
+    counts = Counter(tensor.name for tensor in tensors)
+    twice = next((name for name, count in counts.items() if count > 1), None)
+    if twice is not None:
+        raise InputError(
+            f"{checkpoint.path} stores {twice!r} both as a weight and as a tensor of a quantized "
+            "weight; remove the files that do not belong to the model, or use --dequantize"
+        )
 
 
 def _tensor(
@@ -253,23 +267,15 @@ def _tensor(
     whole = StoredTensor(name, stored_name, dtype, entry.shape, spec.dim, spec.axis, (), blocks)
     if spec.dim is None:
         ranks = range(1 if spec.axis == "first" else len(layouts))
-        return replace(whole, parts=tuple(Part(rank, 0, whole.extent) for rank in ranks))
+        return replace(whole, parts=tuple(Part(rank, ((0, whole.extent),)) for rank in ranks))
     parts = []
     for rank, layout in enumerate(layouts):
         bounds = slices_of(name, entry.shape, layout)[spec.dim]
         if bounds.start < bounds.stop:  # of a small vocabulary, the last ranks may hold nothing
-            parts.append(Part(rank, bounds.start, bounds.stop))
+            parts.append(Part(rank, ((bounds.start, bounds.stop),)))
     # The parts must cover the tensor; otherwise the manifest's reader would refuse it later.
     assert parts[0].start == 0 and parts[-1].stop == whole.extent, (name, parts)
     assert all(left.stop >= right.start for left, right in pairwise(parts)), (name, parts)
-    if blocks is not None and spec.dim == len(entry.shape) - 1:
-        for part in parts:
-            if part.start % blocks.elements or part.stop % blocks.elements:
-                raise InputError(
-                    f"{name} is stored in blocks of {blocks.elements} ({blocks.format}), and the "
-                    f"border of rank {part.rank} of {len(layouts)} ({part.start}..{part.stop}) would "
-                    "cut one; use another number of ranks, or --dequantize to write it as bf16"
-                )
     return replace(whole, parts=tuple(parts))
 
 
@@ -282,7 +288,7 @@ def _storage(name: str, entry: Entry, dequantize: bool) -> tuple[str, Blocks | N
     sizes = block_sizes(entry.stored_as)
     if entry.read_raw is None or sizes is None or sizes[0] != entry.block:
         raise InputError(
-            f"{name} is stored as {entry.stored_as}, which cannot be copied block by block; "
+            f"{name} is stored as {entry.stored_as}, which cannot be copied as it is stored; "
             "--dequantize writes it as bf16"
         )
     return "U8", Blocks(entry.stored_as, *sizes)
@@ -291,13 +297,20 @@ def _storage(name: str, entry: Entry, dequantize: bool) -> tuple[str, Blocks | N
 def _hf_outputs(
     tensors: tuple[StoredTensor, ...], source_format: str, dims: Dims
 ) -> tuple[Output, ...]:
-    """The tensors under their names in Hugging Face's files.
+    """The tensors under their names in Hugging Face's files. Those of weights that are stored as
+    several have kept their names, their shapes and the order of their rows.
 
     Several tensors with one such name were one fused tensor and are fused again, in their order: whole
     tensors concatenated, or (Falcon) the rows of one KV head after the other, each preceded by the rows
     of its query heads.
     """
     # Stored names whose rows are in another order (Meta's) would be wrong for the rows written here.
+    kept = tuple(
+        Output("", tensor.name, (Piece(tensor, ((0, tensor.extent),)),))
+        for tensor in tensors
+        if tensor.is_stored
+    )
+    tensors = tuple(tensor for tensor in tensors if not tensor.is_stored)
     stored = {tensor.stored_name for tensor in tensors}
     known = source_format != "gguf" and not any(
         piece.interleaved for name in stored for piece in translate(name)
@@ -316,12 +329,13 @@ def _hf_outputs(
         grouped = known and any(piece.grouped for piece in translate(name))
         groups = dims.num_kv_heads if grouped else 1
         return tuple(
-            Piece(part, part.extent * i // groups, part.extent * (i + 1) // groups)
+            Piece(part, ((part.extent * i // groups, part.extent * (i + 1) // groups),))
             for i in range(groups)
             for part in parts
         )
 
-    return tuple(Output("", name, pieces(name, parts)) for name, parts in together.items())
+    fused = tuple(Output("", name, pieces(name, parts)) for name, parts in together.items())
+    return (*fused, *kept)
 
 
 def _hf_shapes(outputs: tuple[Output, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -331,7 +345,7 @@ def _hf_shapes(outputs: tuple[Output, ...]) -> dict[str, tuple[str, tuple[int, .
         first = output.pieces[0].tensor
         shape = first.shape
         if len(output.pieces) > 1:
-            rows = sum(piece.stop - piece.start for piece in output.pieces)
+            rows = sum(stop - start for piece in output.pieces for start, stop in piece.ranges)
             shape = (rows, *shape[1:])
         shapes[output.name] = (first.dtype, shape)
     return shapes

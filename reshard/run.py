@@ -17,13 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from base.errors import InputError
 from reshard.plan import Output, Piece, ReshardPlan, manifest_of
-from weights.checkpoint import Checkpoint, Entry
+from weights.checkpoint import Checkpoint, Entry, Slices
 from weights.companions import companions
 from weights.files import parse_json
+from weights.formats.quant_config import declared
 from weights.formats.yoke_io import YokeFolder, unequal_replicas
 from weights.formats.yoke_manifest import MANIFEST, StoredTensor, to_json
 from weights.nested import is_nested
@@ -45,12 +47,21 @@ class Reader:
     def pieces(self, piece: Piece, head_dim: int) -> Iterator[Tensor]:
         """Yields a piece of a tensor in its output dtype, some contiguous rows at a time."""
         tensor = piece.tensor
-        entry = self.checkpoint.entries[tensor.name]
-        slices = tensor.slices(piece.start, piece.stop)
-        if not slices:
+        held = self.checkpoint.stored if tensor.is_stored else self.checkpoint.entries
+        entry = held[tensor.name]
+        parts = [tensor.slices(start, stop) for start, stop in piece.ranges]
+        if not tensor.shape:
             yield as_stored(entry, tensor, ())
-            return
-        rows = slices[0]
+        elif tensor.along == 0:
+            for slices in parts:
+                yield from self._rows(entry, tensor, slices[0], [slices], head_dim)
+        else:
+            yield from self._rows(entry, tensor, parts[0][0], parts, head_dim)
+
+    def _rows(
+        self, entry: Entry, tensor: StoredTensor, rows: slice, parts: list[Slices], head_dim: int
+    ) -> Iterator[Tensor]:
+        """Yields `rows` of the `parts`, which are concatenated along the sharded dimension."""
         # Counts whole rows: a slice of columns still maps all their pages.
         row_bytes = max(_row_bytes(tensor), 1)
         step = max(PIECE_BYTES // row_bytes, 1)
@@ -58,7 +69,8 @@ class Reader:
         step = max(step // head_dim, 1) * head_dim if step >= head_dim else step
         for start in range(rows.start, rows.stop, step):
             stop = min(start + step, rows.stop)
-            yield as_stored(entry, tensor, (slice(start, stop), *slices[1:]))
+            here = [as_stored(entry, tensor, (slice(start, stop), *each[1:])) for each in parts]
+            yield here[0] if len(here) == 1 else torch.cat(here, tensor.along)
             self.touched((stop - start) * row_bytes)
 
     def touched(self, size: int) -> None:
@@ -103,7 +115,8 @@ def check_replicas(folder: YokeFolder, reader: Reader) -> None:
                 f"{tensor.name}: ranks {ranks[0]} and {ranks[1]} hold copies of the same part, and "
                 f"these differ; {folder.path} is damaged: copy it again"
             )
-        reader.touched(sum(_row_bytes(tensor) * (part.stop - part.start) for part in tensor.parts))
+        held = sum(stop - start for part in tensor.parts for start, stop, _ in tensor.held(part))
+        reader.touched(_row_bytes(tensor) * held)
 
 
 def write(
@@ -158,10 +171,13 @@ def _write_last(
     texts = {name: text.encode() for name, text in plan.texts.items()}
     texts |= companions(checkpoint)
     config = texts.get("config.json")
-    if config is not None and checkpoint.format != "gguf" and is_nested(parse_json(config)):
-        # Only the text model is written, so only its configuration is.
-        alone = json.dumps(checkpoint.config, indent=2, ensure_ascii=False) + "\n"
-        texts["config.json"] = alone.encode()
+    if config is not None and checkpoint.format != "gguf":
+        given = parse_json(config)
+        # Only the text model is written, so only its configuration is. What it says about quantization
+        # is that of the result; before it did, libraries wrote a file of their own beside it.
+        if is_nested(given) or declared(given) != declared(plan.config):
+            alone = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
+            texts["config.json"] = alone.encode()
     if plan.form == "yoke":
         texts[MANIFEST] = to_json(manifest_of(plan, digests)).encode()
     for name in sorted(texts, key=lambda name: (name == MANIFEST, name == "config.json")):

@@ -182,7 +182,8 @@ def at(path: str, value: Any) -> Change:
 DIGEST = "0" * 64
 HOSTILE: list[tuple[Change, str]] = [
     (at("format", "joke"), "format is 'joke'"),
-    (at("version", 2), "version is 2"),
+    (at("version", 3), "version is 3"),
+    (at("version", 0), "version is 0"),
     (at("version", True), "version is True"),
     (at("digest", "crc32"), "'crc32'"),
     (at("world_size", 8), "16 files for a world_size of 8"),
@@ -231,6 +232,11 @@ HOSTILE: list[tuple[Change, str]] = [
     (at(f"<{K}>.axis", "q"), "do not cover"),
     (at(f"<{Q}>.parts", []), "do not cover"),
     (at(f"<{Q}>.parts.1", [1, 4, 8]), "is not [rank"),
+    (at(f"<{Q}>.parts.1", [1, 4, 8, 12, DIGEST]), "is not [rank"),
+    (at(f"<{Q}>.parts.1", [1, 4, 6, 7, 8, DIGEST]), "has several ranges"),
+    (at(f"<{Q}>.parts.1", [1, *range(8194), DIGEST]), "more than 4096"),
+    (at(f"<{NORM}>.parts.1", [1, 0, 60, 61, 64, DIGEST]), "it is not sharded"),
+    (at(f"<{Q}>.axis", "stored"), "is listed as a tensor of a quantized weight"),
     (at(f"<{Q}>.parts.1", [1, 4, 8, 5]), "no sha256 digest"),
     (at(f"<{Q}>.parts.1", [1, 4, 8, "xyz"]), "no sha256 digest"),
     (at(f"<{Q}>.parts.1", [16, 4, 8, DIGEST]), "does not name one of"),

@@ -33,7 +33,7 @@ from weights.formats.quant_declared import (
 )
 from weights.schemes import Scheme
 
-_KEYS = ("quantization_config", "compression_config")
+KEYS = ("quantization_config", "compression_config")
 # Ends of names that no plain weight has.
 MARKS = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", "_proj_blocks")
 # AutoGPTQ's, AutoAWQ's, ModelOpt's.
@@ -48,7 +48,7 @@ _CACHE_SCALE = re.compile(
 def read_quant_config(config: Mapping[str, Any], source: str) -> QuantConfig | None:
     """The quantization that a config declares, or None. `source` is the config's file. Raises
     InputError if it is not supported."""
-    found = _declared(config)
+    found = declared(config)
     if found is None:
         return None
     where = f"{source}: quantization_config"
@@ -64,8 +64,9 @@ def read_quant_config(config: Mapping[str, Any], source: str) -> QuantConfig | N
     return read(found, where)
 
 
-def _declared(config: Mapping[str, Any]) -> Any:
-    return next((config[key] for key in _KEYS if config.get(key) is not None), None)
+def declared(config: Mapping[str, Any]) -> Any:
+    """What a config.json says about quantization, not checked; None if nothing."""
+    return next((config[key] for key in KEYS if config.get(key) is not None), None)
 
 
 def with_file_beside(
@@ -73,12 +74,12 @@ def with_file_beside(
 ) -> tuple[Mapping[str, Any], str]:
     """`config` with the `quantization_config` for weights of these `names`, and the file that declares
     it: config.json, or else the file that quantization libraries wrote beside it. Raises InputError."""
-    if _declared(config) is None and any(name.endswith(MARKS) for name in names):
+    if declared(config) is None and any(name.endswith(MARKS) for name in names):
         for file in (folder / name for name in _BESIDE):
             if file.is_file():
                 found = read_json(file)
                 method = found.get("quant_method") or _method_of(found)
-                return {**config, _KEYS[0]: {**found, "quant_method": method}}, str(file)
+                return {**config, KEYS[0]: {**found, "quant_method": method}}, str(file)
     return config, str(folder / "config.json")
 
 

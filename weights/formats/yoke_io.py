@@ -1,9 +1,12 @@
 """Read Yoke's own form: whole tensors from one safetensors file per rank.
 
 `weights.formats.yoke_manifest` describes the form. Any number of ranks can read any slice, and only the
-files that hold it are read. KV heads that several ranks hold are read from the lowest of them, or from
-the file of the rank `prefer`. So a rank that loads at the world size of the files reads its own part
-from its own file.
+files that hold it are read. What several ranks hold (KV heads, blocks at their borders) is read from
+the lowest of them, or from the file of the rank `prefer`. So a rank that loads at the world size of the
+files reads its own part from its own file.
+
+Weights that are stored as several tensors are put together from these as in a Hugging Face folder
+(`weights.formats.quant_hf`).
 
 What is not here: checking the data against the manifest's digests, which would read all of it
 (`reshard.verify`).
@@ -12,7 +15,7 @@ What is not here: checking the data against the manifest's digests, which would 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +27,10 @@ from base.errors import InputError
 from weights.checkpoint import Checkpoint, Entry, Slices, check_slices
 from weights.files import damaged, parse_json, read_json, regular_file
 from weights.formats.gguf_blocks import reader_of_blocks, values_of_blocks
+from weights.formats.quant_hf import with_quantized
 from weights.formats.safetensors_io import stored_entries
 from weights.formats.yoke_manifest import (
+    MANIFEST,
     Blocks,
     Manifest,
     Part,
@@ -34,8 +39,10 @@ from weights.formats.yoke_manifest import (
     rank_file,
     read_manifest,
 )
+from weights.names import translate
 from weights.nested import text_config
 from weights.schemes import GGUF_SCHEMES
+from weights.views import canonical_entries
 from weights.writer import DTYPES, header_of
 
 
@@ -60,9 +67,9 @@ class YokeFolder:
         if not tensor.shape:
             return self.part(tensor, parts[0].rank)
         along, found = tensor.along, []
-        for part, start, stop in cover(parts, slices[along].start, slices[along].stop):
+        for part, at, start, stop in cover(tensor, parts, slices[along].start, slices[along].stop):
             local = list(slices)
-            local[along] = slice(start - part.start, stop - part.start)
+            local[along] = slice(at, at + stop - start)
             if tensor.blocks is not None:
                 local[-1] = _in_bytes(local[-1], tensor.blocks)
             found.append(self.part(tensor, part.rank)[tuple(local)])
@@ -86,14 +93,47 @@ def open_yoke(folder: Path, prefer: int | None = None) -> Checkpoint:
     config = manifest.config
     if (folder / "config.json").is_file() and manifest.source_format != "gguf":
         config = text_config(read_json(folder / "config.json"))
+    entries, stored = (
+        {t.name: _entry(opened, t, prefer) for t in manifest.tensors if t.is_stored == is_stored}
+        for is_stored in (False, True)
+    )
+    names = {t.name: t.stored_name for t in manifest.tensors if t.stored_name != t.name}
+    if stored:
+        weights, own = _quantized(opened, stored, config)
+        twice = sorted(weights.keys() & entries.keys())
+        if twice:
+            raise InputError(
+                f"{folder / MANIFEST} lists {twice[0]}, and tensors that make up this weight: reshard "
+                "the model again"
+            )
+        entries, names = entries | weights, names | own
     return Checkpoint(
         folder,
         manifest.source_format,
-        {tensor.name: _entry(opened, tensor, prefer) for tensor in manifest.tensors},
+        entries,
         config,
-        {t.name: t.stored_name for t in manifest.tensors if t.stored_name != t.name},
+        names,
         manifest.world_size,
         files=tuple(folder / rank_file(i, manifest.world_size) for i in range(manifest.world_size)),
+        stored=stored,
+    )
+
+
+def _quantized(
+    folder: YokeFolder, stored: Mapping[str, Entry], config: Mapping[str, Any]
+) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The canonical entries of the weights that the `stored` tensors make up, and the names of their
+    modules' weights where they differ. Raises InputError if they do not fit the config."""
+    manifest, file = folder.manifest, folder.path / MANIFEST
+    weights = with_quantized(stored, config, str(file), {})
+    left = next((name for name, entry in stored.items() if weights.get(name) is entry), None)
+    if left is not None:
+        raise InputError(
+            f"{file}: {left} is listed as a tensor of a quantized weight, but the quantization_config "
+            "has no such weights; use the config.json that belongs to the folder"
+        )
+    return canonical_entries(
+        folder.path, weights, translate, lambda: (manifest.num_heads, manifest.num_kv_heads)
     )
 
 
@@ -145,13 +185,21 @@ def _check_file(file: Path, manifest: Manifest, rank: int, size: int) -> None:
         )
 
 
-def cover(parts: tuple[Part, ...], start: int, stop: int) -> Iterator[tuple[Part, int, int]]:
-    """The parts to read for `[start, stop)`, each with its range: at each position, the first part
-    that has it, up to that part's end."""
+def cover(
+    tensor: StoredTensor, parts: tuple[Part, ...], start: int, stop: int
+) -> Iterator[tuple[Part, int, int, int]]:
+    """The parts to read for `[start, stop)`: (part, where its range begins in its file, the range's
+    start and stop). At each position it is the first part that has it, up to the range's end."""
     while start < stop:
-        part = next(part for part in parts if part.start <= start < part.stop)
-        yield part, start, min(stop, part.stop)
-        start = part.stop
+        part, at, end = next(
+            (part, at + start - low, high)
+            for part in parts
+            for low, high, at in tensor.held(part)
+            if low <= start < high
+        )
+        end = min(stop, end)
+        yield part, at, start, end
+        start = end
 
 
 def _entry(folder: YokeFolder, tensor: StoredTensor, prefer: int | None) -> Entry:
@@ -197,14 +245,15 @@ def _entry(folder: YokeFolder, tensor: StoredTensor, prefer: int | None) -> Entr
 def unequal_replicas(folder: YokeFolder, tensor: StoredTensor) -> tuple[int, int] | None:
     """Two ranks whose copies of the same elements differ in at least one byte; None if all agree."""
     for part in tensor.parts[1:]:
-        for first, start, stop in cover(tensor.parts, part.start, part.stop):
-            if first.rank == part.rank:
-                continue
-            slices = tensor.slices(start, stop)
-            ours, theirs = (folder.peek(tensor, (one,), slices) for one in (part, first))
-            # Compared as bytes: as floats, a NaN is not equal to itself.
-            if not torch.equal(_bytes(ours), _bytes(theirs)):
-                return first.rank, part.rank
+        for start, stop, _ in tensor.held(part):
+            for first, _, low, high in cover(tensor, tensor.parts, start, stop):
+                if first.rank == part.rank:
+                    continue
+                slices = tensor.slices(low, high)
+                ours, theirs = (folder.peek(tensor, (one,), slices) for one in (part, first))
+                # Compared as bytes: as floats, a NaN is not equal to itself.
+                if not torch.equal(_bytes(ours), _bytes(theirs)):
+                    return first.rank, part.rank
     return None
 
 

@@ -5,7 +5,7 @@ full shape, how the weight is sharded and which rank holds which part. So a read
 model's family nor the table by which it was sharded. All of it is validated before use; a manifest may
 be damaged, edited or made by other software.
 
-    {"format": "yoke", "version": 1, "world_size": 16, "num_heads": 64, "num_kv_heads": 8,
+    {"format": "yoke", "version": 2, "world_size": 16, "num_heads": 64, "num_kv_heads": 8,
      "head_dim": 128, "source_format": "safetensors", "digest": "sha256", "config": {...},
      "files": [{"name": "rank-00000-of-00016.safetensors", "bytes": 8633}, ...],
      "tensors": [{"name": "model.layers.0.self_attn.k_proj.weight", "stored_name": "...",
@@ -14,8 +14,23 @@ be damaged, edited or made by other software.
 
 `parts` are in elements along `dim`. With `dim` null every part is the whole tensor: one for each rank,
 or only rank 0's if `axis` is "first" (the loader gives the other ranks zeros). Parts of axis "kv" may
-overlap: every rank that needs a KV head holds it. `blocks` describes a quantized tensor, which is
-stored as bytes along its last dimension: {"format": "Q4_0", "elements": 32, "bytes": 18}.
+overlap: every rank that needs a KV head holds it.
+
+Two forms keep the bytes of quantized weights, wherever a border between ranks is:
+
+- `blocks` describes GGUF's: bytes along the last dimension, {"format": "Q4_K", "elements": 256,
+  "bytes": 144}. A part's file holds the whole blocks that its elements touch. So both neighbors hold a
+  block that their border cuts.
+- A weight that is stored as several tensors (codes and factors: compressed-tensors, GPTQ, AWQ and
+  others) is listed as these, each as its own tensor under its stored name, with `axis` "stored". Each
+  is divided along its own `dim`, in its own elements, such as one scale of 128 columns. A part is
+  whatever a rank's columns or rows touch, so such parts may overlap, and may be several ranges (of
+  fused weights): [rank, start, stop, start, stop, ..., digest]. The reader joins the parts to the
+  stored tensors and reads these as in a Hugging Face folder, with `config`'s quantization_config. So
+  the manifest knows no format of theirs.
+
+Version 1 had one range per part, none of the second form, and no borders inside blocks. It is read as
+well.
 
 What is not here: reading tensors (`weights.formats.yoke_io`), and deciding which rank holds what
 (`reshard.plan`).
@@ -25,8 +40,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -37,19 +53,30 @@ from weights.files import read_json
 from weights.writer import DIGEST, DTYPES, Tensors
 
 MANIFEST = "yoke.json"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
+STORED = "stored"  # the axis of tensors that are a part of a quantized weight
+MAX_RANGES = 1 << 12  # of one part
 MAX_RANKS = 1 << 16
 _MAX_DIM = 1 << 40
 
 
 @dataclass(frozen=True)
 class Part:
-    """Elements `[start, stop)` along the sharded dimension, held by `rank`."""
+    """The elements that `rank` holds along the sharded dimension: `ranges` of [start, stop), which are
+    in order and do not touch. There are several only of tensors with the axis STORED."""
 
     rank: int
-    start: int
-    stop: int
+    ranges: tuple[tuple[int, int], ...]
     digest: str = ""
+
+    @property
+    def start(self) -> int:
+        return self.ranges[0][0]
+
+    @property
+    def stop(self) -> int:
+        return self.ranges[-1][1]
 
 
 @dataclass(frozen=True)
@@ -64,7 +91,8 @@ class Blocks:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One weight: its names, its full shape in elements, and its parts in order of rank."""
+    """One weight, or a tensor of a weight that is stored as several: its names, its full shape in
+    elements, and its parts in order of rank."""
 
     name: str
     stored_name: str
@@ -84,18 +112,37 @@ class StoredTensor:
         """The size of the sharded dimension; 1 for a scalar."""
         return self.shape[self.along] if self.shape else 1
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether it is a tensor of a weight that is stored as several, under its stored name."""
+        return self.axis == STORED
+
+    def covering(self, start: int, stop: int) -> tuple[int, int]:
+        """[start, stop) along the sharded dimension, extended to whole blocks."""
+        unit = self.blocks.elements if self.blocks and self.along == len(self.shape) - 1 else 1
+        return start // unit * unit, -(-stop // unit) * unit
+
+    def held(self, part: Part) -> Iterator[tuple[int, int, int]]:
+        """Yields the ranges in the file of a part, in whole blocks: (start, stop, the element of the
+        file's tensor at which it begins)."""
+        at = 0
+        for bounds in part.ranges:
+            start, stop = self.covering(*bounds)
+            yield start, stop, at
+            at += stop - start
+
     def slices(self, start: int, stop: int) -> Slices:
-        """The slices of the part [start, stop) of the full tensor, in elements."""
+        """The slices of [start, stop) of the full tensor, in elements and whole blocks."""
         slices = [slice(0, size) for size in self.shape]
         if slices:
-            slices[self.along] = slice(start, stop)
+            slices[self.along] = slice(*self.covering(start, stop))
         return tuple(slices)
 
     def part_shape(self, part: Part) -> tuple[int, ...]:
         """The shape of a part in its file."""
         shape = list(self.shape)
         if shape:
-            shape[self.along] = part.stop - part.start
+            shape[self.along] = sum(stop - start for start, stop, _ in self.held(part))
         if self.blocks is not None:
             shape[-1] = shape[-1] // self.blocks.elements * self.blocks.bytes
         return tuple(shape)
@@ -164,7 +211,10 @@ def _tensor_object(tensor: StoredTensor) -> dict[str, Any]:
         "dim": tensor.dim,
         "axis": tensor.axis,
         "blocks": None if tensor.blocks is None else vars(tensor.blocks),
-        "parts": [[part.rank, part.start, part.stop, part.digest] for part in tensor.parts],
+        "parts": [
+            [part.rank, *(bound for bounds in part.ranges for bound in bounds), part.digest]
+            for part in tensor.parts
+        ],
     }
 
 
@@ -184,8 +234,11 @@ class _Wrong(Exception):
 def _manifest(head: dict[str, Any]) -> Manifest:
     if head.get("format") != "yoke":
         raise _Wrong(f"format is {head.get('format')!r}, it must be 'yoke'")
-    if type(head.get("version")) is not int or head["version"] != VERSION:
-        raise _Wrong(f"version is {head.get('version')!r}, but this version of Yoke reads {VERSION}")
+    if type(head.get("version")) is not int or head["version"] not in READABLE:
+        raise _Wrong(
+            f"version is {head.get('version')!r}, but this version of Yoke reads "
+            f"{' and '.join(map(str, READABLE))}"
+        )
     if head.get("digest") != DIGEST:
         raise _Wrong(f"digest is {head.get('digest')!r}, it must be {DIGEST!r}")
     ranks = _integer(head, "world_size", 1, MAX_RANKS)
@@ -218,12 +271,16 @@ def _manifest(head: dict[str, Any]) -> Manifest:
                 f"{tensor.name} has {tensor.extent} elements along its heads, but {num_heads} query "
                 f"and {num_kv} KV heads of {head_dim} make {wanted_extent}"
             )
+    source_format = _text(head, "source_format")
+    odd = next((tensor.name for tensor in tensors if tensor.is_stored), None)
+    if odd is not None and source_format == "gguf":
+        raise _Wrong(f"{odd} is a tensor of a quantized weight, which source_format 'gguf' has none of")
     return Manifest(
         ranks,
         num_heads,
         num_kv,
         head_dim,
-        _text(head, "source_format"),
+        source_format,
         _object(head.get("config"), "config"),
         tensors,
         tuple(sizes),
@@ -265,6 +322,8 @@ def _blocks(item: dict[str, Any], dtype: str, shape: list[int]) -> Blocks:
     )
     if block_sizes(blocks.format) != (blocks.elements, blocks.bytes):
         raise _Wrong(f"there is no GGUF block format {vars(blocks)}")
+    if item.get("axis") == STORED:
+        raise _Wrong(f"it is a tensor of a quantized weight (axis {STORED!r}), and has blocks")
     if dtype != "U8" or not shape or shape[-1] % blocks.elements:
         raise _Wrong(f"{dtype} of shape {shape} cannot be stored as blocks of {blocks.elements}")
     return blocks
@@ -281,36 +340,42 @@ def block_sizes(kind: str) -> tuple[int, int] | None:
 
 
 def _part(given: Any, ranks: int) -> Part:
-    if not isinstance(given, list) or len(given) != 4:
-        raise _Wrong(f"part {given!r} is not [rank, start, stop, digest]")
-    rank, start, stop, digest = given
-    if not all(type(number) is int for number in (rank, start, stop)) or not 0 <= rank < ranks:
-        raise _Wrong(f"part {given!r} does not name one of {ranks} ranks and its elements")
+    if not isinstance(given, list) or len(given) < 4 or len(given) % 2:
+        raise _Wrong(f"part {str(given)[:200]} is not [rank, start, stop, digest]")
+    rank, *bounds, digest = given
+    if not all(type(number) is int for number in (rank, *bounds)) or not 0 <= rank < ranks:
+        raise _Wrong(f"part {str(given)[:200]} does not name one of {ranks} ranks and its elements")
     if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
-        raise _Wrong(f"part {given!r} has no {DIGEST} digest")
-    return Part(rank, start, stop, digest)
+        raise _Wrong(f"part {str(given)[:200]} has no {DIGEST} digest")
+    if len(bounds) > 2 * MAX_RANGES:
+        raise _Wrong(f"the part of rank {rank} has {len(bounds) // 2} ranges, more than {MAX_RANGES}")
+    return Part(rank, tuple(zip(bounds[::2], bounds[1::2], strict=True)), digest)
 
 
 def _check_parts(tensor: StoredTensor, ranks: int) -> None:
-    """Raise _Wrong unless the parts cover the tensor without gaps, and overlap only along axis "kv"."""
+    """Raise _Wrong unless the parts cover the tensor without gaps, and overlap only along axis "kv" or
+    STORED."""
     held, extent = [part.rank for part in tensor.parts], tensor.extent
     if held != sorted(set(held)):
         raise _Wrong(f"its parts belong to ranks {held[:20]}: each rank may occur once, in order")
     if tensor.dim is None:
         wanted = [0] if tensor.axis == "first" else list(range(ranks))
-        if held != wanted or any((part.start, part.stop) != (0, extent) for part in tensor.parts):
+        if held != wanted or any(part.ranges != ((0, extent),) for part in tensor.parts):
             raise _Wrong(f"it is not sharded: ranks {wanted[:20]} must each hold the whole tensor")
         return
+    for part in tensor.parts:
+        if len(part.ranges) > 1 and not tensor.is_stored:
+            raise _Wrong(f"the part of rank {part.rank} has several ranges, which axis {STORED!r} may")
+        for (_, stop), (start, _) in pairwise(part.ranges):
+            if start <= stop:
+                raise _Wrong(f"the part of rank {part.rank} has ranges that are not in order")
     reached = 0
-    for part in sorted(tensor.parts, key=lambda part: (part.start, part.stop)):
-        if not 0 <= part.start < part.stop <= extent:
-            raise _Wrong(f"elements {part.start}..{part.stop} of {extent} are not a part of it")
-        if part.start > reached or (part.start < reached and tensor.axis != "kv"):
-            raise _Wrong(f"its parts do not cover it: one starts at {part.start}, not at {reached}")
-        reached = max(reached, part.stop)
-        unit = tensor.blocks.elements if tensor.blocks and tensor.along == len(tensor.shape) - 1 else 1
-        if part.start % unit or part.stop % unit:
-            raise _Wrong(f"elements {part.start}..{part.stop} cut a block of {unit}")
+    for start, stop in sorted(bounds for part in tensor.parts for bounds in part.ranges):
+        if not 0 <= start < stop <= extent:
+            raise _Wrong(f"elements {start}..{stop} of {extent} are not a part of it")
+        if start > reached or (start < reached and tensor.axis not in ("kv", STORED)):
+            raise _Wrong(f"its parts do not cover it: one starts at {start}, not at {reached}")
+        reached = max(reached, stop)
     if reached != extent:
         raise _Wrong(f"its parts do not cover it: they end at {reached}, not at {extent}")
 
