@@ -86,8 +86,9 @@ def plain_entry(
     count = math.prod(shape)
     if strides is None:
         strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    # The stride of a dimension of size 1 has no meaning and may be any number.
-    strides = tuple(0 if n == 1 else stride for n, stride in zip(shape, strides, strict=True))
+    # The stride of a dimension of size 1 has no meaning and may be any number; with 1, the numbers of a
+    # single column can be viewed as bytes.
+    strides = tuple(1 if n == 1 else stride for n, stride in zip(shape, strides, strict=True))
     last = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     # An expanded tensor (stride 0) may claim any size from one stored number: it is rejected.
     if count and (min(strides, default=0) < 0 or last >= num_elements or count > num_elements):

@@ -227,34 +227,3 @@ def test_quantized_tensors_are_carried_block_by_block(kind: Kind, fast: Path) ->
         sum(file.stat().st_size for file in (fast / "y4").glob("rank-*"))
         < 1.3 * (fast / "m.gguf").stat().st_size
     )
-
-
-def test_blocks_of_256_move_borders_in_the_mlp_and_not_between_heads(
-    fast: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = replace(QUANTIZED, dim=256, head_dim=64)  # 4 heads of 64: one block of 256
-    write_gguf(fast / "m.gguf", config, {"attn_output": Kind.Q8_0}, Kind.Q4_K)
-    run("--to", 3, "--verify", fast / "m.gguf", fast / "y3")
-    down = next(
-        t for t in read_manifest(fast / "y3").tensors if t.name.endswith("0.mlp.down_proj.weight")
-    )
-    assert [(part.start, part.stop) for part in down.parts] == [(0, 256), (256, 512), (512, 1024)]
-    source = open_checkpoint(fast / "m.gguf")
-    assert same(raw(open_checkpoint(fast / "y3")), raw(source))
-    for rank in range(3):  # the loader cuts where it always does, and finds its part all the same
-        models = [
-            load_model(config_of(source), checkpoint, Group(rank, 3), torch.float32)
-            for checkpoint in (source, open_checkpoint(fast / "y3"))
-        ]
-        assert same(models[0].state_dict(), models[1].state_dict())
-    # Heads of 64 cannot be separated inside a block.
-    write_gguf(fast / "k.gguf", config, {}, Kind.Q4_K)
-    said = refused(reshard.main, capsys, "--to", 2, fast / "k.gguf", fast / "no")
-    assert "model.layers.0.self_attn.o_proj.weight" in said and "--dequantize" in said
-    assert not (fast / "no").exists()
-    run("--to", 2, "--dequantize", "--verify", fast / "k.gguf", fast / "bf16")
-    name = "model.layers.0.self_attn.o_proj.weight"
-    source = open_checkpoint(fast / "k.gguf")
-    assert torch.equal(
-        whole(open_checkpoint(fast / "bf16"))[name], whole(source)[name].to(torch.bfloat16)
-    )

@@ -54,13 +54,12 @@ def parts_of(checkpoint: Checkpoint, rank: int, size: int) -> Iterator[tuple[str
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)
-@pytest.mark.parametrize("sizes", [(2, 3), (3, 6), (5, 2), (6, 4)], ids=str)
-def test_there_and_back_gives_the_same_bytes(kind: Kind, sizes: tuple[int, int], fast: Path) -> None:
+def test_there_and_back_gives_the_same_bytes(kind: Kind, fast: Path) -> None:
     (fast / "hf").mkdir()
     stored, _ = write(fast / "hf", kind)
     original = open_checkpoint(fast / "hf")
     source = fast / "hf"
-    for size in sizes:
+    for size in (3, 5, 2):
         run("--to", size, "--verify", source, fast / f"to-{size}")
         source = fast / f"to-{size}"
         divided = open_checkpoint(source)
@@ -234,7 +233,7 @@ def test_manifests_that_cannot_be_true_are_refused(fast: Path) -> None:
     assert "are not a part of it" in damaged(folder, qkv, **parts(-8, 64, 192, 224, 288, 320))
     assert "are not a part of it" in damaged(folder, qkv, **parts(0, 64, 192, 224, 288, 500))
     assert "do not cover it" in damaged(folder, qkv, **parts(0, 60, 192, 224, 288, 320))
-    assert "disagree on" in damaged(folder, qkv, **parts(0, 72, 192, 224, 288, 320))
+    assert "copy it again" in damaged(folder, qkv, **parts(0, 72, 192, 224, 288, 320))
     blocks = {"format": "Q4_0", "elements": 32, "bytes": 18}
     assert "and has blocks" in damaged(folder, qkv, blocks=lambda _: blocks)
     assert "is missing" in damaged(folder, qkv, name=lambda name: f"{name}2")
