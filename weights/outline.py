@@ -15,6 +15,7 @@ from typing import Any
 
 from weights.files import DAMAGE, read_json
 from weights.formats.quant_config import read_quant_config, with_file_beside
+from weights.formats.quant_declared import QuantConfig
 from weights.formats.quant_layouts import EXPERTS, Stored, expert_names, is_quantized, scheme_of
 from weights.locate import MANIFEST, Source, locate
 from weights.names import CanonicalPart, translate
@@ -108,10 +109,17 @@ def _put(
 
 def _yoke(source: Source) -> Outline:
     manifest = read_json(source.folder / MANIFEST)
-    weights = {}
+    weights: dict[str, StoredWeight] = {}
+    stored: dict[str, Stored] = {}
     for tensor in manifest["tensors"]:
+        if tensor["axis"] == "stored":  # of a quantized module: as in a Hugging Face folder
+            stored[tensor["name"]] = tensor["dtype"], tuple(tensor["shape"])
+            continue
         form = tensor["blocks"]["format"] if tensor["blocks"] else tensor["dtype"]
         weights[tensor["name"]] = StoredWeight(form, GGUF_SCHEMES.get(form))
+    if stored:
+        quantized = read_quant_config(manifest["config"], str(source.folder / MANIFEST))
+        weights |= _quantized(stored, quantized)
     return Outline(manifest["source_format"], manifest["config"], weights)
 
 
@@ -132,13 +140,21 @@ def _safetensors(source: Source) -> Outline:
         found, places = text_weights(found, source.path), text_weights(places, source.path)
     config, said_by = with_file_beside(text_config(declared), source.folder, found)
     quantized = read_quant_config(config, said_by)
-    modules: dict[str, dict[str, Stored]] = {}
     weights: dict[str, StoredWeight] = {}
     for name, about in found.items():
-        module, _, end = name.rpartition(".")
-        modules.setdefault(module, {})[end] = about["dtype"], tuple(about["shape"])
-        if end in ("weight", "bias"):
+        if name.endswith((".weight", ".bias")):
             _put(weights, translate(name), StoredWeight(about["dtype"], place=places[name]))
+    stored = {name: (about["dtype"], tuple(about["shape"])) for name, about in found.items()}
+    return Outline("safetensors", config, weights | _quantized(stored, quantized))
+
+
+def _quantized(stored: Mapping[str, Stored], quantized: QuantConfig | None) -> dict[str, StoredWeight]:
+    """The weights of the quantized modules among `stored` tensors, by their dtypes and shapes."""
+    weights: dict[str, StoredWeight] = {}
+    modules: dict[str, dict[str, Stored]] = {}
+    for name, about in stored.items():
+        module, _, end = name.rpartition(".")
+        modules.setdefault(module, {})[end] = about
     for module, parts in modules.items():
         if quantized is None:
             continue
@@ -147,7 +163,7 @@ def _safetensors(source: Source) -> Outline:
             _put(weights, translate(f"{module}.weight"), stored)
         if quantized.method == "mxfp4":
             weights |= _experts(module, parts)
-    return Outline("safetensors", config, weights)
+    return weights
 
 
 def _experts(module: str, parts: Mapping[str, Stored]) -> dict[str, StoredWeight]:

@@ -26,6 +26,7 @@ from weights.checkpoint import Checkpoint
 from weights.formats.yoke_io import open_yoke
 from weights.formats.yoke_manifest import MANIFEST, rank_file, read_manifest
 from weights.open import open_checkpoint
+from weights.outline import read_outline
 
 KINDS = [
     Kind("gptq", 4, 64, True),
@@ -64,6 +65,10 @@ def test_there_and_back_gives_the_same_bytes(kind: Kind, fast: Path) -> None:
         source = fast / f"to-{size}"
         divided = open_checkpoint(source)
         assert same(dict(whole(divided)), whole(original))
+        outline = read_outline(source)
+        assert outline is not None and outline.weights.keys() == divided.entries.keys()
+        for name, entry in divided.entries.items():
+            assert outline.weights[name].scheme == entry.scheme
         for rank in range(size):
             mine = open_yoke(source, prefer=rank)
             for name, slices in parts_of(original, rank, size):
