@@ -19,7 +19,10 @@ from reshard.plan import dims_of
 from tests.reshard.reshard_cases import run
 from tests.running import refused
 from tests.tensors import same, tensors_of, whole
+from tests.weights import quant_float_files
 from tests.weights.quant_files import DIM, LAYER, SHAPES, Kind, declared, module, save, write
+from tests.weights.quant_float_files import FloatKind
+from tests.weights.quant_float_files import write as write_floats
 from tests.weights.same_weights import assert_same_weight
 from tp.shard import plan_layout, slices_of
 from weights.checkpoint import Checkpoint
@@ -43,7 +46,9 @@ KINDS = [
 DOWN, OUT = f"{LAYER}mlp.down_proj", f"{LAYER}self_attn.o_proj"
 
 
-def name_of(kind: Kind) -> str:
+def name_of(kind: Kind | FloatKind) -> str:
+    if isinstance(kind, FloatKind):
+        return kind.name
     return f"{kind.method}-{kind.bits}-{kind.group}-{kind.symmetric}"
 
 
@@ -54,10 +59,11 @@ def parts_of(checkpoint: Checkpoint, rank: int, size: int) -> Iterator[tuple[str
         yield name, slices_of(name, entry.shape, layout)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=name_of)
-def test_there_and_back_gives_the_same_bytes(kind: Kind, fast: Path) -> None:
+@pytest.mark.parametrize("kind", [*KINDS, *quant_float_files.KINDS], ids=name_of)
+def test_there_and_back_gives_the_same_bytes(kind: Kind | FloatKind, fast: Path) -> None:
     (fast / "hf").mkdir()
-    stored, _ = write(fast / "hf", kind)
+    made = write(fast / "hf", kind) if isinstance(kind, Kind) else write_floats(fast / "hf", kind)
+    stored, _ = made
     original = open_checkpoint(fast / "hf")
     source = fast / "hf"
     for size in (3, 5, 2):
@@ -209,11 +215,11 @@ def test_what_a_dry_run_says(fast: Path, capsys: pytest.CaptureFixture[str]) -> 
 # What is wrong with a folder.
 
 
-def damaged(folder: Path, name: str, **values: Any) -> str:
+def damaged(folder: Path, tensor_name: str, /, **values: Any) -> str:
     """What is said of a folder whose manifest has other values for a tensor."""
     good = (folder / MANIFEST).read_text()
     manifest = json.loads(good)
-    found = next(tensor for tensor in manifest["tensors"] if tensor["name"] == name)
+    found = next(tensor for tensor in manifest["tensors"] if tensor["name"] == tensor_name)
     found |= {key: value(found[key]) for key, value in values.items()}
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(InputError) as caught:
@@ -241,11 +247,8 @@ def test_manifests_that_cannot_be_true_are_refused(fast: Path) -> None:
     assert "copy it again" in damaged(folder, qkv, **parts(0, 72, 192, 224, 288, 320))
     blocks = {"format": "Q4_0", "elements": 32, "bytes": 18}
     assert "and has blocks" in damaged(folder, qkv, blocks=lambda _: blocks)
-    assert "is missing" in damaged(folder, qkv, name=lambda name: f"{name}2")
-    assert "twice" in damaged(folder, qkv, name=lambda name: name.replace("qweight", "scales"))
-    assert "make up this weight" in damaged(
-        folder, "model.norm.weight", name=lambda _: f"{LAYER}self_attn.q_proj.weight"
-    )
+    assert "disagree on" in damaged(folder, qkv, name=lambda name: name.replace("qweight", "qweighs"))
+    assert "is listed twice" in damaged(folder, qkv, name=lambda _: f"{DOWN}.qweight")
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps({**manifest, "source_format": "gguf"}))
     with pytest.raises(InputError, match="'gguf' has none of"):
