@@ -159,8 +159,8 @@ def _quantized(stored: Mapping[str, Stored], quantized: QuantConfig | None) -> d
         if quantized is None:
             continue
         if is_quantized(parts):
-            stored = StoredWeight(f"{quantized.method} module", scheme_of(quantized, parts))
-            _put(weights, translate(f"{module}.weight"), stored)
+            weight = StoredWeight(f"{quantized.method} module", scheme_of(quantized, parts))
+            _put(weights, translate(f"{module}.weight"), weight)
         if quantized.method == "mxfp4":
             weights |= _experts(module, parts)
     return weights
