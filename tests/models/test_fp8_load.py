@@ -9,7 +9,7 @@ import torch
 
 from comm.group import Group
 from models.load import config_of, linears_of, load_model
-from models.quant_rules import Quant, parse_quant
+from models.quant_rules import Quant, is_linear, parse_quant
 from tests.running import RunRanks
 from tests.targets.quant import TOKENS, logits_of, wanted_file
 from tests.weights import quant_files, quant_float_files
@@ -81,7 +81,7 @@ def test_int8_with_quantized_activations(tmp_path: Path) -> None:
         quant = Quant(None, round_prompts=rounds)
         model = load_model(config_of(checkpoint), checkpoint, ALONE, torch.bfloat16, quant=quant)
         assert model.about_quant == ""
-        held = [layer.packing for layer, _ in linears_of(model) if layer is not model.head]
+        held = [layer.packing for layer, names in linears_of(model) if is_linear(names[0])]
         assert len(held) == 4
         for packing in held:
             assert packing is not None
