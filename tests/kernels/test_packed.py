@@ -18,7 +18,7 @@ from kernels.packed import (
     packed_rows,
     prefers_packed,
 )
-from kernels.quant_linear import quant_linear, quant_linear_reference, unpack_bf16
+from kernels.quant_linear import Part, dequantize, quant_linear, quant_linear_reference
 from tests.kernels.samples import random
 from tests.kernels.sets import EACH, SETS
 
@@ -113,7 +113,7 @@ def test_parts_are_packed_as_the_whole_is(n: int, k: int, data: st.DataObject) -
     rounded = weight.bfloat16()
     whole = pack_bf16(rounded)
     assert torch.equal(whole.data, pack_reference(rounded))
-    assert torch.equal(unpack_bf16(whole, k), rounded)
+    assert torch.equal(dequantize(whole, torch.bfloat16), rounded)
     first, second = sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n))))
     used = data.draw(st.integers(second, n))
     parts = new_packed(n, k)
@@ -131,7 +131,7 @@ def test_large_parts_are_rounded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> N
     packed = new_packed(203, 100)
     clear_rows(packed.data, 203)
     PackedRows(packed.data, 3, 200).fill(weight)
-    assert torch.equal(unpack_bf16(packed, 100)[3:], weight.bfloat16())
+    assert torch.equal(dequantize(packed, torch.bfloat16)[3:], weight.bfloat16())
 
 
 @settings(max_examples=30, deadline=None)
@@ -139,7 +139,7 @@ def test_large_parts_are_rounded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> N
 def test_rows_are_those_of_the_table(n: int, k: int, start: int, seed: int) -> None:
     table = random(n, k, seed=seed)
     tokens = torch.randint(0, start + n + 20, (3, 17), generator=torch.Generator().manual_seed(seed))
-    got = packed_rows(tokens, pack_bf16(table).data, k, start, n)
+    got = packed_rows(tokens, pack_bf16(table), start, n)
     local = tokens - start
     mine = (local >= 0) & (local < n)
     wanted = torch.where(mine.unsqueeze(-1), table[local.clamp(0, n - 1)], 0)
@@ -148,17 +148,18 @@ def test_rows_are_those_of_the_table(n: int, k: int, start: int, seed: int) -> N
 
 def test_they_are_operators_that_torch_can_trace() -> None:
     weight = random(48, 70, seed=0)
-    data, tokens = pack_bf16(weight).data, torch.tensor([[3, 50], [0, 47]])
+    packed, tokens = pack_bf16(weight), torch.tensor([[3, 50], [0, 47]])
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(OPS.pack_rows.default, (data, weight[:5], 7), test_utils=tests)
-    torch.library.opcheck(OPS.packed_rows.default, (tokens, data, 70, 0, 48), test_utils=tests)
+    torch.library.opcheck(OPS.pack_rows.default, (packed.data, weight[:5], 7), test_utils=tests)
+    arguments = (tokens, packed.data, packed.numbers, 0, 48)
+    torch.library.opcheck(OPS.packed_rows.default, arguments, test_utils=tests)
 
 
 def test_one_graph_for_any_number_of_tokens() -> None:
     packed, bias = pack_bf16(random(48, 64, seed=0)), random(48, seed=1)
 
     def step(tokens: torch.Tensor) -> torch.Tensor:
-        return quant_linear(packed_rows(tokens, packed.data, 64, 0, 48), packed, bias)
+        return quant_linear(packed_rows(tokens, packed, 0, 48), packed, bias)
 
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
@@ -208,20 +209,20 @@ def test_what_cannot_be_packed_is_refused(
     ("tokens", "k", "count", "message"),
     [
         (TOKENS.int(), 70, 40, "must be int64"),
-        (TOKENS, 97, 40, "numbers do not fit"),
-        (TOKENS, 64, 40, "numbers do not fit"),
-        (TOKENS, 70, 65, "numbers do not fit"),
-        (TOKENS, 70, -1, "numbers do not fit"),
+        (TOKENS, 97, 40, "bytes"),
+        (TOKENS, 64, 40, "bytes"),
+        (TOKENS, 70, 65, "65 rows of a table of 40"),
+        (TOKENS, 70, -1, "-1 rows"),
     ],
 )
 def test_what_cannot_be_looked_up_is_refused(
     tokens: torch.Tensor, k: int, count: int, message: str
 ) -> None:
     with pytest.raises(RuntimeError, match=message):
-        OPS.packed_rows(tokens, GOOD, k, 0, count)
+        OPS.packed_rows(tokens, GOOD, list(Part(0, 40, k)), 0, count)
 
 
 @pytest.mark.parametrize("k", [64, 97])
 def test_matmuls_that_do_not_fit_are_refused(k: int) -> None:
     with pytest.raises(RuntimeError, match="does not fit"):
-        OPS.quant_linear(random(1, k, seed=0), GOOD, None, None, 16, 0, 40, None)
+        OPS.quant_linear(random(1, k, seed=0), GOOD, list(Part(0, 40, 70)), None)
