@@ -1,14 +1,17 @@
 """How close are linears to the limits of memory and arithmetic? `python bench/linear.py`
 
-Linears of 1, 4, 16 and 512 rows with weights of bfloat16, int8, and int4 in groups of 32 and 128. Each
-call uses another copy of the weight, of so many that no cache holds them, in huge pages as in ranks.
-Measured for each linear: the weight's bytes per second against a bare read, floating-point operations
-(two per weight and row) against the core's peak, and speed against the bfloat16 linear with as many
-rows. Linears, read and peak alternate; ratios are within one round. Prints best and median; the last
-line is JSON.
+Linears of 1, 4, 16 and 512 rows with weights of every form that files have. Each call uses another copy
+of the weight, of so many that no cache holds them, in huge pages as in ranks. Measured for each linear:
+the weight's bytes per second against the fastest bare read of the same round, floating-point operations
+(two per weight and row) against the core's peak, and speed against packed bfloat16 with as many rows.
+Linears, reads and peak alternate; ratios are within one round. Prints best and median; the last line is
+JSON.
 
-`--packed` adds bfloat16 in the packed layout of the quantized weights. On a busy machine, use small
-weights (`--shape 512 4096`): such a sample ends before the scheduler runs another process.
+The bare read is tried with several numbers of streams and distances of prefetching, and the fastest
+counts: one sequential stream reaches much less of the memory's bandwidth.
+
+`--forms` selects some. On a busy machine, use small weights (`--shape 512 4096`): such a sample ends
+before the scheduler runs another process.
 
 What is not here: whole models (bench/decode.py, bench/prefill.py); the quality of quantized weights.
 """
@@ -42,11 +45,19 @@ from bench.allreduce import cpu_name, table  # noqa: E402
 from kernels.load import load_kernels  # noqa: E402
 from kernels.packed import pack_bf16  # noqa: E402
 from kernels.quant_linear import Packed, pack  # noqa: E402
-from weights.quant import QuantWeight  # noqa: E402
-from weights.schemes import parse_scheme  # noqa: E402
+from weights.quant import Factors, QuantWeight  # noqa: E402
+from weights.schemes import GGUF_SCHEMES, NVFP4, Scheme, fp8_scheme  # noqa: E402
 
-SCHEMES = ("bf16", "int8", "int4-g32", "int4-g128")
 BF16, PACKED = "bf16", "bf16 packed"
+FORMS: dict[str, Scheme] = {
+    "int8": Scheme(8, 0), "int4-g128": Scheme(4, 128), "fp8": fp8_scheme(0),
+    "fp8-g128": fp8_scheme(128), "NVFP4": NVFP4,
+    **{label: GGUF_SCHEMES[label] for label in (
+        "Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q5_1", "Q4_K", "Q4_0", "Q4_1", "IQ4_NL", "IQ4_XS", "MXFP4",
+        "Q3_K", "Q2_K",
+    )},
+}  # fmt: skip
+READS = ((4, 2048), (4, 4096), (6, 3072), (8, 2048), (12, 2048))  # streams, bytes of prefetching ahead
 Linear = Callable[[torch.Tensor], object]
 
 
@@ -64,59 +75,73 @@ class Weights:
     nbytes: int
 
 
-def make(scheme: str, n: int, k: int, total: int) -> Weights:
+def make(form: str, n: int, k: int, total: int) -> Weights:
     ops = torch.ops.yoke_kernels
-    if scheme == BF16:
+    if form == BF16:
         weight = torch.randn(n, k).bfloat16()
         copies = [weight.clone() for _ in range(-(-total // weight.nbytes))]
         return Weights([lambda x, w=w: ops.linear(x, w, None) for w in copies], weight.nbytes)  # type: ignore[misc]
-    packed = pack_bf16(torch.randn(n, k).bfloat16()) if scheme == PACKED else _quantized(scheme, n, k)
-    scale = packed.scale
-    nbytes = packed.data.nbytes + (0 if scale is None else scale.nbytes)
-    all_packed = [
-        packed._replace(data=packed.data.clone(), scale=None if scale is None else scale.clone())
-        for _ in range(-(-total // nbytes))
-    ]
-    return Weights([lambda x, w=w: ops.quant_linear(x, *w, None) for w in all_packed], nbytes)  # type: ignore[misc]
-
-
-def _quantized(scheme: str, n: int, k: int) -> Packed:
-    what = parse_scheme(scheme)
-    group = what.group_size or k
-    data = torch.randint(0, 256, (n, k * what.bits // 8), dtype=torch.uint8)
-    scale = torch.rand(n, k // group).to(torch.float32 if group == k else torch.float16)
-    return pack(
-        QuantWeight(data.view(torch.int8) if what.bits == 8 else data, scale, None, what.bits, group)
+    packed = pack_bf16(torch.randn(n, k).bfloat16()) if form == PACKED else _random(FORMS[form], n, k)
+    numbers = packed.numbers
+    copies = [packed.data.clone() for _ in range(-(-total // packed.nbytes))]
+    return Weights(
+        [lambda x, w=w: ops.quant_linear(x, w, numbers, None) for w in copies],  # type: ignore[misc]
+        packed.nbytes,
     )
 
 
+def _random(scheme: Scheme, n: int, k: int) -> Packed:
+    """A packed weight with random codes. Factors are around 1, so that no sum is infinite."""
+    codes = scheme.code_name
+    data = torch.randint(0, 1 << scheme.bits, (n, k)).to(torch.uint8)
+    if codes == "e4m3":
+        data &= 0xBF
+
+    def factors(kind: str, size: int) -> Factors:
+        size = size or k
+        shape = (n, -(-k // size))
+        if kind in ("f16", "f32"):
+            scale = torch.rand(shape).to(torch.float16 if kind == "f16" else torch.float32)
+        else:
+            base = {"e8m0": 127, "e4m3": 56}.get(kind, 1)
+            scale = torch.randint(base, base + 8, shape).to(torch.int8 if kind == "i8" else torch.uint8)
+        return Factors(size, scale, None if scheme.symmetric else scale.clone(), kind)
+
+    supers = factors(scheme.super_scales, scheme.super_size) if scheme.super_scales else None
+    own = factors(scheme.scale_kind, scheme.group_size)
+    return pack(QuantWeight(data.view(torch.int8) if codes == "i8" else data, codes, own, supers))
+
+
 def measure(flags: argparse.Namespace) -> dict[str, Any]:
-    """The samples: seconds by scheme and rows; bytes per second of a bare read and operations per
+    """The samples: seconds by form and rows; bytes per second of a bare read and operations per
     second of the peak, by round."""
     n, k = flags.shape
-    schemes = [*SCHEMES, *([PACKED] if flags.packed else [])]
-    weights = {scheme: make(scheme, n, k, flags.mib << 20) for scheme in schemes}
-    cycles = {scheme: cycle(each.linears) for scheme, each in weights.items()}
-    read_from = torch.randn(max(flags.mib << 20, 8 << 20) // 4)
+    forms = [BF16, PACKED, *flags.forms]
+    weights = {form: make(form, n, k, flags.mib << 20) for form in forms}
+    cycles = {form: cycle(each.linears) for form, each in weights.items()}
+    read_from = torch.randn(max(flags.mib << 20, FEW * flags.read_mib << 20) // 4)
     pieces = cycle(read_from.split(flags.read_mib << 18))
     rows = {m: torch.randn(m, k).bfloat16() for m in flags.rows}
-    seconds: dict[str, dict[int, list[float]]] = {s: {m: [] for m in rows} for s in schemes}
+    seconds: dict[str, dict[int, list[float]]] = {s: {m: [] for m in rows} for s in forms}
     reads, peaks = [], []
     rounds = 20_000
     torch.ops.yoke_kernels.peak(rounds)
     for _ in range(flags.samples):
-        some = [next(pieces) for _ in range(FEW)]
-        took = _timed(lambda: [torch.ops.yoke_kernels.read(piece) for piece in some])  # noqa: B023
-        reads.append(sum(piece.nbytes for piece in some) / took)
+        found = []
+        for streams, ahead in READS:
+            some = [next(pieces) for _ in range(FEW)]
+            took = _timed(lambda: [torch.ops.yoke_kernels.read(x, streams, ahead) for x in some])  # noqa: B023
+            found.append(sum(piece.nbytes for piece in some) / took)
+        reads.append(max(found))
         start = time.perf_counter()
         done = torch.ops.yoke_kernels.peak(rounds)
         peaks.append(done / (time.perf_counter() - start))
-        for scheme in schemes:
+        for form in forms:
             for m, x in rows.items():
-                several = [next(cycles[scheme]) for _ in range(FEW if m <= FEW_ROWS else 1)]
+                several = [next(cycles[form]) for _ in range(FEW if m <= FEW_ROWS else 1)]
                 took = _timed(lambda: [linear(x) for linear in several])  # noqa: B023
-                seconds[scheme][m].append(took / len(several))
-    sizes = {scheme: each.nbytes for scheme, each in weights.items()}
+                seconds[form][m].append(took / len(several))
+    sizes = {form: each.nbytes for form, each in weights.items()}
     return {"seconds": seconds, "bytes": sizes, "read_per_s": reads, "peak_per_s": peaks}
 
 
@@ -131,19 +156,19 @@ def summary(found: dict[str, Any], n: int, k: int) -> list[dict[str, Any]]:
     ratios of each round]."""
     reads, peaks = found["read_per_s"], found["peak_per_s"]
     lines = []
-    for scheme, by_rows in found["seconds"].items():
+    for form, by_rows in found["seconds"].items():
         for m, samples in by_rows.items():
-            size, work, base = found["bytes"][scheme], 2.0 * m * n * k, found["seconds"][BF16][m]
+            size, work, base = found["bytes"][form], 2.0 * m * n * k, found["seconds"][PACKED][m]
             lines.append(
                 {
-                    "scheme": scheme,
+                    "form": form,
                     "rows": m,
                     "us": [1e6 * s for s in (min(samples), statistics.median(samples))],
                     "gb_per_s": [size / s / 1e9 for s in (min(samples), statistics.median(samples))],
                     "of_read": _ratios([size / s for s in samples], reads),
                     "gflop_per_s": [work / s / 1e9 for s in (min(samples), statistics.median(samples))],
                     "of_peak": _ratios([work / s for s in samples], peaks),
-                    "over_bf16": _ratios([1 / s for s in samples], [1 / s for s in base]),
+                    "over_packed": _ratios([1 / s for s in samples], [1 / s for s in base]),
                 }
             )
     return lines
@@ -162,18 +187,18 @@ _COLUMNS = {
     "of_read": ("of read", 2),
     "gflop_per_s": ("GFLOP/s", 0),
     "of_peak": ("of peak", 2),
-    "over_bf16": ("over bf16", 2),
+    "over_packed": ("over packed bf16", 2),
 }
 
 
 def show(lines: Sequence[dict[str, Any]]) -> None:
-    drawn = [["scheme", "rows", *(title for title, _ in _COLUMNS.values())]]
+    drawn = [["form", "rows", *(title for title, _ in _COLUMNS.values())]]
     for line in lines:
         cells = [
             " / ".join(f"{value:.{digits}f}" for value in line[name])
             for name, (_, digits) in _COLUMNS.items()
         ]
-        drawn.append([line["scheme"], str(line["rows"]), *cells])
+        drawn.append([line["form"], str(line["rows"]), *cells])
     table(drawn)
 
 
@@ -185,16 +210,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shape", type=int, nargs=2, default=[4096, 4096], help="n and k of a weight")
     parser.add_argument("--samples", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--mib", type=int, default=1024, help="MiB of weights per scheme [1024]")
+    parser.add_argument("--mib", type=int, default=256, help="MiB of weights per form [256]")
     parser.add_argument("--read-mib", type=int, default=8, help="MiB of a bare read [8]")
-    parser.add_argument("--packed", action="store_true", help="also bf16 in the packed layout")
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS), metavar="FORM",
+                        help=f"of {', '.join(FORMS)} [all]")  # fmt: skip
     flags = parser.parse_args(argv)
     for name in ("samples", "threads", "mib", "read_mib"):
         if getattr(flags, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be at least 1")
-    if min(*flags.rows, *flags.shape) < 1 or flags.shape[1] % 128:
+    if min(*flags.rows, *flags.shape) < 1 or flags.shape[1] % 256:
         parser.error(
-            f"--rows {flags.rows} --shape {flags.shape}: must be at least 1, and k a multiple of 128"
+            f"--rows {flags.rows} --shape {flags.shape}: must be at least 1, and k a multiple of 256"
         )
     return flags
 

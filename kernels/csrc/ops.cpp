@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -119,21 +120,27 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
   return y;
 }
 
-// Reads memory as fast as `linear` can: the exclusive or of all 64-bit words, in as many streams.
-std::int64_t read(const Tensor& x) {
-  YOKE_CHECK(x.is_contiguous(), "read: the tensor must be contiguous");
-  const auto* words = static_cast<const std::uint64_t*>(x.const_data_ptr());
-  constexpr std::int64_t kStreams = 8, kRow = 512;  // of 4 KiB each
-  const std::int64_t units = static_cast<std::int64_t>(x.nbytes()) / (kStreams * kRow * 8);
+// Reads memory as fast as a loop can: the exclusive or of all 64-bit words. Each thread reads its part as `streams`
+// streams, 512 bytes of each in turn, and prefetches `ahead` bytes ahead in each. Which numbers are fastest depends on
+// the processor: measure several.
+std::int64_t read(const Tensor& x, std::int64_t streams, std::int64_t ahead) {
+  YOKE_CHECK(x.is_contiguous() && streams > 0 && ahead >= 0, "read: the tensor must be contiguous, and ", streams,
+             " streams and ", ahead, " bytes must be numbers from 1 and 0 on");
+  constexpr std::int64_t kTurn = 512, kWords = kLineBytes / 8;
+  const std::int64_t unit = streams * kTurn, units = static_cast<std::int64_t>(x.nbytes()) / unit;
+  const auto* bytes = static_cast<const std::uint8_t*>(x.const_data_ptr());
   std::atomic<std::uint64_t> found{0};
   parallel_for(0, units, 1, [&](std::int64_t first, std::int64_t last) {
-    std::uint64_t sums[8] = {};
-    for (std::int64_t unit = first; unit < last; ++unit) {
-      const std::uint64_t* rows = words + unit * kStreams * kRow;
-      for (std::int64_t i = 0; i < kRow; i += 8) {
-        for (std::int64_t row = 0; row < kStreams; ++row) {
-          __builtin_prefetch(rows + row * kRow + i + 128);
-          for (std::int64_t j = 0; j < 8; ++j) sums[j] ^= rows[row * kRow + i + j];
+    std::uint64_t sums[kWords] = {};
+    const std::int64_t length = (last - first) * kTurn;  // of a stream
+    for (std::int64_t at = 0; at < length; at += kTurn) {
+      for (std::int64_t stream = 0; stream < streams; ++stream) {
+        const std::uint8_t* from = bytes + first * unit + stream * length + at;
+        for (std::int64_t i = 0; i < kTurn; i += kLineBytes) {
+          __builtin_prefetch(from + ahead + i);
+          std::uint64_t line[kWords];
+          std::memcpy(line, from + i, sizeof line);
+          for (std::int64_t j = 0; j < kWords; ++j) sums[j] ^= line[j];
         }
       }
     }
@@ -162,7 +169,7 @@ const CompiledSteps steps("yoke_kernels");
 const Operators operators(
     "yoke_kernels",
     {
-        op<read>("read(Tensor x) -> int"),
+        op<read>("read(Tensor x, int streams=8, int ahead=2048) -> int"),
         op<linear>("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor"),
     },
     {

@@ -34,8 +34,10 @@ from weights.outline import read_outline
 from weights.quant import QuantWeight
 from weights.schemes import CODES, GGUF_SCHEMES
 
-SMALL = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-SMALL = (*SMALL, "IQ4_NL", "IQ4_XS", "MXFP4")  # of these, memory holds little more than the file
+SMALL = (  # of these, memory holds little more than the file
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS",
+    "MXFP4",
+)  # fmt: skip
 INFINITE, NAN, ZERO, NEGATIVE_ZERO = 0x7C00, 0xFE01, 0, 0x8000
 DOWN = "model.layers.0.mlp.down_proj.weight"
 seeds = st.integers(0, 2**32 - 1)
