@@ -77,7 +77,7 @@ def to_hf(config: ModelConfig, family: str, source: str) -> dict[str, Any]:
         }
     if config.local_rope is not None:
         keys["rope_local_base_freq"] = config.local_rope.theta
-    if not _same(asdict(from_hf(keys, source)), asdict(config)):
+    if not same(asdict(from_hf(keys, source)), asdict(config)):
         raise InputError(
             f"{source}: its metadata describe a model that the config.json keys of {architecture} "
             "cannot describe; quantize it from the Hugging Face folder that it was made from"
@@ -121,12 +121,12 @@ def _windows(config: ModelConfig) -> dict[str, Any]:
     return {"sliding_window": config.window, "use_sliding_window": True, "layer_types": types}
 
 
-def _same(left: Any, right: Any) -> bool:
+def same(left: Any, right: Any) -> bool:
     """Whether both are equal, with floats compared to float32 precision."""
     if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
     if isinstance(left, list | tuple) and isinstance(right, list | tuple):
-        return len(left) == len(right) and all(map(_same, left, right))
+        return len(left) == len(right) and all(map(same, left, right))
     if isinstance(left, float) or isinstance(right, float):
         return math.isclose(left, right, rel_tol=1e-6)
     return bool(left == right)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,16 +17,23 @@ from models.fetch import obtain
 from quantize.job import FETCH, QuantizeJob, help_text, parse_quantize_job, searches, uses_gptq
 from weights.output import (
     Interrupted,
+    check_new_file,
     check_space,
     check_target,
     interruptible,
     left_by,
+    new_file,
     new_folder,
 )
 
 if TYPE_CHECKING:  # torch is imported only after the command line has been checked
+    from torch import Tensor
+
+    from models.config import ModelConfig
+    from quantize.gguf_plan import GgufPlan
     from quantize.plan import Plan
     from quantize.report import Report
+    from weights.checkpoint import Checkpoint
 
 
 def main(words: Sequence[str]) -> int:
@@ -51,23 +58,32 @@ def main(words: Sequence[str]) -> int:
 def run(job: QuantizeJob) -> None:
     """Run a job. Raises InputError, Interrupted."""
     out = expand(job.out).absolute()
-    check_target(out)
+    (check_new_file if job.recipe else check_target)(out)
     source = obtain(job.model, "model", fetch=FETCH[job.fetch])
     # torch is imported only after the command line has been checked.
     from models.load import config_of
     from models.sizes import num_parameters
     from quantize import report as reports
+    from quantize.gguf_plan import GgufPlan, plan_gguf
     from quantize.plan import plan_quantize
     from weights.open import open_checkpoint
 
     checkpoint = open_checkpoint(source)
-    plan = plan_quantize(checkpoint, job.asked, untie=job.quant_head != "auto")
+    plan: Plan | GgufPlan
+    if job.recipe:
+        plan = plan_gguf(checkpoint, job.recipe)
+    else:
+        plan = plan_quantize(checkpoint, job.asked, untie=job.quant_head != "auto")
     check_space(out.parent, plan.needed_bytes)
     was = config_of(checkpoint, say=say)
     for line in checkpoint.notes:
         say(line)
     note(checkpoint.path, {entry.stored_as for entry in checkpoint.entries.values() if entry.block > 1})
-    report = write_quantized(job, plan, out, 2 * num_parameters(was))
+    before = 2 * num_parameters(was)
+    if isinstance(plan, GgufPlan):
+        report = write_gguf(job, plan, out, before)
+    else:
+        report = write_quantized(job, plan, out, before)
     if job.output == "json":
         show_json(reports.to_json(report))
     else:
@@ -82,27 +98,18 @@ def write_quantized(job: QuantizeJob, plan: Plan, out: Path, bytes_before: int) 
     from quantize.read_back import read_back
     from quantize.report import Report
     from quantize.run import carry_out
-    from quantize.texts import WINDOW, read_tokens, spread
-    from quantize.walk import perplexity_of
 
-    evaluated = calibration = None
-    if job.perplexity:
-        tokens = read_tokens(job.perplexity, "perplexity", plan.checkpoint, plan.config)
-        evaluated = [text for text in tokens.split(WINDOW) if len(text) > 1]
+    evaluated = _evaluated(job, plan.checkpoint, plan.config)
+    calibration = None
     if uses_gptq(job):
-        tokens = read_tokens(job.calibration, "calibration", plan.checkpoint, plan.config)
         settings = Settings(plan.scheme, searches(job), job.damp, job.order == "act")
-        calibration = settings, spread(tokens, job.samples, job.sample_len)
+        calibration = settings, _calibration(job, plan.checkpoint, plan.config)
     start = time.perf_counter()
     with new_folder(out) as partial:
         with progress_bar("quantizing", in_bytes=False) as progress:
             errors = carry_out(plan, partial, searches(job), calibration, progress)
         seconds = time.perf_counter() - start
-        before = after = None
-        if evaluated is not None:
-            say("measuring perplexity")
-            before = perplexity_of(plan.checkpoint, plan.config, evaluated)
-            after = perplexity_of(read_back(plan, partial), plan.config, evaluated)
+        perplexities = _perplexities(plan, lambda: read_back(plan, partial), evaluated)
     return Report(
         str(out),
         plan.scheme.name,
@@ -113,9 +120,69 @@ def write_quantized(job: QuantizeJob, plan: Plan, out: Path, bytes_before: int) 
         plan.total_bytes,
         seconds,
         sum(map(len, calibration[1])) if calibration else 0,
-        before,
-        after,
+        *perplexities,
     )
+
+
+def write_gguf(job: QuantizeJob, plan: GgufPlan, out: Path, bytes_before: int) -> Report:
+    """As `write_quantized`, for a GGUF file."""
+    from quantize.gguf_run import carry_out_gguf, forms_of, head_form, read_back_gguf
+    from quantize.report import Report
+
+    evaluated = _evaluated(job, plan.checkpoint, plan.config)
+    texts = _calibration(job, plan.checkpoint, plan.config) if job.calibration else None
+    start = time.perf_counter()
+    with new_file(out) as partial:
+        with progress_bar("quantizing", in_bytes=False) as progress:
+            errors = carry_out_gguf(plan, partial, texts, progress)
+        seconds = time.perf_counter() - start
+        written = read_back_gguf(plan, partial)
+        bytes_after = partial.stat().st_size
+        perplexities = _perplexities(plan, lambda: written, evaluated)
+    return Report(
+        str(out),
+        plan.recipe,
+        head_form(plan),
+        "imatrix" if texts else "search",
+        tuple(errors),
+        bytes_before,
+        bytes_after,
+        seconds,
+        sum(map(len, texts)) if texts else 0,
+        *perplexities,
+        forms=forms_of(plan),
+    )
+
+
+def _evaluated(job: QuantizeJob, checkpoint: Checkpoint, config: ModelConfig) -> list[Tensor] | None:
+    """The texts of perplexity=, as windows of tokens; None without that key. Raises InputError."""
+    from quantize.texts import WINDOW, read_tokens
+
+    if not job.perplexity:
+        return None
+    tokens = read_tokens(job.perplexity, "perplexity", checkpoint, config)
+    return [text for text in tokens.split(WINDOW) if len(text) > 1]
+
+
+def _calibration(job: QuantizeJob, checkpoint: Checkpoint, config: ModelConfig) -> list[Tensor]:
+    """The pieces of the calibration text, as tokens. Raises InputError."""
+    from quantize.texts import read_tokens, spread
+
+    tokens = read_tokens(job.calibration, "calibration", checkpoint, config)
+    return spread(tokens, job.samples, job.sample_len)
+
+
+def _perplexities(
+    plan: Plan | GgufPlan, written: Callable[[], Checkpoint], texts: list[Tensor] | None
+) -> tuple[float | None, float | None]:
+    """The perplexities of texts before and after; None without texts."""
+    from quantize.walk import perplexity_of
+
+    if texts is None:
+        return None, None
+    say("measuring perplexity")
+    before = perplexity_of(plan.checkpoint, plan.config, texts)
+    return before, perplexity_of(written(), plan.config, texts)
 
 
 def note(source: Path, blocks: set[str]) -> None:

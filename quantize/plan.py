@@ -59,13 +59,7 @@ def plan_quantize(checkpoint: Checkpoint, asked: Asked, untie: bool = False) -> 
     """The plan for a checkpoint. `untie`: a tied head that should be quantized gets weights of its own;
     otherwise it stays tied. Raises InputError if the source is quantized already, or if the rows of a
     weight are not a multiple of the scheme's group size."""
-    found = checkpoint.config.get("quantization_config")
-    if found is not None:
-        method = found.get("quant_method") if isinstance(found, dict) else None
-        raise InputError(
-            f"{checkpoint.path} is quantized already (quantization_config, {str(method)[:50]}); "
-            "quantize the model that it was made from"
-        )
+    refuse_quantized(checkpoint)
     config = config_of(checkpoint)
     shapes = expected_shapes(config)
     check_names(checkpoint, shapes, config.tie_embeddings)
@@ -89,6 +83,18 @@ def plan_quantize(checkpoint: Checkpoint, asked: Asked, untie: bool = False) -> 
     if len(files) > 1:
         texts[INDEX] = _index(files)
     return Plan(checkpoint, config, asked.layers, shapes, schemes, kept, files, texts)
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raise InputError if a source says that it is quantized. (A GGUF source is used as it is: it may
+    be quantized in part, and the command says so.)"""
+    found = checkpoint.config.get("quantization_config")
+    if found is not None:
+        method = found.get("quant_method") if isinstance(found, dict) else None
+        raise InputError(
+            f"{checkpoint.path} is quantized already (quantization_config, {str(method)[:50]}); "
+            "quantize the model that it was made from"
+        )
 
 
 def _untied(checkpoint: Checkpoint) -> Checkpoint:

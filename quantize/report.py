@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from quantize.calibrate import Errors
@@ -21,7 +21,8 @@ _KINDS = (
 @dataclass(frozen=True)
 class Report:
     """The results. `head` is the lm_head's scheme, or "none". `bytes_before`: the size of the weights
-    in 16 bits. Perplexities are None if they were not measured."""
+    in 16 bits. Perplexities are None if they were not measured. `forms`: the form of each weight by
+    name, where forms differ."""
 
     out: str
     scheme: str
@@ -34,6 +35,7 @@ class Report:
     calibration_tokens: int = 0
     perplexity_before: float | None = None
     perplexity_after: float | None = None
+    forms: Mapping[str, str] = field(default_factory=dict)
 
 
 def weight_error(errors: Sequence[Errors]) -> float:
@@ -76,7 +78,14 @@ def to_json(report: Report) -> dict[str, Any]:
         "perplexity_before": report.perplexity_before,
         "perplexity_after": report.perplexity_after,
         "weights": [
-            {"name": one.name, "weight_error": weight_error([one]), "output_error": output_error([one])}
+            {
+                "name": one.name,
+                "form": report.forms.get(
+                    one.name, report.scheme if _layer(one) is not None else report.head
+                ),
+                "weight_error": weight_error([one]),
+                "output_error": output_error([one]),
+            }
             for one in report.errors
         ],
     }
@@ -138,7 +147,8 @@ def show(report: Report) -> None:
     for one in report.errors:
         if _layer(one) is None:
             name = one.name.removesuffix(".weight")
-            console.print(f"{name}: {report.head}, {_percent(weight_error([one]))}")
+            form = report.forms.get(one.name, report.head)
+            console.print(f"{name}: {form}, {_percent(weight_error([one]))}")
     if few := unrouted(report):
         console.print(
             f"{len(few)} weights of experts that no token of the calibration text was routed to were "

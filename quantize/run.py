@@ -20,6 +20,7 @@ from quantize.compressed import stored_tensors
 from quantize.grid import range_grid, search_grid
 from quantize.plan import Plan
 from quantize.walk import Walk, whole
+from weights.checkpoint import Checkpoint
 from weights.pages import release_pages
 from weights.quant import QuantWeight, join_rows
 from weights.schemes import Scheme
@@ -85,7 +86,7 @@ def _weights(
             continue
         weight = whole(plan.checkpoint, name)
         if name in plan.kept:
-            check_finite(weight, name, plan)
+            check_finite(weight, name, plan.checkpoint)
             yield name, {name: weight.to(DTYPES[plan.kept[name]])}, None
         else:
             errors, quantized = round_weight(name, weight, plan.schemes[name], search, plan)
@@ -98,17 +99,17 @@ def _weights(
         block = walk.layer(index)
         for name in later:
             if name.startswith(f"model.layers.{index}."):
-                check_finite(whole(plan.checkpoint, name), name, plan)
+                check_finite(whole(plan.checkpoint, name), name, plan.checkpoint)
         for errors, quantized in quantize_block(walk, block, index, settings):
             yield errors.name, stored_tensors(errors.name, quantized), errors
         walk.leave(block)
 
 
-def check_finite(weight: Tensor, name: str, plan: Plan) -> None:
+def check_finite(weight: Tensor, name: str, checkpoint: Checkpoint) -> None:
     """Raise InputError if a number of a weight is not finite."""
     for piece in weight.reshape(-1).split(_PIECE):
         if not piece.isfinite().all():
-            file = plan.checkpoint.entries[name].file or plan.checkpoint.path
+            file = checkpoint.entries[name].file or checkpoint.path
             raise InputError(
                 f"{file}: {name} holds numbers that are not finite; download the model again"
             )
@@ -118,7 +119,7 @@ def round_weight(
     name: str, weight: Tensor, scheme: Scheme, search: bool, plan: Plan
 ) -> tuple[Errors, QuantWeight]:
     """Round a weight [n, k] to the nearest, some rows at a time. Raises InputError."""
-    check_finite(weight, name, plan)
+    check_finite(weight, name, plan.checkpoint)
     step = max(_PIECE // weight.shape[1], 1)
     parts: list[QuantWeight] = []
     error = square = 0.0

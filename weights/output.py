@@ -1,9 +1,10 @@
-"""A folder that appears whole or not at all, whatever happens to the process that writes it.
+"""A folder or a file that appears whole or not at all, whatever happens to the process that writes it.
 
 It is written as a hidden folder beside the target, `.NAME.partial-TOKEN`, and renamed when all of it is
-on the disk. A run that fails or is interrupted removes its partial folder. A killed run leaves it, and
-the next run for the same name removes it. A lock, which the kernel releases when the process ends,
-shows whether the owner of a partial folder is still alive; a pid would not, since pids are reused.
+on the disk. A file is written in such a folder, and moved out of it. A run that fails or is interrupted
+removes its partial folder. A killed run leaves it, and the next run for the same name removes it. A
+lock, which the kernel releases when the process ends, shows whether the owner of a partial folder is
+still alive; a pid would not, since pids are reused.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import secrets
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -65,6 +66,14 @@ def check_target(out: Path) -> None:
         raise InputError(f"{out.parent} does not exist; create it first")
 
 
+def check_new_file(out: Path) -> None:
+    """Raise InputError unless the file `out` can be created: nothing has its name."""
+    if out.is_symlink() or out.exists():
+        raise InputError(f"{out} exists; give the name of a new file, or remove it first")
+    if not out.parent.is_dir():
+        raise InputError(f"{out.parent} does not exist; create it first")
+
+
 def check_space(folder: Path, needed: int) -> None:
     """Raise InputError unless the file system of `folder` has room for `needed` bytes."""
     free = shutil.disk_usage(folder).free
@@ -83,8 +92,25 @@ def new_folder(out: Path) -> Iterator[Path]:
     The folder's name is chosen before the folder is created, so any exception after that, even a signal
     between two steps, can remove the folder by its name.
     """
-    out = out.absolute()
-    check_target(out)
+    check_target(out.absolute())
+    with _partial(out.absolute(), _finish) as partial:
+        yield partial
+
+
+@contextmanager
+def new_file(out: Path) -> Iterator[Path]:
+    """The name of a file to create. It becomes `out` when the block ends without an exception, and is
+    removed otherwise. Its own name ends like that of `out`. Raises InputError as `new_folder` does, and
+    if a file of the name `out` has appeared meanwhile."""
+    check_new_file(out.absolute())
+    with _partial(out.absolute(), _finish_file) as partial:
+        yield partial / out.name
+
+
+@contextmanager
+def _partial(out: Path, finish: Callable[[Path, Path], None]) -> Iterator[Path]:
+    """A partial folder for `out`. `finish(partial, out)` moves its content there when the block ends
+    without an exception."""
     remove_leftovers(out)
     partial = out.parent / f".{out.name}.partial-{secrets.token_hex(8)}"
     with contextlib.ExitStack() as lock:
@@ -95,7 +121,7 @@ def new_folder(out: Path) -> Iterator[Path]:
                 reason = f"nothing can be written there ({error.strerror})"
                 raise InputError(f"{out.parent}: {reason}; write it elsewhere") from error
             yield partial
-            _finish(partial, out)
+            finish(partial, out)
         except OSError as error:
             left = _remove(partial)
             reason = os.strerror(error.errno) if error.errno else str(error)
@@ -115,10 +141,27 @@ def _finish(partial: Path, out: Path) -> None:
     _sync(out.parent)
 
 
+def _finish_file(partial: Path, out: Path) -> None:
+    """Move the file to `out`, once it is on the disk, and remove its folder."""
+    _sync(partial)
+    written = partial / out.name
+    try:
+        os.link(written, out)  # unlike a rename it never replaces a file
+    except FileExistsError as error:
+        raise InputError(
+            f"{out} has appeared meanwhile; remove one of the two, or rename it"
+        ) from error
+    except OSError:  # a file system without hard links
+        check_new_file(out)
+        written.rename(out)
+    _sync(out.parent)
+    _remove(partial)
+
+
 def left_by(stopped: Interrupted, out: Path) -> str:
-    """What an interrupted run has left, in a few words. `out` was empty when the run began, so any
-    content in it is the complete result."""
-    if out.is_dir() and any(out.iterdir()):
+    """What an interrupted run has left, in a few words. `out` was absent or empty when the run began,
+    so any content in it is the complete result."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
         return f"{out} is complete"
     notes: list[str] = getattr(stopped, "__notes__", [])
     return notes[0] if notes else "nothing was left"
