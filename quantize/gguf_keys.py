@@ -140,7 +140,7 @@ def _scaling(rope: Rope, head_dim: int) -> tuple[Keys, dict[str, list[float]]]:
         factors = (plain / frequencies(rope, head_dim, 1)).tolist()
         return {}, {"rope_freqs.weight": factors}
     if rope.kind == "longrope":
-        keys = {
+        keys: Keys = {
             "rope.scaling.original_context_length": rope.original_max_seq_len,
             "rope.scaling.attn_factor": rope.attention_factor,
         }

@@ -29,7 +29,11 @@ from weights.quant import Factors, QuantWeight
 from weights.schemes import CODES, GGUF_SCHEMES, Scheme
 
 _PIECE = 1 << 17  # numbers that are searched at once: the temporaries stay in a core's cache
-_STEPS = tuple(i / 5 for i in range(-4, 5))  # by these, the number of steps over a group is changed
+# The range of a group has so many times as many steps as there are codes: fewer use codes between the
+# nearest ones, more clip the largest numbers.
+_SHARES = (0.96, 1.0, 1.04, 1.09, 1.16, 1.28, 1.5)
+_CLIPS = 1.08  # from this share on
+_REFINED = 2  # so many times codes are chosen again for the scales found, and scales for these codes
 _ROUNDS = 2  # of step 4
 _LARGEST = 65504.0  # of float16
 Importance = Tensor | None
@@ -186,19 +190,26 @@ def _error(pieces: _Pieces, chosen: _Chosen) -> Tensor:
 
 def _search_scale(pieces: _Pieces) -> Tensor:
     """The best scales [groups] without offsets, of either sign: step 1. The largest number gets the
-    code 0 or one near it, so that all codes are used."""
+    code 0 or one near it, so that all codes are used; or it is clipped."""
     x, weight, zero = pieces.x, pieces.weight, pieces.zero
-    inverse = _inverse(x.gather(0, x.abs().argmax(0, keepdim=True)))
+    inverse = _inverse(x.gather(0, x.abs().argmax(0, keepdim=True)))[0]
     wx = weight * x
     best = torch.zeros(x.shape[1])
     scale = torch.zeros(x.shape[1])
-    for step in _STEPS:
-        code = (x * (inverse * -(zero + step))).round_().clamp_(-zero, pieces.top - zero)
+
+    def attempt(unit: Tensor) -> None:
+        nonlocal best, scale
+        code = (x * unit).round_().clamp_(-zero, pieces.top - zero)
         up, down = (wx * code).sum(0), code.square_().mul_(weight).sum(0)
         fitted = up * _inverse(down)
         gain = up * fitted  # by how much the error is below that of zeros
         better = gain > best
         best, scale = torch.where(better, gain, best), torch.where(better, fitted, scale)
+
+    for share in _SHARES:
+        attempt(inverse * (-zero * share))
+    for _ in range(_REFINED):
+        attempt(_inverse(scale))
     return scale
 
 
@@ -214,9 +225,10 @@ def _search_affine(pieces: _Pieces, any_offset: bool) -> tuple[Tensor, Tensor]:
     # The range itself is the choice for groups of equal numbers, for which there is no other.
     scale, offset = (high - low) / top, low
     best = torch.full_like(low, -torch.inf)
-    for step in _STEPS:
-        unit = inverse * (top + step)
-        code = (x * unit).sub_(low * unit).round_().clamp_(0, top)
+
+    def attempt(unit: Tensor, start: Tensor) -> None:
+        nonlocal best, scale, offset
+        code = (x * unit).sub_(start * unit).round_().clamp_(0, top)
         wc = weight * code
         sum_c, sum_cc, sum_cx = wc.sum(0), wc.mul_(code).sum(0), code.mul_(wx).sum(0)
         inverse_d = _inverse(sum_w * sum_cc - sum_c.square())
@@ -230,6 +242,15 @@ def _search_affine(pieces: _Pieces, any_offset: bool) -> tuple[Tensor, Tensor]:
         better = (gain > best) & (fitted > 0)
         best = torch.where(better, gain, best)
         scale, offset = torch.where(better, fitted, scale), torch.where(better, moved, offset)
+
+    for share in _SHARES:
+        attempt(inverse * (top * share), low)
+        if share > _CLIPS:  # also from both sides, and from below
+            beyond = (high - low) * (1 - 1 / share)
+            attempt(inverse * (top * share), low + beyond / 2)
+            attempt(inverse * (top * share), low + beyond)
+    for _ in range(_REFINED):
+        attempt(_inverse(scale), offset)
     return scale, offset
 
 
