@@ -1,1 +1,1 @@
-"""Make quantized checkpoints offline, in one process: 8-bit or 4-bit weights from 16-bit weights."""
+"""Make quantized checkpoints offline, in one process: folders of 8-bit or 4-bit weights, or GGUF files."""
