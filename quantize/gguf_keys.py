@@ -125,8 +125,8 @@ def _trained_length(config: ModelConfig) -> int:
 
 
 def _windows(config: ModelConfig, architecture: str) -> Keys:
-    if not config.window:
-        return {}
+    if not config.window:  # llama.cpp requires the key of Phi 3
+        return {"attention.sliding_window": 0} if architecture == "phi3" else {}
     keys: Keys = {"attention.sliding_window": config.window}
     if config.windowed and not architecture.startswith("gemma"):  # Gemma's layers are known
         layers = [config.is_windowed(i) for i in range(config.num_layers)]

