@@ -1,1 +1,1 @@
-"""Make quantized checkpoints offline, in one process: folders of 8-bit or 4-bit weights, or GGUF files."""
+"""Make quantized checkpoints offline, in one process: folders of 8 or 4 bits, or GGUF files."""
