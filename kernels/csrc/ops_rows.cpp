@@ -20,26 +20,6 @@ using isa_rows::half;
 
 constexpr std::int64_t kFours = 4, kNibbles = 8;  // of a row in a step: see quant.h
 
-// A plane of codes: its bits, the lowest of which is bit `from` of a code.
-struct Plane {
-  int bits, from;
-};
-
-struct Planes {
-  Plane of[2];
-  int count;
-};
-
-constexpr Planes planes_of(int bits) {
-  switch (bits) {
-    case 2: return {{{2, 0}}, 1};
-    case 3: return {{{2, 0}, {1, 2}}, 2};
-    case 5: return {{{4, 0}, {1, 4}}, 2};
-    case 6: return {{{4, 0}, {2, 4}}, 2};
-    default: return {{{4, 0}}, 1};
-  }
-}
-
 // Nibble n of four pairs i in a plane of `bits`: the register, and the lowest bit in its lane.
 constexpr std::int64_t word_of(int bits, std::int64_t i) { return i / (4 / bits); }
 constexpr int shift_of(int bits, std::int64_t i, std::int64_t n) {
@@ -48,44 +28,62 @@ constexpr int shift_of(int bits, std::int64_t i, std::int64_t n) {
 // The column of nibble n of four pairs i.
 constexpr std::int64_t column_of(std::int64_t i, std::int64_t n) { return 8 * i + 2 * (n % 4) + n / 4; }
 
-// Packs the 32 codes of a row into its lanes of a tile; `to`: the row's lane of the first register.
-void pack_step(const std::uint8_t* codes, int bits, std::uint8_t* to) {
-  if (bits == 8) {
-    for (std::int64_t pair = 0; pair < kStep / 2; ++pair) std::memcpy(to + pair * 2 * kTileRows, codes + 2 * pair, 2);
-    return;
-  }
-  const Planes planes = planes_of(bits);
-  for (int p = 0; p < planes.count; ++p) {
-    const auto [own, from] = planes.of[p];
-    std::uint32_t words[4] = {};
-    for (std::int64_t i = 0; i < kFours; ++i) {
-      for (std::int64_t n = 0; n < kNibbles; ++n) {
-        const std::uint32_t code = codes[column_of(i, n)] >> from & ((1u << own) - 1);
-        words[word_of(own, i)] |= code << shift_of(own, i, n);
-      }
+// Packs bits [From, From + Own) of the 32 codes of a row into its lanes of a plane; `to`: the row's lane of the first
+// register. The loops are unrolled: all shifts are known.
+template <int Own, int From>
+inline void pack_plane(const std::uint8_t* codes, std::uint8_t* to) {
+  std::uint32_t words[4] = {};
+#pragma GCC unroll 4
+  for (std::int64_t i = 0; i < kFours; ++i) {
+#pragma GCC unroll 8
+    for (std::int64_t n = 0; n < kNibbles; ++n) {
+      const std::uint32_t code = codes[column_of(i, n)] >> From & ((1u << Own) - 1);
+      words[word_of(Own, i)] |= code << shift_of(Own, i, n);
     }
-    for (int word = 0; word < own; ++word, to += 4 * kTileRows) std::memcpy(to, &words[word], 4);
+  }
+  for (int word = 0; word < Own; ++word) std::memcpy(to + word * 4 * kTileRows, &words[word], 4);
+}
+
+// The inverse of `pack_plane`: adds the bits to the codes.
+template <int Own, int From>
+inline void unpack_plane(const std::uint8_t* from, std::uint8_t* codes) {
+  std::uint32_t words[4];
+  for (int word = 0; word < Own; ++word) std::memcpy(&words[word], from + word * 4 * kTileRows, 4);
+#pragma GCC unroll 4
+  for (std::int64_t i = 0; i < kFours; ++i) {
+#pragma GCC unroll 8
+    for (std::int64_t n = 0; n < kNibbles; ++n) {
+      const std::uint32_t code = words[word_of(Own, i)] >> shift_of(Own, i, n) & ((1u << Own) - 1);
+      codes[column_of(i, n)] = static_cast<std::uint8_t>((From == 0 ? 0 : codes[column_of(i, n)]) | code << From);
+    }
+  }
+}
+
+// Packs the 32 codes of a row into its lanes of a tile.
+void pack_step(const std::uint8_t* codes, int bits, std::uint8_t* to) {
+  constexpr std::int64_t kPlane = 4 * kTileRows;  // the bytes of a plane of one bit
+  switch (bits) {
+    case 2: return pack_plane<2, 0>(codes, to);
+    case 3: pack_plane<2, 0>(codes, to); return pack_plane<1, 2>(codes, to + 2 * kPlane);
+    case 4: return pack_plane<4, 0>(codes, to);
+    case 5: pack_plane<4, 0>(codes, to); return pack_plane<1, 4>(codes, to + 4 * kPlane);
+    case 6: pack_plane<4, 0>(codes, to); return pack_plane<2, 4>(codes, to + 4 * kPlane);
+    default:
+      for (std::int64_t pair = 0; pair < kStep / 2; ++pair) std::memcpy(to + pair * 2 * kTileRows, codes + 2 * pair, 2);
   }
 }
 
 // The inverse of `pack_step`.
 void unpack_step(const std::uint8_t* from, int bits, std::uint8_t* codes) {
-  if (bits == 8) {
-    for (std::int64_t pair = 0; pair < kStep / 2; ++pair) std::memcpy(codes + 2 * pair, from + pair * 2 * kTileRows, 2);
-    return;
-  }
-  const Planes planes = planes_of(bits);
-  std::memset(codes, 0, kStep);
-  for (int p = 0; p < planes.count; ++p) {
-    const auto [own, low] = planes.of[p];
-    std::uint32_t words[4];
-    for (int word = 0; word < own; ++word, from += 4 * kTileRows) std::memcpy(&words[word], from, 4);
-    for (std::int64_t i = 0; i < kFours; ++i) {
-      for (std::int64_t n = 0; n < kNibbles; ++n) {
-        const std::uint32_t code = words[word_of(own, i)] >> shift_of(own, i, n) & ((1u << own) - 1);
-        codes[column_of(i, n)] |= static_cast<std::uint8_t>(code << low);
-      }
-    }
+  constexpr std::int64_t kPlane = 4 * kTileRows;
+  switch (bits) {
+    case 2: return unpack_plane<2, 0>(from, codes);
+    case 3: unpack_plane<2, 0>(from, codes); return unpack_plane<1, 2>(from + 2 * kPlane, codes);
+    case 4: return unpack_plane<4, 0>(from, codes);
+    case 5: unpack_plane<4, 0>(from, codes); return unpack_plane<1, 4>(from + 4 * kPlane, codes);
+    case 6: unpack_plane<4, 0>(from, codes); return unpack_plane<2, 4>(from + 4 * kPlane, codes);
+    default:
+      for (std::int64_t pair = 0; pair < kStep / 2; ++pair) std::memcpy(codes + 2 * pair, from + pair * 2 * kTileRows, 2);
   }
 }
 

