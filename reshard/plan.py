@@ -97,18 +97,7 @@ def plan_reshard(
     layouts = [plan_layout(dims, rank, world_size) for rank in range(world_size)]
     # GGUF metadata is not a config.json, so a GGUF model gets Yoke's format even for one rank.
     form = "hf" if world_size == 1 and checkpoint.format != "gguf" else "yoke"
-    plain, several = dict(checkpoint.entries), {}
-    if not dequantize:
-        several = {name: entry for name, entry in plain.items() if entry.stored_in is not None}
-    tensors = (
-        *(
-            _tensor(name, entry, checkpoint, layouts, dequantize)
-            for name, entry in plain.items()
-            if name not in several
-        ),
-        *stored_tensors(several, checkpoint.stored, layouts),
-    )
-    _check_names(checkpoint, tensors)
+    tensors, kept = _tensors(checkpoint, layouts, dequantize)
     if form == "hf":
         outputs = _hf_outputs(tensors, checkpoint.format, dims)
     else:
@@ -126,8 +115,6 @@ def plan_reshard(
         }
     )
     places = {name: file for file, contents in files.items() for name in contents.shapes}
-    kept = {tensor.blocks.format for tensor in tensors if tensor.blocks is not None}
-    kept |= {entry.stored_as for entry in several.values()}
     config = checkpoint.config
     if dequantize and checkpoint.stored:
         config = {key: value for key, value in config.items() if key not in QUANT_KEYS}
@@ -148,9 +135,31 @@ def plan_reshard(
         tensors,
         files,
         outputs,
-        tuple(sorted(kept)),
+        kept,
         texts,
     )
+
+
+def _tensors(
+    checkpoint: Checkpoint, layouts: list[Layout], dequantize: bool
+) -> tuple[tuple[StoredTensor, ...], tuple[str, ...]]:
+    """What is stored, and the formats of what stays quantized. Raises InputError."""
+    plain = checkpoint.entries
+    several: dict[str, Entry] = {}
+    if not dequantize:
+        several = {name: entry for name, entry in plain.items() if entry.stored_in is not None}
+    tensors = (
+        *(
+            _tensor(name, entry, checkpoint, layouts, dequantize)
+            for name, entry in plain.items()
+            if name not in several
+        ),
+        *stored_tensors(several, checkpoint.stored, layouts),
+    )
+    _check_names(checkpoint, tensors)
+    kept = {tensor.blocks.format for tensor in tensors if tensor.blocks is not None}
+    kept |= {entry.stored_as for entry in several.values()}
+    return tensors, tuple(sorted(kept))
 
 
 def manifest_of(plan: ReshardPlan, digests: Mapping[tuple[str, str], str]) -> Manifest:
