@@ -131,17 +131,43 @@ def test_scales_are_near_the_best_of_all(form: str) -> None:
     assert float(found.sum()) <= 1.06 * sum(best)
 
 
-@pytest.mark.parametrize("form", ["Q4_1", "Q5_1", "Q4_K", "Q5_K"])
+@pytest.mark.parametrize("form", ["Q4_1", "Q5_1"])
 def test_scales_and_offsets_are_near_the_best_of_all(form: str) -> None:
-    """For K-quants the bound is below what is possible: their scales are integers of 6 bits."""
     weight, by, top = weights(2, 256), importance(256).sqrt(), 31 if form[1] == "5" else 15
     found = (quantize_rows(form, weight, by).dequantize() - weight).square() * by
     best = [
-        best_affine(group, top, used, any_offset=form.endswith("_1"))
+        best_affine(group, top, used, any_offset=True)
         for row in weight
         for group, used in zip(row.split(32), by.split(32), strict=True)
     ]
     assert float(found.sum()) <= 1.25 * sum(best)
+
+
+def best_integers(group: Tensor, scale: float, least: float, top: int, by: Tensor) -> float:
+    """The least error of a group [32] over all scales and minimums of 6 bits, for the factors of its
+    super-group."""
+    integers = torch.arange(64).float()
+    step = (scale * integers).view(-1, 1, 1)
+    offset = (least * integers).view(1, -1, 1)
+    codes = ((group - offset) / torch.where(step == 0, 1.0, step)).round().clamp(0, top)
+    return float(((codes * step + offset - group).square() * by).sum(-1).min())
+
+
+@pytest.mark.parametrize("form", ["Q4_K", "Q5_K"])
+def test_integers_of_groups_are_near_the_best_for_their_super_group(form: str) -> None:
+    weight, by, top = weights(2, 256), importance(256).sqrt(), 31 if form[1] == "5" else 15
+    quantized = quantize_rows(form, weight, by)
+    found = (quantized.dequantize() - weight).square() * by
+    assert quantized.supers is not None and quantized.supers.offset is not None
+    best = [
+        best_integers(group, float(scale), float(least), top, used)
+        for row, scale, least in zip(
+            weight, quantized.supers.scale[:, 0], quantized.supers.offset[:, 0], strict=True
+        )
+        for group, used in zip(row.split(32), by.split(32), strict=True)
+    ]
+    # The search tries integers beside the nearest ones only: Q5_K was 12 % above the best of all.
+    assert float(found.sum()) <= 1.15 * sum(best)
 
 
 @pytest.mark.parametrize("form", FORMS)
