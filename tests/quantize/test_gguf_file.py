@@ -172,7 +172,7 @@ def test_a_calibration_text_lowers_the_error_of_outputs(tmp_path: Path) -> None:
     texts = [read_tokens(str(tmp_path / "text"), "calibration", checkpoint, plan.config)[:256]]
     walk = Walk(checkpoint, plan.config, texts)
     block = walk.layer(0)
-    (x,) = walk.inputs(block, block.mlp.gate_up)  # type: ignore[union-attr]
+    (x,) = walk.inputs(block, block.get_submodule("mlp.gate_up"))
     name = "model.layers.0.mlp.up_proj.weight"
     everything = (slice(0, 512), slice(0, 256))
     exact = checkpoint.entries[name].read(everything).float()
