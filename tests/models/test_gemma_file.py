@@ -44,7 +44,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_is_kept_and_as_good_as_dequantized(file: Path) -> None:
     checkpoint = open_checkpoint(file)
     config = config_of(checkpoint)
-    tokens = read_tokens(str(TEXT), "--text", checkpoint, config)[:256].unsqueeze(0)
+    tokens = read_tokens(str(TEXT), "--text", checkpoint, config)[:2048].unsqueeze(0)
     start = time.perf_counter()
     kept = load_model(config, checkpoint, Group(0, 1), torch.bfloat16, quant=Quant())
     seconds = time.perf_counter() - start
@@ -54,4 +54,4 @@ def test_it_is_kept_and_as_good_as_dequantized(file: Path) -> None:
     found = perplexity(kept, tokens)
     exact = perplexity(load_model(config, checkpoint, Group(0, 1), torch.float32), tokens)
     print(f"loaded in {seconds:.1f} s; perplexity {found:.4f}, dequantized to float32 {exact:.4f}")
-    assert abs(found / exact - 1) < 0.003  # activations are bfloat16
+    assert abs(found / exact - 1) < 0.001  # activations are bfloat16
