@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.load import has_kernels
-from kernels.quant_linear import PANEL, STEP, TILE, Packed, Part, dequantize, pack
+from kernels.quant_linear import TILE, Packed, Part, dequantize, pack
+from kernels.sizes import PANEL, STEP
 from weights.quant import QuantWeight
 
 PIECE_BYTES = 32 << 20  # at a time, when a weight of another dtype is rounded to bfloat16

@@ -21,12 +21,10 @@ from torch import Tensor
 
 from base.errors import InputError
 from kernels.load import has_kernels
+from kernels.sizes import LINE, PANEL, STEP
 from weights.quant import CODES, FINE_GROUPS, Factors, QuantWeight
 
-STEP = 32  # columns that are stored together
-TILE = 16  # rows that are stored together; a panel is two tiles
-PANEL = 2 * TILE
-LINE = 64  # each section of a panel begins at a multiple of so many bytes
+TILE = PANEL // 2  # rows of a tile
 
 # In the order of `Codes` and `Kind` in csrc/quant.h.
 CODE_NAMES = ("bf16", "i8", "e4m3", "i4", "u4", "iq4", "e2m1", "u2", "i3", "i5", "u5", "i6")
@@ -35,7 +33,7 @@ _DTYPES = {"f16": torch.float16, "f32": torch.float32, "i8": torch.int8}
 
 
 class Part(NamedTuple):
-    """Some rows of a packed weight, as numbers that an operator takes (`Part` in csrc/quant.h).
+    """Some rows of a packed weight, as numbers that operators take (`part_of` in csrc/ops_quant.cpp).
 
     codes, group_kind, super_kind: indexes of CODE_NAMES and KINDS. num_rows, k: the shape. group_size:
     16 or 32, the columns of one group; 0 if there are no factors of this kind. super_size: the columns

@@ -172,10 +172,6 @@ class QuantWeight:
             added = floats_of(groups.offset, groups.kind) * offset
         return Factors(groups.size, own, added, "f32", groups.skip)
 
-    def integers(self) -> Tensor:
-        """The codes: int8 [n, k] for "i8", else uint8."""
-        return self.data
-
     def values(self) -> Tensor:
         """The values of the codes, float32 [n, k]."""
         return _values_of(self.data, self.codes)

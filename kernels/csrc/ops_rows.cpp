@@ -180,8 +180,8 @@ void look_up(const QuantArgs& a, std::int64_t row, std::int64_t k, bf16* to) {
   }
 }
 
-// The rows of tokens in a table of which the packed weight has `count` rows, from row `start` of the table on. Other
-// tokens get zeros. tokens int64 [...] -> bf16 [..., k].
+// Looks up tokens in a part of an embedding table: token t gets row t - start of the packed weight, dequantized, or zeros
+// if that is not in [0, count). tokens int64 [...] -> bf16 [..., k].
 Tensor packed_rows(const Tensor& tokens, const Tensor& data, Sizes parts, std::int64_t start, std::int64_t count) {
   const Weight w = weight_of("packed_rows", data, parts);
   YOKE_CHECK(tokens.scalar_type() == Scalar::i64, "packed_rows: tokens must be int64, not ", tokens.scalar_type());

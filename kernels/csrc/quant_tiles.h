@@ -45,7 +45,7 @@ constexpr ValueTables make_value_tables() {
 }
 alignas(64) [[maybe_unused]] constexpr ValueTables kValueTables = make_value_tables();
 
-// A byte shift of registers by a number that may be negative: to the right, or to the left.
+// Lanes shifted to the right by N bits, or to the left if N is negative.
 template <int N>
 inline __m512i shifted(__m512i x) {
   if constexpr (N > 0) return _mm512_srli_epi32(x, N);

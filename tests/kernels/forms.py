@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from tests.weights.random_weights import make_weight
 from weights.quant import Factors, QuantWeight
 from weights.schemes import GGUF_SCHEMES, NVFP4, Scheme, fp8_scheme
 
@@ -21,41 +24,32 @@ FORMS: dict[str, Scheme] = {
 }
 
 
-def random_factor(kind: str, n: int, groups: int, generator: torch.Generator) -> Tensor:
+def _factor(kind: str, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     """Factors of a kind, which differ by a factor of up to 100."""
     if kind in ("f16", "f32"):
-        spread = 10 ** (torch.rand(n, groups, generator=generator) * 2 - 3)
+        spread = 10 ** (torch.rand(shape, generator=generator) * 2 - 3)
         return spread.to(torch.float16 if kind == "f16" else torch.float32)
     low, high = {
         "i8": (-128, 128), "u8": (0, 64), "u4": (0, 16), "e8m0": (118, 128), "e4m3": (0, 0x7F),
     }[kind]  # fmt: skip
     dtype = torch.int8 if kind == "i8" else torch.uint8
-    return torch.randint(low, high, (n, groups), generator=generator).to(dtype)
+    return torch.randint(low, high, shape, generator=generator).to(dtype)
 
 
 def random_weight(scheme: Scheme, n: int, k: int, seed: int) -> QuantWeight:
-    """All codes occur. `k` is any multiple of the scheme's unit: super-groups may be incomplete."""
-    generator = torch.Generator().manual_seed(seed)
-    codes = scheme.code_name
-    data = torch.randint(0, 1 << scheme.bits, (n, k), generator=generator).to(torch.uint8)
-    if codes == "e4m3":
-        data[data & 0x7F == 0x7F] = 0  # not numbers
-    if codes == "i8":
-        data = data.view(torch.int8)
+    """All codes occur; offsets are below zero, as they are where codes are not."""
+    made = make_weight(scheme, n, k, seed, _factor)
+    return replace(
+        made,
+        groups=_lowered(made.groups),
+        supers=None if made.supers is None else _lowered(made.supers),
+    )
 
-    def factors(kind: str, size: int) -> Factors:
-        size = size or k
-        count = -(-k // size)
-        scale = random_factor(kind, n, count, generator)
-        if scheme.symmetric:
-            return Factors(size, scale, None, kind)
-        offset = random_factor(kind, n, count, generator)
-        return Factors(size, scale, -offset * 8 if kind in ("f16", "f32") else offset, kind)
 
-    supers = None
-    if scheme.super_scales:
-        supers = factors(scheme.super_scales, scheme.super_size)
-    return QuantWeight(data, codes, factors(scheme.scale_kind, scheme.group_size), supers)
+def _lowered(factors: Factors) -> Factors:
+    if factors.offset is None or factors.kind not in ("f16", "f32"):
+        return factors
+    return replace(factors, offset=-8 * factors.offset)
 
 
 def terms(weight: QuantWeight) -> Tensor:
@@ -68,12 +62,12 @@ def terms(weight: QuantWeight) -> Tensor:
 def allowed(x: Tensor, weight: QuantWeight, wanted: Tensor, name: str) -> Tensor:
     """The largest error of a matmul on the instruction set `name`: half a unit in the last place of
     bfloat16's 8 bits, and what float32 sums may lose in any order: each term is rounded a few times on
-    its way and once for each sum that it is part of, k + 16 at most. Terms are those before
+    its way and once for each sum that it is part of, k + 8 at most. Terms are those before
     scale * value + offset cancel."""
     k, m = x.shape[-1], x.shape[:-1].numel()
     exact = weight.dequantize(torch.float64)
     size = terms(weight)
-    bound = wanted.abs() * 2**-8 + x.double().abs() @ size.T * 2**-23 * (k + 16) + 1e-30
+    bound = wanted.abs() * 2**-8 + x.double().abs() @ size.T * 2**-23 * (k + 8) + 1e-30
     if weight.bits <= 6 and m <= {"avx512bf16": 15, "amx": 4}.get(name, 0):
         # Products of bytes take x to 16 bits of the largest of each 32.
         padded = torch.nn.functional.pad(x.double().abs(), (0, -k % 32))

@@ -47,7 +47,7 @@ def check(
     wanted = x.double() @ weight.dequantize(torch.float64).T
     bound = allowed(x, weight, wanted, name)
     if weight.offset is not None:  # `dequantize` rounds to float32
-        bound = bound + x.double().abs() @ terms(weight).T * 2**-22
+        bound = bound + x.double().abs() @ weight.dequantize(torch.float64).abs().T * 2**-22
     if bias is not None:
         wanted += bias.double()
         bound = bound + bias.double().abs() * 2**-8
@@ -173,6 +173,23 @@ def test_the_layout_is_the_one_that_is_drawn(codes: str) -> None:
             word, shift = places[bits - low]
             found |= (int(tile[low + word, n % 16]) >> shift & ((1 << (bits - low)) - 1)) << low
         assert found == int(q[n, k])
+
+
+def test_bytes_and_factors_are_where_they_are_drawn() -> None:
+    """Codes of 8 bits, and the sections of factors behind them: rows that pad have scales of zero."""
+    weight = random_weight(FORMS["int8-g64-asym"], 70, 192, 0)
+    ((part, panels),) = pack(weight).each()
+    codes, *empty, scales, offsets = panels.split(part.sections(), dim=1)
+    assert not any(section.numel() for section in empty)
+    tiles = codes.reshape(3, 6, 2, 16, 16, 2).view(torch.int8)
+    for n, k in ((0, 0), (15, 31), (16, 33), (37, 64), (69, 191), (50, 43)):
+        assert tiles[n // 32, k // 32, n // 16 % 2, k % 32 // 2, n % 16, k % 2] == weight.data[n, k]
+    for section, factor in ((scales, weight.scale), (offsets, weight.offset)):
+        assert factor is not None
+        drawn = section.contiguous().view(torch.float16).view(3, 3, 2, 16)
+        for n, group in ((0, 0), (17, 2), (69, 1), (40, 0)):
+            assert drawn[n // 32, group, n // 16 % 2, n % 16] == factor[n, group]
+        assert not drawn.permute(0, 2, 3, 1).flatten(0, 2)[70:].any()
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -415,7 +432,7 @@ def test_rounded_activations_of_a_prompt() -> None:
         packed = pack(weight)
         step = x.float().abs().amax(1, keepdim=True) / 127
         steps = (x.float() * (1 / step)).round()
-        exact = steps.double() @ weight.integers().double().T
+        exact = steps.double() @ weight.data.double().T
         wanted = (exact * step.double() * weight.scale.double().T).to(torch.bfloat16)
         found = quant_linear(x, packed, None, round_x=True)
         torch.testing.assert_close(found, wanted, rtol=2**-7, atol=0)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from models.config import EMBEDDING, HEAD, ModelConfig, expected_shapes
+from tests.weights.random_weights import make_weight
 from weights.checkpoint import Checkpoint, Entry, Slices
-from weights.quant import CODES, Factors, QuantWeight
+from weights.quant import Factors, QuantWeight
 from weights.schemes import GGUF_SCHEMES, MXFP4, NVFP4, SCHEMES, Scheme, fp8_scheme, parse_scheme
 
 ALL = {
@@ -36,23 +37,8 @@ FINE_MIXED = MIXED | {"0.self_attn.o": "Q6_K", "0.self_attn.k": "", "1.mlp.gate"
 
 def random_weight(scheme: Scheme, n: int, k: int, seed: int = 0) -> QuantWeight:
     """A weight [n, k] of a scheme, of numbers around zero."""
-    generator = torch.Generator().manual_seed(seed)
-    codes = CODES[scheme.code_name]
-    data = torch.randint(0, 1 << codes.bits, (n, k), generator=generator, dtype=torch.uint8)
-    if scheme.code_name == "e4m3":
-        data[data & 0x7F == 0x7F] = 0  # not a number
-    if scheme.code_name == "i8":
-        data = data.view(torch.int8)
-
-    def factors(kind: str, size: int) -> Factors:
-        shape = (n, -(-k // (size or k)))
-        scale, offset = (_factor(kind, shape, generator) for _ in range(2))
-        return Factors(size or k, scale, None if scheme.symmetric else offset, kind)
-
-    groups, supers = factors(scheme.scale_kind, scheme.group_size), None
-    if scheme.super_scales:
-        supers = factors(scheme.super_scales, scheme.super_size)
-    made = QuantWeight(data, scheme.code_name, groups, supers)
+    made = make_weight(scheme, n, k, seed, _factor)
+    groups, supers = made.groups, made.supers
     # The factor that is a float makes the numbers as large as those of a model, with a mean near zero.
     scale, offset = made.scales()
     times = 0.06 / float((made.values() * scale).std())
@@ -70,7 +56,7 @@ def random_weight(scheme: Scheme, n: int, k: int, seed: int = 0) -> QuantWeight:
     return replace(made, groups=groups if groups.kind == "e4m3" else scaled(groups))
 
 
-def _factor(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _factor(kind: str, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     low, high = {
         "i8": (-32, 32),
         "u8": (1, 64),

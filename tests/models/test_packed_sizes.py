@@ -6,15 +6,9 @@ import pytest
 import torch
 
 from kernels.packed import pack_parts
-from kernels.quant_linear import LINE, PANEL, STEP, pack
+from kernels.quant_linear import pack
 from kernels.sizes import packed_bytes
 from tests.models.forms import ALL, random_weight
-
-
-def test_units_are_those_of_the_layout() -> None:
-    from kernels import sizes
-
-    assert (sizes.PANEL, sizes.STEP, sizes.LINE) == (PANEL, STEP, LINE)
 
 
 @pytest.mark.parametrize("name", ALL)

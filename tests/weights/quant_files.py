@@ -4,14 +4,19 @@ by shifting every i-th number into its place of an int32."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from base.errors import InputError
+from weights.open import open_checkpoint
 
 HEADS, KV_HEADS, HEAD_DIM, DIM, FFN, VOCAB = 6, 3, 32, 192, 384, 120
 SHAPES = {
@@ -129,17 +134,22 @@ def module(kind: Kind, n: int, k: int, rng: np.random.Generator) -> tuple[dict[s
     return found, torch.from_numpy(weight)
 
 
-def write(folder: Path, kind: Kind) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A folder with a model; what is stored, and the quantized weights in float32 by canonical name."""
-    rng = np.random.default_rng(5)
-    torch.manual_seed(5)
-    stored = {
+def plain_tensors() -> dict[str, Tensor]:
+    """The weights of a model that are not quantized."""
+    return {
         "model.embed_tokens.weight": torch.randn(VOCAB, DIM),
         "lm_head.weight": torch.randn(VOCAB, DIM) * 0.1,
         "model.norm.weight": torch.ones(DIM),
         f"{LAYER}input_layernorm.weight": torch.ones(DIM),
         f"{LAYER}post_attention_layernorm.weight": torch.ones(DIM),
     }
+
+
+def write(folder: Path, kind: Kind) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A folder with a model; what is stored, and the quantized weights in float32 by canonical name."""
+    rng = np.random.default_rng(5)
+    torch.manual_seed(5)
+    stored = plain_tensors()
     weights = {}
     for name, (n, k) in SHAPES.items():
         parts, weights[f"{LAYER}{name}.weight"] = module(kind, n, k, rng)
@@ -152,3 +162,20 @@ def save(folder: Path, stored: dict[str, Tensor], about: Any) -> None:
     save_file(stored, folder / "model.safetensors")
     config = CONFIG | {"quantization_config": about} if about is not None else CONFIG
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def check_disagreement(
+    folder: Path,
+    stored: dict[str, Tensor],
+    about: dict[str, Any],
+    lie: Callable[[dict[str, Tensor], dict[str, Any]], None],
+    match: str,
+) -> None:
+    """A folder with this config and these tensors opens, and is refused after `lie` has changed one of
+    them."""
+    open_checkpoint(folder)
+    lie(stored, about)
+    save(folder, stored, about)
+    with pytest.raises(InputError, match=match) as error:
+        open_checkpoint(folder)
+    assert "quantization_config" in str(error.value)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.weights.quant_files import DIM, LAYER, SHAPES, VOCAB, save
+from tests.weights.quant_files import DIM, LAYER, SHAPES, VOCAB, plain_tensors, save
 from weights.schemes import MXFP4, MXFP8, NVFP4, Scheme, fp8_scheme
 
 Made = tuple[dict[str, Tensor], Tensor]  # a module's tensors by the ends of their names; its weight
@@ -162,13 +162,7 @@ BY_NAME = {kind.name: kind for kind in KINDS}
 def write(folder: Path, kind: FloatKind) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A folder with a model; what is stored, and the weights in float64 by canonical name."""
     torch.manual_seed(7)
-    stored = {
-        "model.embed_tokens.weight": torch.randn(VOCAB, DIM),
-        "lm_head.weight": torch.randn(VOCAB, DIM) * 0.1,
-        "model.norm.weight": torch.ones(DIM),
-        f"{LAYER}input_layernorm.weight": torch.ones(DIM),
-        f"{LAYER}post_attention_layernorm.weight": torch.ones(DIM),
-    }
+    stored = plain_tensors()
     weights = {}
     for name, (n, k) in SHAPES.items():
         parts, weights[f"{LAYER}{name}.weight"] = kind.make(n, k)

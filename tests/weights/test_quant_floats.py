@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from base.errors import InputError
-from tests.weights.quant_files import DIM, LAYER, save
+from tests.weights.quant_files import DIM, LAYER, check_disagreement, save
 from tests.weights.quant_float_files import (
     BY_NAME,
     KINDS,
@@ -276,12 +276,7 @@ def test_config_and_tensors_must_agree(
 ) -> None:
     stored, _ = write(tmp_path, BY_NAME[name])
     about = json.loads(json.dumps(BY_NAME[name].about))
-    open_checkpoint(tmp_path)
-    lie(stored, about)
-    save(tmp_path, stored, about)
-    with pytest.raises(InputError, match=match) as error:
-        open_checkpoint(tmp_path)
-    assert "quantization_config" in str(error.value)
+    check_disagreement(tmp_path, stored, about, lie, match)
 
 
 def spoiled(tensor: Tensor, value: int | float) -> Tensor:

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from base.errors import InputError
-from tests.weights.quant_files import DIM, FFN, LAYER, Kind, declared, module, save, write
+from tests.weights.quant_files import (
+    DIM,
+    FFN,
+    LAYER,
+    Kind,
+    check_disagreement,
+    declared,
+    module,
+    save,
+    write,
+)  # fmt: skip
 from weights.checkpoint import Entry
 from weights.open import open_checkpoint
 from weights.outline import read_outline
@@ -147,12 +157,7 @@ def test_config_and_tensors_must_agree(
     kind: Kind, lie: Callable[[Stored, About], None], match: str, tmp_path: Path
 ) -> None:
     stored, about = write(tmp_path, kind)[0], declared(kind)
-    open_checkpoint(tmp_path)
-    lie(stored, about)
-    save(tmp_path, stored, about)
-    with pytest.raises(InputError, match=match) as error:
-        open_checkpoint(tmp_path)
-    assert "quantization_config" in str(error.value)
+    check_disagreement(tmp_path, stored, about, lie, match)
 
 
 @pytest.mark.parametrize(
