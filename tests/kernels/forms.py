@@ -62,12 +62,13 @@ def terms(weight: QuantWeight) -> Tensor:
 def allowed(x: Tensor, weight: QuantWeight, wanted: Tensor, name: str) -> Tensor:
     """The largest error of a matmul on the instruction set `name`: half a unit in the last place of
     bfloat16's 8 bits, and what float32 sums may lose in any order: each term is rounded a few times on
-    its way and once for each sum that it is part of, k + 8 at most. Terms are those before
+    its way and once for each sum that it is part of, k + 8 at most; more often with two factors, whose
+    product is rounded where float32 does not hold it, k + 16. Terms are those before
     scale * value + offset cancel."""
     k, m = x.shape[-1], x.shape[:-1].numel()
     exact = weight.dequantize(torch.float64)
-    size = terms(weight)
-    bound = wanted.abs() * 2**-8 + x.double().abs() @ size.T * 2**-23 * (k + 8) + 1e-30
+    size, more = terms(weight), 8 if weight.supers is None else 16
+    bound = wanted.abs() * 2**-8 + x.double().abs() @ size.T * 2**-23 * (k + more) + 1e-30
     if weight.bits <= 6 and m <= {"avx512bf16": 15, "amx": 4}.get(name, 0):
         # Products of bytes take x to 16 bits of the largest of each 32.
         padded = torch.nn.functional.pad(x.double().abs(), (0, -k % 32))
